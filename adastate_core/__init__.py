@@ -1,0 +1,12 @@
+"""Long causal video rollouts at constant memory, in plain PyTorch. Knows nothing of ComfyUI.
+
+rope            rotary embedding of Wan, and where in time a cached frame stands
+kv_cache        the plan of a cache (frozen, knows its bytes) and the buffers of one run
+attention       what a model's attention layers call during a pass
+anchors         what the anchor slots of the cache hold: none, static, ema, adaptive
+schedule        sigmas, re-noising, noise by (seed, chunk, step)
+rollout         the recurrence: a generator of chunks over an immutable state
+rollout_file    that state on disk
+vae_stream      causal VAE decode that carries its cache between calls
+video_sink      frames to a file as they come
+"""

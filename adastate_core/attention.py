@@ -1,0 +1,77 @@
+"""What a model's attention layers call during a rollout: attention of a pass over the cache.
+
+The model keeps its own projections, norms and attention kernel; this holds what happens between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .kv_cache import KVCache
+from .rope import Layout, Rope
+
+# (q, k, v, heads) -> out, each [B, tokens, heads * head_dim]; the number of query and key tokens may differ
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    """torch's scaled dot product attention over [B, tokens, heads * head_dim]."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@dataclass
+class _Pass:
+    """One forward of the model: how many content frames, whether its keys are to be cached, its rotation."""
+
+    content_frames: int
+    clean: bool
+    table: torch.Tensor
+
+
+class CachedAttention:
+    """The attention of one run: `begin` a pass, then every layer calls `attend` in its turn.
+
+    Queries attend to [cached anchor | cached window | current state | current content] with no mask.
+    """
+
+    def __init__(self, cache: KVCache, rope: Rope, kernel: Kernel = plain_attention) -> None:
+        self.cache, self.rope, self.kernel = cache, rope, kernel
+        self._pass: _Pass | None = None
+
+    def place(self, layout: Layout) -> None:
+        """Once a chunk: bring every cached key to its position for this chunk."""
+        for layer in self.cache:
+            layer.rotate_to(layout, self.rope, self.cache.heads)
+
+    def begin(self, layout: Layout, content_frames: int, clean: bool) -> None:
+        """Start a pass of [state | content_frames]; after a `clean` one its keys are staged raw, to be committed."""
+        self._pass = _Pass(content_frames, clean, self.rope.table(layout.current(content_frames)))
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """One layer's attention; q, k (normed, not rotated) and v [B, N, heads * head_dim] -> the same shape."""
+        run, cache, heads = self._pass, self.cache.layers[layer], self.cache.heads
+        cache.write_current(self._rotated(k, run.table), v)
+        keys, values = cache.read(self.cache.plan.state_frames + run.content_frames)
+        out = self.kernel(self._rotated(q, run.table).to(keys.dtype), keys, values, heads)
+        if run.clean:
+            cache.keep_raw_current(k)
+        return out.to(q.dtype)
+
+    def text(
+        self, layer: int, key: object, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's text keys and values for the prompt `key`, made on first use."""
+        return self.cache.text(layer, key, make)
+
+    def commit(self, anchor: object, first_frame: int, content_frames: int) -> None:
+        """Cache what the clean pass staged in every layer; from here on the chunk is part of the past."""
+        for layer in self.cache:
+            layer.commit(anchor, first_frame, content_frames, self.cache.plan.state_frames)
+
+    def _rotated(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return self.rope.rotate(x.unflatten(-1, (self.cache.heads, -1)), table).flatten(2)

@@ -1,0 +1,368 @@
+"""The KV cache of a rollout: a frozen plan that knows its bytes, and the buffers of one run.
+
+Each layer has one K and one V buffer of fixed size, laid out in latent frames as
+
+    [ anchor, filled from the right | current: state, content | window, a ring filled from the left ]
+
+so that what a query may read is always one slice, with no mask and no concatenation: an anchor is only partly
+filled while the window is still empty. Attention does not depend on the order of its keys.
+
+Keys are rotated where they lie, once a chunk, and only if their position changed. Where a frame will have to be
+rotated again later (a relative window that keeps it for more than a chunk, an anchor that blends evicted frames),
+an un-rotated copy is kept, so a key is always exactly one rotation away from the raw one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .anchors import Anchor
+from .rope import Layout, Rope
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's buffers, in latent frames. Layers of one plan may differ.
+
+    `keep_raw`: an un-rotated copy of the window's keys; `blend_frames`: anchor frames kept raw in float32.
+    """
+
+    anchor_frames: int
+    window_frames: int
+    keep_raw: bool = False
+    blend_frames: int = 0
+
+    @staticmethod
+    def of(anchor: Anchor, window_frames: int, chunk_frames: int, positions: str) -> LayerPlan:
+        """The plan that an anchor policy and a window need under a position mode."""
+        moves = positions != "absolute"
+        keep_raw = moves and window_frames > 0 and (window_frames > chunk_frames or anchor.blends)
+        return LayerPlan(anchor.frames, window_frames, keep_raw, anchor.frames if anchor.blends else 0)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Every byte of a rollout's caches before anything is allocated.
+
+    `tokens` P is tokens a latent frame, `width` heads * head_dim, `current_frames` S + F, `text_tokens` of the
+    prompt, `vae_bytes` of a streaming decoder's own cache.
+    """
+
+    batch: int
+    tokens: int
+    width: int
+    state_frames: int
+    chunk_frames: int
+    dtype: torch.dtype
+    layers: tuple[LayerPlan, ...]
+    text_tokens: int = 0
+    vae_bytes: int = 0
+
+    @property
+    def current_frames(self) -> int:
+        return self.state_frames + self.chunk_frames
+
+    @property
+    def frame_bytes(self) -> int:
+        """One layer's keys (or values) of one latent frame."""
+        return self.batch * self.tokens * self.width * self.dtype.itemsize
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes by name: k, v (anchor and window), rotated copy, current, ema, text_kv, absorption, vae_cache."""
+        kept = sum(layer.anchor_frames + layer.window_frames for layer in self.layers)
+        copies = sum(layer.window_frames for layer in self.layers if layer.keep_raw)
+        blended = sum(layer.blend_frames for layer in self.layers)
+        elements = self.batch * self.tokens * self.width
+        text = self.batch * self.text_tokens * self.width * self.dtype.itemsize
+        return {
+            "k": kept * self.frame_bytes,
+            "v": kept * self.frame_bytes,
+            "rotated_copy": copies * self.frame_bytes,
+            "current": 2 * len(self.layers) * self.current_frames * self.frame_bytes,
+            "ema": 2 * blended * elements * 4,
+            "text_kv": 2 * len(self.layers) * text,
+            "absorption": 0,
+            "vae_cache": self.vae_bytes,
+        }
+
+    @property
+    def kv_bytes(self) -> int:
+        """All keys and values of anchor, window and current, in every copy."""
+        sizes = self.bytes()
+        return sum(sizes[name] for name in ("k", "v", "rotated_copy", "current", "ema"))
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes().values())
+
+    def with_window(self, window_frames: int) -> CachePlan:
+        """The same plan with every window cut to at most `window_frames`."""
+        layers = tuple(replace(p, window_frames=min(p.window_frames, window_frames)) for p in self.layers)
+        return replace(self, layers=layers)
+
+
+@dataclass
+class _Slot:
+    """Which video frame a buffer slot holds, and where its key is rotated to (None: raw)."""
+
+    frame: int
+    position: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerSnapshot:
+    """An immutable copy of what one layer has cached, on the CPU.
+
+    First the anchor's frames (`anchor_slots`), then the window's, oldest first (`ring_slots`); `frames` are their
+    video frame indices and `positions` where each key is rotated to (None: raw). `tensors` holds `keys` and `values`
+    [B, frames, P, width] and, where the plan has them, `raw` [B, w, P, width], `blend_keys` and `blend_values`.
+    """
+
+    anchor_slots: tuple[int, ...]
+    ring_slots: tuple[int, ...]
+    frames: tuple[int, ...]
+    positions: tuple[float | None, ...]
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+class LayerCache:
+    """One layer's buffers. Mutable, private to one run."""
+
+    def __init__(self, plan: CachePlan, layer: LayerPlan, device: torch.device) -> None:
+        self.plan, self.layer = plan, layer
+        slots = layer.anchor_frames + plan.current_frames + layer.window_frames
+        frame = (plan.tokens, plan.width)
+        self.k = torch.zeros((plan.batch, slots, *frame), dtype=plan.dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.raw = self._buffer(layer.window_frames, plan.dtype) if layer.keep_raw else None
+        self.blend_k = self._buffer(layer.blend_frames, torch.float32) if layer.blend_frames else None
+        self.blend_v = torch.zeros_like(self.blend_k) if self.blend_k is not None else None
+        self.anchor: dict[int, _Slot] = {}
+        self.window: OrderedDict[int, _Slot] = OrderedDict()  # ring slot -> frame, oldest first
+
+    def _buffer(self, frames: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(
+            (self.plan.batch, frames, self.plan.tokens, self.plan.width), dtype=dtype, device=self.k.device
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.k, self.v, self.raw, self.blend_k, self.blend_v) if t is not None)
+
+    @property
+    def current_start(self) -> int:
+        return self.layer.anchor_frames
+
+    @property
+    def window_start(self) -> int:
+        return self.layer.anchor_frames + self.plan.current_frames
+
+    def _anchor_index(self, slot: int) -> int:
+        return self.layer.anchor_frames - 1 - slot
+
+    def rotate_to(self, layout: Layout, rope: Rope, heads: int) -> None:
+        """Bring every cached key to its position in `layout`; work is done only where a position changed."""
+        anchor = {self._anchor_index(slot): (e, layout.anchor(slot, e.frame)) for slot, e in self.anchor.items()}
+        window = {ring: (e, layout.window(e.frame)) for ring, e in self.window.items()}
+        self._turn(anchor, 0, self.blend_k, rope, heads)
+        self._turn(window, self.window_start, self.raw, rope, heads)
+
+    def _turn(
+        self, entries: dict[int, tuple[_Slot, float]], start: int, raw: torch.Tensor | None, rope: Rope, heads: int
+    ) -> None:
+        """Rotate keys at `start + offset` from `raw` (same offsets) if there is one, else in place.
+
+        A key that is rotated already and has no raw copy is turned by the difference.
+        """
+        moved = {o: (e, to) for o, (e, to) in sorted(entries.items()) if e.position != to}
+        for run in _runs(list(moved)):
+            offsets = slice(run[0], run[-1] + 1)
+            target = self.k[:, start + offsets.start : start + offsets.stop]
+            source = target if raw is None else raw[:, offsets]
+            table = rope.table([moved[o][1] for o in run])
+            if raw is None:
+                table = table * rope.undo([moved[o][0].position for o in run])
+            turned = rope.rotate(source.flatten(1, 2).unflatten(-1, (heads, -1)), table)
+            target.copy_(turned.reshape(target.shape))
+            for o in run:
+                moved[o][0].position = moved[o][1]
+
+    def write_current(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stage the pass's own rotated keys and values [B, n * P, width]; n <= S + F frames."""
+        frames = keys.shape[1] // self.plan.tokens
+        start = self.current_start
+        self.k[:, start : start + frames].copy_(keys.unflatten(1, (frames, -1)))
+        self.v[:, start : start + frames].copy_(values.unflatten(1, (frames, -1)))
+
+    def keep_raw_current(self, keys: torch.Tensor) -> None:
+        """After a clean pass has attended: what is staged to be cached are the un-rotated keys."""
+        frames = keys.shape[1] // self.plan.tokens
+        self.k[:, self.current_start : self.current_start + frames].copy_(keys.unflatten(1, (frames, -1)))
+
+    def read(self, current_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of anchor, current and window, each [B, tokens, width]: views of the buffers.
+
+        Only a pass of fewer than F content frames (the last one over given frames) has to copy.
+        """
+        low = self.layer.anchor_frames - len(self.anchor)
+        high = self.current_start + current_frames
+        if self.window and high < self.window_start:
+            end = self.window_start + len(self.window)
+            pieces = [(t[:, low:high], t[:, self.window_start : end]) for t in (self.k, self.v)]
+            keys, values = (torch.cat(parts, dim=1).flatten(1, 2) for parts in pieces)
+            return keys, values
+        high = self.window_start + len(self.window) if self.window else high
+        return self.k[:, low:high].flatten(1, 2), self.v[:, low:high].flatten(1, 2)
+
+    def commit(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
+        """Cache what a clean pass staged: content enters, the oldest leave, then the policy sets the anchor."""
+        start = self.current_start
+        for i in range(content_frames):
+            frame, index = first_frame + i, start + state_frames + i
+            key, value = self.k[:, index], self.v[:, index]
+            slot = anchor.slot_of(frame) if self.layer.anchor_frames else None
+            if slot is not None and slot < self.layer.anchor_frames:
+                self.set_anchor(slot, frame, key, value)
+            else:
+                self._push(anchor, frame, key, value)
+        if state_frames and self.layer.anchor_frames:
+            states = slice(start, start + state_frames)
+            anchor.state_committed(self, self.k[:, states], self.v[:, states])
+
+    def _push(self, anchor: Anchor, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        if self.layer.window_frames == 0:
+            anchor.evicted(self, frame, key, value)
+            return
+        ring = len(self.window)
+        if ring == self.layer.window_frames:
+            ring, oldest = self.window.popitem(last=False)
+            raw = self.k[:, self.window_start + ring] if self.raw is None else self.raw[:, ring]
+            anchor.evicted(self, oldest.frame, raw, self.v[:, self.window_start + ring])
+        self.k[:, self.window_start + ring].copy_(key)
+        self.v[:, self.window_start + ring].copy_(value)
+        if self.raw is not None:
+            self.raw[:, ring].copy_(key)
+        self.window[ring] = _Slot(frame)
+
+    def set_anchor(self, slot: int, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put a raw key and value [B, P, width] into an anchor slot."""
+        index = self._anchor_index(slot)
+        self.k[:, index].copy_(key)
+        self.v[:, index].copy_(value)
+        if self.blend_k is not None:
+            self.blend_k[:, index].copy_(key)
+            self.blend_v[:, index].copy_(value)
+        self.anchor[slot] = _Slot(frame)
+
+    def blend_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor, weight: float) -> None:
+        """Move a float32 anchor slot by `weight` towards a raw key and value [B, P, width]."""
+        index = self._anchor_index(slot)
+        self.blend_k[:, index].lerp_(key.float(), weight)
+        self.blend_v[:, index].lerp_(value.float(), weight)
+        self.v[:, index].copy_(self.blend_v[:, index])
+        self.anchor[slot].position = None
+
+    def snapshot(self) -> LayerSnapshot:
+        """A copy on the CPU of all that is cached (what is staged for the current chunk is not)."""
+        slots = [*self.anchor.values(), *self.window.values()]
+        rings = list(self.window)
+        order = [self._anchor_index(s) for s in self.anchor] + [self.window_start + r for r in rings]
+        tensors = {"keys": self.k[:, order], "values": self.v[:, order]}
+        if self.raw is not None:
+            tensors["raw"] = self.raw[:, rings]
+        if self.blend_k is not None:
+            tensors |= {"blend_keys": self.blend_k, "blend_values": self.blend_v}
+        return LayerSnapshot(
+            anchor_slots=tuple(self.anchor),
+            ring_slots=tuple(rings),
+            frames=tuple(entry.frame for entry in slots),
+            positions=tuple(entry.position for entry in slots),
+            tensors={name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()},
+        )
+
+    def restore(self, saved: LayerSnapshot) -> None:
+        """Take over a snapshot of a layer with the same plan; the snapshot stays as it is.
+
+        Every frame returns to its own slot: the order of the keys is part of the bits of a sum.
+        """
+        entries = [_Slot(frame, position) for frame, position in zip(saved.frames, saved.positions, strict=True)]
+        anchors = len(saved.anchor_slots)
+        self.anchor = dict(zip(saved.anchor_slots, entries[:anchors], strict=True))
+        self.window = OrderedDict(zip(saved.ring_slots, entries[anchors:], strict=True))
+        order = [self._anchor_index(s) for s in self.anchor] + [self.window_start + r for r in self.window]
+        self.k[:, order] = saved.tensors["keys"].to(self.k)
+        self.v[:, order] = saved.tensors["values"].to(self.v)
+        if self.raw is not None:
+            self.raw[:, list(self.window)] = saved.tensors["raw"].to(self.raw)
+        if self.blend_k is not None:
+            self.blend_k.copy_(saved.tensors["blend_keys"])
+            self.blend_v.copy_(saved.tensors["blend_values"])
+
+
+def _runs(numbers: list[int]) -> list[list[int]]:
+    """Sorted numbers split into runs of neighbours."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
+
+
+class KVCache:
+    """All layers' buffers of one run, and the text keys and values of the current prompt."""
+
+    def __init__(self, plan: CachePlan, heads: int, device: torch.device | str = "cpu") -> None:
+        self.plan, self.heads, self.device = plan, heads, torch.device(device)
+        self.layers = [LayerCache(plan, layer, self.device) for layer in plan.layers]
+        self._text: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._text_key: object = None
+
+    def __iter__(self) -> Iterator[LayerCache]:
+        return iter(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really allocated for keys and values (compare with `plan.kv_bytes`)."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def text_nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for k, v in self._text.values())
+
+    @property
+    def anchor_present(self) -> int:
+        return max((len(layer.anchor) for layer in self.layers), default=0)
+
+    @property
+    def window_present(self) -> int:
+        return max((len(layer.window) for layer in self.layers), default=0)
+
+    def text(
+        self, layer: int, key: object, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's text keys and values, made once for each `key` (the prompt and the weights' identity)."""
+        if key != self._text_key:
+            self._text.clear()
+            self._text_key = key
+        if layer not in self._text:
+            self._text[layer] = make()
+        return self._text[layer]
+
+    def snapshot(self) -> tuple[LayerSnapshot, ...]:
+        return tuple(layer.snapshot() for layer in self.layers)
+
+    def restore(self, saved: tuple[LayerSnapshot, ...]) -> None:
+        if len(saved) != len(self.layers):
+            raise ValueError(f"the state holds {len(saved)} layers, the model has {len(self.layers)}")
+        for layer, snapshot in zip(self.layers, saved, strict=True):
+            layer.restore(snapshot)

@@ -1,0 +1,72 @@
+"""Flow-matching step lists and the noise of a rollout.
+
+The model predicts v = noise - x0, so x0 = x - sigma v; between steps x = (1 - sigma') x0 + sigma' fresh noise
+(Self-Forcing's sampler; design, section 4). Noise depends on (seed, chunk, step) alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+TIMESTEPS = 1000.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The sigmas of the noisy passes (descending, each in (0, 1]) and the timestep of the clean pass."""
+
+    sigmas: tuple[float, ...]
+    context_timestep: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.sigmas:
+            raise ValueError("the sigma list is empty; it needs at least one value above 0")
+        if not all(0.0 < s <= 1.0 for s in self.sigmas) or any(
+            a <= b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)
+        ):
+            raise ValueError(
+                f"sigmas are {[round(s, 4) for s in self.sigmas]}; they must fall strictly and lie in (0, 1], "
+                "with at most one 0 at the end: use a scheduler for flow matching (shift 5, 4 steps for Self-Forcing)"
+            )
+
+    @staticmethod
+    def shifted(steps: int, shift: float) -> Schedule:
+        """t_j = 1 - j/steps, sigma_j = shift t_j / (1 + (shift - 1) t_j); ValueError outside steps >= 1, shift > 0."""
+        if steps < 1 or shift <= 0:
+            raise ValueError(f"steps is {steps} and shift {shift}; steps must be at least 1 and shift above 0")
+        times = [1 - j / steps for j in range(steps)]
+        return Schedule(tuple(shift * t / (1 + (shift - 1) * t) for t in times))
+
+    @staticmethod
+    def from_sigmas(sigmas: Sequence[float]) -> Schedule:
+        """From a SIGMAS list: descending, a last 0 is dropped, every other value is a step."""
+        values = [float(s) for s in sigmas]
+        if values and values[-1] == 0.0:
+            values = values[:-1]
+        return Schedule(tuple(values))
+
+
+def noise(seed: int, chunk: int, step: int, shape: Sequence[int], state: bool = False) -> torch.Tensor:
+    """Standard normal float32 of `shape` on the CPU, from SHA-256 of "seed/chunk/step" (or ".../state").
+
+    The same on every device, in any order of calls, after a resume, and for every anchor.
+    """
+    text = f"{seed}/{chunk}/{step}" + ("/state" if state else "")
+    digest = hashlib.sha256(text.encode("ascii")).digest()
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.randn(list(shape), generator=generator, dtype=torch.float32)
+
+
+def denoised(x: torch.Tensor, v: torch.Tensor, sigma: float) -> torch.Tensor:
+    """x0 from the model's velocity, float32."""
+    return x - sigma * v
+
+
+def renoised(x0: torch.Tensor, fresh: torch.Tensor, sigma: float) -> torch.Tensor:
+    """x0 taken back to noise level `sigma` with fresh noise, float32."""
+    return (1 - sigma) * x0 + sigma * fresh

@@ -1,0 +1,101 @@
+"""Causal Wan VAE decode that carries its feature cache between calls, at memory that does not depend on length.
+
+A Wan VAE decodes one latent frame a call against a list of what its causal convolutions saw last; the first latent
+gives 1 picture, every later one 4 (Wan 2.1, modules/vae.py). The stock decode throws the list away; here it is the
+state, so any split of a video decodes to the bits of one whole decode. Both decoder generations of the host work:
+the one that returns a tensor, and the newer one that returns a list of pieces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+# More than any decoder needs (33 causal convolutions in Wan 2.1's); unused entries stay None.
+_LIST_LENGTH = 64
+# What the decoder leaves in the list between the first and the second call of a temporal upsampler.
+_FIRST_CALL_MARKER = "Rep"
+
+
+def cache_bytes(width: int, rows: int, columns: int, batch: int, dtype: torch.dtype) -> int:
+    """Bytes of the carried cache once it is full: (1576 width + 32) values a latent pixel.
+
+    `width` is the decoder's (96 in Wan 2.1), `rows` x `columns` the latent picture.
+    """
+    return (1576 * width + 32) * rows * columns * batch * dtype.itemsize
+
+
+def pictures_of(latents: int) -> int:
+    """Video frames that `latents` latent frames decode to: 1, then 4 each."""
+    return 4 * (latents - 1) + 1 if latents > 0 else 0
+
+
+class VaeStream:
+    """One stream's decoder: `step` latents through it in order; `snapshot` and `restore` move it to another run.
+
+    `codec` is a Wan VAE module (`conv2`, `decoder`). `frames_per_call` above 1 is faster on some devices and exact
+    to rounding only (benchmarks/decode.py); the first latent always goes alone.
+    """
+
+    def __init__(self, codec: nn.Module, frames_per_call: int = 1) -> None:
+        if frames_per_call < 1:
+            raise ValueError(f"frames_per_call is {frames_per_call}; it must be at least 1")
+        self.codec, self.frames_per_call = codec, frames_per_call
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new video."""
+        self._features: list[torch.Tensor | str | None] = [None] * _LIST_LENGTH
+        self.latents_seen = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the carried cache."""
+        return sum(t.nbytes for t in self._features if isinstance(t, torch.Tensor))
+
+    def step(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, 16, n, h, w] in VAE space, on the codec's device and dtype, to pictures [B, t, 8h, 8w, 3] about -1..1.
+
+        t is 4n, or 4n - 3 when these are the first latents of the video.
+        """
+        pieces = []
+        start = 0
+        while start < latents.shape[2]:
+            count = 1 if self.latents_seen == 0 else self.frames_per_call
+            part = latents[:, :, start : start + count]
+            pieces += self._call(self.codec.conv2(part))
+            start += part.shape[2]
+            self.latents_seen += part.shape[2]
+        return torch.cat(pieces, dim=2).movedim(1, -1)
+
+    def _call(self, features: torch.Tensor) -> list[torch.Tensor]:
+        out = self.codec.decoder(features, feat_cache=self._features, feat_idx=[0])
+        return list(out) if isinstance(out, list | tuple) else [out]
+
+    def snapshot(self) -> dict[str, Any]:
+        """The stream between two calls: numbers, and copies on the CPU of the carried tensors."""
+        saved: dict[str, Any] = {
+            "vae_latents_seen": self.latents_seen,
+            "vae_markers": [i for i, entry in enumerate(self._features) if isinstance(entry, str)],
+        }
+        for i, entry in enumerate(self._features):
+            if isinstance(entry, torch.Tensor):
+                saved[f"vae_feature_{i}"] = entry.detach().to("cpu", copy=True)
+        return saved
+
+    def restore(self, saved: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
+        """Go on from a snapshot; ValueError if it was made by a decoder of another kind."""
+        self.reset()
+        if "vae_latents_seen" not in saved:
+            raise ValueError("the state holds no decoder cache; it was not made by a streamed rollout")
+        self.latents_seen = int(saved["vae_latents_seen"])
+        for i in saved["vae_markers"]:
+            self._features[i] = _FIRST_CALL_MARKER
+        for name, value in saved.items():
+            if name.startswith("vae_feature_"):
+                index = int(name.removeprefix("vae_feature_"))
+                if index >= _LIST_LENGTH:
+                    raise ValueError(f"the state's decoder cache has an entry {index}; a Wan VAE has at most 64")
+                self._features[index] = value.to(device=device, dtype=dtype, copy=True)

@@ -1,0 +1,52 @@
+"""A random causal transformer with the interface that a rollout needs; small enough for exhaustive tests."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adastate_core.attention import plain_attention
+from adastate_core.rollout import ModelGeometry
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.scale = nn.Linear(width, 2 * width)
+
+
+class TinyModel(nn.Module):
+    """2 layers, 2 heads of 12 channels; every frame at the same timestep; no text."""
+
+    def __init__(self, layers: int = 2, heads: int = 2, head_dim: int = 12, channels: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        width = heads * head_dim
+        self.geometry = ModelGeometry(channels, layers, heads, head_dim)
+        self.device, self.kernel = torch.device("cpu"), plain_attention
+        self.embed = nn.Conv3d(channels, width, (1, 2, 2), (1, 2, 2))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.head = nn.Linear(width, channels * 4)
+        self.calls = 0
+        for parameter in self.parameters():
+            parameter.requires_grad_(False).mul_(2.0)
+
+    def velocity(self, x: torch.Tensor, timestep: float, attention: object) -> torch.Tensor:
+        self.calls += 1
+        b, c, t, h, w = x.shape
+        y = self.embed(x).flatten(2).transpose(1, 2)
+        width = y.shape[-1]
+        phase = timestep / 1000 * torch.arange(1, width + 1) / width * math.pi
+        for i, block in enumerate(self.blocks):
+            scale, shift = block.scale(torch.sin(phase)).chunk(2)
+            z = F.layer_norm(y, (width,)) * (1 + scale) + shift
+            out = attention.attend(i, F.rms_norm(block.q(z), (width,)), F.rms_norm(block.k(z), (width,)), block.v(z))
+            y = y + block.o(out)
+            y = y + block.down(F.gelu(block.up(F.layer_norm(y, (width,)))))
+        y = self.head(F.layer_norm(y, (width,))).view(b, t, h // 2, w // 2, 2, 2, c)
+        return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, c, t, h, w)

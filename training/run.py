@@ -1,0 +1,95 @@
+"""What every training stage shares: its TOML file, its folder, checkpoints that survive a kill, and a log."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger("adastate.training")
+
+
+class Run:
+    """One stage of training: `config` (TOML), `folder` for what it writes, `step`, and the time it has taken.
+
+    Resumes by itself from `folder/last.pt`; `--fresh` starts anew.
+    """
+
+    def __init__(self, config: dict[str, Any], folder: Path, fresh: bool) -> None:
+        self.config, self.folder = config, folder
+        self.step, self.seconds = 0, 0.0
+        self.parts: dict[str, Any] = {}
+        self._fresh, self._tick = fresh, time.monotonic()
+        self._saved = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @staticmethod
+    def from_arguments(description: str) -> Run:
+        """Read `--config FILE [--fresh] [--threads N]`; outputs go to the config's `folder`."""
+        parser = argparse.ArgumentParser(description=description)
+        parser.add_argument("--config", type=Path, required=True)
+        parser.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+        parser.add_argument("--threads", type=int, default=os.cpu_count())
+        arguments = parser.parse_args()
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        torch.set_num_threads(arguments.threads)
+        config = tomllib.loads(arguments.config.read_text())
+        torch.manual_seed(config["seed"])
+        return Run(config, Path(config["folder"]), arguments.fresh)
+
+    @property
+    def steps(self) -> int:
+        return self.config["steps"]
+
+    @property
+    def done(self) -> float:
+        return self.step / self.steps
+
+    def resume(self, **parts: Any) -> None:
+        """Register what a checkpoint holds (objects with state_dict) and load the last one if there is any."""
+        self.parts = parts
+        last = self.folder / "last.pt"
+        if last.exists() and not self._fresh:
+            state = torch.load(last, weights_only=True, map_location="cpu")
+            self.step, self.seconds = state["step"], state["seconds"]
+            torch.set_rng_state(state["rng"])
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            log.info("resumed at step %d of %d", self.step, self.steps)
+        self._tick = time.monotonic()
+
+    def save(self) -> None:
+        """Write the checkpoint to a temporary name, then rename it, so that a kill leaves the one before."""
+        state: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "rng": torch.get_rng_state()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        temporary = self.folder / "last.pt.tmp"
+        torch.save(state, temporary)
+        temporary.replace(self.folder / "last.pt")
+        self._saved = time.monotonic()
+
+    def advance(self, **figures: float) -> None:
+        """Count a step; logs every `log_every` steps with rate and time left, saves every 2 minutes."""
+        now = time.monotonic()
+        self.seconds, self._tick = self.seconds + now - self._tick, now
+        self.step += 1
+        if self.step % self.config.get("log_every", 25) == 0 or self.step == self.steps:
+            self.record(**figures)
+        if now - self._saved > 120 or self.step == self.steps:
+            self.save()
+
+    def record(self, **figures: float) -> None:
+        """One line to the log and to `folder/log.jsonl`."""
+        rate = self.seconds / max(self.step, 1)
+        line = {"step": self.step, "seconds": round(self.seconds, 1)} | {k: round(v, 5) for k, v in figures.items()}
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        left = (self.steps - self.step) * rate / 60
+        text = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        log.info("step %d/%d  %s  %.2f s/step  %.0f min left", self.step, self.steps, text, rate, left)
