@@ -256,6 +256,13 @@ class Rollout:
             stream=stream or {},
         )
 
+    def put_back(self, latents: torch.Tensor) -> None:
+        """Take latents that have just left, but could not be used, back as the first pending ones."""
+        self._emitted -= latents.shape[2]
+        self._pending = torch.cat([latents, self._pending], dim=2)
+        if self._kept is not None:
+            self._kept.pop()
+
     def chunks(self, length: int, given: torch.Tensor | None = None) -> Iterator[Chunk]:
         """Roll on until `length` latent frames since frame 0 have left; `given` [B, C, n, h, w] become frames 0..n-1.
 

@@ -7,10 +7,10 @@ import json
 import logging
 import os
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
+import tomllib
 import torch
 
 log = logging.getLogger("adastate.training")

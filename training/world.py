@@ -1,7 +1,7 @@
 """The procedural world that the demo model is trained on, with ground truth.
 
 A side-scrolling landscape under a sky whose clock never stands still. A stream is described by a closed
-vocabulary (`VOCABULARY`); everything else about it is drawn from a seed:
+vocabulary (adastate_core/demo_words.py); everything else about it is drawn from a seed:
 
 - in the condition: the terrain, the pace of the camera, the colour of the balloon, and for each chunk
   whether the lantern is up;
@@ -18,6 +18,8 @@ import math
 from dataclasses import dataclass
 
 import torch
+
+from adastate_core.demo_words import VOCABULARY
 
 FPS = 16
 SIZE = 64
@@ -45,13 +47,7 @@ TERRAIN_COLOURS = {
     "snow": ((0.66, 0.74, 0.86), (0.93, 0.95, 0.99), (0.12, 0.34, 0.30), (0.32, 0.22, 0.16)),
     "city": ((0.46, 0.46, 0.54), (0.40, 0.40, 0.42), (0.72, 0.36, 0.26), (0.95, 0.86, 0.55)),
 }
-LANTERN_STATES = ("lantern", "no lantern")
-VOCABULARY: dict[str, tuple[str, ...]] = {
-    "terrain": tuple(TERRAIN_COLOURS),
-    "pace": tuple(PACE_PIXELS),
-    "balloon": tuple(BALLOON_COLOURS),
-    "lantern": LANTERN_STATES,
-}
+LANTERN_STATES = VOCABULARY["lantern"]
 # The sky at eight times of the day (top, horizon, light on the ground); no two neighbours are alike, so that
 # the clock can always be read off the picture.
 _SKY = torch.tensor(

@@ -1,0 +1,95 @@
+"""The host's folders: where videos and states are written and found, and what is embedded in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy.cli_args import args
+
+from .api import io, ui
+
+PACK = Path(__file__).resolve().parents[2]
+STATE_SUFFIX = ".state.safetensors"
+
+
+def add_own_models() -> None:
+    """Put the pack's models/ on the host's search paths, so that the standard loaders list the demo weights."""
+    for kind in ("diffusion_models", "vae"):
+        folder_paths.add_model_folder_path(kind, str(PACK / "models" / kind))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file to be written: its path and how the host's pages address it."""
+
+    path: Path
+    subfolder: str
+    kind: str
+
+    def result(self) -> ui.SavedResult:
+        return ui.SavedResult(self.path.name, self.subfolder, io.FolderType(self.kind))
+
+
+def new_file(prefix: str, suffix: str, width: int = 0, height: int = 0, kind: str = "output") -> Target:
+    """A fresh numbered file under the host's output or temp folder, as the host's own savers number them.
+
+    The file is created at once, so that two writers of one run do not get the same number. ValueError for a prefix
+    that leads outside.
+    """
+    root = folder_paths.get_temp_directory() if kind == "temp" else folder_paths.get_output_directory()
+    _inside(Path(root), prefix)
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    while (path := Path(folder) / f"{name}_{counter:05}_{suffix}").exists():
+        counter += 1
+    path.touch()
+    return Target(path, subfolder, kind)
+
+
+def check_prefix(prefix: str) -> str | None:
+    """Why a filename prefix cannot be used, or None."""
+    try:
+        _inside(Path(folder_paths.get_output_directory()), prefix)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _inside(root: Path, relative: str) -> Path:
+    path = (root / relative).resolve()
+    if not relative or "\0" in relative or not path.is_relative_to(root.resolve()) or path == root.resolve():
+        raise ValueError(
+            f"{relative!r} does not name a file inside the host's folder; give a plain name like video/take"
+        )
+    return path
+
+
+def state_files() -> list[str]:
+    """All saved rollout states in the output and input folders, newest first, as 'name [output]' or 'name'."""
+    found: list[tuple[float, str]] = []
+    for root, mark in ((folder_paths.get_output_directory(), " [output]"), (folder_paths.get_input_directory(), "")):
+        for path in Path(root).rglob(f"*{STATE_SUFFIX}"):
+            found.append((path.stat().st_mtime, path.relative_to(root).as_posix() + mark))
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def state_path(name: str) -> Path:
+    """The file that a name of `state_files` stands for. ValueError if it lies outside or does not exist."""
+    plain, root = folder_paths.annotated_filepath(name)
+    path = _inside(Path(root or folder_paths.get_input_directory()), plain.strip())
+    if not path.is_file():
+        raise ValueError(f"there is no state file {name!r}; press r to refresh the list, or save a state first")
+    return path
+
+
+def save_metadata(hidden: Any) -> dict[str, Any]:
+    """What the host's own savers embed: the workflow and the prompt, unless the host runs with --disable-metadata."""
+    if args.disable_metadata:
+        return {}
+    metadata = dict(hidden.extra_pnginfo or {})
+    if hidden.prompt is not None:
+        metadata["prompt"] = hidden.prompt
+    return metadata

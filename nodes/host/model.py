@@ -1,0 +1,242 @@
+"""The host's loaded Wan model as a rollout's CausalModel: checked, patched on a clone, loaded with room for the cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_management
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+
+from ...adastate_core.attention import CachedAttention
+from ...adastate_core.kv_cache import CachePlan
+from ...adastate_core.rollout import ModelGeometry
+from ...adastate_core.wan_attention import (
+    SESSION,
+    TEXT_KEY,
+    cross_attention_forward,
+    self_attention_forward,
+)
+
+MODEL_CLASS = "WAN21_T2V"
+LATENT_CHANNELS = 16
+_CONTROL_OPTIONS = {
+    "model_function_wrapper": "a UNet wrapper",
+    "sampler_cfg_function": "a CFG function",
+    "sampler_pre_cfg_function": "a pre-CFG function",
+    "sampler_post_cfg_function": "a post-CFG function",
+    "sampler_calc_cond_batch_function": "a cond batch function",
+}
+# conditioning keys that a rollout cannot honour, by the words a user knows them by
+_REFUSED_CONDITIONING = {
+    "hooks": "hooks (keyframed LoRA)",
+    "area": "an area",
+    "mask": "a mask",
+    "set_area_to_bounds": "an area",
+    "start_percent": "a timestep range",
+    "end_percent": "a timestep range",
+    "timestep_start": "a timestep range",
+    "timestep_end": "a timestep range",
+    "control": "a ControlNet",
+    "concat_latent_image": "a concat latent image (image to video)",
+    "concat_mask": "a concat mask (image to video)",
+    "reference_latents": "reference latents",
+    "clip_vision_output": "a CLIP vision output",
+    "gligen": "GLIGEN boxes",
+    "vace_frames": "VACE frames",
+    "audio_embed": "audio",
+}
+
+
+def check_model(patcher: Any) -> None:
+    """ValueError, saying what was given and what is accepted, unless a rollout can drive this MODEL."""
+    config = type(patcher.model.model_config).__name__
+    if config != MODEL_CLASS:
+        raise ValueError(
+            f"the model is a {config}; a rollout drives Wan 2.1 text-to-video models ({MODEL_CLASS}): load a causal "
+            "Wan 2.1 checkpoint such as Self-Forcing with Load Diffusion Model"
+        )
+    channels = patcher.model.model_config.unet_config.get("in_dim", LATENT_CHANNELS)
+    if channels != LATENT_CHANNELS:
+        raise ValueError(f"the model takes {channels} input channels; a rollout needs plain text-to-video with 16")
+    for name, words in _CONTROL_OPTIONS.items():
+        if patcher.model_options.get(name):
+            raise ValueError(
+                f"the model carries {words} ({name}), which a rollout would silently skip; remove the node that sets it"
+            )
+    for kind, keyed in patcher.wrappers.items():
+        if names := [str(key) for key, functions in keyed.items() if functions]:
+            raise ValueError(
+                f"the model carries the {kind} wrapper {', '.join(names)}, which a rollout would silently skip; "
+                "remove the node that sets it (EasyCache, context windows, torch.compile, ...)"
+            )
+
+
+def check_conditioning(positive: Any) -> torch.Tensor:
+    """The context [1 or B, tokens, width] of a plain conditioning; ValueError naming what it carries besides."""
+    if not isinstance(positive, Sequence) or len(positive) != 1:
+        count = len(positive) if isinstance(positive, Sequence) else 0
+        raise ValueError(
+            f"positive holds {count} conditioning entries; a rollout takes exactly one: use one prompt, not combined ones"
+        )
+    context, extra = positive[0]
+    for name, words in _REFUSED_CONDITIONING.items():
+        if extra.get(name) is not None:
+            raise ValueError(
+                f"positive carries {words} ({name}), which a rollout cannot honour; connect a plain text prompt"
+            )
+    if extra.get("strength", 1.0) != 1.0:
+        raise ValueError(f"positive has strength {extra['strength']}; a rollout takes a plain prompt of strength 1")
+    return context
+
+
+def geometry_of(patcher: Any) -> ModelGeometry:
+    """Layers, heads and channels of the host's Wan model."""
+    wan = patcher.model.diffusion_model
+    return ModelGeometry(
+        channels=LATENT_CHANNELS,
+        layers=len(wan.blocks),
+        heads=wan.num_heads,
+        head_dim=wan.dim // wan.num_heads,
+        patch=wan.patch_size[1],
+    )
+
+
+def compute_dtype(patcher: Any) -> torch.dtype:
+    """The dtype that activations, and with them the cache, will have."""
+    return patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+
+
+def fingerprint(patcher: Any) -> str:
+    """A short hash of small weights that quantisation leaves alone (norms, modulations), without LoRA patches.
+
+    Compared after rounding to bfloat16, so the same checkpoint in bf16, fp16 or fp8 has one fingerprint.
+    """
+    wan = patcher.model.diffusion_model
+    last = len(wan.blocks) - 1
+    names = ["head.modulation"]
+    for i in sorted({0, last // 2, last}):
+        names += [f"blocks.{i}.modulation", f"blocks.{i}.self_attn.norm_k.weight", f"blocks.{i}.norm3.weight"]
+    digest = hashlib.sha256()
+    state = dict(wan.named_parameters())
+    for name in names:
+        backup = patcher.backup.get(f"diffusion_model.{name}")
+        weight = state[name] if backup is None else backup.weight
+        values = weight.detach().flatten()[:256].float().cpu().to(torch.bfloat16).view(torch.int16)
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def to_model_space(patcher: Any, latents: torch.Tensor) -> torch.Tensor:
+    """VAE-space latents (a LATENT's samples) to the model's."""
+    return patcher.model.process_latent_in(latents)
+
+
+def to_vae_space(patcher: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The model's latents to VAE space, on the host's output device."""
+    device = comfy.model_management.intermediate_device()
+    return patcher.model.process_latent_out(latents).to(device)
+
+
+def available_bytes(patcher: Any) -> int:
+    """What the host could free on the model's device without the model's own weights: free, plus all it has loaded."""
+    device = patcher.load_device
+    free = comfy.model_management.get_free_memory(device)
+    loaded = sum(
+        model.model_loaded_memory() for model in comfy.model_management.current_loaded_models if model.device == device
+    )
+    return int(free + loaded)
+
+
+def check_memory(plan: CachePlan, available: int) -> None:
+    """ValueError, naming the window that would fit, if `plan` needs more than `available` bytes."""
+    if plan.total_bytes <= available:
+        return
+    gib = 2**30
+    low, high = -1, max(layer.window_frames for layer in plan.layers)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if plan.with_window(middle).total_bytes <= available:
+            low = middle
+        else:
+            high = middle
+    fitting = (
+        f"window_frames {low} would fit"
+        if low >= 0
+        else "no window would fit: use a smaller picture, batch or chunk_frames"
+    )
+    raise ValueError(
+        f"the rollout's caches need {plan.total_bytes / gib:.2f} GiB and {available / gib:.2f} GiB are free; {fitting}"
+    )
+
+
+class HostModel:
+    """A CausalModel on the host's own model. `load` before use; holds no cache, so nothing outlives a run."""
+
+    def __init__(self, patcher: Any, context: torch.Tensor, batch: int) -> None:
+        if context.shape[0] not in (1, batch):
+            raise ValueError(f"positive holds a batch of {context.shape[0]} prompts for batch_size {batch}; give one")
+        width = patcher.model.diffusion_model.text_dim
+        if context.shape[-1] != width:
+            raise ValueError(
+                f"positive has {context.shape[-1]} channels and the model reads {width}: encode the prompt with umt5-xxl "
+                "(CLIP type wan), or with AdaState's Demo Prompt for the demo model"
+            )
+        self.geometry, self.device = geometry_of(patcher), patcher.load_device
+        self.patcher = _patched(patcher)
+        self.dtype = compute_dtype(patcher)
+        self._context = context.expand(batch, -1, -1)
+        self._text_key = (id(context), context.data_ptr(), patcher.patches_uuid)
+
+    def load(self, plan: CachePlan, others: Sequence[Any] = (), working_bytes: int = 0) -> None:
+        """Load the weights, leaving room for the caches, one forward's activations and `working_bytes`."""
+        rows = plan.tokens * 4
+        activations = self.patcher.memory_required([plan.batch, LATENT_CHANNELS, plan.current_frames, rows, 1])
+        needed = plan.total_bytes + int(activations) + working_bytes
+        comfy.model_management.load_models_gpu([self.patcher, *others], memory_required=needed)
+        self._context = self._context.to(device=self.device, dtype=self.dtype)
+
+    def kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+        """The host's attention, with whatever back end and override the user chose."""
+        return optimized_attention(q, k, v, heads=heads, transformer_options=self._options({}))
+
+    def _options(self, own: dict[str, Any]) -> dict[str, Any]:
+        return {**self.patcher.model_options.get("transformer_options", {}), **own}
+
+    def velocity(self, x: torch.Tensor, timestep: float, attention: CachedAttention) -> torch.Tensor:
+        """One forward of [B, 16, frames, h, w] at one timestep; float32.
+
+        All frames share the timestep, so it is given once an item: the modulations then broadcast over the tokens.
+        """
+        own = {
+            SESSION: attention,
+            TEXT_KEY: self._text_key,
+            "cond_or_uncond": [0],
+            "sigmas": torch.tensor([timestep / 1000.0]),
+        }
+        times = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+        out = self.patcher.model.diffusion_model.forward_orig(
+            x.to(self.dtype), times, self._context, freqs=None, transformer_options=self._options(own)
+        )
+        return out.float()
+
+
+def _patched(patcher: Any) -> Any:
+    """A clone whose attention forwards look for a session and, without one, call the originals."""
+    clone = patcher.clone()
+    for i, block in enumerate(patcher.model.diffusion_model.blocks):
+        for name, module, make in (
+            ("self_attn", block.self_attn, self_attention_forward),
+            ("cross_attn", block.cross_attn, cross_attention_forward),
+        ):
+            path = f"diffusion_model.blocks.{i}.{name}.forward"
+            clone.add_object_patch(path, make(module, i, patcher.get_model_object(path)))
+    return clone
+
+
+def wan_to_vae_space(latents: torch.Tensor) -> torch.Tensor:
+    """Latents of a Wan 2.1 model to VAE space without a model at hand."""
+    return comfy.latent_formats.Wan21().process_out(latents)

@@ -1,0 +1,341 @@
+"""One run of the rollout node, from checked inputs to outputs: what the node's few lines call."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adastate_core.anchors import Anchor
+from ..adastate_core.rollout import Chunk, Rollout, RolloutSpec, RolloutState, Settings
+from ..adastate_core.rollout_file import save_state
+from ..adastate_core.schedule import Schedule
+from ..adastate_core.streaming import VideoStream
+from ..adastate_core.vae_stream import pictures_of
+from ..adastate_core.video_sink import VideoSink
+from .host import model as host_model
+from .host.checkpoints import rollout_defaults
+from .host.codec import HostDecoder
+from .host.files import STATE_SUFFIX, Target, new_file
+from .host.progress import Progress
+
+log = logging.getLogger("adastate")
+FALLBACK = {"steps": 4, "shift": 5.0, "chunk_frames": 3, "window_frames": 3, "positions": "packed"}
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What AdaStateStreamOutput sets: where the frames of a rollout go."""
+
+    vae: Any = field(repr=False)
+    filename_prefix: str
+    fps: float
+    codec: str
+    quality: int
+    preview: bool
+    autosave_seconds: float = 60.0
+    join: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """A rollout as the node's inputs ask for it."""
+
+    model: Any = field(repr=False)
+    positive: Any = field(repr=False)
+    width: int
+    height: int
+    length: int
+    batch_size: int
+    seed: int
+    steps: int
+    shift: float
+    chunk_frames: int
+    window_frames: int
+    positions: str
+    anchor: Anchor
+    sigmas: Sequence[float] | None
+    start_latent: dict[str, Any] | None = field(repr=False)
+    resume: RolloutState | None
+    stream: StreamSettings | None
+    keep_latents: bool
+    metadata: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def latent_length(self) -> int:
+        return (self.length - 1) // 4 + 1
+
+
+@dataclass
+class Result:
+    """What a run made; `latents` are in VAE space, or None if they were not kept."""
+
+    latents: torch.Tensor | None
+    state: RolloutState
+    report: dict[str, Any]
+    videos: list[Target]
+
+
+class Job:
+    """Resolves a request against the model, rolls it out, decodes and writes as it goes."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        host_model.check_model(request.model)
+        context = host_model.check_conditioning(request.positive)
+        self.warnings: list[str] = []
+        self.settings = self._resolve(rollout_defaults(request.model))
+        self.model = host_model.HostModel(request.model, context, request.batch_size)
+        self.spec = RolloutSpec(
+            geometry=self.model.geometry,
+            batch=request.batch_size,
+            height=request.height // 8,
+            width=request.width // 8,
+            chunk_frames=self.settings["chunk_frames"],
+            window_frames=self.settings["window_frames"],
+            anchor=request.anchor,
+            positions=self.settings["positions"],
+            dtype=self.model.dtype,
+            model=host_model.fingerprint(request.model),
+        )
+        self.decoder = HostDecoder(request.stream.vae) if request.stream else None
+        vae_bytes = self.decoder.cache_bytes(*self._latent_size) if self.decoder else 0
+        self.text_tokens = context.shape[1]
+        self.plan = self.spec.plan(self.text_tokens, vae_bytes)
+        host_model.check_memory(self.plan, host_model.available_bytes(request.model))
+        self.given = self._given()
+
+    @property
+    def _latent_size(self) -> tuple[int, int, int]:
+        return self.request.batch_size, self.request.height // 8, self.request.width // 8
+
+    def _resolve(self, defaults: dict[str, Any] | None) -> dict[str, Any]:
+        """Numbers win over the checkpoint's metadata, which wins over the fallback."""
+        if defaults is None:
+            self.warnings.append(
+                "the checkpoint says nothing of being causal; if frames fall apart it may be a plain Wan model"
+            )
+        asked = {
+            "steps": self.request.steps or None,
+            "shift": self.request.shift or None,
+            "chunk_frames": self.request.chunk_frames or None,
+            "window_frames": None if self.request.window_frames < 0 else self.request.window_frames,
+            "positions": None if self.request.positions == "auto" else self.request.positions,
+        }
+        known = FALLBACK | {k: v for k, v in (defaults or {}).items() if k in FALLBACK}
+        return {name: known[name] if value is None else value for name, value in asked.items()}
+
+    @property
+    def schedule(self) -> Schedule:
+        if self.request.sigmas is not None:
+            return Schedule.from_sigmas(self.request.sigmas)
+        return Schedule.shifted(self.settings["steps"], self.settings["shift"])
+
+    def _given(self) -> torch.Tensor | None:
+        if self.request.start_latent is None:
+            return None
+        samples = self.request.start_latent["samples"]
+        batch, height, width = self._latent_size
+        if samples.ndim != 5 or samples.shape[1] != 16 or samples.shape[0] not in (1, batch):
+            raise ValueError(
+                f"start_latent is {list(samples.shape)}; it must be a Wan 2.1 video latent [1 or {batch}, 16, frames, h, w]:"
+                " encode pictures with VAE Encode and a Wan 2.1 VAE"
+            )
+        if tuple(samples.shape[3:]) != (height, width):
+            raise ValueError(
+                f"start_latent is {samples.shape[4] * 8}x{samples.shape[3] * 8} and the rollout {width * 8}x{height * 8}; "
+                "scale the pictures to the rollout's size before encoding them"
+            )
+        return host_model.to_model_space(self.request.model, samples.float()).expand(batch, -1, -1, -1, -1)
+
+    def run(self) -> Result:
+        """Load, roll, decode; on any end the files are finished, and after a failure the state is saved beside them."""
+        request, schedule = self.request, self.schedule
+        rest = request.latent_length - (request.resume.emitted if request.resume else 0)
+        chunks = max(1, -(-rest // self.spec.chunk_frames))
+        progress = Progress(chunks * (len(schedule.sigmas) + 1))
+        rollout = Rollout(
+            self.model,
+            self.spec,
+            Settings(request.seed, schedule),
+            state=request.resume,
+            keep_latents=request.keep_latents,
+            text_tokens=self.text_tokens,
+            on_step=lambda chunk, step, steps, x0: progress.step(),
+        )
+        self._load()
+        output = StreamOutput(self, request.stream) if request.stream else None
+        made: list[Chunk] = []
+        start = time.perf_counter()
+        try:
+            for chunk in rollout.chunks(request.latent_length, self.given):
+                made.append(chunk if self._holds_latents else replace(chunk, latents=chunk.latents[:, :, :0].clone()))
+                if output:
+                    pictures = output.step(chunk, rollout)
+                    if request.stream.preview:
+                        progress.preview(pictures[0, -1])
+        except BaseException:
+            if output:
+                output.save_state(rollout)
+            raise
+        finally:
+            if output:
+                output.stream.close()
+        seconds = time.perf_counter() - start
+        state = rollout.snapshot(output.stream.snapshot() if output else {})
+        report = self._report(rollout, state, made, seconds, output)
+        return Result(self._latents(rollout, made), state, report, output.targets if output else [])
+
+    @property
+    def _holds_latents(self) -> bool:
+        """Whether LATENT is wanted: a stream holds no latents unless it is told to."""
+        return self.request.keep_latents or self.request.stream is None
+
+    def _load(self) -> None:
+        if self.decoder:
+            working = self.decoder.working_bytes(*self._latent_size)
+            self.model.load(self.plan, [self.decoder.patcher], working)
+        else:
+            self.model.load(self.plan)
+
+    def _latents(self, rollout: Rollout, made: list[Chunk]) -> torch.Tensor | None:
+        """All latents since frame 0 if they were kept all along, else those of this run; in VAE space."""
+        if not self._holds_latents:
+            return None
+        latents = rollout.kept_latents
+        if latents is None:
+            latents = torch.cat([chunk.latents for chunk in made], dim=2)
+            if self.request.keep_latents and self.request.resume is not None:
+                self.warnings.append("the resumed state had not kept its latents, so LATENT holds this run's only")
+        return host_model.to_vae_space(self.request.model, latents)
+
+    def _report(
+        self, rollout: Rollout, state: RolloutState, made: list[Chunk], seconds: float, output: StreamOutput | None
+    ) -> dict[str, Any]:
+        before = self.request.resume.emitted if self.request.resume else 0
+        frames = pictures_of(rollout.emitted) - pictures_of(before)
+        fps = self.request.stream.fps if self.request.stream else 16.0
+        times = sorted(chunk.seconds for chunk in made if not chunk.given)
+        if self.request.sigmas is not None:
+            self.warnings.append("sigmas is connected, so steps and shift were not used")
+        return {
+            "plan_bytes": self.plan.bytes(),
+            "kv_bytes_planned": self.plan.kv_bytes,
+            "kv_bytes_used": rollout.cache.nbytes,
+            "text_kv_bytes_used": rollout.cache.text_nbytes,
+            "state_bytes": state.nbytes,
+            "chunks": len(made),
+            "frames": frames,
+            "frames_total": pictures_of(rollout.emitted),
+            "video_seconds": frames / fps,
+            "seconds": round(seconds, 3),
+            "seconds_per_chunk": round(times[len(times) // 2], 4) if times else 0.0,
+            "fps": round(frames / seconds, 2) if seconds else 0.0,
+            "speed": round(frames / fps / seconds, 3) if seconds else 0.0,
+            "settings": self.settings
+            | {"seed": self.request.seed, "anchor": self.spec.anchor.describe(), "sigmas": list(self.schedule.sigmas)},
+            "files": [target.path.name for target in output.targets] if output else [],
+            "warnings": self.warnings,
+        }
+
+
+class StreamOutput:
+    """The files of a streamed run: a video an item, and the state that is saved beside the first."""
+
+    def __init__(self, job: Job, settings: StreamSettings) -> None:
+        self.job, self.settings = job, settings
+        request = job.request
+        before = 0 if request.resume is None else self._restore(request.resume)
+        batch = request.batch_size
+        suffixes = [".mp4"] if batch == 1 else [f"b{item}.mp4" for item in range(batch)]
+        self.targets = [
+            new_file(settings.filename_prefix, suffix, request.width, request.height) for suffix in suffixes
+        ]
+        try:
+            sinks = [self._sink(item, target) for item, target in enumerate(self.targets)]
+        except ValueError:
+            for target in self.targets:
+                target.path.unlink(missing_ok=True)
+            raise
+        self.stream = VideoStream(job.decoder, sinks, before)
+        self._saved = time.monotonic()
+
+    def _restore(self, resume: RolloutState) -> int:
+        """Take the decoder's cache from the state, or rebuild it from the latents that it keeps; frames so far."""
+        decoder = self.job.decoder
+        if "vae_latents_seen" in resume.stream:
+            decoder.restore(resume.stream)
+        elif resume.latents is not None:
+            for part in resume.latents.split(self.job.spec.chunk_frames, dim=2):
+                decoder.step(host_model.to_vae_space(self.job.request.model, part))
+        elif resume.emitted:
+            raise ValueError(
+                "the state was made without a stream and without keep_latents, so its video cannot be decoded further; "
+                "resume it without a stream, or make it again with one"
+            )
+        return pictures_of(resume.emitted)
+
+    def _sink(self, item: int, target: Target) -> VideoSink:
+        request = self.job.request
+        prefix, frames = None, 0
+        if self.settings.join and request.resume is not None:
+            prefix, frames = self._joined(request.resume, item, target)
+        return VideoSink(
+            target.path,
+            request.width,
+            request.height,
+            Fraction(self.settings.fps).limit_denominator(1001),
+            codec=self.settings.codec,
+            quality=self.settings.quality,
+            metadata=request.metadata,
+            prefix=prefix,
+            prefix_frames=frames,
+        )
+
+    def _joined(self, resume: RolloutState, item: int, target: Target) -> tuple[Path | None, int]:
+        """The old file of an item and how many of its frames the state stands for."""
+        files = resume.stream.get("files", [])
+        path = target.path.parent / Path(files[item]).name if item < len(files) else None
+        if path is None or not path.is_file():
+            self.job.warnings.append(
+                "join is on, but the video that the state belongs to was not found beside the new one"
+            )
+            return None, 0
+        return path, int(resume.stream["file_frames"][item])
+
+    @property
+    def state_path(self) -> Path:
+        return self.targets[0].path.with_suffix(STATE_SUFFIX)
+
+    def step(self, chunk: Chunk, rollout: Rollout) -> torch.Tensor:
+        """Decode and write a chunk; saves the state when it is due."""
+        try:
+            pictures = self.stream.step(host_model.to_vae_space(self.job.request.model, chunk.latents))
+        except BaseException:
+            rollout.put_back(chunk.latents)
+            raise
+        every = self.settings.autosave_seconds
+        if every > 0 and time.monotonic() - self._saved >= every:
+            self.save_state(rollout)
+        return pictures
+
+    def save_state(self, rollout: Rollout) -> None:
+        """Write `<video>.state.safetensors` for what is decoded and written; a failure is logged, never raised."""
+        if not rollout.emitted:
+            return
+        try:
+            save_state(rollout.snapshot(self.stream.snapshot()), self.state_path)
+            self._saved = time.monotonic()
+        except Exception as error:  # noqa: BLE001
+            log.error("the rollout's state could not be saved to %s: %s", self.state_path.name, error)
+
+
+def report_text(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=1)

@@ -1,0 +1,207 @@
+"""AdaState Rollout: the model rolled out chunk by chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..adastate_core.anchors import Anchor
+from ..adastate_core.rope import POSITION_MODES
+from ..adastate_core.schedule import Schedule
+from .host import api
+from .host.api import ExecutionBlocker, io, schema, ui, widget
+from .host.files import save_metadata
+from .job import Job, Request, report_text
+
+MAX_LENGTH = 2**24
+NO_STREAM = "VIDEO comes from a stream: connect Stream To Video to the rollout's stream input, or use Render Video."
+NO_LATENT = "The frames went to a stream and keep_latents is off, so there is no LATENT; turn keep_latents on."
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="A causal Wan 2.1 text-to-video model, from Load Diffusion Model."),
+        io.Conditioning.Input(
+            "positive", tooltip="One plain text prompt (the few-step causal models use no negative)."
+        ),
+        widget(io.Int, "width", default=832, min=16, max=8192, step=16, tooltip="Width of the video in pixels."),
+        widget(io.Int, "height", default=480, min=16, max=8192, step=16, tooltip="Height of the video in pixels."),
+        widget(
+            io.Int,
+            "length",
+            default=81,
+            min=1,
+            max=MAX_LENGTH,
+            step=4,
+            tooltip="Video frames since the first frame, also when resuming (4n + 1; 481 is 30 s at 16 fps). Memory does "
+            "not depend on it.",
+        ),
+        widget(
+            io.Int, "batch_size", default=1, min=1, max=64, tooltip="Videos made side by side, each from its own noise."
+        ),
+        widget(
+            io.Int,
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="The same seed gives the same video, in one run or in many.",
+        ),
+        widget(
+            io.Int,
+            "steps",
+            default=0,
+            min=0,
+            max=100,
+            tooltip="Denoising steps a chunk; 0 = what the checkpoint wants (4).",
+        ),
+        widget(
+            io.Float,
+            "shift",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            tooltip="Shift of the noise levels; 0 = what the checkpoint wants (5). The model's own sampling shift is not used.",
+        ),
+        widget(
+            io.Int,
+            "chunk_frames",
+            default=0,
+            min=0,
+            max=64,
+            tooltip="Latent frames made at once; 0 = what the checkpoint wants (3; frame-wise models 1).",
+        ),
+        widget(
+            io.Int,
+            "window_frames",
+            default=-1,
+            min=-1,
+            max=4096,
+            tooltip="Past latent frames that stay in the cache; -1 = what the checkpoint wants (3). Memory and time grow "
+            "with it; 0 forgets everything but the anchor.",
+        ),
+        widget(
+            io.Combo,
+            "positions",
+            options=["auto", *POSITION_MODES],
+            default="auto",
+            tooltip="How time is numbered: packed = by place in the cache, fixed = the same numbers at every chunk, "
+            "absolute = by frame of the video.",
+        ),
+        api.Anchor.Input("anchor", optional=True, tooltip="What is looked back to beyond the window; none if empty."),
+        io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels of the steps; beats steps and shift."),
+        io.Latent.Input(
+            "start_latent",
+            optional=True,
+            tooltip="Pictures or a video to go on from (VAE Encode): they become the first frames.",
+        ),
+        api.State.Input(
+            "resume", optional=True, tooltip="A rollout to go on from, from another rollout or Load Rollout State."
+        ),
+        api.Stream.Input("stream", optional=True, tooltip="Writes the frames to a video while the rollout runs."),
+        widget(
+            io.Boolean,
+            "keep_latents",
+            default=True,
+            optional=True,
+            tooltip="Hold all latents for LATENT and in the state. Off with a stream: memory does not grow at all.",
+        ),
+    ]
+
+
+class RolloutNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateRollout",
+            display_name="AdaState Rollout",
+            category="AdaState",
+            description="Rolls a causal Wan 2.1 model out chunk by chunk, at a memory that does not grow with the length.",
+            search_aliases=["autoregressive", "long video", "self forcing", "causal", "AdaState"],
+            is_output_node=True,
+            inputs=_inputs(),
+            outputs=[
+                io.Latent.Output("latent", display_name="LATENT", tooltip="The latents, for Streaming VAE Decode."),
+                api.State.Output("state", display_name="STATE", tooltip="The rollout to go on from, or to save."),
+                io.String.Output("report", display_name="REPORT", tooltip="What was planned and used, as JSON."),
+                io.Video.Output("video", display_name="VIDEO", tooltip="The streamed file (batch item 0)."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        width: int | None = None,
+        height: int | None = None,
+        length: int | None = None,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        shift: float | None = None,
+        chunk_frames: int | None = None,
+        window_frames: int | None = None,
+        positions: str | None = None,
+    ) -> bool | str:
+        """The first thing wrong with the numbers, in a sentence; linked inputs arrive as None."""
+        for name, value in (("width", width), ("height", height)):
+            if value is not None and (value < 16 or value % 16):
+                nearest = max(16, round(value / 16) * 16)
+                return f"{name} is {value}; it must be a multiple of 16, at least 16: try {nearest}"
+        least = {"length": (length, 1), "batch_size": (batch_size, 1), "steps": (steps, 0), "shift": (shift, 0)}
+        least |= {"chunk_frames": (chunk_frames, 0), "window_frames": (window_frames, -1)}
+        for name, (value, low) in least.items():
+            if value is not None and value < low:
+                return f"{name} is {value}; it must be at least {low}"
+        if length is not None and length > MAX_LENGTH:
+            return f"length is {length}; it must be at most {MAX_LENGTH}"
+        if positions is not None and positions not in ("auto", *POSITION_MODES):
+            return f"positions is {positions!r}; it must be one of auto, {', '.join(POSITION_MODES)}"
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        width: int,
+        height: int,
+        length: int,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        shift: float,
+        chunk_frames: int,
+        window_frames: int,
+        positions: str,
+        anchor: Anchor | None = None,
+        sigmas: Any = None,
+        start_latent: dict[str, Any] | None = None,
+        resume: Any = None,
+        stream: Any = None,
+        keep_latents: bool = True,
+    ) -> io.NodeOutput:
+        request = Request(
+            model, positive, width, height, length, batch_size, seed, steps, shift, chunk_frames, window_frames, positions,
+            anchor=anchor or Anchor(),
+            sigmas=None if sigmas is None else Schedule.from_sigmas(sigmas.tolist()).sigmas,
+            start_latent=start_latent,
+            resume=resume,
+            stream=stream,
+            keep_latents=keep_latents,
+            metadata=save_metadata(cls.hidden) if stream is not None else {},
+        )  # fmt: skip
+        result = Job(request).run()
+        text = report_text(result.report)
+        shown: dict[str, Any] = {"adastate_report": [text]}
+        if result.videos:
+            shown |= ui.PreviewVideo([target.result() for target in result.videos]).as_dict()
+        return io.NodeOutput(
+            ExecutionBlocker(NO_LATENT) if result.latents is None else {"samples": result.latents},
+            result.state,
+            text,
+            api.InputImpl.VideoFromFile(str(result.videos[0].path)) if result.videos else ExecutionBlocker(NO_STREAM),
+            ui=shown,
+        )
+
+
+NODES = [RolloutNode]

@@ -1,0 +1,120 @@
+"""Rollout states: saved, loaded, looked into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..adastate_core.rollout import RolloutState
+from ..adastate_core.rollout_file import load_state, save_state
+from .host import api
+from .host.api import io, schema, ui, widget
+from .host.codec import HostDecoder
+from .host.files import STATE_SUFFIX, check_prefix, new_file, state_files, state_path
+from .host.model import wan_to_vae_space
+
+CATEGORY = "AdaState/state"
+
+
+class SaveStateNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateSaveState",
+            display_name="Save Rollout State",
+            category=CATEGORY,
+            description="Writes a rollout's state to the output folder, so that it can go on later, bit for bit.",
+            is_output_node=True,
+            inputs=[
+                api.State.Input("state", tooltip="STATE of a rollout."),
+                widget(io.String, "filename_prefix", default="adastate/state", tooltip="Where in the output folder."),
+            ],
+            outputs=[io.String.Output("file", display_name="FILE", tooltip="Name to give Load Rollout State.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        return check_prefix(filename_prefix) or True if filename_prefix is not None else True
+
+    @classmethod
+    def execute(cls, state: RolloutState, filename_prefix: str) -> io.NodeOutput:
+        target = new_file(filename_prefix, STATE_SUFFIX)
+        save_state(state, target.path)
+        name = f"{target.subfolder}/{target.path.name}".lstrip("/") + " [output]"
+        return io.NodeOutput(name, ui=ui.PreviewText(f"{name}\n{state!r}"))
+
+
+class LoadStateNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateLoadState",
+            display_name="Load Rollout State",
+            category=CATEGORY,
+            description="Reads a saved state, or the one that a stream saved beside its video, to go on from.",
+            inputs=[
+                widget(
+                    io.Combo,
+                    "file",
+                    options=state_files() or [""],
+                    tooltip="A saved state: newest first; '<video>.state.safetensors' are the streams' own.",
+                )
+            ],
+            outputs=[api.State.Output("state", display_name="STATE", tooltip="Connect to a rollout's resume.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None) -> bool | str:
+        if file is None:
+            return True
+        try:
+            state_path(file)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None) -> str:
+        path = state_path(file)
+        return f"{path.name}:{path.stat().st_mtime_ns}:{path.stat().st_size}"
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(load_state(state_path(file)))
+
+
+class DecodeStateNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateDecodeState",
+            display_name="Decode Hidden State",
+            category=CATEGORY,
+            description="Shows the hidden state of an adaptive rollout as pictures: what the model carries, never rendered.",
+            inputs=[
+                api.State.Input("state", tooltip="STATE of a rollout with the adaptive anchor."),
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE that belongs to the model."),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="IMAGE", tooltip="One picture a state frame and batch item.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, state: RolloutState, vae: Any) -> io.NodeOutput:
+        if state.hidden is None:
+            kind = state.spec["anchor"]["kind"]
+            raise ValueError(
+                f"this rollout ran with the {kind} anchor, which has no hidden state; use Anchor: Adaptive State"
+            )
+        frames = wan_to_vae_space(state.hidden).transpose(1, 2).flatten(0, 1)[:, :, None]
+        pictures = []
+        for frame in frames:  # each is the first frame of a video of its own
+            decoder = HostDecoder(vae)
+            decoder.load(frame[None].shape)
+            pictures.append(decoder.step(frame[None])[0])
+        return io.NodeOutput(torch.cat(pictures))
+
+
+NODES = [SaveStateNode, LoadStateNode, DecodeStateNode]

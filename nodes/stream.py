@@ -1,0 +1,217 @@
+"""Frames out: streamed while a rollout runs, or decoded and rendered afterwards, never all at once."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from ..adastate_core.vae_stream import pictures_of
+from ..adastate_core.video_sink import CODECS, VideoSink, to_bytes
+from .host import api
+from .host.api import io, schema, ui, widget
+from .host.codec import HostDecoder
+from .host.files import check_prefix, new_file, save_metadata
+from .host.progress import Progress
+from .job import StreamSettings
+
+CATEGORY = "AdaState/video"
+
+
+def _file_widgets(prefix: str) -> list[io.Input]:
+    return [
+        widget(io.String, "filename_prefix", default=prefix, tooltip="Where the video goes, in the host's folder."),
+        widget(
+            io.Float, "fps", default=16.0, min=1.0, max=240.0, step=0.001, tooltip="Frames a second; Wan 2.1 makes 16."
+        ),
+        widget(io.Combo, "codec", options=list(CODECS), default="h264", tooltip="How the frames are encoded."),
+        widget(
+            io.Int, "quality", default=18, min=0, max=51, tooltip="Constant rate factor: lower is better and larger."
+        ),
+    ]
+
+
+def _check_file_widgets(filename_prefix: Any, fps: Any, codec: Any, quality: Any) -> bool | str:
+    """The first thing wrong, in a sentence; linked inputs arrive as None."""
+    if filename_prefix is not None and (reason := check_prefix(filename_prefix)):
+        return f"filename_prefix {reason}"
+    if fps is not None and not 1 <= fps <= 240:
+        return f"fps is {fps}; it must be between 1 and 240"
+    if codec is not None and codec not in CODECS:
+        return f"codec is {codec!r}; it must be one of {', '.join(CODECS)}"
+    if quality is not None and not 0 <= quality <= 51:
+        return f"quality is {quality}; it must be between 0 and 51"
+    return True
+
+
+class StreamOutputNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateStreamOutput",
+            display_name="Stream To Video",
+            category=CATEGORY,
+            description="Decodes a rollout while it runs and writes the frames to an mp4 that plays even if the run is killed.",
+            search_aliases=["stream", "mp4", "autosave"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE that belongs to the model."),
+                *_file_widgets("video/AdaState"),
+                widget(io.Boolean, "preview", default=True, tooltip="Show the newest frame on the rollout node."),
+                widget(
+                    io.Float,
+                    "autosave_seconds",
+                    default=60.0,
+                    min=0.0,
+                    max=86400.0,
+                    step=1.0,
+                    optional=True,
+                    tooltip="How often the state is saved beside the video; always when a run is interrupted. 0 = only then.",
+                ),
+                widget(
+                    io.Boolean,
+                    "join",
+                    default=False,
+                    optional=True,
+                    tooltip="When resuming: copy the old video's packets in front, so that one file holds everything.",
+                ),
+            ],
+            outputs=[api.Stream.Output("stream", display_name="STREAM", tooltip="Connect to a rollout's stream.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        filename_prefix: str | None = None,
+        fps: float | None = None,
+        codec: str | None = None,
+        quality: int | None = None,
+        autosave_seconds: float | None = None,
+    ) -> bool | str:
+        if autosave_seconds is not None and autosave_seconds < 0:
+            return f"autosave_seconds is {autosave_seconds}; it must be at least 0"
+        return _check_file_widgets(filename_prefix, fps, codec, quality)
+
+    @classmethod
+    def execute(
+        cls,
+        vae: Any,
+        filename_prefix: str,
+        fps: float,
+        codec: str,
+        quality: int,
+        preview: bool,
+        autosave_seconds: float = 60.0,
+        join: bool = False,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(StreamSettings(vae, filename_prefix, fps, codec, quality, preview, autosave_seconds, join))
+
+
+class DecodeNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateDecode",
+            display_name="Streaming VAE Decode",
+            category=CATEGORY,
+            description="Decodes a video latent frame by frame with the VAE's own cache: the bits of VAE Decode, at a memory "
+            "that does not grow with the length.",
+            search_aliases=["VAE decode", "long video decode"],
+            inputs=[
+                io.Latent.Input("latent", tooltip="A Wan 2.1 video latent."),
+                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE."),
+                widget(
+                    io.Int,
+                    "frames_per_call",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="Latent frames a decoder call. 1 gives the bits of VAE Decode; more can be faster and is exact to "
+                    "rounding.",
+                ),
+            ],
+            outputs=[io.Image.Output("image", display_name="IMAGE", tooltip="Frames; batch items one after another.")],
+        )
+
+    @classmethod
+    def execute(cls, latent: dict[str, Any], vae: Any, frames_per_call: int = 1) -> io.NodeOutput:
+        samples = _video_samples(latent)
+        batch, frames = samples.shape[0], samples.shape[2]
+        pictures, progress = None, Progress(batch * frames)
+        for item in range(batch):
+            at = item * pictures_of(frames)
+            for part in decoded(vae, samples[item : item + 1], frames_per_call, progress):
+                if pictures is None:
+                    pictures = part.new_empty((batch * pictures_of(frames), *part.shape[2:]))
+                pictures[at : at + part.shape[1]] = part[0]
+                at += part.shape[1]
+        return io.NodeOutput(pictures)
+
+
+class RenderVideoNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateRenderVideo",
+            display_name="Render Video",
+            category=CATEGORY,
+            description="Decodes a video latent straight into a video file, never holding all frames. Save Video keeps it.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="A Wan 2.1 video latent."),
+                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE."),
+                *_file_widgets("AdaState"),
+            ],
+            outputs=[io.Video.Output("video", display_name="VIDEO", tooltip="A file in the host's temp folder.")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        filename_prefix: str | None = None,
+        fps: float | None = None,
+        codec: str | None = None,
+        quality: int | None = None,
+    ) -> bool | str:
+        return _check_file_widgets(filename_prefix, fps, codec, quality)
+
+    @classmethod
+    def execute(
+        cls, latent: dict[str, Any], vae: Any, filename_prefix: str, fps: float, codec: str, quality: int
+    ) -> io.NodeOutput:
+        samples = _video_samples(latent)
+        height, width = samples.shape[3] * 8, samples.shape[4] * 8
+        target = new_file(filename_prefix, ".mp4", width, height, kind="temp")
+        progress = Progress(samples.shape[0] * samples.shape[2])
+        rate = Fraction(fps).limit_denominator(1001)
+        with VideoSink(target.path, width, height, rate, codec, quality, save_metadata(cls.hidden)) as sink:
+            for item in range(samples.shape[0]):
+                for part in decoded(vae, samples[item : item + 1], 1, progress):
+                    sink.write(to_bytes(part[0]))
+        return io.NodeOutput(
+            api.InputImpl.VideoFromFile(str(target.path)), ui=ui.PreviewVideo([target.result()]).as_dict()
+        )
+
+
+def _video_samples(latent: dict[str, Any]) -> torch.Tensor:
+    samples = latent["samples"]
+    if samples.ndim != 5 or samples.shape[1] != 16 or 0 in samples.shape:
+        raise ValueError(
+            f"the latent is {list(samples.shape)}; streaming decode needs a Wan 2.1 video latent [B, 16, frames, h, w]"
+        )
+    return samples
+
+
+def decoded(vae: Any, samples: torch.Tensor, frames_per_call: int, progress: Progress) -> Any:
+    """Pictures [1, t, H, W, 3] of one item's latents [1, 16, n, h, w], call by call."""
+    decoder = HostDecoder(vae, frames_per_call)
+    decoder.load(samples.shape)
+    first, *rest = samples[:, :, :1], *samples[:, :, 1:].split(frames_per_call, dim=2)
+    for part in (first, *rest):
+        if part.shape[2]:
+            yield decoder.step(part)
+            progress.step(part.shape[2])
+
+
+NODES = [StreamOutputNode, DecodeNode, RenderVideoNode]

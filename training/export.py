@@ -1,0 +1,52 @@
+"""Stage 4: what the host's standard loaders take, as bf16 safetensors in models/.
+
+    python -m training.export --config training/configs/export.toml
+
+The transformer's file carries how it wants to be rolled out (metadata key "adastate", JSON) with the fingerprint
+by which the rollout node recognises its weights once the host's loader has dropped the metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .run import Run, log
+
+
+def fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    """The fingerprint of nodes/host/model.py, from a state dict (tests/host/test_model.py compares the two)."""
+    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    names = ["head.modulation"]
+    for i in sorted({0, (layers - 1) // 2, layers - 1}):
+        names += [f"blocks.{i}.modulation", f"blocks.{i}.self_attn.norm_k.weight", f"blocks.{i}.norm3.weight"]
+    digest = hashlib.sha256()
+    for name in names:
+        values = weights[name].flatten()[:256].float().to(torch.bfloat16).view(torch.int16)
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def main() -> None:
+    run = Run.from_arguments("Export the trained pair.")
+    for kind in ("vae", "diffusion_models"):
+        entry = run.config.get(kind)
+        if entry is None:
+            continue
+        weights = torch.load(entry["weights"], weights_only=True)
+        halves = {name: value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
+        metadata = {"format": "pt"}
+        if kind == "diffusion_models":
+            metadata["adastate"] = json.dumps(entry["rollout"] | {"fingerprint": fingerprint(halves)})
+        target = Path(run.config["folder"]) / kind / entry["file"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(halves, target, metadata=metadata)
+        log.info("%s: %.2f MB", target, target.stat().st_size / 1e6)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""A whole clip in one forward: every chunk denoised against its own clean past, with a window and a sink.
+
+Frames are laid out [clean | noisy] on the time axis. Chunk i's noisy tokens attend to the sink, to the clean window
+before it and to themselves; its clean tokens to the same past and to themselves, which is what the rollout's clean
+pass caches. Positions are those of the rollout's `packed` mode: only distances matter, so everything is rotated at
+its own index and the sink is moved up to the window. Equals the product's rollout pass by pass
+(tests/training/test_training.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adastate_core.demo_words import VOCABULARY, word_vector
+from adastate_core.rope import Rope
+
+KEY = "adastate_clip"
+
+
+@dataclass
+class ClipAttention:
+    """How the chunks of one clip see each other, and the rotation of its frames."""
+
+    rope: Rope
+    tokens: int
+    frames: int
+    chunk_frames: int
+    window_frames: int
+    sink_frames: int
+    text_mask: torch.Tensor  # [B, chunks, words] bool: the words that a chunk sees
+
+    def __post_init__(self) -> None:
+        self.chunks = self.frames // self.chunk_frames
+        self.table = self.rope.table(range(self.frames)).repeat(2, 1, 1)
+
+    def past(self, chunk: int) -> tuple[range, range]:
+        """The sink frames and window frames that chunk `chunk` may see."""
+        first = chunk * self.chunk_frames
+        sink = range(min(self.sink_frames, first))
+        return sink, range(max(first - self.window_frames, len(sink)), first)
+
+    def self_attention(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """[B, 2 T P, width] -> the same, through the module's own projections."""
+        heads, batch = module.num_heads, x.shape[0]
+        q, k, v = module.norm_q(module.q(x)), module.norm_k(module.k(x)), module.v(x)
+        q, raw, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        q, k = self.rope.rotate(q, self.table), self.rope.rotate(raw, self.table)
+
+        def by_frame(t: torch.Tensor) -> torch.Tensor:  # [B, 2, T, P, heads, head_dim]
+            return t.unflatten(1, (2, self.frames, self.tokens))
+
+        q, k, v, raw = by_frame(q), by_frame(k), by_frame(v), by_frame(raw)
+        outs = []
+        for i in range(self.chunks):
+            own = slice(i * self.chunk_frames, (i + 1) * self.chunk_frames)
+            sink, window = self.past(i)
+            keys = [k[:, 0, list(window)].flatten(1, 2)]
+            values = [v[:, 0, list(window)].flatten(1, 2)]
+            if len(sink):
+                shift = (window.start if window else own.start) - len(sink)
+                table = self.rope.table([shift + j for j in sink])
+                keys.append(self.rope.rotate(raw[:, 0, : len(sink)].flatten(1, 2), table))
+                values.append(v[:, 0, : len(sink)].flatten(1, 2))
+            past_k, past_v = (torch.cat(parts, 1)[:, None].expand(-1, 2, -1, -1, -1) for parts in (keys, values))
+            chunk_k = torch.cat([past_k, k[:, :, own].flatten(2, 3)], 2).flatten(0, 1)
+            chunk_v = torch.cat([past_v, v[:, :, own].flatten(2, 3)], 2).flatten(0, 1)
+            chunk_q = q[:, :, own].flatten(2, 3).flatten(0, 1)
+            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (chunk_q, chunk_k, chunk_v)))
+            outs.append(out.transpose(1, 2).flatten(2).unflatten(0, (batch, 2)))
+        return module.o(torch.cat(outs, 2).flatten(1, 2))
+
+    def cross_attention(self, module: nn.Module, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        heads = module.num_heads
+        q, k, v = module.norm_q(module.q(x)), module.norm_k(module.k(context)), module.v(context)
+        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        q = q.unflatten(1, (2, self.chunks, -1))
+        scores = torch.einsum("bscqhd,bkhd->bschqk", q, k) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(~self.text_mask[:, None, :, None, None], float("-inf"))
+        out = torch.einsum("bschqk,bkhd->bscqhd", scores.softmax(-1), v)
+        return module.o(out.flatten(4).flatten(1, 3))
+
+
+def install(model: nn.Module) -> None:
+    """Route a bare Wan model's attention through the ClipAttention in `transformer_options`, where there is one."""
+
+    def patch(block: nn.Module) -> None:
+        self_attention, cross_attention = block.self_attn.forward, block.cross_attn.forward
+
+        def self_forward(x, freqs, transformer_options={}, **more):  # noqa: B006
+            clip = transformer_options.get(KEY)
+            if clip is None:
+                return self_attention(x, freqs, transformer_options=transformer_options, **more)
+            return clip.self_attention(block.self_attn, x)
+
+        def cross_forward(x, context, transformer_options={}, **more):  # noqa: B006
+            clip = transformer_options.get(KEY)
+            if clip is None:
+                return cross_attention(x, context, transformer_options=transformer_options, **more)
+            return clip.cross_attention(block.cross_attn, x, context)
+
+        block.self_attn.forward, block.cross_attn.forward = self_forward, cross_forward
+
+    for block in model.blocks:
+        patch(block)
+
+
+def word_table() -> torch.Tensor:
+    """[1, all words, 4096]: the whole vocabulary as one context; masks choose from it."""
+    return torch.stack([word_vector(slot, word) for slot, words in VOCABULARY.items() for word in words])[None]
+
+
+def text_mask(words: torch.Tensor, drop: float, generator: torch.Generator) -> torch.Tensor:
+    """[B, chunks, slots] word numbers to [B, chunks, all words] bool; a slot of a clip is left out with `drop`.
+
+    The last slot changes from chunk to chunk and is never left out.
+    """
+    parts = []
+    for i, (_, choices) in enumerate(VOCABULARY.items()):
+        chosen = F.one_hot(words[..., i], len(choices)).bool()
+        if i + 1 < len(VOCABULARY):
+            chosen &= (torch.rand(words.shape[0], 1, 1, generator=generator) >= drop).expand(-1, words.shape[1], 1)
+        parts.append(chosen)
+    return torch.cat(parts, -1)
+
+
+def velocity(
+    model: nn.Module, clean: torch.Tensor, noisy: torch.Tensor, sigma: torch.Tensor, clip: ClipAttention
+) -> torch.Tensor:
+    """v of the noisy half [B, 16, T, h, w], at `sigma` [B, T]; the clean half is told timestep 0."""
+    x = torch.cat([clean, noisy], 2)
+    timesteps = torch.cat([torch.zeros_like(sigma), 1000 * sigma], 1)
+    context = word_table().expand(x.shape[0], -1, -1)
+    out = model.forward_orig(x, timesteps, context, freqs=None, transformer_options={KEY: clip})
+    return out[:, :, clean.shape[2] :]
