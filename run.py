@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""ComfyUI-AdaState from a checkout. Each command first sets up what is missing (once, about 8 GB of disk).
+
+  python3 run.py demo [WORKFLOW.json]   make a long video with the shipped model, in a real ComfyUI
+  python3 run.py serve [--port N]       start ComfyUI with the pack, for a browser; further flags go to ComfyUI
+  python3 run.py test [LAYER] [...]     style and all tests, or one folder of tests/; further arguments go to pytest
+  python3 run.py bench [NAME ...]       run all of benchmarks/, or those named
+  python3 run.py train STAGE [...]      run one stage of training/ with its arguments
+  python3 run.py setup                  only set up
+
+Python packages go to .venv and the rest to .cache, both in the checkout; both may be deleted at any time.
+COMFYUI_PATH=/path/to/ComfyUI uses that ComfyUI and the interpreter that runs it, and downloads nothing;
+COMFYUI_PYTHON names that interpreter where it is not found (looked for: .venv, venv, ../python_embeded, this one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from pathlib import Path
+
+from tools.host_client import Server, run_prompt, server_command
+from tools.setup_host import CACHE, ROOT, Host, SetupError, duration, ensure_ready, say
+
+DEMO = ROOT / "workflows" / "api" / "long_video.json"
+BASE = CACHE / "base"  # the server's models, custom_nodes, input, temp and user folders
+OUTPUT = ROOT / "output"
+LAYERS = ["core", "training", "runpy", "host", "api", "web"]  # run in this order, then whatever else is in tests/
+TEST_MODULES = {"pytest": "pytest", "ruff": "ruff", "websocket": "websocket-client"}
+
+
+# ---- demo
+
+
+def error_text(entry: dict) -> str | None:
+    """What went wrong in a finished prompt, or None."""
+    if entry["status"]["status_str"] == "success":
+        return None
+    for event, data in entry["status"]["messages"]:
+        if event == "execution_error":
+            return f"{data['node_type']} (node {data['node_id']}) failed: {data['exception_message'].strip()}"
+    return "The run was interrupted."
+
+
+def written_files(entry: dict, output: Path) -> list[Path]:
+    """The files that a prompt's nodes list in their ui, those of the output folder."""
+    items = [
+        item
+        for node in entry["outputs"].values()
+        for listed in node.values()
+        for item in listed
+        if isinstance(item, dict) and item.get("type") == "output" and "filename" in item
+    ]
+    return [output / item.get("subfolder", "") / item["filename"] for item in items]
+
+
+def report_lines(report: dict) -> list[str]:
+    """The rollout's report in words."""
+    planned, used = report["kv_bytes_planned"], report["kv_bytes_used"]
+    return [
+        f"Length: {report['video_seconds']:.1f} s of video, {report['frames']} frames in {report['chunks']} chunks.",
+        f"Speed: {report['fps']:.1f} frames per second ({duration(report['seconds'])} in all).",
+        f"KV cache: {planned:,} bytes planned, {used:,} used ({used / 2**20:.1f} MiB, whatever the length).",
+        *(f"Note: {warning}" for warning in report.get("warnings", [])),
+    ]
+
+
+def demo(arguments: list[str]) -> int:
+    """Make a video through the HTTP interface, as any client would."""
+    workflow = Path(arguments[0]).resolve() if arguments else DEMO
+    try:
+        prompt = json.loads(workflow.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SetupError(f"{workflow} cannot be read as a workflow: {error}.") from error
+    host = ensure_ready()
+    say("Starting ComfyUI.")
+    with Server(host, BASE, OUTPUT, CACHE / "demo-server.log") as server:
+        server.wait_ready()
+        say(f"Running {workflow.name}.")
+        entry = run_prompt(server, prompt)
+    if error := error_text(entry):
+        say(f"{error}\nThe server's log is {CACHE / 'demo-server.log'}.")
+        return 1
+    if not (files := written_files(entry, OUTPUT)):
+        say("The workflow ran, but wrote no file.")
+        return 1
+    for file in files:
+        say(f"Written: {file}")
+    reports = [text for node in entry["outputs"].values() for text in node.get("adastate_report", [])]
+    for report in reports:
+        say("\n".join(report_lines(json.loads(report))))
+    say(
+        f"Next: change the words or the length in {workflow} and run this again,\n"
+        "or `python3 run.py serve` and open the pack's workflows from the template browser."
+    )
+    return 0
+
+
+# ---- the other commands
+
+
+def serve(arguments: list[str]) -> int:
+    """Run the host in the foreground."""
+    parser = argparse.ArgumentParser(prog="run.py serve")
+    parser.add_argument("--port", type=int, default=8188)
+    options, flags = parser.parse_known_args(arguments)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", options.port))
+        except OSError as error:
+            raise SetupError(f"Port {options.port} is taken; choose another one with --port.") from error
+    host = ensure_ready()
+    command = server_command(host, BASE, OUTPUT, options.port)
+    say(f"ComfyUI will be at http://127.0.0.1:{options.port} in some seconds. Ctrl-C ends it.")
+    return run_child([*command, *flags], host, host.path)
+
+
+def run_child(command: list[str], host: Host, folder: Path = ROOT) -> int:
+    """Run a program in the foreground, ended with this one; returns its exit status."""
+    process = subprocess.Popen(command, cwd=folder, env=host.env())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # it got the Ctrl-C as well: let it end in its own way
+        process.wait(30)
+        raise
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+def test_layers(tests: Path, wanted: str | None = None) -> list[str]:
+    """The folders of `tests` that have a pytest.ini, in order."""
+    found = sorted(path.parent.name for path in tests.glob("*/pytest.ini"))
+    ordered = [name for name in LAYERS if name in found] + [name for name in found if name not in LAYERS]
+    return ordered if wanted is None else [name for name in ordered if name == wanted]
+
+
+def junit_counts(file: Path) -> tuple[int, int, int] | None:
+    """Passed, failed and skipped tests of a pytest report, or None if pytest did not get to write it."""
+    if not file.is_file():
+        return None
+    suites = list(xml.etree.ElementTree.parse(file).getroot().iter("testsuite"))
+    total, failures, errors, skipped = (
+        sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+    )
+    return total - failures - errors - skipped, failures + errors, skipped
+
+
+def run_layer(name: str, host: Host, arguments: list[str]) -> tuple[bool, tuple[int, int, int], str]:
+    """One pytest process for one folder of tests; returns success, counts and a line about it."""
+    report = CACHE / f"junit-{name}.xml"
+    report.unlink(missing_ok=True)
+    started = time.monotonic()
+    say(f"== tests/{name}")
+    # From inside the folder: pytest puts the current folder on sys.path, and the checkout must never be there
+    # together with the host, whose `nodes` and `tests` have the same names.
+    command = [str(host.python), "-m", "pytest", f"--junitxml={report}", *arguments]
+    code = run_child(command, host, ROOT / "tests" / name)
+    counts = junit_counts(report) or (0, 0, 0)
+    good = code == 0 or (code == 5 and bool(arguments))  # 5: nothing selected, which is all right with a -k
+    line = "{} passed, {} failed, {} skipped".format(*counts)
+    line += f", {duration(time.monotonic() - started)}" + ("" if good else f", pytest ended with status {code}")
+    return good, counts, f"{name + ':':10} {line}"
+
+
+def test(arguments: list[str]) -> int:
+    """Style, then every layer of tests, each in a process of its own."""
+    names = test_layers(ROOT / "tests")
+    if arguments and arguments[0].isidentifier():
+        if arguments[0] not in names:
+            raise SetupError(
+                f"There is no folder tests/{arguments[0]} with a pytest.ini; there are: {', '.join(names)}."
+            )
+        names, arguments = [arguments[0]], arguments[1:]
+    host = ensure_ready(TEST_MODULES)
+    CACHE.mkdir(exist_ok=True)
+    say("== style")
+    checks = (["check", "."], ["format", "--check", "."])
+    bad_style = any([run_child([str(host.python), "-m", "ruff", *each], host) for each in checks])
+    results = [run_layer(name, host, arguments) for name in names]
+    say(f"\n{'style:':10} {'failed' if bad_style else 'passed'}")
+    for _, _, line in results:
+        say(line)
+    passed, failed, skipped = (sum(counts[i] for _, counts, _ in results) for i in range(3))
+    say(f"total: {passed} passed, {failed} failed, {skipped} skipped")
+    return int(bad_style or not all(good for good, _, _ in results))
+
+
+def choose(kind: str, folder: Path, names: list[str]) -> list[str]:
+    """`names` if all of them are scripts of this folder, else a sentence that lists the scripts."""
+    known = sorted(path.stem for path in folder.glob("*.py") if not path.name.startswith("_"))
+    if unknown := [name for name in names if name not in known]:
+        raise SetupError(f"There is no {kind} {unknown[0]}; there are: {', '.join(known) or 'none'}.")
+    return names or known
+
+
+def bench(arguments: list[str]) -> int:
+    """Run benchmarks one after the other."""
+    names = choose("benchmark", ROOT / "benchmarks", [name.removesuffix(".py") for name in arguments])
+    host = ensure_ready()
+    return max(
+        [run_child([str(host.python), str(Path("benchmarks", f"{name}.py"))], host) for name in names], default=0
+    )
+
+
+def train(arguments: list[str]) -> int:
+    """Run a stage of the training."""
+    if not arguments:
+        raise SetupError(f"Name a stage: {', '.join(choose('stage', ROOT / 'training', []))}.")
+    choose("stage", ROOT / "training", arguments[:1])
+    host = ensure_ready()
+    return run_child([str(host.python), "-m", f"training.{arguments[0]}", *arguments[1:]], host)
+
+
+def setup(arguments: list[str]) -> int:
+    """Set up, and say where things are."""
+    host = ensure_ready()
+    say(f"Ready. ComfyUI: {host.path}\nPython: {host.python}")
+    return 0
+
+
+COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench, "train": train, "setup": setup}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command."""
+    if sys.version_info < (3, 10):  # noqa: UP036 (this is how a user learns it)
+        say(f"run.py needs Python 3.10 or newer, and this is {sys.version.split()[0]}.")
+        return 2
+    if not arguments or arguments[0] not in COMMANDS:
+        say(str(__doc__).strip())
+        return 0 if arguments and re.fullmatch("-h|--help|help", arguments[0]) else 2
+    for name in ("SIGTERM", "SIGHUP"):  # so that what was started is ended too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    try:
+        return COMMANDS[arguments[0]](arguments[1:])
+    except SetupError as error:
+        say(str(error))
+        return error.code
+    except KeyboardInterrupt:
+        say("\nStopped.")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
