@@ -196,8 +196,8 @@ def test(arguments: list[str]) -> int:
 
 
 def choose(kind: str, folder: Path, names: list[str]) -> list[str]:
-    """`names` if all of them are scripts of this folder, else a sentence that lists the scripts."""
-    known = sorted(path.stem for path in folder.glob("*.py") if not path.name.startswith("_"))
+    """`names`, or all scripts of this folder if none is named; a sentence that lists them if one is unknown."""
+    known = sorted(path.stem for path in folder.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
     if unknown := [name for name in names if name not in known]:
         raise SetupError(f"There is no {kind} {unknown[0]}; there are: {', '.join(known) or 'none'}.")
     return names or known

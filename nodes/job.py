@@ -23,7 +23,7 @@ from ..adastate_core.video_sink import VideoSink
 from .host import model as host_model
 from .host.checkpoints import rollout_defaults
 from .host.codec import HostDecoder
-from .host.files import STATE_SUFFIX, Target, new_file
+from .host.files import STATE_SUFFIX, Target, new_files
 from .host.progress import Progress
 
 log = logging.getLogger("adastate")
@@ -255,9 +255,7 @@ class StreamOutput:
         before = 0 if request.resume is None else self._restore(request.resume)
         batch = request.batch_size
         suffixes = [".mp4"] if batch == 1 else [f"b{item}.mp4" for item in range(batch)]
-        self.targets = [
-            new_file(settings.filename_prefix, suffix, request.width, request.height) for suffix in suffixes
-        ]
+        self.targets = new_files(settings.filename_prefix, suffixes, request.width, request.height)
         try:
             sinks = [self._sink(item, target) for item, target in enumerate(self.targets)]
         except ValueError:

@@ -26,8 +26,10 @@ def link_pack(base: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     if link.exists() and link.resolve() == ROOT:
         return
-    if link.is_symlink() or link.exists():
+    if link.is_symlink():
         link.unlink()
+    elif link.exists():
+        raise SetupError(f"{link} is not a link to {ROOT}; move it away.")
     try:
         link.symlink_to(ROOT, target_is_directory=True)
     except OSError:  # Windows wants a privilege for links, but none for junctions

@@ -33,20 +33,30 @@ class Target:
         return ui.SavedResult(self.path.name, self.subfolder, io.FolderType(self.kind))
 
 
-def new_file(prefix: str, suffix: str, width: int = 0, height: int = 0, kind: str = "output") -> Target:
-    """A fresh numbered file under the host's output or temp folder, as the host's own savers number them.
+def new_files(prefix: str, suffixes: list[str], width: int = 0, height: int = 0, kind: str = "output") -> list[Target]:
+    """Fresh files of one number under the host's output or temp folder, numbered as the host's own savers do.
 
-    The file is created at once, so that two writers of one run do not get the same number. ValueError for a prefix
-    that leads outside.
+    They are created at once, so that two writers of one run do not get the same number. ValueError for a prefix that
+    leads outside.
     """
     root = folder_paths.get_temp_directory() if kind == "temp" else folder_paths.get_output_directory()
     _inside(Path(root), prefix)
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    while (path := Path(folder) / f"{name}_{counter:05}_{suffix}").exists():
+
+    def paths(number: int) -> list[Path]:
+        return [Path(folder) / f"{name}_{number:05}_{suffix}" for suffix in suffixes]
+
+    while any(path.exists() for path in paths(counter)):
         counter += 1
-    path.touch()
-    return Target(path, subfolder, kind)
+    for path in paths(counter):
+        path.touch()
+    return [Target(path, subfolder, kind) for path in paths(counter)]
+
+
+def new_file(prefix: str, suffix: str, width: int = 0, height: int = 0, kind: str = "output") -> Target:
+    """One fresh file, as `new_files`."""
+    return new_files(prefix, [suffix], width, height, kind)[0]
 
 
 def check_prefix(prefix: str) -> str | None:

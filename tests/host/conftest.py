@@ -74,7 +74,9 @@ def node():
     return HostNode
 
 
-def random_wan(seed: int = 0, layers: int = 2, dim: int = 128, ffn: int = 64, in_dim: int = 16) -> dict[str, torch.Tensor]:
+def random_wan(
+    seed: int = 0, layers: int = 2, dim: int = 128, ffn: int = 64, in_dim: int = 16
+) -> dict[str, torch.Tensor]:
     """The state dict of a random tiny Wan 2.1 t2v model in the format of its public checkpoints."""
     import comfy.ops
     from comfy.ldm.wan.model import WanModel

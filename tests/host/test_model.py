@@ -71,7 +71,9 @@ def test_a_first_pass_is_the_hosts_own_forward(model, positive, batch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("anchor", [Anchor(), AnchorStatic(1), AnchorEMA(2, 0.5), AnchorAdaptive(1)], ids=lambda a: a.kind)
+@pytest.mark.parametrize(
+    "anchor", [Anchor(), AnchorStatic(1), AnchorEMA(2, 0.5), AnchorAdaptive(1)], ids=lambda a: a.kind
+)
 def test_the_rollout_node_equals_the_slow_rollout(rollout, model, positive, anchor):
     latents = rollout(anchor=anchor, length=45, window_frames=5).args[0]["samples"]
     host, _ = loaded(model, positive, anchor=anchor, window=5)

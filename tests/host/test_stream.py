@@ -1,0 +1,292 @@
+"""Decode and streams on the host's own VAE: bit-equal splits, resume, join, interrupts, kept files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import comfy.model_management
+import pytest
+import torch
+from adastate_pack.adastate_core.anchors import AnchorAdaptive
+from adastate_pack.adastate_core.rollout_file import load_state
+from adastate_pack.adastate_core.vae_stream import VaeStream, cache_bytes, pictures_of
+from adastate_pack.nodes import stream as stream_nodes
+from adastate_pack.nodes.host import model as adapter
+from adastate_pack.nodes.host.codec import HostDecoder
+from conftest import random_vae
+
+
+def frames_of(path: Path) -> torch.Tensor:
+    with av.open(str(path)) as container:
+        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
+
+
+def latents(frames: int, batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 16, frames, 4, 4, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def stream(vae, node):
+    def make(**inputs):
+        defaults = {
+            "vae": vae, "filename_prefix": "video/take", "fps": 16.0, "codec": "h264", "quality": 18, "preview": True,
+            "autosave_seconds": 60.0, "join": False,
+        }  # fmt: skip
+        return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
+
+    return make
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("split", [[7], [1] * 7, [1, 3, 3], [3, 3, 1], [2, 5], [4, 1, 2]], ids=str)
+def test_any_split_decodes_to_the_bits_of_one_whole_decode(vae, split):
+    z = latents(7)
+    whole = vae.decode(z)[0]
+    decoder = HostDecoder(vae)
+    parts = [decoder.step(part)[0] for part in z.split(split, dim=2)]
+    assert [len(p) for p in parts] == [4 * n - (3 if i == 0 else 0) for i, n in enumerate(split)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@torch.no_grad()
+def test_the_decoders_cache_moves_to_another_run(vae):
+    z = latents(6)
+    for cut in (1, 2, 3):
+        first, second = HostDecoder(vae), HostDecoder(vae)
+        head = first.step(z[:, :, :cut])
+        saved = first.snapshot()
+        reference = first.step(z[:, :, cut:])
+        second.restore(json.loads(json.dumps({k: v for k, v in saved.items() if not torch.is_tensor(v)})) | saved)
+        assert torch.equal(second.step(z[:, :, cut:]), reference)
+        assert torch.equal(torch.cat([head, reference], 1), vae.decode(z))
+
+
+@torch.no_grad()
+def test_several_latents_a_call_are_exact_to_rounding(vae):
+    z = latents(8)
+    for count in (2, 3, 7):
+        torch.testing.assert_close(HostDecoder(vae, count).step(z)[0], vae.decode(z)[0], atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_the_cache_does_not_grow_and_is_what_was_planned(vae):
+    decoder = HostDecoder(vae)
+    sizes = [(decoder.step(latents(1)), decoder.stream.nbytes)[1] for _ in range(12)]
+    assert len(set(sizes[2:])) == 1
+    assert sizes[-1] == decoder.cache_bytes(1, 4, 4) == cache_bytes(4, 4, 4, 1, torch.float32)
+
+
+class NewerDecoder(torch.nn.Module):
+    """The newer generation's calling convention on the same weights: pieces in a list, a later frame at a time."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, x, feat_cache=None, feat_idx=None):
+        assert len(feat_cache) >= 34
+        out = self.decoder(x, feat_cache=feat_cache, feat_idx=feat_idx.copy())
+        return list(out.split(1, dim=2))
+
+
+@torch.no_grad()
+def test_a_decoder_that_returns_pieces_works_too(vae):
+    module = vae.first_stage_model
+    newer = torch.nn.Module()
+    newer.conv2, newer.decoder = module.conv2, NewerDecoder(module.decoder)
+    z = latents(5)
+    parts = torch.cat([VaeStream(newer).step(z)], 1)
+    assert torch.equal(parts, VaeStream(module).step(z))
+
+
+def test_the_decode_node_gives_what_the_hosts_decode_gives(vae, node):
+    z = latents(4, batch=2)
+    ours = node("AdaStateDecode")(latent={"samples": z}, vae=vae).args[0]
+    with torch.no_grad():
+        assert torch.equal(ours, torch.cat([vae.decode(item[None])[0] for item in z]))
+    quick = node("AdaStateDecode")(latent={"samples": z}, vae=vae, frames_per_call=3).args[0]
+    torch.testing.assert_close(quick, ours, atol=2e-5, rtol=2e-5)
+
+
+def test_render_video_writes_the_frames_of_the_decode(vae, node, folders):
+    z = latents(5)
+    video = node("AdaStateRenderVideo")(
+        latent={"samples": z}, vae=vae, filename_prefix="a", fps=12.0, codec="h264", quality=1
+    ).args[0]
+    components = video.get_components()
+    assert components.images.shape == (17, 32, 32, 3) and float(components.frame_rate) == 12.0
+    with torch.no_grad():
+        assert (components.images - vae.decode(z)[0]).abs().mean() < 0.1
+    assert Path(video.get_stream_source()).parent == folders / "temp"
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(1, 4, 8, 8), torch.zeros(1, 16, 0, 4, 4), torch.zeros(1, 48, 3, 4, 4)])
+def test_latents_of_another_kind_are_refused(vae, node, bad):
+    for name, more in (
+        ("AdaStateDecode", {}),
+        ("AdaStateRenderVideo", {"filename_prefix": "a", "fps": 16.0, "codec": "h264", "quality": 18}),
+    ):
+        with pytest.raises(ValueError, match="needs a Wan 2.1 video latent"):
+            node(name)(latent={"samples": bad}, vae=vae, **more)
+
+
+def test_another_vae_is_refused_by_name(node, rollout, stream):
+    import comfy.sd
+
+    other = comfy.sd.VAE(sd=random_vae())
+    other.first_stage_model = torch.nn.Identity()
+    with pytest.raises(ValueError, match="the vae is a Identity; streaming decode needs a Wan 2.1 VAE"):
+        node("AdaStateDecode")(latent={"samples": latents(2)}, vae=other)
+    with pytest.raises(ValueError, match="the vae is a Identity"):
+        rollout(stream=stream(vae=other))
+
+
+def test_a_stream_holds_the_frames_of_the_rollout(rollout, stream, vae, folders):
+    plain = rollout(length=45).args[0]["samples"]
+    streamed = rollout(length=45, stream=stream(quality=1))
+    assert torch.equal(streamed.args[0]["samples"], plain)
+    path = folders / "output" / "video" / "take_00001_.mp4"
+    assert streamed.ui["images"][0] == {"filename": path.name, "subfolder": "video", "type": "output"}
+    with torch.no_grad():
+        assert (frames_of(path).float() / 255 - vae.decode(plain)[0]).abs().mean() < 0.1
+    assert streamed.args[3].get_frame_count() == 45
+    report = json.loads(streamed.args[2])
+    assert report["frames"] == 45 and report["kv_bytes_used"] == report["kv_bytes_planned"]
+    assert report["plan_bytes"]["vae_cache"] == HostDecoder(vae).cache_bytes(1, 4, 4)
+    assert report["text_kv_bytes_used"] == report["plan_bytes"]["text_kv"]
+    with av.open(str(path)) as container:
+        keyframes = [i for i, p in enumerate(q for q in container.demux(video=0) if q.dts is not None) if p.is_keyframe]
+    assert keyframes == [0, 9, 21, 33]
+
+
+@pytest.mark.parametrize("cut", [17, 25, 33])
+def test_a_streamed_resume_gives_the_frames_of_the_uninterrupted_run(rollout, stream, folders, cut, node):
+    anchor = AnchorAdaptive(1)
+    whole = rollout(length=49, anchor=anchor, stream=stream(filename_prefix="whole"), keep_latents=False)
+    first = rollout(length=cut, anchor=anchor, stream=stream(filename_prefix="part"), keep_latents=False)
+    saved = node("AdaStateSaveState")(state=first.args[1], filename_prefix="states/a").args[0]
+    state = node("AdaStateLoadState")(file=saved).args[0]
+    rest = rollout(length=49, anchor=anchor, resume=state, stream=stream(filename_prefix="part"), keep_latents=False)
+    joined = rollout(
+        length=49, anchor=anchor, resume=state, stream=stream(filename_prefix="part", join=True), keep_latents=False
+    )
+    out = folders / "output"
+    parts = [frames_of(out / f"part_0000{i}_.mp4") for i in (1, 2)]
+    reference = frames_of(out / "whole_00001_.mp4")
+    assert [len(p) for p in parts] == [cut, 49 - cut]
+    assert torch.equal(parts[0], reference[:cut])
+    assert (torch.cat(parts).float() - reference.float()).abs().mean() < 3
+    everything = frames_of(out / "part_00003_.mp4")
+    assert len(everything) == 49 and torch.equal(everything[:cut], parts[0]) and torch.equal(everything[cut:], parts[1])
+    assert json.loads(joined.args[2])["warnings"] == json.loads(whole.args[2])["warnings"]
+    assert type(rest.args[0]).__name__ == "ExecutionBlocker"
+
+
+def test_the_decoded_tensors_of_a_resume_are_bit_equal(rollout, stream, monkeypatch):
+    """Before the encoder: what the sinks are given."""
+    written = []
+    original = stream_nodes.VideoSink.write
+
+    def write(self, pictures):
+        written.append(pictures.clone())
+        return original(self, pictures)
+
+    monkeypatch.setattr(stream_nodes.VideoSink, "write", write)
+    rollout(length=45, stream=stream())
+    whole = torch.cat(written)
+    written.clear()
+    first = rollout(length=21, stream=stream())
+    rollout(length=45, stream=stream(), resume=first.args[1])
+    assert torch.equal(torch.cat(written), whole)
+    written.clear()
+    kept = rollout(length=21, keep_latents=True)
+    rollout(length=45, stream=stream(), resume=kept.args[1])
+    assert torch.equal(torch.cat(written), whole[21:])
+
+
+@pytest.mark.parametrize("how", ["interrupt", "nan", "oom"])
+def test_what_ends_a_stream_early_keeps_everything(rollout, stream, folders, monkeypatch, node, how):
+    whole = rollout(length=57, stream=stream(filename_prefix="whole"))
+    original, calls = adapter.HostModel.velocity, []
+
+    def velocity(self, x, timestep, attention):
+        calls.append(timestep)
+        if len(calls) != 8:
+            return original(self, x, timestep, attention)
+        if how == "interrupt":
+            comfy.model_management.interrupt_current_processing()
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        if how == "oom":
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return original(self, x, timestep, attention) * float("inf")
+
+    monkeypatch.setattr(adapter.HostModel, "velocity", velocity)
+    with pytest.raises(Exception):  # noqa: B017
+        rollout(length=57, stream=stream(filename_prefix="cut"))
+    monkeypatch.undo()
+    out = folders / "output"
+    assert len(frames_of(out / "cut_00001_.mp4")) == 21
+    state = load_state(out / "cut_00001_.state.safetensors")
+    assert (state.emitted, state.stream["frames_written"]) == (6, 21)
+    rest = rollout(length=57, resume=state, stream=stream(filename_prefix="cut"))
+    assert torch.equal(rest.args[0]["samples"], whole.args[0]["samples"])
+    assert len(frames_of(out / "cut_00002_.mp4")) == 36
+
+
+def test_a_failing_decode_loses_no_latent(rollout, stream, folders, monkeypatch):
+    whole = rollout(length=45).args[0]["samples"]
+    original, calls = HostDecoder.step, []
+
+    def step(self, z):
+        calls.append(z)
+        if len(calls) == 3:
+            raise RuntimeError("decode broke")
+        return original(self, z)
+
+    monkeypatch.setattr(HostDecoder, "step", step)
+    with pytest.raises(RuntimeError, match="decode broke"):
+        rollout(length=45, stream=stream())
+    monkeypatch.undo()
+    state = load_state(folders / "output" / "video" / "take_00001_.state.safetensors")
+    assert state.emitted == 6 and state.pending.shape[2] == 3
+    again = rollout(length=45, resume=state, stream=stream())
+    assert torch.equal(again.args[0]["samples"], whole)
+
+
+def test_autosave_is_written_as_often_as_asked(rollout, stream, folders, monkeypatch):
+    from adastate_pack.nodes import job
+
+    saves = []
+    monkeypatch.setattr(job, "save_state", lambda state, path: saves.append(state.emitted))
+    rollout(length=45, stream=stream(autosave_seconds=1e-6))
+    assert saves == [3, 6, 9, 12]
+    saves.clear()
+    rollout(length=45, stream=stream(autosave_seconds=0))
+    assert saves == []
+
+
+def test_batch_items_have_files_of_their_own(rollout, stream, folders, vae, node):
+    both = rollout(batch_size=2, length=21, stream=stream())
+    names = sorted(p.name for p in (folders / "output" / "video").iterdir())
+    assert names == ["take_00001_b0.mp4", "take_00001_b1.mp4"]
+    first, second = (frames_of(folders / "output" / "video" / name) for name in names)
+    assert len(first) == len(second) == 21 and not torch.equal(first, second)
+    assert both.args[3].get_stream_source().endswith("b0.mp4")
+    image = node("AdaStateDecode")(latent=both.args[0], vae=vae).args[0]
+    assert len(image) == 42
+    assert (image[21:] - second.float() / 255).abs().mean() < (image[21:] - first.float() / 255).abs().mean()
+
+
+def test_a_state_without_frames_or_latents_cannot_be_streamed_further(rollout, stream):
+    state = rollout(length=21, keep_latents=False).args[1]
+    with pytest.raises(ValueError, match="without a stream and without keep_latents"):
+        rollout(length=45, resume=state, stream=stream())
+    again = rollout(length=45, resume=state, keep_latents=True)
+    assert again.args[0]["samples"].shape[2] == 6
+    assert "this run's only" in again.args[2]
+
+
+def test_pictures_of():
+    assert [pictures_of(n) for n in (0, 1, 2, 21)] == [0, 1, 5, 81]
