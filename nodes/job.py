@@ -181,13 +181,9 @@ class Job:
                     pictures = output.step(chunk, rollout)
                     if request.stream.preview:
                         progress.preview(pictures[0, -1])
-        except BaseException:
-            if output:
-                output.save_state(rollout)
-            raise
         finally:
             if output:
-                output.stream.close()
+                output.finish(rollout, whole=rollout.emitted >= request.latent_length)
         seconds = time.perf_counter() - start
         state = rollout.snapshot(output.stream.snapshot() if output else {})
         report = self._report(rollout, state, made, seconds, output)
@@ -263,6 +259,7 @@ class StreamOutput:
                 target.path.unlink(missing_ok=True)
             raise
         self.stream = VideoStream(job.decoder, sinks, before)
+        self._due: RolloutState | None = None
         self._saved = time.monotonic()
 
     def _restore(self, resume: RolloutState) -> int:
@@ -313,23 +310,36 @@ class StreamOutput:
         return self.targets[0].path.with_suffix(STATE_SUFFIX)
 
     def step(self, chunk: Chunk, rollout: Rollout) -> torch.Tensor:
-        """Decode and write a chunk; saves the state when it is due."""
+        """Decode and write a chunk; saves the state when it is due.
+
+        A growing file keeps its newest frame back until the next one comes, so a state is taken after one chunk and
+        written after the next: what it calls written then survives a kill.
+        """
         try:
             pictures = self.stream.step(host_model.to_vae_space(self.job.request.model, chunk.latents))
         except BaseException:
             rollout.put_back(chunk.latents)
             raise
+        if self._due is not None:
+            self._write(self._due)
+            self._due = None
         every = self.settings.autosave_seconds
         if every > 0 and time.monotonic() - self._saved >= every:
-            self.save_state(rollout)
+            self._due = rollout.snapshot(self.stream.snapshot())
         return pictures
 
-    def save_state(self, rollout: Rollout) -> None:
-        """Write `<video>.state.safetensors` for what is decoded and written; a failure is logged, never raised."""
-        if not rollout.emitted:
-            return
+    def finish(self, rollout: Rollout, whole: bool) -> None:
+        """Finish the files; after an early end, or where a state was saved on the way, save the last one."""
         try:
-            save_state(rollout.snapshot(self.stream.snapshot()), self.state_path)
+            self.stream.close()
+        finally:
+            if rollout.emitted and (not whole or self.state_path.exists()):
+                self._write(rollout.snapshot(self.stream.snapshot()))
+
+    def _write(self, state: RolloutState) -> None:
+        """Write `<video>.state.safetensors`; a failure is logged, never raised, so that the video goes on."""
+        try:
+            save_state(state, self.state_path)
             self._saved = time.monotonic()
         except Exception as error:  # noqa: BLE001
             log.error("the rollout's state could not be saved to %s: %s", self.state_path.name, error)

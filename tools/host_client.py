@@ -226,7 +226,7 @@ def refusal_text(answer: dict, prompt: dict) -> str:
         lines.append(" ".join(str(error.get(key) or "") for key in ("message", "details")).strip())
     for name, node in (answer.get("node_errors") or {}).items():
         title = f"node {name} ({node.get('class_type') or prompt.get(name, {}).get('class_type')})"
-        lines += [f"{title}: {each['message']} {each.get('details', '')}".rstrip() for each in node["errors"]]
+        lines += [f"{title}: {each['message']}: {each.get('details', '')}".rstrip(": ") for each in node["errors"]]
     return "\n".join(lines)
 
 

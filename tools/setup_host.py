@@ -174,7 +174,8 @@ def run_pip(python: Path, arguments: list[str], log: Path) -> None:
         say(f"  [{duration(said - started)}] {text}")
 
     with log.open("w+") as out, log.open() as lines:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=env)
+        # close_fds: pip holds the set-up lock as well, should run.py be killed before it
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=env, close_fds=False)
         try:
             for line in follow(lines, process):
                 found = re.match(r"\s*(?:Downloading|Using cached) (\S+\.whl)(?: \(([\d.]+) MB\))?", line or "")
@@ -310,6 +311,7 @@ def setup_lock() -> Iterator[None]:
         return
     CACHE.mkdir(exist_ok=True)
     with (CACHE / "setup.lock").open("w") as lock:
+        os.set_inheritable(lock.fileno(), True)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

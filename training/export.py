@@ -45,6 +45,7 @@ def main() -> None:
         target = Path(run.config["folder"]) / kind / entry["file"]
         target.parent.mkdir(parents=True, exist_ok=True)
         save_file(halves, target, metadata=metadata)
+        target.chmod(0o644)
         log.info("%s: %.2f MB", target, target.stat().st_size / 1e6)
 
 

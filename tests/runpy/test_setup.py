@@ -68,7 +68,7 @@ def test_refusal_names_the_node_and_the_input():
     }
     text = host_client.refusal_text(answer, {})
     assert "Prompt outputs failed validation" in text
-    assert "node 3 (AdaStateRollout): Value not in list positions: 'x'" in text
+    assert "node 3 (AdaStateRollout): Value not in list: positions: 'x'" in text
 
 
 def test_files_and_report_of_a_finished_prompt():
