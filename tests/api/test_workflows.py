@@ -72,7 +72,6 @@ def test_save_and_resume_is_the_uninterrupted_video(client):
     assert (client.output / "adastate").glob("state_*.state.safetensors")
 
 
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

