@@ -181,6 +181,8 @@ class Job:
                     pictures = output.step(chunk, rollout)
                     if request.stream.preview:
                         progress.preview(pictures[0, -1])
+                else:
+                    progress.preview_latent(request.model, chunk.latents)
         finally:
             if output:
                 output.finish(rollout, whole=rollout.emitted >= request.latent_length)

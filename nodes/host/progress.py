@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.model_management
 import comfy.utils
+import latent_preview
 import torch
 from PIL import Image
 
@@ -27,6 +30,13 @@ class Progress:
         """Show [H, W, 3] in 0..1 on the node and in every client that watches."""
         image = Image.fromarray(to_bytes(picture).numpy())
         self._bar.update_absolute(self._done, preview=("JPEG", image, PREVIEW_PIXELS))
+
+    def preview_latent(self, patcher: Any, latents: torch.Tensor) -> None:
+        """Show the newest of [B, 16, n, h, w] (model space) as the host's samplers would: only if previews are on."""
+        previewer = latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
+        if previewer is not None:
+            newest = latents[:1, :, -1:].to(patcher.load_device)
+            self._bar.update_absolute(self._done, preview=previewer.decode_latent_to_preview_image("JPEG", newest))
 
 
 def check_interrupt() -> None:
