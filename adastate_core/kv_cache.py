@@ -293,6 +293,7 @@ class LayerCache:
 
         Every frame returns to its own slot: the order of the keys is part of the bits of a sum.
         """
+        self._check(saved)
         entries = [_Slot(frame, position) for frame, position in zip(saved.frames, saved.positions, strict=True)]
         anchors = len(saved.anchor_slots)
         self.anchor = dict(zip(saved.anchor_slots, entries[:anchors], strict=True))
@@ -305,6 +306,26 @@ class LayerCache:
         if self.blend_k is not None:
             self.blend_k.copy_(saved.tensors["blend_keys"])
             self.blend_v.copy_(saved.tensors["blend_values"])
+
+
+    def _check(self, saved: LayerSnapshot) -> None:
+        """ValueError unless a snapshot, which may come from any file, has just the slots and tensors of this layer."""
+        frame = (self.plan.tokens, self.plan.width)
+        kept, window = len(saved.frames), len(saved.ring_slots)
+        shapes = {"keys": (self.plan.batch, kept, *frame), "values": (self.plan.batch, kept, *frame)}
+        if self.raw is not None:
+            shapes["raw"] = (self.plan.batch, window, *frame)
+        if self.blend_k is not None:
+            shapes |= dict.fromkeys(("blend_keys", "blend_values"), tuple(self.blend_k.shape))
+        slots_fit = (
+            kept == len(saved.positions) == len(saved.anchor_slots) + window
+            and set(saved.anchor_slots) == set(range(len(saved.anchor_slots)))
+            and set(saved.ring_slots) == set(range(window))
+            and len(saved.anchor_slots) <= self.layer.anchor_frames
+            and window <= self.layer.window_frames
+        )
+        if not slots_fit or {name: tuple(t.shape) for name, t in saved.tensors.items()} != shapes:
+            raise ValueError("the state's cache does not have the layout that its settings say: the file is damaged")
 
 
 def _runs(numbers: list[int]) -> list[list[int]]:

@@ -190,6 +190,7 @@ class HostModel:
         self.dtype = compute_dtype(patcher)
         self._context = context.expand(batch, -1, -1)
         self._text_key = (id(context), context.data_ptr(), patcher.patches_uuid)
+        self._options = dict(self.patcher.model_options.get("transformer_options", {}))
 
     def load(self, plan: CachePlan, others: Sequence[Any] = (), working_bytes: int = 0) -> None:
         """Load the weights, leaving room for the caches, one forward's activations and `working_bytes`."""
@@ -201,10 +202,7 @@ class HostModel:
 
     def kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
         """The host's attention, with whatever back end and override the user chose."""
-        return optimized_attention(q, k, v, heads=heads, transformer_options=self._options({}))
-
-    def _options(self, own: dict[str, Any]) -> dict[str, Any]:
-        return {**self.patcher.model_options.get("transformer_options", {}), **own}
+        return optimized_attention(q, k, v, heads=heads, transformer_options=self._options)
 
     def velocity(self, x: torch.Tensor, timestep: float, attention: CachedAttention) -> torch.Tensor:
         """One forward of [B, 16, frames, h, w] at one timestep; float32.
@@ -219,7 +217,7 @@ class HostModel:
         }
         times = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
         out = self.patcher.model.diffusion_model.forward_orig(
-            x.to(self.dtype), times, self._context, freqs=None, transformer_options=self._options(own)
+            x.to(self.dtype), times, self._context, freqs=None, transformer_options=self._options | own
         )
         return out.float()
 

@@ -349,6 +349,27 @@ def test_bad_state_files_are_refused_by_name(tmp_path):
             load_state(path)
 
 
+def test_a_damaged_cache_is_refused():
+    from dataclasses import replace
+
+    model = TinyModel()
+    _, rollout, _ = roll(model, spec_for(model, W=6), 9)
+    state = rollout.snapshot()
+    layer = state.cache[0]
+    damaged = [
+        replace(layer, ring_slots=(*layer.ring_slots[:-1], 99)),
+        replace(layer, frames=layer.frames[:-1]),
+        replace(layer, tensors=layer.tensors | {"keys": layer.tensors["keys"][:, :, :1]}),
+        replace(layer, tensors={name: t for name, t in layer.tensors.items() if name != "raw"}),
+        replace(layer, anchor_slots=(0,), ring_slots=layer.ring_slots[:-1]),
+    ]
+    for bad in damaged:
+        with pytest.raises(ValueError, match="damaged"):
+            roll(model, spec_for(model, W=6), 12, state=replace(state, cache=(bad, *state.cache[1:])))
+    with pytest.raises(ValueError, match="holds 1 layers"):
+        roll(model, spec_for(model, W=6), 12, state=replace(state, cache=state.cache[:1]))
+
+
 def test_schedules():
     assert [round(s, 6) for s in Schedule.shifted(4, 5.0).sigmas] == [1.0, 0.9375, 0.833333, 0.625]
     assert Schedule.from_sigmas([1.0, 0.5, 0.0]).sigmas == (1.0, 0.5)

@@ -1,0 +1,48 @@
+"""A bare host transformer as a rollout's CausalModel: the product's own rollout, without a server around it."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from adastate_core.attention import CachedAttention, plain_attention
+from adastate_core.rollout import ModelGeometry
+from adastate_core.wan_attention import SESSION, cross_attention_forward, self_attention_forward
+
+from .host_models import build_codec, build_denoiser
+
+
+class BareModel:
+    """Drives `model` (as `build_denoiser` gives it) for a fixed context [B, n, 4096]."""
+
+    kernel = staticmethod(plain_attention)
+
+    def __init__(self, model: nn.Module, context: torch.Tensor) -> None:
+        self.model, self.context, self.device = model, context, torch.device("cpu")
+        self.geometry = ModelGeometry(16, len(model.blocks), model.num_heads, model.dim // model.num_heads)
+        for i, block in enumerate(model.blocks):
+            own, cross = type(block.self_attn).forward, type(block.cross_attn).forward
+            block.self_attn.forward = self_attention_forward(block.self_attn, i, own.__get__(block.self_attn))
+            block.cross_attn.forward = cross_attention_forward(block.cross_attn, i, cross.__get__(block.cross_attn))
+
+    def velocity(self, x: torch.Tensor, timestep: float, attention: CachedAttention) -> torch.Tensor:
+        times = torch.full((x.shape[0],), timestep)
+        return self.model.forward_orig(x, times, self.context, transformer_options={SESSION: attention})
+
+
+def load_denoiser(path: str) -> nn.Module:
+    """The transformer of an exported file, in float32, of whatever size it is."""
+    weights = {name: value.float() for name, value in load_file(path).items()}
+    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    model = build_denoiser(weights["head.modulation"].shape[-1], weights["blocks.0.ffn.0.weight"].shape[0], layers)
+    model.load_state_dict(weights)
+    return model
+
+
+def load_codec(path: str) -> nn.Module:
+    """The codec of an exported file, in float32."""
+    weights = {name: value.float() for name, value in load_file(path).items()}
+    codec = build_codec(weights["decoder.head.0.gamma"].shape[0])
+    codec.load_state_dict(weights)
+    return codec
