@@ -15,7 +15,7 @@ an un-rotated copy is kept, so a key is always exactly one rotation away from th
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -275,17 +275,18 @@ class LayerCache:
         slots = [*self.anchor.values(), *self.window.values()]
         rings = list(self.window)
         order = [self._anchor_index(s) for s in self.anchor] + [self.window_start + r for r in rings]
-        tensors = {"keys": self.k[:, order], "values": self.v[:, order]}
+        tensors = {"keys": _to_cpu(self.k, order), "values": _to_cpu(self.v, order)}
         if self.raw is not None:
-            tensors["raw"] = self.raw[:, rings]
+            tensors["raw"] = _to_cpu(self.raw, rings)
         if self.blend_k is not None:
-            tensors |= {"blend_keys": self.blend_k, "blend_values": self.blend_v}
+            every = range(self.layer.anchor_frames)
+            tensors |= {"blend_keys": _to_cpu(self.blend_k, every), "blend_values": _to_cpu(self.blend_v, every)}
         return LayerSnapshot(
             anchor_slots=tuple(self.anchor),
             ring_slots=tuple(rings),
             frames=tuple(entry.frame for entry in slots),
             positions=tuple(entry.position for entry in slots),
-            tensors={name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()},
+            tensors=tensors,
         )
 
     def restore(self, saved: LayerSnapshot) -> None:
@@ -307,7 +308,6 @@ class LayerCache:
             self.blend_k.copy_(saved.tensors["blend_keys"])
             self.blend_v.copy_(saved.tensors["blend_values"])
 
-
     def _check(self, saved: LayerSnapshot) -> None:
         """ValueError unless a snapshot, which may come from any file, has just the slots and tensors of this layer."""
         frame = (self.plan.tokens, self.plan.width)
@@ -326,6 +326,15 @@ class LayerCache:
         )
         if not slots_fit or {name: tuple(t.shape) for name, t in saved.tensors.items()} != shapes:
             raise ValueError("the state's cache does not have the layout that its settings say: the file is damaged")
+
+
+def _to_cpu(buffer: torch.Tensor, slots: Iterable[int]) -> torch.Tensor:
+    """A copy of some slots [B, slots, P, width], made on the CPU frame by frame: nothing is gathered on the device."""
+    slots = list(slots)
+    out = torch.empty((buffer.shape[0], len(slots), *buffer.shape[2:]), dtype=buffer.dtype)
+    for i, slot in enumerate(slots):
+        out[:, i].copy_(buffer[:, slot])
+    return out
 
 
 def _runs(numbers: list[int]) -> list[list[int]]:

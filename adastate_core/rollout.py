@@ -132,11 +132,18 @@ class RolloutSpec:
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Where a state's description differs from this spec, a phrase each; empty if it can go on."""
         mine = self.describe()
-        return [
-            f"{name} is {other.get(name)} in the state and {mine[name]} here"
-            for name in mine
-            if mine[name] != other.get(name)
-        ]
+        phrases = []
+        for name, value in mine.items():
+            theirs = other.get(name)
+            if theirs == value:
+                continue
+            if name == "model":
+                phrases.append("model is another checkpoint, or the same one loaded in another weight dtype")
+            elif name in ("width", "height") and isinstance(theirs, int):
+                phrases.append(f"{name} is {8 * theirs} in the state and {8 * value} here")
+            else:
+                phrases.append(f"{name} is {theirs} in the state and {value} here")
+        return phrases
 
 
 @dataclass(frozen=True)
@@ -224,6 +231,11 @@ class Rollout:
         return (self.spec.batch, self.spec.geometry.channels, frames, self.spec.height, self.spec.width)
 
     def _restore(self, state: RolloutState) -> None:
+        shapes = [(state.pending, state.pending.shape[2]), (state.hidden, self.spec.anchor.state_frames)]
+        shapes.append((state.latents, state.emitted))
+        for latents, frames in shapes:
+            if latents is not None and (latents.shape != self._shape(frames) or latents.dtype != torch.float32):
+                raise ValueError("the state's latents do not have the shape that its settings say: it is damaged")
         self._next_frame, self._next_chunk, self._emitted = state.next_frame, state.next_chunk, state.emitted
         self._pending, self._hidden = state.pending, state.hidden
         self.cache.restore(state.cache)
@@ -274,29 +286,31 @@ class Rollout:
                 "length counts from the first frame of the video, so ask for more than there is"
             )
         if given is not None:
-            yield from self._given(given, length)
+            self._take(given, length)
+        given_frames = 0 if given is None else given.shape[2]
         while self._emitted < length:
-            if self._pending.shape[2]:
-                yield self._emit(self._pending, length, time.perf_counter(), given=False)
-                continue
             start = time.perf_counter()
-            latents = self._generate()
-            yield self._emit(latents, length, start, given=False)
+            if not self._pending.shape[2]:
+                self._pending = self._generate()
+            yield self._emit(length, start, given=self._emitted < given_frames)
 
-    def _given(self, given: torch.Tensor, length: int) -> Iterator[Chunk]:
+    def _take(self, given: torch.Tensor, length: int) -> None:
         """Frames that were there before: clean passes of F frames, with S copies of the last one as their state."""
         if self._next_frame:
             raise ValueError("a rollout that goes on from a state takes no start latents; they would be frame 0 again")
-        if given.shape[:2] + given.shape[3:] != self._shape(0)[:2] + self._shape(0)[3:]:
-            raise ValueError(f"start latents are {tuple(given.shape)}; they must be {self._shape(given.shape[2])}")
+        if given.shape[:2] + given.shape[3:] != self._shape(0)[:2] + self._shape(0)[3:] or not given.shape[2]:
+            raise ValueError(
+                f"start latents are {tuple(given.shape)}; they must be {self._shape(max(1, given.shape[2]))}"
+            )
         if given.shape[2] >= length:
             raise ValueError(f"start latents hold {given.shape[2]} latent frames of {length}; length must be longer")
         states = self.spec.anchor.state_frames
-        for content in given.float().cpu().split(self.spec.chunk_frames, dim=2):
-            start = time.perf_counter()
+        given = given.float().cpu()
+        for content in given.split(self.spec.chunk_frames, dim=2):
+            self._checkpoint(0, None)
             state = content[:, :, -1:].expand(-1, -1, states, -1, -1)
             self._commit(torch.cat([state, content], dim=2), content.shape[2])
-            yield self._emit(content, length, start, given=True)
+            self._pending = given[:, :, : self._next_frame]
 
     def _layout(self) -> Layout:
         return Layout(
@@ -309,26 +323,35 @@ class Rollout:
             first_frame=self._next_frame,
         )
 
-    def _noise(self, step: int) -> torch.Tensor:
-        """[state | content] noise of the current chunk at `step`, float32 on the model's device."""
-        seed, chunk = self.settings.seed, self._next_chunk
-        content = noise(seed, chunk, step, self._shape(self.spec.chunk_frames))
-        if states := self.spec.anchor.state_frames:
-            content = torch.cat([noise(seed, chunk, step, self._shape(states), state=True), content], dim=2)
-        return content.to(self.model.device)
+    def _noises(self) -> torch.Tensor:
+        """[steps, B, C, S + F, h, w] noise of the current chunk, state first, float32 on the model's device.
+
+        Made for all steps at once: a copy between two steps would wait for the device.
+        """
+        seed, chunk, states = self.settings.seed, self._next_chunk, self.spec.anchor.state_frames
+        steps = len(self.settings.schedule.sigmas)
+        out = torch.empty((steps, *self._shape(states + self.spec.chunk_frames)))
+        for step in range(steps):
+            out[step, :, :, states:] = noise(seed, chunk, step, self._shape(self.spec.chunk_frames))
+            if states:
+                out[step, :, :, :states] = noise(seed, chunk, step, self._shape(states), state=True)
+        if self.model.device.type == "cuda":
+            out = out.pin_memory()
+        return out.to(self.model.device, non_blocking=True)
 
     def _generate(self) -> torch.Tensor:
         """Denoise and commit one chunk; its content latents [B, C, F, h, w] on the CPU."""
         frames, sigmas = self.spec.chunk_frames, self.settings.schedule.sigmas
         layout = self._layout()
         self.attention.place(layout)
-        x, x0 = self._noise(0), None
+        noises = self._noises()
+        x, x0 = noises[0], None
         for step, sigma in enumerate(sigmas):
             self._checkpoint(step, x0)
             self.attention.begin(layout, frames, clean=False)
             x0 = denoised(x, self.model.velocity(x, TIMESTEPS * sigma, self.attention), sigma)
             if step + 1 < len(sigmas):
-                x = renoised(x0, self._noise(step + 1), sigmas[step + 1])
+                x = renoised(x0, noises[step + 1], sigmas[step + 1])
         self._checkpoint(len(sigmas), x0)
         self._require_finite(x0)
         self._commit(x0, frames)
@@ -347,10 +370,10 @@ class Rollout:
         if states := self.spec.anchor.state_frames:
             self._hidden = x0[:, :, :states].cpu()
 
-    def _emit(self, latents: torch.Tensor, length: int, start: float, given: bool) -> Chunk:
-        """Let out what `length` still asks for; the rest stays pending."""
-        wanted = min(latents.shape[2], length - self._emitted)
-        out, self._pending = latents[:, :, :wanted], latents[:, :, wanted:]
+    def _emit(self, length: int, start: float, given: bool) -> Chunk:
+        """Let out at most a chunk of what is pending, and no more than `length` still asks for."""
+        wanted = min(self.spec.chunk_frames, self._pending.shape[2], length - self._emitted)
+        out, self._pending = self._pending[:, :, :wanted], self._pending[:, :, wanted:]
         first, self._emitted = self._emitted, self._emitted + wanted
         if self._kept is not None:
             self._kept.append(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def load_state(path: Path | str) -> RolloutState:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         layers = tuple(_layer(i, entry, tensors) for i, entry in enumerate(header["cache"]))
         streamed = {n.removeprefix("stream."): t for n, t in tensors.items() if n.startswith("stream.")}
-        return RolloutState(
+        state = RolloutState(
             spec=header["spec"],
             next_frame=int(header["next_frame"]),
             next_chunk=int(header["next_chunk"]),
@@ -81,8 +82,34 @@ def load_state(path: Path | str) -> RolloutState:
             latents=tensors.get("latents"),
             stream=header["stream"] | streamed,
         )
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(path.name):
+            raise
         raise ValueError(f"{path.name} cannot be read as a rollout state: {error}") from error
+    if reason := _damage(state):
+        raise ValueError(f"{path.name} is damaged ({reason}); use another state, or make it again")
+    return state
+
+
+def _damage(state: RolloutState) -> str | None:
+    """What contradicts itself in a state read from a file, or None."""
+    tensors = [state.pending, state.hidden, state.latents]
+    if not isinstance(state.spec, dict):
+        return "its settings are missing"
+    if any(t is not None and (t.ndim != 5 or t.dtype != torch.float32) for t in tensors):
+        return "its latents are not video latents"
+    if state.emitted < 0 or state.next_chunk < 0 or state.next_frame != state.emitted + state.pending.shape[2]:
+        return "its counters contradict each other"
+    if state.latents is not None and state.latents.shape[2] != state.emitted:
+        return "it does not hold the latents it counts"
+    for layer in state.cache:
+        numbers = [*layer.anchor_slots, *layer.ring_slots, *layer.frames]
+        positions = [p for p in layer.positions if p is not None]
+        if not all(type(n) is int for n in numbers) or not all(
+            isinstance(p, int | float) and math.isfinite(p) for p in positions
+        ):
+            return "its cache's frame numbers are not numbers"
+    return None
 
 
 def _layer(index: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LayerSnapshot:

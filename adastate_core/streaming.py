@@ -17,39 +17,50 @@ class Decoder(Protocol):
         """[B, C, n, h, w] to pictures [B, t, H, W, 3] in 0..1."""
         ...
 
+    def mark(self) -> Any:
+        """The decoder as it stands, for `rewind`; cheap."""
+        ...
+
+    def rewind(self, mark: Any) -> None: ...
+
     def snapshot(self) -> dict[str, Any]: ...
 
     def restore(self, saved: dict[str, Any]) -> None: ...
 
 
 class VideoStream:
-    """Decodes chunks in order and writes item b's pictures to `sinks[b]`."""
+    """Decodes chunks in order and writes item b's pictures to `sinks[b]`; a state knows the files by `names`."""
 
-    def __init__(self, decoder: Decoder, sinks: Sequence[VideoSink], frames_before: int = 0) -> None:
-        self.decoder, self.sinks = decoder, list(sinks)
+    def __init__(
+        self, decoder: Decoder, sinks: Sequence[VideoSink], names: Sequence[str] = (), frames_before: int = 0
+    ) -> None:
+        self.decoder, self.sinks, self.names = decoder, list(sinks), list(names)
         self.frames_before, self.frames = frames_before, 0
-        self._broken = False
+        self._joined = [sink.frames for sink in self.sinks]
 
     @torch.no_grad()
     def step(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode and write [B, C, n, h, w] (VAE space); the pictures [B, t, H, W, 3], for a preview.
 
-        If it raises, the decoder stands somewhere inside the chunk: `snapshot` then leaves its cache out.
+        If it raises, the decoder stands before the chunk and the chunk does not count as written.
         """
-        self._broken = True
+        before = self.decoder.mark()
         pictures = self.decoder.step(latents)
-        for item, sink in zip(pictures, self.sinks, strict=True):
-            sink.write(to_bytes(item))
+        try:
+            for item, sink in zip(pictures, self.sinks, strict=True):
+                sink.write(to_bytes(item))
+        except BaseException:
+            self.decoder.rewind(before)
+            raise
         self.frames += pictures.shape[1]
-        self._broken = False
         return pictures
 
     def snapshot(self) -> dict[str, Any]:
         """What a state keeps of the stream: the decoder's cache, the frames since frame 0, and the files."""
-        return ({} if self._broken else self.decoder.snapshot()) | {
+        return self.decoder.snapshot() | {
             "frames_written": self.frames_before + self.frames,
-            "file_frames": [sink.frames for sink in self.sinks],
-            "files": [sink.path.name for sink in self.sinks],
+            "file_frames": [joined + self.frames for joined in self._joined],
+            "files": self.names,
         }
 
     def close(self) -> None:

@@ -58,21 +58,38 @@ class VaeStream:
     def step(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, 16, n, h, w] in VAE space, on the codec's device and dtype, to pictures [B, t, 8h, 8w, 3] about -1..1.
 
-        t is 4n, or 4n - 3 when these are the first latents of the video.
+        t is 4n, or 4n - 3 when these are the first latents of the video. If it raises, the stream is as before.
         """
+        before = self.mark()
         pieces = []
         start = 0
-        while start < latents.shape[2]:
-            count = 1 if self.latents_seen == 0 else self.frames_per_call
-            part = latents[:, :, start : start + count]
-            pieces += self._call(self.codec.conv2(part))
-            start += part.shape[2]
-            self.latents_seen += part.shape[2]
+        try:
+            while start < latents.shape[2]:
+                count = 1 if self.latents_seen == 0 else self.frames_per_call
+                part = latents[:, :, start : start + count]
+                pieces += self._call(self.codec.conv2(part))
+                start += part.shape[2]
+                self.latents_seen += part.shape[2]
+        except BaseException:
+            # A decoder replaces the list's tensors, it never writes into them: the old ones are still whole.
+            self.rewind(before)
+            raise
         return torch.cat(pieces, dim=2).movedim(1, -1)
 
     def _call(self, features: torch.Tensor) -> list[torch.Tensor]:
+        before = list(self._features)
         out = self.codec.decoder(features, feat_cache=self._features, feat_idx=[0])
+        for i, (old, new) in enumerate(zip(before, self._features, strict=True)):
+            self._features[i] = _kept(old, new)
         return list(out) if isinstance(out, list | tuple) else [out]
+
+    def mark(self) -> tuple[list, int]:
+        """The stream as it stands, for `rewind`: references, no copies."""
+        return list(self._features), self.latents_seen
+
+    def rewind(self, mark: tuple[list, int]) -> None:
+        """Back to where `mark` was taken."""
+        self._features, self.latents_seen = list(mark[0]), mark[1]
 
     def snapshot(self) -> dict[str, Any]:
         """The stream between two calls: numbers, and copies on the CPU of the carried tensors."""
@@ -86,16 +103,31 @@ class VaeStream:
         return saved
 
     def restore(self, saved: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
-        """Go on from a snapshot; ValueError if it was made by a decoder of another kind."""
+        """Go on from a snapshot; ValueError if there is none in `saved` or it is damaged."""
         self.reset()
         if "vae_latents_seen" not in saved:
             raise ValueError("the state holds no decoder cache; it was not made by a streamed rollout")
-        self.latents_seen = int(saved["vae_latents_seen"])
-        for i in saved["vae_markers"]:
-            self._features[i] = _FIRST_CALL_MARKER
+        entries: dict[int, torch.Tensor | str] = dict.fromkeys(saved.get("vae_markers", ()), _FIRST_CALL_MARKER)
         for name, value in saved.items():
             if name.startswith("vae_feature_"):
-                index = int(name.removeprefix("vae_feature_"))
-                if index >= _LIST_LENGTH:
-                    raise ValueError(f"the state's decoder cache has an entry {index}; a Wan VAE has at most 64")
-                self._features[index] = value.to(device=device, dtype=dtype, copy=True)
+                entries[int(name.removeprefix("vae_feature_"))] = value
+        for i, value in entries.items():
+            whole = isinstance(value, str) or (value.ndim == 5 and value.is_floating_point())
+            if not (isinstance(i, int) and 0 <= i < _LIST_LENGTH and whole):
+                raise ValueError("the state's decoder cache is damaged; resume without a stream, or make it again")
+            moved = value if isinstance(value, str) else value.to(device=device, dtype=dtype, copy=True)
+            self._features[i] = moved
+        self.latents_seen = int(saved["vae_latents_seen"])
+
+
+def _kept(old: torch.Tensor | str | None, new: torch.Tensor | str | None) -> torch.Tensor | str | None:
+    """An entry after a call, made to hold two frames: the newer decoders leave one where one frame came in.
+
+    They are made for two latents a call, and with one the frame before last would count as zeros. Views are copied,
+    so that an entry does not keep alive what it was cut from.
+    """
+    if not isinstance(new, torch.Tensor):
+        return new
+    if isinstance(old, torch.Tensor) and new is not old and new.shape[2] == 1:
+        return torch.cat([old[:, :, -1:], new], dim=2)
+    return new.clone() if new.untyped_storage().nbytes() > new.nbytes else new

@@ -76,7 +76,11 @@ class VideoSink:
             "g": "100000",
         }
         if prefix is not None:
-            self._copy(Path(prefix), prefix_frames)
+            try:
+                self._copy(Path(prefix), prefix_frames)
+            except BaseException:
+                self._container.close()
+                raise
 
     def __enter__(self) -> VideoSink:
         return self

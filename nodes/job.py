@@ -7,41 +7,23 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.rollout import Chunk, Rollout, RolloutSpec, RolloutState, Settings
-from ..adastate_core.rollout_file import save_state
 from ..adastate_core.schedule import Schedule
-from ..adastate_core.streaming import VideoStream
 from ..adastate_core.vae_stream import pictures_of
-from ..adastate_core.video_sink import VideoSink
 from .host import model as host_model
 from .host.checkpoints import rollout_defaults
 from .host.codec import HostDecoder
-from .host.files import STATE_SUFFIX, Target, new_files
+from .host.files import Target
 from .host.progress import Progress
+from .output import StreamOutput, StreamSettings, check_streamable
 
 log = logging.getLogger("adastate")
 FALLBACK = {"steps": 4, "shift": 5.0, "chunk_frames": 3, "window_frames": 3, "positions": "packed"}
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """What AdaStateStreamOutput sets: where the frames of a rollout go."""
-
-    vae: Any = field(repr=False)
-    filename_prefix: str
-    fps: float
-    codec: str
-    quality: int
-    preview: bool
-    autosave_seconds: float = 60.0
-    join: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +93,29 @@ class Job:
         self.plan = self.spec.plan(self.text_tokens, vae_bytes)
         host_model.check_memory(self.plan, host_model.available_bytes(request.model))
         self.given = self._given()
+        self._check_length()
+
+    def _check_length(self) -> None:
+        """Everything about length, start and resume that can be known before anything is loaded or written."""
+        request, resume = self.request, self.request.resume
+        if self.given is not None and self.given.shape[2] >= request.latent_length:
+            frames = pictures_of(self.given.shape[2])
+            raise ValueError(f"start_latent holds {frames} frames of length {request.length}; length must be longer")
+        if resume is None:
+            return
+        if self.given is not None:
+            raise ValueError(
+                "both resume and start_latent are connected; a state goes on by itself: remove start_latent"
+            )
+        if differences := self.spec.differences(resume.spec):
+            raise ValueError("this state belongs to another rollout: " + "; ".join(differences))
+        if resume.emitted >= request.latent_length:
+            raise ValueError(
+                f"the state holds {pictures_of(resume.emitted)} frames and length is {request.length}; length counts from "
+                f"the first frame of the video, so give more than {pictures_of(resume.emitted)}"
+            )
+        if request.stream is not None:
+            check_streamable(resume)
 
     @property
     def _latent_size(self) -> tuple[int, int, int]:
@@ -143,7 +148,7 @@ class Job:
             return None
         samples = self.request.start_latent["samples"]
         batch, height, width = self._latent_size
-        if samples.ndim != 5 or samples.shape[1] != 16 or samples.shape[0] not in (1, batch):
+        if samples.ndim != 5 or samples.shape[1] != 16 or samples.shape[0] not in (1, batch) or not samples.shape[2]:
             raise ValueError(
                 f"start_latent is {list(samples.shape)}; it must be a Wan 2.1 video latent [1 or {batch}, 16, frames, h, w]:"
                 " encode pictures with VAE Encode and a Wan 2.1 VAE"
@@ -161,6 +166,7 @@ class Job:
         rest = request.latent_length - (request.resume.emitted if request.resume else 0)
         chunks = max(1, -(-rest // self.spec.chunk_frames))
         progress = Progress(chunks * (len(schedule.sigmas) + 1))
+        self._load()
         rollout = Rollout(
             self.model,
             self.spec,
@@ -170,7 +176,6 @@ class Job:
             text_tokens=self.text_tokens,
             on_step=lambda chunk, step, steps, x0: progress.step(),
         )
-        self._load()
         output = StreamOutput(self, request.stream) if request.stream else None
         made: list[Chunk] = []
         start = time.perf_counter()
@@ -187,7 +192,7 @@ class Job:
             if output:
                 output.finish(rollout, whole=rollout.emitted >= request.latent_length)
         seconds = time.perf_counter() - start
-        state = rollout.snapshot(output.stream.snapshot() if output else {})
+        state = rollout.snapshot(output.snapshot() if output else {})
         report = self._report(rollout, state, made, seconds, output)
         return Result(self._latents(rollout, made), state, report, output.targets if output else [])
 
@@ -242,109 +247,6 @@ class Job:
             "files": [target.path.name for target in output.targets] if output else [],
             "warnings": self.warnings,
         }
-
-
-class StreamOutput:
-    """The files of a streamed run: a video an item, and the state that is saved beside the first."""
-
-    def __init__(self, job: Job, settings: StreamSettings) -> None:
-        self.job, self.settings = job, settings
-        request = job.request
-        before = 0 if request.resume is None else self._restore(request.resume)
-        batch = request.batch_size
-        suffixes = [".mp4"] if batch == 1 else [f"b{item}.mp4" for item in range(batch)]
-        self.targets = new_files(settings.filename_prefix, suffixes, request.width, request.height)
-        try:
-            sinks = [self._sink(item, target) for item, target in enumerate(self.targets)]
-        except ValueError:
-            for target in self.targets:
-                target.path.unlink(missing_ok=True)
-            raise
-        self.stream = VideoStream(job.decoder, sinks, before)
-        self._due: RolloutState | None = None
-        self._saved = time.monotonic()
-
-    def _restore(self, resume: RolloutState) -> int:
-        """Take the decoder's cache from the state, or rebuild it from the latents that it keeps; frames so far."""
-        decoder = self.job.decoder
-        if "vae_latents_seen" in resume.stream:
-            decoder.restore(resume.stream)
-        elif resume.latents is not None:
-            for part in resume.latents.split(self.job.spec.chunk_frames, dim=2):
-                decoder.step(host_model.to_vae_space(self.job.request.model, part))
-        elif resume.emitted:
-            raise ValueError(
-                "the state was made without a stream and without keep_latents, so its video cannot be decoded further; "
-                "resume it without a stream, or make it again with one"
-            )
-        return pictures_of(resume.emitted)
-
-    def _sink(self, item: int, target: Target) -> VideoSink:
-        request = self.job.request
-        prefix, frames = None, 0
-        if self.settings.join and request.resume is not None:
-            prefix, frames = self._joined(request.resume, item, target)
-        return VideoSink(
-            target.path,
-            request.width,
-            request.height,
-            Fraction(self.settings.fps).limit_denominator(1001),
-            codec=self.settings.codec,
-            quality=self.settings.quality,
-            metadata=request.metadata,
-            prefix=prefix,
-            prefix_frames=frames,
-        )
-
-    def _joined(self, resume: RolloutState, item: int, target: Target) -> tuple[Path | None, int]:
-        """The old file of an item and how many of its frames the state stands for."""
-        files = resume.stream.get("files", [])
-        path = target.path.parent / Path(files[item]).name if item < len(files) else None
-        if path is None or not path.is_file():
-            self.job.warnings.append(
-                "join is on, but the video that the state belongs to was not found beside the new one"
-            )
-            return None, 0
-        return path, int(resume.stream["file_frames"][item])
-
-    @property
-    def state_path(self) -> Path:
-        return self.targets[0].path.with_suffix(STATE_SUFFIX)
-
-    def step(self, chunk: Chunk, rollout: Rollout) -> torch.Tensor:
-        """Decode and write a chunk; saves the state when it is due.
-
-        A growing file keeps its newest frame back until the next one comes, so a state is taken after one chunk and
-        written after the next: what it calls written then survives a kill.
-        """
-        try:
-            pictures = self.stream.step(host_model.to_vae_space(self.job.request.model, chunk.latents))
-        except BaseException:
-            rollout.put_back(chunk.latents)
-            raise
-        if self._due is not None:
-            self._write(self._due)
-            self._due = None
-        every = self.settings.autosave_seconds
-        if every > 0 and time.monotonic() - self._saved >= every:
-            self._due = rollout.snapshot(self.stream.snapshot())
-        return pictures
-
-    def finish(self, rollout: Rollout, whole: bool) -> None:
-        """Finish the files; after an early end, or where a state was saved on the way, save the last one."""
-        try:
-            self.stream.close()
-        finally:
-            if rollout.emitted and (not whole or self.state_path.exists()):
-                self._write(rollout.snapshot(self.stream.snapshot()))
-
-    def _write(self, state: RolloutState) -> None:
-        """Write `<video>.state.safetensors`; a failure is logged, never raised, so that the video goes on."""
-        try:
-            save_state(state, self.state_path)
-            self._saved = time.monotonic()
-        except Exception as error:  # noqa: BLE001
-            log.error("the rollout's state could not be saved to %s: %s", self.state_path.name, error)
 
 
 def report_text(report: dict[str, Any]) -> str:

@@ -180,6 +180,9 @@ class RolloutNode(io.ComfyNode):
         stream: Any = None,
         keep_latents: bool = True,
     ) -> io.NodeOutput:
+        sizes = (width, height, length, batch_size, steps, shift, chunk_frames, window_frames, positions)
+        if (reason := cls.validate_inputs(*sizes)) is not True:  # linked numbers are not known any earlier
+            raise ValueError(reason)
         request = Request(
             model, positive, width, height, length, batch_size, seed, steps, shift, chunk_frames, window_frames, positions,
             anchor=anchor or Anchor(),

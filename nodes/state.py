@@ -40,7 +40,11 @@ class SaveStateNode(io.ComfyNode):
     @classmethod
     def execute(cls, state: RolloutState, filename_prefix: str) -> io.NodeOutput:
         target = new_file(filename_prefix, STATE_SUFFIX)
-        save_state(state, target.path)
+        try:
+            save_state(state, target.path)
+        except BaseException:
+            target.path.unlink(missing_ok=True)
+            raise
         name = f"{target.subfolder}/{target.path.name}".lstrip("/") + " [output]"
         return io.NodeOutput(name, ui=ui.PreviewText(f"{name}\n{state!r}"))
 

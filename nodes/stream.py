@@ -14,7 +14,7 @@ from .host.api import io, schema, ui, widget
 from .host.codec import HostDecoder
 from .host.files import check_prefix, new_file, save_metadata
 from .host.progress import Progress
-from .job import StreamSettings
+from .output import StreamSettings
 
 CATEGORY = "AdaState/video"
 

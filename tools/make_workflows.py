@@ -46,7 +46,7 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "C
 
 @dataclass(frozen=True)
 class Layout:
-    """Titled groups of columns of node ids, left to right, and a note before them; `room` is kept free below a node."""
+    """Titled groups of columns of node ids, left to right, and a note above the first; `room` is kept free below a node."""
 
     note: str
     groups: dict[str, list[list[int]]]
@@ -56,53 +56,51 @@ class Layout:
 LAYOUTS = {
     "long_video": Layout(
         note="""\
-## Long video at constant memory
-The model makes the video in chunks. Each chunk is decoded and written to the mp4 at once, so memory stays the same \
-however large **length** is.
+### Long video at constant memory
+Each chunk is decoded and written to the mp4 as soon as it is made, so memory stays the same however large **length** is.
 
-Press *Run* and watch the preview on the rollout. Stop it whenever you like: the file plays, and the state beside it \
-can be resumed.
+Stop it whenever you like: the file plays, and the state saved beside it can be resumed.
 
-*Demo Prompt* belongs to the tiny demo model; real checkpoints take *CLIP Text Encode*.""",
+*Demo Prompt* is for the tiny demo model; real checkpoints take *CLIP Text Encode*.""",
         groups={"Model and prompt": [[1, 2, 3]], "Roll out and write": [[4], [5]]},
         room={5: 300},
     ),
     "hidden_state": Layout(
         note="""\
-## The hidden state
-With the adaptive anchor the model looks back to a latent that it denoises with every chunk and never shows.
+### The hidden state
+The adaptive anchor denoises a hidden latent with every chunk. The model looks back to it; it is never shown.
 
-*Decode Hidden State* makes a picture of it, as it is after the last chunk. Change the anchor to *None* or *Static* \
-to compare (then bypass *Decode Hidden State*: those have none).
+*Decode Hidden State* makes a picture of it as it is after the last chunk. Other anchors have none: bypass that node \
+when you try them.
 
-It needs weights that were trained for it, as the demo model's were.""",
-        groups={"Model, prompt, anchor": [[1, 2, 3, 4]], "Roll out": [[5]], "What is seen, what is not": [[6, 8], [7, 9]]},
-        room={6: 220, 7: 220, 9: 220},
+It needs weights trained for it, as the demo model's were.""",
+        groups={
+            "Model, prompt, anchor": [[1, 2, 3, 4]],
+            "Roll out": [[5]],
+            "What is seen and what is not": [[6, 8], [7, 9]],
+        },
+        room={6: 330, 7: 370, 9: 330},
     ),
     "save_and_resume": Layout(
         note="""\
-## Save and resume
-The first rollout makes a video and its state. The second goes on from that state: same seed, larger **length**, \
-which counts from the very first frame.
+### Save and resume
+The second rollout goes on from the state of the first. Its **length** counts from the very first frame. *join* copies \
+the first file in front, so the second file holds the whole video.
 
-*join* copies the first file in front of the new frames, so the second file holds the whole video, the same as an \
-uninterrupted run's.
-
-On another day: put *Load Rollout State* in the first rollout's place.""",
-        groups={"Model and prompt": [[1, 2, 3]], "First part": [[4], [5], [6]], "Go on from it": [[7], [8]]},
+On another day put *Load Rollout State* in the first rollout's place.""",
+        groups={
+            "Model and prompt": [[1, 2, 3]],
+            "First part": [[4], [5]],
+            "Keep its state, go on from it": [[6, 7], [8]],
+        },
         room={5: 300, 8: 300},
     ),
 }
 
 # Sets the sizes and places of the loaded graph and adds the note; litegraph's title bar lies above a node's pos.
 _ARRANGE = """(layout) => {
-  const TITLE = 30, GAP_X = 60, GAP_Y = 40, PAD = 20, HEAD = 40, WIDTH = 320;
+  const TITLE = 30, GAP_X = 60, GAP_Y = 30, PAD = 20, HEAD = 60, WIDTH = 320, NOTE = 260;
   const graph = app.graph;
-  const lifted = 10 * Math.ceil((TITLE + HEAD) / 10);
-  const place = (node, x, y, width) => {
-    node.setSize([width, 10 * Math.ceil(node.computeSize()[1] / 10)]);
-    node.pos = [x, y];
-  };
   for (const node of graph.nodes)
     for (const widget of node.widgets ?? [])
       if (widget.name === "control_after_generate") widget.value = "fixed";
@@ -110,29 +108,39 @@ _ARRANGE = """(layout) => {
   graph.add(note);
   note.title = "About this workflow";
   note.widgets[0].value = layout.note;
-  note.setSize([380, 420]);
-  note.pos = [0, lifted];
-  let x = 380 + GAP_X + PAD;
+  note.setSize([WIDTH, NOTE]);
+  note.pos = [PAD, TITLE];
+  let x = PAD, top = TITLE + NOTE + GAP_Y, lowest = 0;
   for (const [title, columns] of layout.groups) {
-    const left = x;
+    const left = x - PAD;
     let bottom = 0;
     for (const column of columns) {
-      let y = lifted;
+      let y = top + HEAD + TITLE;
       for (const id of column) {
         const node = graph.getNodeById(id);
-        place(node, x, y, WIDTH);
-        bottom = Math.max(bottom, y + node.size[1] + (layout.room[id] ?? 0));
-        y += node.size[1] + (layout.room[id] ?? 0) + GAP_Y + TITLE;
+        const height = 10 * Math.ceil(node.computeSize()[1] / 10);
+        node.setSize([WIDTH, height]);
+        node.pos = [x, y];
+        const end = y + height + (layout.room[id] ?? 0);
+        bottom = Math.max(bottom, end);
+        y = end + GAP_Y + TITLE;
       }
       x += WIDTH + GAP_X;
     }
     const group = new LiteGraph.LGraphGroup(title);
-    group.pos = [left - PAD, 0];
-    group.size = [x - GAP_X + PAD - (left - PAD), bottom + PAD];
+    group.pos = [left, top];
+    group.size = [x - GAP_X + PAD - left, bottom + PAD - top];
     graph.add(group);
+    lowest = Math.max(lowest, bottom + PAD);
     x += PAD;
+    top = 0;  // only the first group has the note above it
   }
-  return JSON.stringify(graph.serialize());
+  // A view that shows all of it in a window of 1600 x 900, also with the Vue renderer, which draws a graph 1.2 times as
+  // large. It has to be in the file: without one, front end 1.32.9 pulls the nodes out of their groups in that renderer.
+  const scale = Math.min(1, Math.floor(100 * Math.min(1350 / (1.2 * (x - GAP_X)), 740 / (1.2 * lowest))) / 100);
+  const saved = graph.serialize();
+  saved.extra.ds = { scale, offset: [Math.round(110 / scale), Math.round(100 / scale)] };
+  return JSON.stringify(saved);
 }"""
 
 
@@ -148,7 +156,9 @@ def running_browser() -> Iterator[Browser]:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        raise SetupError("playwright is not installed: pip install playwright (no browser download is needed)") from None
+        raise SetupError(
+            "playwright is not installed: pip install playwright (no browser download is needed)"
+        ) from None
     executable = find_browser()
     if executable is None:
         raise SetupError(f"no Chromium was found: install one of {', '.join(BROWSERS)} or set CHROMIUM to its path")
@@ -162,11 +172,11 @@ def running_browser() -> Iterator[Browser]:
 
 @contextlib.contextmanager
 def running_host(folder: Path) -> Iterator[Server]:
-    """A host with the pack, all of its files in `folder`, that asks nothing of a new user."""
-    settings = folder / "base" / "user" / "default" / "comfy.settings.json"
+    """A host with the pack that asks nothing of a new user; its files are in `folder`, what it makes in `output`."""
+    settings = folder / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(SETTINGS))
-    with Server(ensure_ready(), folder / "base", folder / "base" / "output", folder / "host.log") as server:
+    with Server(ensure_ready(), folder, folder / "output", folder / "host.log") as server:
         server.wait_ready()
         yield server
 
@@ -213,7 +223,6 @@ def make(page: Page, name: str, owners: dict[str, str], versions: dict[str, str]
     }
     graph = json.loads(page.evaluate(_ARRANGE, arranged))
     graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.workflows.adastate"))
-    graph["extra"].pop("ds", None)  # where this page happened to look; without it the front end fits the view
     return json.dumps(with_packs(graph, owners, versions), indent=2) + "\n"
 
 
@@ -226,7 +235,11 @@ def main(arguments: list[str]) -> int:
     if unknown := [name for name in names if name not in known]:
         parser.error(f"there is no workflows/api/{unknown[0]}.json; there are: {', '.join(known)}")
     try:
-        with tempfile.TemporaryDirectory() as folder, running_host(Path(folder)) as server, running_browser() as browser:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            running_host(Path(folder)) as server,
+            running_browser() as browser,
+        ):
             owners = owners_of(server.request("/object_info"))
             version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
             host_version = server.request("/system_stats")["system"]["comfyui_version"]

@@ -2,8 +2,8 @@
 
     python -m training.export --config training/configs/export.toml
 
-The transformer's file carries how it wants to be rolled out (metadata key "adastate", JSON) with the fingerprint
-by which the rollout node recognises its weights once the host's loader has dropped the metadata.
+The transformer's file carries how it wants to be rolled out (metadata key "adastate", JSON) with the
+fingerprints by which the rollout node recognises its weights once the host's loader has dropped the metadata.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from safetensors.torch import save_file
 
 from .run import Run, log
 
+# what the host's loader may turn a file's weights into
+LOADED_AS = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
-def fingerprint(weights: dict[str, torch.Tensor]) -> str:
-    """The fingerprint of nodes/host/model.py, from a state dict (tests/host/test_model.py compares the two)."""
+
+def fingerprint(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
+    """The fingerprint of nodes/host/model.py for weights loaded as `dtype` (tests/host/test_model.py compares)."""
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     names = ["head.modulation"]
     for i in sorted({0, (layers - 1) // 2, layers - 1}):
         names += [f"blocks.{i}.modulation", f"blocks.{i}.self_attn.norm_k.weight", f"blocks.{i}.norm3.weight"]
     digest = hashlib.sha256()
     for name in names:
-        values = weights[name].flatten()[:256].float().to(torch.bfloat16).view(torch.int16)
+        values = weights[name].flatten()[:256].to(dtype).float().to(torch.bfloat16).view(torch.int16)
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -41,7 +44,9 @@ def main() -> None:
         halves = {name: value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
         metadata = {"format": "pt"}
         if kind == "diffusion_models":
-            metadata["adastate"] = json.dumps(entry["rollout"] | {"fingerprint": fingerprint(halves)})
+            metadata["adastate"] = json.dumps(
+                entry["rollout"] | {"fingerprints": [fingerprint(halves, dtype) for dtype in LOADED_AS]}
+            )
         target = Path(run.config["folder"]) / kind / entry["file"]
         target.parent.mkdir(parents=True, exist_ok=True)
         save_file(halves, target, metadata=metadata)

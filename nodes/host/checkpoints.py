@@ -21,7 +21,8 @@ METADATA_KEY = "adastate"
 def rollout_defaults(patcher: Any) -> dict[str, Any] | None:
     """The rollout settings in the metadata of the file that `patcher` was loaded from, or None.
 
-    Keys: steps, shift, chunk_frames, window_frames, positions, state_frames (each optional), fingerprint.
+    Keys: steps, shift, chunk_frames, window_frames, positions, state_frames (each optional), and
+    fingerprints: one for each dtype that the host may load the file in.
     """
     wanted = fingerprint(patcher)
     for name in folder_paths.get_filename_list("diffusion_models"):
@@ -29,7 +30,7 @@ def rollout_defaults(patcher: Any) -> dict[str, Any] | None:
         if path is None or not name.endswith((".safetensors", ".sft")):
             continue
         settings = _settings(path, Path(path).stat().st_mtime_ns)
-        if settings is not None and settings.get("fingerprint") == wanted:
+        if settings is not None and wanted in settings.get("fingerprints", ()):
             return settings
     return None
 

@@ -38,8 +38,9 @@ class HostDecoder:
         return cache_bytes(_width(self.vae), height, width, batch, self.vae.vae_dtype)
 
     def working_bytes(self, batch: int, height: int, width: int) -> int:
-        """What the host reckons one decode call takes beside it."""
-        return int(self.vae.memory_used_decode((batch, 16, 1, height, width), self.vae.vae_dtype))
+        """What a chunk's decode takes beside the cache: the host's reckoning for each item, and the cache before it."""
+        one = int(self.vae.memory_used_decode((1, 16, 1, height, width), self.vae.vae_dtype))
+        return batch * one + self.cache_bytes(batch, height, width)
 
     def load(self, shape: torch.Size) -> None:
         """Bring the VAE to its device, with room for its cache. `shape` is that of the latents."""
@@ -51,6 +52,12 @@ class HostDecoder:
         """[B, 16, n, h, w] in VAE space to pictures [B, t, H, W, 3] float32 in 0..1 on the host's output device."""
         moved = latents.to(self.vae.vae_dtype).to(self.vae.device)
         return self.vae.process_output(self.stream.step(moved).to(self.vae.output_device).float())
+
+    def mark(self) -> Any:
+        return self.stream.mark()
+
+    def rewind(self, mark: Any) -> None:
+        self.stream.rewind(mark)
 
     def snapshot(self) -> dict[str, Any]:
         return self.stream.snapshot()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,11 @@ class Target:
     path: Path
     subfolder: str
     kind: str
+
+    @property
+    def name(self) -> str:
+        """The path relative to its folder."""
+        return f"{self.subfolder}/{self.path.name}".lstrip("/")
 
     def result(self) -> ui.SavedResult:
         return ui.SavedResult(self.path.name, self.subfolder, io.FolderType(self.kind))
@@ -69,8 +76,9 @@ def check_prefix(prefix: str) -> str | None:
 
 
 def _inside(root: Path, relative: str) -> Path:
-    path = (root / relative).resolve()
-    if not relative or "\0" in relative or not path.is_relative_to(root.resolve()) or path == root.resolve():
+    base = Path(os.path.abspath(root))
+    path = Path(os.path.abspath(base / relative))  # links inside the folder are the user's own
+    if not relative or "\0" in relative or len(relative) > 200 or not path.is_relative_to(base) or path == base:
         raise ValueError(
             f"{relative!r} does not name a file inside the host's folder; give a plain name like video/take"
         )
@@ -82,8 +90,14 @@ def state_files() -> list[str]:
     found: list[tuple[float, str]] = []
     for root, mark in ((folder_paths.get_output_directory(), " [output]"), (folder_paths.get_input_directory(), "")):
         for path in Path(root).rglob(f"*{STATE_SUFFIX}"):
-            found.append((path.stat().st_mtime, path.relative_to(root).as_posix() + mark))
+            with contextlib.suppress(OSError):  # a dangling link, a file that is just being replaced
+                found.append((path.stat().st_mtime, path.relative_to(root).as_posix() + mark))
     return [name for _, name in sorted(found, reverse=True)]
+
+
+def output_file(relative: str) -> Path:
+    """A file of the output folder by its relative name. ValueError if it lies outside."""
+    return _inside(Path(folder_paths.get_output_directory()), relative)
 
 
 def state_path(name: str) -> Path:

@@ -29,6 +29,7 @@ _CONTROL_OPTIONS = {
     "sampler_pre_cfg_function": "a pre-CFG function",
     "sampler_post_cfg_function": "a post-CFG function",
     "sampler_calc_cond_batch_function": "a cond batch function",
+    "denoise_mask_function": "a denoise mask function",
 }
 # conditioning keys that a rollout cannot honour, by the words a user knows them by
 _REFUSED_CONDITIONING = {
@@ -47,13 +48,23 @@ _REFUSED_CONDITIONING = {
     "clip_vision_output": "a CLIP vision output",
     "gligen": "GLIGEN boxes",
     "vace_frames": "VACE frames",
+    "vace_context": "VACE frames",
     "audio_embed": "audio",
+    "time_dim_concat": "reference frames (Phantom)",
+    "camera_conditions": "camera motion",
+    "control_video": "a control video",
+    "reference_motion": "a reference motion",
 }
 
 
 def check_model(patcher: Any) -> None:
     """ValueError, saying what was given and what is accepted, unless a rollout can drive this MODEL."""
     config = type(patcher.model.model_config).__name__
+    if config == "WAN21_CausalAR_T2V":
+        raise ValueError(
+            "the model is a WAN21_CausalAR_T2V, the host's own autoregressive class, whose attention keeps a cache of its own; "
+            "a rollout needs the same weights as a plain Wan model: remove the causal_ar entry from the file's metadata"
+        )
     if config != MODEL_CLASS:
         raise ValueError(
             f"the model is a {config}; a rollout drives Wan 2.1 text-to-video models ({MODEL_CLASS}): load a causal "
@@ -111,9 +122,10 @@ def compute_dtype(patcher: Any) -> torch.dtype:
 
 
 def fingerprint(patcher: Any) -> str:
-    """A short hash of small weights that quantisation leaves alone (norms, modulations), without LoRA patches.
+    """A short hash of small weights (norms, modulations) as they were loaded, without LoRA patches.
 
-    Compared after rounding to bfloat16, so the same checkpoint in bf16, fp16 or fp8 has one fingerprint.
+    Taken after rounding to bfloat16, so a bf16 checkpoint has one fingerprint in bf16 and fp32; loading it in fp16 or
+    fp8 rounds otherwise and gives another.
     """
     wan = patcher.model.diffusion_model
     last = len(wan.blocks) - 1

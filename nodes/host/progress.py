@@ -20,6 +20,8 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         self._bar, self._done = comfy.utils.ProgressBar(max(total, 1)), 0
+        self._previewer: Any = None
+        self._previewer_made = False
 
     def step(self, count: int = 1) -> None:
         check_interrupt()
@@ -33,12 +35,21 @@ class Progress:
 
     def preview_latent(self, patcher: Any, latents: torch.Tensor) -> None:
         """Show the newest of [B, 16, n, h, w] (model space) as the host's samplers would: only if previews are on."""
-        previewer = latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
-        if previewer is not None:
+        if not self._previewer_made:
+            self._previewer = latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
+            self._previewer_made = True
+        if self._previewer is not None:
             newest = latents[:1, :, -1:].to(patcher.load_device)
-            self._bar.update_absolute(self._done, preview=previewer.decode_latent_to_preview_image("JPEG", newest))
+            self._bar.update_absolute(
+                self._done, preview=self._previewer.decode_latent_to_preview_image("JPEG", newest)
+            )
 
 
 def check_interrupt() -> None:
     """Raise the host's interrupt if the user asked for one."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def soft_empty_cache() -> None:
+    """Give memory that nothing uses back to the device."""
+    comfy.model_management.soft_empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import weakref
 
 import comfy.model_management
@@ -14,7 +15,7 @@ from adastate_pack.adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_pack.adastate_core.schedule import Schedule
 from adastate_pack.nodes import job as job_module
 from adastate_pack.nodes.host import model as adapter
-from conftest import random_wan
+from conftest import PACK, random_wan
 from slow_rollout import SlowAttention, slow_rollout
 
 
@@ -182,8 +183,6 @@ def test_offloaded_weights_run(rollout, model, monkeypatch):
 
 
 def test_the_fingerprint_survives_rounding_and_lora(model, wan_state):
-    from adastate_pack.adastate_core import wan_attention  # noqa: F401
-
     first = adapter.fingerprint(model)
     half = comfy.sd.load_diffusion_model_state_dict({k: v.bfloat16() for k, v in wan_state.items()})
     assert adapter.fingerprint(half) == first
@@ -191,8 +190,25 @@ def test_the_fingerprint_survives_rounding_and_lora(model, wan_state):
     patched.add_patches({"diffusion_model.head.modulation": ("diff", (torch.ones(1, 2, 128),))})
     comfy.model_management.load_models_gpu([patched])
     assert adapter.fingerprint(patched) == first
+    for dtype in (torch.float16, torch.float8_e4m3fn):
+        state = {name: value.bfloat16() for name, value in wan_state.items()}
+        loaded = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype})
+        assert adapter.fingerprint(loaded) == export_fingerprint(state_of(wan_state), dtype)
     other = comfy.sd.load_diffusion_model_state_dict(random_wan(seed=3))
     assert adapter.fingerprint(other) != first
+
+
+def state_of(wan_state):
+    return {name: value.bfloat16() for name, value in wan_state.items()}
+
+
+def export_fingerprint(weights, dtype):
+    """The exporter's own function, loaded alone: its package does not belong in this process."""
+    source = (PACK / "training" / "export.py").read_text()
+    start, end = source.index("def fingerprint"), source.index("def main")
+    space = {"torch": torch, "hashlib": hashlib}
+    exec(source[start:end], space)  # noqa: S102
+    return space["fingerprint"](weights, dtype)
 
 
 def refused(rollout, message, **inputs):
@@ -245,6 +261,7 @@ def test_models_that_cannot_be_driven_are_refused(rollout, model):
         ({"concat_latent_image": torch.zeros(1)}, "a concat latent image"),
         ({"reference_latents": [torch.zeros(1)]}, "reference latents"),
         ({"strength": 0.5}, "strength 0.5"),
+        ({"time_dim_concat": torch.zeros(1)}, "reference frames"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )

@@ -174,13 +174,16 @@ def test_a_resume_with_other_settings_names_each_difference(rollout):
     state = rollout(length=25).args[1]
     with pytest.raises(ValueError) as refusal:
         rollout(length=49, resume=state, window_frames=6, width=48, anchor=AnchorStatic(1))
-    assert all(word in str(refusal.value) for word in ("window_frames is 3", "width is 4", "anchor is"))
+    assert all(
+        word in str(refusal.value)
+        for word in ("window_frames is 3", "width is 32 in the state and 48 here", "anchor is")
+    )
     import comfy.sd
 
     other = comfy.sd.load_diffusion_model_state_dict(random_wan(seed=8))
-    with pytest.raises(ValueError, match="model is"):
+    with pytest.raises(ValueError, match="model is another checkpoint"):
         rollout(length=49, resume=state, model=other)
-    with pytest.raises(ValueError, match="holds 7 latent frames and 7 were asked for"):
+    with pytest.raises(ValueError, match="holds 25 frames and length is 25"):
         rollout(length=25, resume=state)
 
 
@@ -191,9 +194,7 @@ def test_seed_prompt_and_steps_may_change_on_resume(rollout, positive):
     assert out.args[0]["samples"].shape[2] == 13
 
 
-def test_start_latents(rollout, vae, folders):
-    import comfy.sd
-
+def test_start_latents(rollout):
     start = torch.randn(1, 16, 5, 4, 4)
     out = rollout(start_latent={"samples": start}, length=45).args[0]["samples"]
     torch.testing.assert_close(out[:, :, :5], start, atol=1e-5, rtol=1e-5)
@@ -202,12 +203,29 @@ def test_start_latents(rollout, vae, folders):
     for bad, message in [
         (torch.zeros(1, 16, 4, 4), "must be a Wan 2.1 video latent"),
         (torch.zeros(3, 16, 1, 4, 4), "must be a Wan 2.1 video latent"),
+        (torch.zeros(1, 16, 0, 4, 4), "must be a Wan 2.1 video latent"),
         (torch.zeros(1, 16, 1, 8, 4), "start_latent is 32x64 and the rollout 32x32"),
-        (torch.zeros(1, 16, 20, 4, 4), "hold 20 latent frames of 12"),
+        (torch.zeros(1, 16, 20, 4, 4), "start_latent holds 77 frames of length 45"),
     ]:
         with pytest.raises(ValueError, match=message):
             rollout(start_latent={"samples": bad}, length=45)
-    assert comfy.sd is not None
+    state = rollout(length=21).args[1]
+    with pytest.raises(ValueError, match="both resume and start_latent"):
+        rollout(start_latent={"samples": start}, resume=state, length=45)
+
+
+def test_linked_sizes_are_checked_too(rollout):
+    """A number that comes through a link is not known to validate_inputs."""
+    with pytest.raises(ValueError, match="width is 100; it must be a multiple of 16"):
+        rollout(width=100)
+
+
+def test_a_dangling_link_among_the_states_does_not_hide_the_others(folders):
+    from adastate_pack.nodes.host.files import state_files
+
+    (folders / "output" / "gone.state.safetensors").symlink_to(folders / "nowhere")
+    (folders / "output" / "here.state.safetensors").touch()
+    assert state_files() == ["here.state.safetensors [output]"]
 
 
 def test_sigmas_beat_steps_and_shift(rollout):
@@ -233,7 +251,7 @@ def test_auto_values_are_the_checkpoints_or_the_fallback(rollout, model, folders
     models = Path(folders) / "models"
     models.mkdir()
     (models / "broken.safetensors").write_bytes(b"nothing")
-    metadata = {"adastate": json.dumps(wish | {"fingerprint": fingerprint(model)})}
+    metadata = {"adastate": json.dumps(wish | {"fingerprints": [fingerprint(model)]})}
     save_file(wan_state, models / "tiny.safetensors", metadata=metadata)
     paths = folder_paths.folder_names_and_paths["diffusion_models"][0]
     paths.insert(0, str(models))

@@ -79,7 +79,8 @@ def test_the_cache_does_not_grow_and_is_what_was_planned(vae):
 
 
 class NewerDecoder(torch.nn.Module):
-    """The newer generation's calling convention on the same weights: pieces in a list, a later frame at a time."""
+    """The newer generation's behaviour on the same weights: pieces in a list, and of what came in only the last two
+    frames are kept, so that layers which see one frame a call keep one."""
 
     def __init__(self, decoder):
         super().__init__()
@@ -88,17 +89,61 @@ class NewerDecoder(torch.nn.Module):
     def forward(self, x, feat_cache=None, feat_idx=None):
         assert len(feat_cache) >= 34
         out = self.decoder(x, feat_cache=feat_cache, feat_idx=feat_idx.copy())
+        for i, entry in enumerate(feat_cache):
+            if torch.is_tensor(entry) and entry.shape[-2:] == x.shape[-2:]:  # before the first temporal upsampling
+                feat_cache[i] = entry[:, :, -min(2, x.shape[2]) :]
         return list(out.split(1, dim=2))
 
 
 @torch.no_grad()
-def test_a_decoder_that_returns_pieces_works_too(vae):
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_newer_decoders_work_too(vae, count):
     module = vae.first_stage_model
     newer = torch.nn.Module()
     newer.conv2, newer.decoder = module.conv2, NewerDecoder(module.decoder)
-    z = latents(5)
-    parts = torch.cat([VaeStream(newer).step(z)], 1)
-    assert torch.equal(parts, VaeStream(module).step(z))
+    z = latents(9)
+    reference = VaeStream(module, count).step(z)
+    stream = VaeStream(newer, count)
+    parts = [stream.step(part) for part in z.split([1, 3, 2, 3], dim=2)]
+    if count == 1:
+        assert torch.equal(torch.cat(parts, 1), reference)
+        assert stream.nbytes == cache_bytes(4, 4, 4, 1, torch.float32)
+    else:
+        torch.testing.assert_close(torch.cat(parts, 1), reference, atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_a_decode_that_fails_leaves_the_stream_where_it_was(vae, monkeypatch):
+    z = latents(6)
+    reference = VaeStream(vae.first_stage_model).step(z)
+    stream = VaeStream(vae.first_stage_model)
+    head = stream.step(z[:, :, :2])
+    original, calls = VaeStream._call, []
+
+    def fail(self, features):
+        calls.append(1)
+        if len(calls) == 3:
+            original(self, features)
+            raise MemoryError
+        return original(self, features)
+
+    monkeypatch.setattr(VaeStream, "_call", fail)
+    with pytest.raises(MemoryError):
+        stream.step(z[:, :, 2:])
+    assert torch.equal(torch.cat([head, stream.step(z[:, :, 2:])], 1), reference)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"vae_markers": [99]}, {"vae_feature_-1": torch.zeros(1, 1, 1, 1, 1)}, {"vae_feature_3": torch.zeros(2, 2)}],
+    ids=str,
+)
+def test_damaged_decoder_caches_are_refused(vae, damage):
+    stream = VaeStream(vae.first_stage_model)
+    with torch.no_grad():
+        stream.step(latents(2))
+    with pytest.raises(ValueError, match="damaged"):
+        stream.restore(stream.snapshot() | damage, "cpu", torch.float32)
 
 
 def test_the_decode_node_gives_what_the_hosts_decode_gives(vae, node):
@@ -256,10 +301,10 @@ def test_a_failing_decode_loses_no_latent(rollout, stream, folders, monkeypatch)
 
 
 def test_autosave_is_written_as_often_as_asked(rollout, stream, folders, monkeypatch):
-    from adastate_pack.nodes import job
+    from adastate_pack.nodes import output
 
     saves = []
-    monkeypatch.setattr(job, "save_state", lambda state, path: saves.append(state.emitted))
+    monkeypatch.setattr(output, "save_state", lambda state, path: saves.append(state.emitted))
     rollout(length=45, stream=stream(autosave_seconds=1e-6))
     assert saves == [3, 6, 9]
     saves.clear()
@@ -290,3 +335,87 @@ def test_a_state_without_frames_or_latents_cannot_be_streamed_further(rollout, s
 
 def test_pictures_of():
     assert [pictures_of(n) for n in (0, 1, 2, 21)] == [0, 1, 5, 81]
+
+
+@pytest.mark.parametrize("how", ["shorter", "other width"])
+def test_refused_runs_leave_nothing(rollout, stream, folders, how):
+    state = rollout(length=25, stream=stream(filename_prefix="a")).args[1]
+    before = sorted(folders.rglob("*"))
+    with pytest.raises(ValueError):
+        if how == "shorter":
+            rollout(length=25, resume=state, stream=stream(filename_prefix="b"))
+        else:
+            rollout(length=49, width=48, resume=state, stream=stream(filename_prefix="b"))
+    assert sorted(folders.rglob("*")) == before
+
+
+def test_an_interrupt_before_the_first_frame_leaves_nothing(rollout, stream, folders, monkeypatch):
+    state = rollout(length=21, stream=stream(filename_prefix="a")).args[1]
+    before = sorted(folders.rglob("*"))
+
+    def velocity(self, x, timestep, attention):
+        comfy.model_management.interrupt_current_processing()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    monkeypatch.setattr(adapter.HostModel, "velocity", velocity)
+    for inputs in ({}, {"resume": state}):
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            rollout(length=45, stream=stream(filename_prefix="a"), **inputs)
+    assert sorted(folders.rglob("*")) == before
+
+
+def test_join_takes_only_the_video_that_the_state_belongs_to(rollout, stream, folders):
+    first = rollout(length=21, stream=stream(filename_prefix="one/M"))
+    rollout(length=21, seed=9, stream=stream(filename_prefix="two/M"))
+    other = rollout(length=45, resume=first.args[1], stream=stream(filename_prefix="two/M", join=True))
+    joined = frames_of(folders / "output" / "two" / "M_00002_.mp4")
+    assert torch.equal(joined[:21], frames_of(folders / "output" / "one" / "M_00001_.mp4"))
+    third = rollout(length=57, resume=other.args[1], stream=stream(filename_prefix="three/M", join=True))
+    assert len(frames_of(folders / "output" / "three" / "M_00001_.mp4")) == 57
+    assert third.args[3].get_frame_count() == 57
+    impostor = folders / "output" / "two" / "M_00001_.mp4"
+    impostor.replace(folders / "output" / "one" / "M_00001_.mp4")
+    with pytest.raises(ValueError, match="is missing or is not the video that the state belongs to"):
+        rollout(length=45, resume=first.args[1], stream=stream(filename_prefix="four/M", join=True))
+    assert not (folders / "output" / "four").exists()
+
+
+def test_a_full_disk_loses_no_finished_chunk(rollout, stream, folders, monkeypatch):
+    whole = rollout(length=45, batch_size=2).args[0]["samples"]
+    original, calls = stream_nodes.VideoSink.write, []
+
+    def write(self, pictures):
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError("disk full")
+        original(self, pictures)
+
+    monkeypatch.setattr(stream_nodes.VideoSink, "write", write)
+    with pytest.raises(OSError, match="disk full"):
+        rollout(length=45, batch_size=2, stream=stream(), keep_latents=False)
+    monkeypatch.undo()
+    state = load_state(folders / "output" / "video" / "take_00001_b0.state.safetensors")
+    assert (state.emitted, state.stream["file_frames"]) == (3, [9, 9])
+    again = rollout(length=45, batch_size=2, resume=state, stream=stream(join=True))
+    torch.testing.assert_close(again.args[0]["samples"], whole[:, :, 3:])
+    assert all(len(frames_of(folders / "output" / "video" / f"take_00002_b{i}.mp4")) == 45 for i in (0, 1))
+
+
+def test_an_interrupt_among_the_start_frames_saves_no_half_past(rollout, stream, folders, monkeypatch):
+    start = {"samples": latents(8)}
+    whole = rollout(start_latent=start, length=57, stream=stream(filename_prefix="whole"))
+    original, calls = adapter.HostModel.velocity, []
+
+    def velocity(self, x, timestep, attention):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return original(self, x, timestep, attention)
+
+    monkeypatch.setattr(adapter.HostModel, "velocity", velocity)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        rollout(start_latent=start, length=57, stream=stream(filename_prefix="cut"))
+    monkeypatch.undo()
+    assert [p.name for p in (folders / "output").iterdir()] == ["whole_00001_.mp4"]
+    assert len(frames_of(folders / "output" / "whole_00001_.mp4")) == 57
+    assert whole.args[0]["samples"].shape[2] == 15

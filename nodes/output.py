@@ -1,0 +1,186 @@
+"""The files of a streamed rollout: videos that grow, and the state that is saved beside them."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import torch
+
+from ..adastate_core.rollout import Chunk, Rollout, RolloutState
+from ..adastate_core.rollout_file import save_state
+from ..adastate_core.streaming import VideoStream
+from ..adastate_core.vae_stream import pictures_of
+from ..adastate_core.video_sink import VideoSink
+from .host import model as host_model
+from .host.files import STATE_SUFFIX, Target, new_files, output_file
+from .host.progress import soft_empty_cache
+
+if TYPE_CHECKING:
+    from .job import Job
+
+log = logging.getLogger("adastate")
+RUN_ID = "adastate_run"
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What AdaStateStreamOutput sets: where the frames of a rollout go."""
+
+    vae: Any = field(repr=False)
+    filename_prefix: str
+    fps: float
+    codec: str
+    quality: int
+    preview: bool
+    autosave_seconds: float = 60.0
+    join: bool = False
+
+
+class StreamOutput:
+    """The files of a streamed run: a video an item, and the state that is saved beside the first."""
+
+    def __init__(self, job: Job, settings: StreamSettings) -> None:
+        self.job, self.settings = job, settings
+        request, self.run_id = job.request, uuid.uuid4().hex
+        before = 0 if request.resume is None else self._restore(request.resume)
+        batch = request.batch_size
+        suffixes = [".mp4"] if batch == 1 else [f"b{item}.mp4" for item in range(batch)]
+        sources = self._joined() if settings.join and request.resume is not None else [(None, 0)] * batch
+        self.targets = new_files(settings.filename_prefix, suffixes, request.width, request.height)
+        sinks: list[VideoSink] = []
+        try:
+            for target, (source, frames) in zip(self.targets, sources, strict=True):
+                sinks.append(self._sink(target, source, frames))
+        except BaseException:
+            for sink in sinks:
+                sink.stop()
+            self._discard()
+            raise
+        self.stream = VideoStream(job.decoder, sinks, [target.name for target in self.targets], before)
+        self._due: RolloutState | None = None
+        self._saved = time.monotonic()
+
+    def _discard(self) -> None:
+        for target in self.targets:
+            target.path.unlink(missing_ok=True)
+
+    def _restore(self, resume: RolloutState) -> int:
+        """Take the decoder's cache from the state, or rebuild it from the latents that it keeps; frames so far."""
+        decoder = self.job.decoder
+        if "vae_latents_seen" in resume.stream:
+            decoder.restore(resume.stream)
+        elif resume.latents is not None:
+            for part in resume.latents.split(self.job.spec.chunk_frames, dim=2):
+                decoder.step(host_model.to_vae_space(self.job.request.model, part))
+        return pictures_of(resume.emitted)
+
+    def _sink(self, target: Target, source: Path | None, frames: int) -> VideoSink:
+        request = self.job.request
+        return VideoSink(
+            target.path,
+            request.width,
+            request.height,
+            Fraction(self.settings.fps).limit_denominator(1001),
+            codec=self.settings.codec,
+            quality=self.settings.quality,
+            metadata=request.metadata | {RUN_ID: self.run_id},
+            prefix=source,
+            prefix_frames=frames,
+        )
+
+    def _joined(self) -> list[tuple[Path, int]]:
+        """Each item's old file and how many of its frames the state stands for; ValueError if it is not the state's."""
+        stream = self.job.request.resume.stream
+        files, frames = stream.get("files", []), stream.get("file_frames", [])
+        if len(files) != self.job.request.batch_size or len(frames) != len(files):
+            raise ValueError("join is on, but the state names no video to join to; turn join off")
+        sources = []
+        for name, count in zip(files, frames, strict=True):
+            path = output_file(str(name))
+            if not path.is_file() or run_id_of(path) != stream.get("run_id"):
+                raise ValueError(
+                    f"join is on, but {name} in the output folder is missing or is not the video that the state belongs to; "
+                    "put it back, or turn join off to write the new frames alone"
+                )
+            sources.append((path, int(count)))
+        return sources
+
+    @property
+    def state_path(self) -> Path:
+        return self.targets[0].path.with_suffix(STATE_SUFFIX)
+
+    def step(self, chunk: Chunk, rollout: Rollout) -> torch.Tensor:
+        """Decode and write a chunk; saves the state when it is due.
+
+        A growing file keeps its newest frame back until the next one comes, so a state is taken after one chunk and
+        written after the next: what it calls written then survives a kill.
+        """
+        try:
+            pictures = self.stream.step(host_model.to_vae_space(self.job.request.model, chunk.latents))
+        except BaseException:
+            rollout.put_back(chunk.latents)
+            raise
+        if self._due is not None:
+            due, self._due = self._due, None
+            self._write(lambda: due)
+        every = self.settings.autosave_seconds
+        if every > 0 and time.monotonic() - self._saved >= every:
+            self._due = rollout.snapshot(self.snapshot())
+        return pictures
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a state keeps of these files."""
+        return self.stream.snapshot() | {"run_id": self.run_id}
+
+    def finish(self, rollout: Rollout, whole: bool) -> None:
+        """Finish the files; after an early end, or where a state was saved on the way, save the last one.
+
+        A run that wrote nothing leaves nothing.
+        """
+        try:
+            self.stream.close()
+        finally:
+            if not self.stream.frames:
+                self._discard()
+            elif not whole or self.state_path.exists():
+                soft_empty_cache()
+                self._write(lambda: rollout.snapshot(self.snapshot()))
+
+    def _write(self, state: Callable[[], RolloutState]) -> None:
+        """Write `<video>.state.safetensors`; a failure is logged, never raised, so that the video goes on."""
+        try:
+            save_state(state(), self.state_path)
+            self._saved = time.monotonic()
+        except Exception as error:  # noqa: BLE001
+            log.error("the rollout's state could not be saved to %s: %s", self.state_path.name, error)
+
+
+def check_streamable(state: RolloutState) -> None:
+    """ValueError unless a stream can go on where `state` ends."""
+    seen = state.stream.get("vae_latents_seen")
+    if seen is not None and seen != state.emitted:
+        raise ValueError(
+            "the state's decoder cache belongs to another frame: it is damaged; resume it without a stream"
+        )
+    if seen is None and state.latents is None and state.emitted:
+        raise ValueError(
+            "the state was made without a stream and without keep_latents, so its video cannot be decoded further; "
+            "resume it without a stream, or make it again with one"
+        )
+
+
+def run_id_of(path: Path) -> str | None:
+    """The id that a stream gave its file, or None for a file that is not one of ours or cannot be read."""
+    try:
+        with av.open(str(path)) as container:
+            return container.metadata.get(RUN_ID)
+    except (av.error.FFmpegError, OSError):
+        return None

@@ -1,0 +1,46 @@
+"""Every node's help page: there, about that node, and naming all that the node has."""
+
+from __future__ import annotations
+
+import urllib.request
+
+import pytest
+from conftest import ROOT
+
+PAGES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def nodes(host) -> dict[str, dict]:
+    """The pack's nodes as the host describes them."""
+    info = host.request("/object_info")
+    return {name: node for name, node in info.items() if node["python_module"] == "custom_nodes.ComfyUI-AdaState"}
+
+
+def test_each_node_has_a_page_and_no_page_is_left_over(nodes):
+    assert sorted(nodes) == PAGES
+
+
+def test_pages_are_served_and_name_every_input_and_output(nodes, host):
+    for name, node in nodes.items():
+        url = f"http://127.0.0.1:{host.port}/extensions/ComfyUI-AdaState/docs/{name}.md"
+        with urllib.request.urlopen(url) as answer:
+            text = answer.read().decode()
+        assert text.startswith(f"# {node['display_name']}\n")
+        inputs = [slot for kind in ("required", "optional") for slot in node["input_order"].get(kind, [])]
+        missing = [slot for slot in (*inputs, *node["output_name"]) if f"**{slot}**" not in text]
+        assert not missing, f"{name}.md does not explain {missing}"
+
+
+def test_the_front_end_shows_a_page(open_front_end, artefacts):
+    page = open_front_end("classic")
+    page.open_template("long_video")
+    page.tab.evaluate(
+        """() => {
+            app.canvas.selectNode(app.graph.nodes.find((node) => node.type === "AdaStateStreamOutput"));
+            return app.extensionManager.command.execute("Comfy.Canvas.ShowNodeHelp");
+        }"""
+    )
+    page.tab.get_by_text("What it does").first.wait_for(timeout=20_000)
+    page.screenshot(artefacts / "help.png")
+    assert page.complaints == []

@@ -1,0 +1,102 @@
+"""The shipped workflows in the host's own front end: listed, opened, equal to their API twins, run."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+
+import av
+import pytest
+from conftest import ROOT, without_titles
+
+NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+TWINS = {
+    name: json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for name in NAMES
+    if (ROOT / "workflows" / "api" / f"{name}.json").is_file()
+}
+FIRST, RESUMED = 33, 49  # video frames that a workflow is shortened to, so that it runs in seconds
+
+_MISSING = (
+    """() => app.graph.nodes.filter((node) => !LiteGraph.registered_node_types[node.type]).map((node) => node.type)"""
+)
+_OVERLAPS = """() => {
+  const boxes = app.graph.nodes.map((n) => [n.id, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
+  const found = [];
+  for (const a of boxes) for (const b of boxes)
+    if (a[0] < b[0] && a[1] < b[3] && b[1] < a[3] && a[2] < b[4] && b[2] < a[4]) found.push([a[0], b[0]]);
+  return found;
+}"""
+_SHORTEN = """([first, resumed]) => {
+  for (const node of app.graph.nodes.filter((node) => node.type === "AdaStateRollout")) {
+    const goesOn = node.inputs.find((input) => input.name === "resume").link != null;
+    node.widgets.find((widget) => widget.name === "length").value = goesOn ? resumed : first;
+  }
+}"""
+_RUN = """async () => {
+  const ended = new Promise((done) => {
+    for (const name of ["execution_success", "execution_error", "execution_interrupted"])
+      app.api.addEventListener(name, (event) => done([name, event.detail]), { once: true });
+    setTimeout(() => done(["nothing in 120 s", app.lastNodeErrors]), 120000);
+  });
+  await app.queuePrompt(0);
+  return ended;
+}"""
+
+
+def test_every_workflow_has_a_twin_and_every_twin_a_workflow():
+    assert NAMES == sorted(path.stem for path in (ROOT / "workflows" / "api").glob("*.json"))
+
+
+def test_the_host_lists_them_as_templates_and_serves_their_thumbnails(host):
+    assert sorted(host.request("/workflow_templates")["ComfyUI-AdaState"]) == NAMES
+    for name in NAMES:
+        url = f"http://127.0.0.1:{host.port}/api/workflow_templates/ComfyUI-AdaState/{name}.jpg"
+        with urllib.request.urlopen(url) as answer:
+            assert answer.read(2) == b"\xff\xd8", f"{name}.jpg is no JPEG"
+
+
+@pytest.mark.parametrize("renderer", ["classic", "vue"])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_opens_whole_and_says_what_its_twin_says(name, renderer, open_front_end, artefacts):
+    page = open_front_end(renderer)
+    page.open_template(name)
+    assert page.tab.evaluate(_MISSING) == []
+    assert page.prompt() == without_titles(TWINS[name])
+    page.screenshot(artefacts / f"{name}_{renderer}.png")
+    assert page.tab.evaluate(_OVERLAPS) == []
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_from_the_page_and_its_files_are_there(name, open_front_end, host, folders, artefacts):
+    page = open_front_end("classic")
+    page.open_template(name)
+    page.tab.evaluate(_SHORTEN, [FIRST, RESUMED])
+    end, detail = page.tab.evaluate(_RUN)
+    assert end == "execution_success", detail
+    page.screenshot(artefacts / f"{name}_after_run.png")
+    outputs = host.request(f"/history/{detail['prompt_id']}")[detail["prompt_id"]]["outputs"]
+    written = [
+        folders[file["type"]] / file["subfolder"] / file["filename"]
+        for output in outputs.values()
+        for entries in output.values()
+        for file in entries
+        if isinstance(file, dict) and "filename" in file
+    ]
+    assert written
+    assert all(path.stat().st_size for path in written)
+    lengths = sorted(
+        frames_of(path) for path in written if path.suffix == ".mp4" and path.is_relative_to(folders["output"])
+    )
+    assert lengths == ([FIRST, RESUMED] if name == "save_and_resume" else [FIRST])
+    if name == "save_and_resume":
+        assert list(folders["output"].rglob("adastate/*.state.safetensors")), (
+            "the saved state is not where its prefix says"
+        )
+    assert page.complaints == []
+
+
+def frames_of(path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
