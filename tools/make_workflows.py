@@ -99,7 +99,7 @@ On another day put *Load Rollout State* in the first rollout's place.""",
 
 # Sets the sizes and places of the loaded graph and adds the note; litegraph's title bar lies above a node's pos.
 _ARRANGE = """(layout) => {
-  const TITLE = 30, GAP_X = 60, GAP_Y = 30, PAD = 20, HEAD = 60, WIDTH = 320, NOTE = 260;
+  const TITLE = 30, GAP_X = 60, GAP_Y = 40, PAD = 20, FOOT = 40, HEAD = 60, WIDTH = 320, NOTE = 260;
   const graph = app.graph;
   for (const node of graph.nodes)
     for (const widget of node.widgets ?? [])
@@ -129,17 +129,17 @@ _ARRANGE = """(layout) => {
     }
     const group = new LiteGraph.LGraphGroup(title);
     group.pos = [left, top];
-    group.size = [x - GAP_X + PAD - left, bottom + PAD - top];
+    group.size = [x - GAP_X + PAD - left, bottom + FOOT - top];
     graph.add(group);
-    lowest = Math.max(lowest, bottom + PAD);
+    lowest = Math.max(lowest, bottom + FOOT);
     x += PAD;
     top = 0;  // only the first group has the note above it
   }
   // A view that shows all of it in a window of 1600 x 900, also with the Vue renderer, which draws a graph 1.2 times as
   // large. It has to be in the file: without one, front end 1.32.9 pulls the nodes out of their groups in that renderer.
-  const scale = Math.min(1, Math.floor(100 * Math.min(1350 / (1.2 * (x - GAP_X)), 740 / (1.2 * lowest))) / 100);
+  const scale = Math.min(1, Math.floor(100 * Math.min(1350 / (1.2 * (x - GAP_X)), 720 / (1.2 * lowest))) / 100);
   const saved = graph.serialize();
-  saved.extra.ds = { scale, offset: [Math.round(110 / scale), Math.round(100 / scale)] };
+  saved.extra.ds = { scale, offset: [Math.round(110 / scale), Math.round(150 / scale)] };
   return JSON.stringify(saved);
 }"""
 

@@ -6,6 +6,7 @@ python -m training.denoiser --config training/configs/denoiser.toml
 from __future__ import annotations
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from adastate_core.rope import Rope
@@ -63,6 +64,8 @@ def main() -> None:
     run = Run.from_arguments("Train the tiny causal Wan transformer.")
     config = run.config
     model = build_denoiser(config["dim"], config["ffn_dim"], config["layers"])
+    if "start_from" in config:  # an exported file: train on where another run ended, with a fresh optimiser
+        model.load_state_dict({name: value.float() for name, value in load_file(config["start_from"]).items()})
     install(model)
     optimiser = Optimiser(model, config["lr"], decay_from=config["decay_from"])
     average = Average(model, config["ema"])

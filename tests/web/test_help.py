@@ -35,12 +35,8 @@ def test_pages_are_served_and_name_every_input_and_output(nodes, host):
 def test_the_front_end_shows_a_page(open_front_end, artefacts):
     page = open_front_end("classic")
     page.open_template("long_video")
-    page.tab.evaluate(
-        """() => {
-            app.canvas.selectNode(app.graph.nodes.find((node) => node.type === "AdaStateStreamOutput"));
-            return app.extensionManager.command.execute("Comfy.Canvas.ShowNodeHelp");
-        }"""
-    )
-    page.tab.get_by_text("What it does").first.wait_for(timeout=20_000)
+    page.tab.evaluate("() => app.canvas.selectItems(app.graph.nodes.filter((n) => n.type === 'AdaStateStreamOutput'))")
+    page.tab.get_by_test_id("info-button").click()
+    page.tab.get_by_role("heading", name="Stream To Video").wait_for(timeout=20_000)
     page.screenshot(artefacts / "help.png")
     assert page.complaints == []
