@@ -73,13 +73,13 @@ The adaptive anchor denoises a hidden latent with every chunk. The model looks b
 *Decode Hidden State* makes a picture of it as it is after the last chunk. Other anchors have none: bypass that node \
 when you try them.
 
-It needs weights trained for it, as the demo model's were.""",
+It needs weights that were trained with it. On others it acts like one more frame.""",
         groups={
             "Model, prompt, anchor": [[1, 2, 3, 4]],
             "Roll out": [[5]],
             "What is seen and what is not": [[6, 8], [7, 9]],
         },
-        room={6: 330, 7: 370, 9: 330},
+        room={6: 330, 7: 370, 9: 240},
     ),
     "save_and_resume": Layout(
         note="""\
@@ -118,10 +118,12 @@ _ARRANGE = """(layout) => {
       let y = top + HEAD + TITLE;
       for (const id of column) {
         const node = graph.getNodeById(id);
-        const height = 10 * Math.ceil(node.computeSize()[1] / 10);
+        const room = layout.room[id] ?? 0;
+        const fitting = 10 * Math.ceil(node.computeSize()[1] / 10);
+        const height = node.type === "PreviewImage" ? fitting + room : fitting;  // it does not always grow by itself
         node.setSize([WIDTH, height]);
         node.pos = [x, y];
-        const end = y + height + (layout.room[id] ?? 0);
+        const end = y + fitting + room;
         bottom = Math.max(bottom, end);
         y = end + GAP_Y + TITLE;
       }
@@ -135,9 +137,11 @@ _ARRANGE = """(layout) => {
     x += PAD;
     top = 0;  // only the first group has the note above it
   }
-  // A view that shows all of it in a window of 1600 x 900, also with the Vue renderer, which draws a graph 1.2 times as
-  // large. It has to be in the file: without one, front end 1.32.9 pulls the nodes out of their groups in that renderer.
-  const scale = Math.min(1, Math.floor(100 * Math.min(1350 / (1.2 * (x - GAP_X)), 720 / (1.2 * lowest))) / 100);
+  // A view of all of it in a window of 1600 x 900, also with the Vue renderer, which draws a graph 1.2 times as large; not
+  // below 0.6, where texts are left out. It has to be in the file: without one, front end 1.32.9 pulls the nodes out of
+  // their groups in that renderer.
+  const fitting = Math.min(1, 1350 / (1.2 * (x - GAP_X)), 720 / (1.2 * lowest));
+  const scale = Math.max(0.6, Math.floor(100 * fitting) / 100);
   const saved = graph.serialize();
   saved.extra.ds = { scale, offset: [Math.round(110 / scale), Math.round(150 / scale)] };
   return JSON.stringify(saved);
