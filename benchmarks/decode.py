@@ -79,7 +79,7 @@ def measure_peak(how: str, length: int, size: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, default=81, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -97,7 +97,7 @@ def measure(size: int) -> None:
     for length in LENGTHS:
         samples = latents(length, size)
         times: dict[str, list[float]] = {how: [] for how in ways}
-        for turn in range((9 if length == 81 else 5) + 1):
+        for turn in range((9 if length == 81 else 3) + 1):
             for how in ways:
                 synchronise()
                 start = time.perf_counter()

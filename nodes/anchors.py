@@ -31,7 +31,7 @@ class AnchorNoneNode(io.ComfyNode):
             description="No anchor: what leaves the window is forgotten (Self-Forcing's rolling cache).",
             search_aliases=["sliding window", "rolling cache"],
             inputs=[],
-            outputs=[api.Anchor.Output("anchor", tooltip=_OUTPUT)],
+            outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],
         )
 
     @classmethod
@@ -50,7 +50,7 @@ class AnchorStaticNode(io.ComfyNode):
             "scenes tend to freeze on them.",
             search_aliases=["sink", "attention sink"],
             inputs=[_sink_frames()],
-            outputs=[api.Anchor.Output("anchor", tooltip=_OUTPUT)],
+            outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],
         )
 
     @classmethod
@@ -84,7 +84,7 @@ class AnchorEMANode(io.ComfyNode):
                     tooltip="How much of the sink stays when a frame is blended in: 1 never changes, 0 replaces.",
                 ),
             ],
-            outputs=[api.Anchor.Output("anchor", tooltip=_OUTPUT)],
+            outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],
         )
 
     @classmethod
@@ -116,7 +116,7 @@ class AnchorAdaptiveNode(io.ComfyNode):
                     tooltip="Latent frames of hidden state; the paper's choice is 1.",
                 )
             ],
-            outputs=[api.Anchor.Output("anchor", tooltip=_OUTPUT)],
+            outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],
         )
 
     @classmethod

@@ -63,7 +63,7 @@ Stop it whenever you like: the file plays, and the state saved beside it can be 
 
 *Demo Prompt* is for the tiny demo model; real checkpoints take *CLIP Text Encode*.""",
         groups={"Model and prompt": [[1, 2, 3]], "Roll out and write": [[4], [5]]},
-        room={5: 300},
+        room={5: 340},
     ),
     "hidden_state": Layout(
         note="""\
@@ -93,7 +93,7 @@ On another day put *Load Rollout State* in the first rollout's place.""",
             "First part": [[4], [5]],
             "Keep its state, go on from it": [[6, 7], [8]],
         },
-        room={5: 300, 8: 300},
+        room={5: 340, 8: 340},
     ),
 }
 

@@ -48,6 +48,14 @@ def test_every_workflow_has_a_twin_and_every_twin_a_workflow():
     assert NAMES == sorted(path.stem for path in (ROOT / "workflows" / "api").glob("*.json"))
 
 
+def test_nodes_say_which_pack_they_are_from_and_seeds_stay():
+    for name in NAMES:
+        nodes = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))["nodes"]
+        packs = {node["type"]: node["properties"].get("cnr_id") for node in nodes if node["type"] != "MarkdownNote"}
+        assert packs == {type_: "adastate" if type_.startswith("AdaState") else "comfy-core" for type_ in packs}
+        assert all("fixed" in node["widgets_values"] for node in nodes if node["type"] == "AdaStateRollout")
+
+
 def test_the_host_lists_them_as_templates_and_serves_their_thumbnails(host):
     assert sorted(host.request("/workflow_templates")["ComfyUI-AdaState"]) == NAMES
     for name in NAMES:
