@@ -1,6 +1,6 @@
 """Make docs/images/long_video.png, the README's picture, from a video of the long_video workflow.
 
-    python -m tools.make_readme_picture output/video/AdaState_00001_.mp4
+python -m tools.make_readme_picture output/video/AdaState_00001_.mp4
 """
 
 from __future__ import annotations
