@@ -45,9 +45,6 @@ class Anchor:
         return {"kind": self.kind} | asdict(self)
 
 
-AnchorNone = Anchor
-
-
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} is {value}; an anchor needs at least 1 latent frame (use no anchor for 0)")
