@@ -13,6 +13,14 @@ from adastate_core.wan_attention import SESSION, cross_attention_forward, self_a
 from .host_models import build_codec, build_denoiser
 
 
+def patch_attention(model: nn.Module) -> None:
+    """Route a bare Wan model's attention through the session in `transformer_options`, as the adapter does."""
+    for i, block in enumerate(model.blocks):
+        own, cross = type(block.self_attn).forward, type(block.cross_attn).forward
+        block.self_attn.forward = self_attention_forward(block.self_attn, i, own.__get__(block.self_attn))
+        block.cross_attn.forward = cross_attention_forward(block.cross_attn, i, cross.__get__(block.cross_attn))
+
+
 class BareModel:
     """Drives `model` (as `build_denoiser` gives it) for a fixed context [B, n, 4096]."""
 
@@ -21,10 +29,7 @@ class BareModel:
     def __init__(self, model: nn.Module, context: torch.Tensor) -> None:
         self.model, self.context, self.device = model, context, torch.device("cpu")
         self.geometry = ModelGeometry(16, len(model.blocks), model.num_heads, model.dim // model.num_heads)
-        for i, block in enumerate(model.blocks):
-            own, cross = type(block.self_attn).forward, type(block.cross_attn).forward
-            block.self_attn.forward = self_attention_forward(block.self_attn, i, own.__get__(block.self_attn))
-            block.cross_attn.forward = cross_attention_forward(block.cross_attn, i, cross.__get__(block.cross_attn))
+        patch_attention(model)
 
     def velocity(self, x: torch.Tensor, timestep: float, attention: CachedAttention) -> torch.Tensor:
         times = torch.full((x.shape[0],), timestep)

@@ -32,6 +32,8 @@ LANTERN_COLOURS = {
     "yellow": (0.98, 0.88, 0.15),
 }
 LANTERN_CENTRE, LANTERN_RADIUS = (46.0, 18.0), 9.0
+# latent rows and columns (8 pixels each) that the lantern fills
+LANTERN_CELLS = (slice(1, 3), slice(5, 7))
 BALLOON_RADIUS = 8.0
 PACE_PIXELS = {"slow": 0.5, "steady": 1.0, "fast": 1.5}
 BALLOON_COLOURS = {

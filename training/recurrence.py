@@ -1,0 +1,206 @@
+"""Stage 4: consecutive chunks with the anchor in the loop, the gradient running through what one chunk leaves the next.
+
+    python3 run.py train recurrence --config training/configs/recurrence.toml
+
+Content is teacher-forced; the adaptive state is made as at inference and has no target of its own. Each chunk takes
+two noisy passes, (A) without gradient from pure noise for the state's x0, (B) at the chunk's own noise level, where
+the state is that x0 re-noised, then the clean pass that writes both into the past. At level 1, A is B's own input.
+With anchor none or static there is no state and no pass A: the same budget, clips and noise for a comparison.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from adastate_core.anchors import anchor_from
+from adastate_core.demo_words import VOCABULARY
+from adastate_core.rope import Rope
+from adastate_core.schedule import TIMESTEPS
+from adastate_core.wan_attention import SESSION, TEXT_KEY
+
+from .bare_model import load_denoiser, patch_attention
+from .graph_attention import Gradients, GraphAttention
+from .latents import load
+from .optim import Average, Optimiser
+from .run import Run
+from .teacher_forcing import word_table
+from .world import CHUNK_LATENTS, LANTERN_CELLS, LANTERN_STATES
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random in one step over clips [B, 16, T, h, w]: made for the whole batch, then shared out.
+
+    `content` and `blur` like the clips, `state` [chunks, 2, B, 16, S, h, w] (A's start, B's fresh noise), `sigma` and
+    `level` [B, chunks] (noise of the chunk; of its past), `kept` the vocabulary slots given, `offset` of the cuts.
+    """
+
+    content: torch.Tensor
+    blur: torch.Tensor
+    state: torch.Tensor
+    sigma: torch.Tensor
+    level: torch.Tensor
+    kept: tuple[int, ...]
+    offset: int
+
+    @staticmethod
+    def make(shape: torch.Size, state_frames: int, config: dict, seed: int) -> Draws:
+        """Content first, so that every anchor sees the same of it at the same `seed`."""
+        batch, channels, frames, rows, columns = shape
+        chunks = frames // CHUNK_LATENTS
+        g = torch.Generator().manual_seed(seed)
+        u, full = torch.rand(batch, chunks, generator=g), torch.rand(batch, chunks, generator=g)
+        sigma = torch.where(full < config["full_noise"], 1.0, config["shift"] * u / (1 + (config["shift"] - 1) * u))
+        level = torch.rand(batch, chunks, generator=g) * config["blur_most"]
+        level = level * (torch.rand(batch, chunks, generator=g) < config["blur_share"])
+        dropped = torch.rand(len(VOCABULARY) - 1, generator=g) < config["drop_words"]
+        kept = tuple(i for i, drop in enumerate(dropped.tolist()) if not drop) + (len(VOCABULARY) - 1,)
+        offset = int(torch.randint(1 << 16, (1,), generator=g))
+        content, blur = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+        state = torch.randn(chunks, 2, batch, channels, state_frames, rows, columns, generator=g)
+        return Draws(content, blur, state, sigma, level, kept, offset)
+
+    def share(self, rank: int, ranks: int) -> Draws:
+        """What falls to one of `ranks` processes: every `ranks`-th clip."""
+        mine = slice(rank, None, ranks)
+        return Draws(
+            self.content[mine], self.blur[mine], self.state[:, :, mine], self.sigma[mine], self.level[mine],
+            self.kept, self.offset,
+        )  # fmt: skip
+
+
+class ClipRecurrence(nn.Module):
+    """A clip chunk by chunk, with the gradient from chunk to chunk; `forward` gives the squared errors of v."""
+
+    def __init__(self, model: nn.Module, config: dict) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.anchor = anchor_from(config["anchor"])
+        self.register_buffer("words", word_table()[0], persistent=False)
+        patch_attention(model)
+
+    def session(self, latents: torch.Tensor, offset: int = 0) -> GraphAttention:
+        """A fresh cache for clips of this size."""
+        rows, columns = (n // 2 for n in latents.shape[-2:])
+        gradients = Gradients(self.config["window_gradient"], self.config["state_gradient"], offset)
+        return GraphAttention(
+            Rope(self.model.dim // self.model.num_heads, rows, columns, latents.device), len(self.model.blocks),
+            self.model.num_heads, self.anchor, self.config["window_frames"], self.config["positions"], gradients,
+        )  # fmt: skip
+
+    def context(self, words: torch.Tensor, kept: tuple[int, ...]) -> torch.Tensor:
+        """[B, slots] word numbers to [B, len(kept), 4096]."""
+        sizes = [len(choices) for choices in VOCABULARY.values()]
+        first = torch.tensor([sum(sizes[:i]) for i in kept])
+        return self.words[(words[:, list(kept)] + first).to(self.words.device)]
+
+    def velocity(
+        self, x: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, session: GraphAttention
+    ) -> torch.Tensor:
+        """One forward over [state | content] at `sigma` [B]."""
+        session.begin(x.shape[2] - self.anchor.state_frames)
+        options = {SESSION: session, TEXT_KEY: 0}
+        return self.model.forward_orig(x, TIMESTEPS * sigma, context, freqs=None, transformer_options=options)
+
+    def forward(self, latents: torch.Tensor, words: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Clips [B, 16, T, h, w] and words [B, chunks, slots] to squared errors of v, [B, chunks, 3, h, w]."""
+        session = self.session(latents, draws.offset)
+        errors = []
+        for i in range(latents.shape[2] // CHUNK_LATENTS):
+            part = slice(i * CHUNK_LATENTS, (i + 1) * CHUNK_LATENTS)
+            context = self.context(words[:, i], draws.kept)
+            session.place()
+            sigma = draws.sigma[:, i]
+            level, blur = sigma[:, None, None, None, None], draws.level[:, i, None, None, None, None]
+            clean, noise = latents[:, :, part], draws.content[:, :, part]
+            state = self._state_input(noise, draws.state[i], level, context, session)
+            noisy = torch.cat([state, (1 - level) * clean + level * noise], 2)
+            v = self.velocity(noisy, sigma, context, session)
+            states = self.anchor.state_frames
+            errors.append((v[:, :, states:] - (noise - clean)).square().mean(1))
+            past = (1 - blur) * clean + blur * draws.blur[:, :, part]
+            written = torch.cat([state - level * v[:, :, :states], past], 2)
+            self.velocity(written, torch.zeros_like(sigma), context, session)
+            session.commit(CHUNK_LATENTS)
+        return torch.stack(errors, 1)
+
+    def _state_input(
+        self,
+        content_noise: torch.Tensor,
+        noises: torch.Tensor,
+        level: torch.Tensor,
+        context: torch.Tensor,
+        session: GraphAttention,
+    ) -> torch.Tensor:
+        """The state at noise `level`: its own x0 after a first step from pure noise, re-noised."""
+        start, fresh = noises
+        if not self.anchor.state_frames:
+            return start
+        with torch.no_grad():
+            ones = torch.ones_like(level.flatten())
+            v = self.velocity(torch.cat([start, content_noise], 2), ones, context, session)
+            x0 = start - v[:, :, : self.anchor.state_frames]
+        return torch.where(level == 1, start, (1 - level) * x0 + level * fresh)
+
+
+def figures(errors: torch.Tensor, words: torch.Tensor, sigma: torch.Tensor) -> dict[str, float]:
+    """What the log shows: loss of the first and of later chunks, and on the cells of a lantern that has just come back
+    with the chunk at (nearly) pure noise, where only a memory knows its colour."""
+    later = errors[:, 1:]
+    up = words[..., -1] == list(LANTERN_STATES).index("lantern")
+    seen = up.cumsum(1) - up.long() > 0
+    back = up & ~up.roll(1, 1) & seen & (sigma > 0.95)
+    back[:, 0] = False
+    rows, columns = LANTERN_CELLS
+    cells = errors[:, :, :, rows, columns].mean((2, 3, 4))
+    shown = {"returns": cells[back].mean().item()} if bool(back.any()) else {}
+    return {"first": errors[:, 0].mean().item(), "later": later.mean().item()} | shown
+
+
+def main() -> None:
+    run = Run.from_arguments("Train the recurrence: chunks in a row with the anchor in the loop.")
+    config = run.config
+    model = load_denoiser(config["start_from"])
+    clips = ClipRecurrence(model, config)
+    optimiser = Optimiser(model, config["lr"], warmup=config["warmup"], decay_from=config["decay_from"])
+    average = Average(model, config["ema"])
+    run.resume(model=model, optimiser=optimiser, average=average)
+    latents, words = load(config["train"])
+    held_out = load(config["held_out"])
+    while run.step < run.steps:
+        seed = config["seed"] * 1_000_003 + run.step
+        index = torch.randint(len(latents), (config["batch"],), generator=torch.Generator().manual_seed(seed))
+        batch = latents[index].float()
+        draws = Draws.make(batch.shape, clips.anchor.state_frames, config, seed + 500_000_000)
+        errors = clips(batch, words[index], draws)
+        errors.mean().backward()
+        norm = optimiser.step(run.done)
+        average.update(model)
+        run.advance(loss=errors.mean().item(), norm=norm, **figures(errors.detach(), words[index], draws.sigma))
+        if run.step % config["evaluate_every"] == 0 or run.step == run.steps:
+            evaluate(run, clips, average, *held_out)
+
+
+@torch.no_grad()
+def evaluate(run: Run, clips: ClipRecurrence, average: Average, latents: torch.Tensor, words: torch.Tensor) -> None:
+    """Held-out loss of the averaged weights on draws that never change; writes them to `folder/model.pt`."""
+    model = clips.model
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(average.shadow, strict=False)
+    torch.save(model.state_dict(), run.folder / "model.pt")
+    errors, sigmas = [], []
+    for i in range(0, len(latents), 12):
+        batch = latents[i : i + 12].float()
+        draws = Draws.make(batch.shape, clips.anchor.state_frames, run.config | {"drop_words": 0.0}, 77 + i)
+        errors.append(clips(batch, words[i : i + 12], draws))
+        sigmas.append(draws.sigma)
+    held = figures(torch.cat(errors), words, torch.cat(sigmas))
+    run.record(**{f"held_{name}": value for name, value in held.items()})
+    model.load_state_dict(weights)
+
+
+if __name__ == "__main__":
+    main()
