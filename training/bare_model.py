@@ -36,9 +36,15 @@ class BareModel:
         return self.model.forward_orig(x, times, self.context, transformer_options={SESSION: attention})
 
 
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """A stage's `model.pt` or an exported safetensors file, in float32."""
+    weights = torch.load(path, weights_only=True) if path.endswith(".pt") else load_file(path)
+    return {name: value.float() for name, value in weights.items()}
+
+
 def load_denoiser(path: str) -> nn.Module:
-    """The transformer of an exported file, in float32, of whatever size it is."""
-    weights = {name: value.float() for name, value in load_file(path).items()}
+    """The transformer of a stage or of an exported file, in float32, of whatever size it is."""
+    weights = read_weights(path)
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     model = build_denoiser(weights["head.modulation"].shape[-1], weights["blocks.0.ffn.0.weight"].shape[0], layers)
     model.load_state_dict(weights)
@@ -47,7 +53,7 @@ def load_denoiser(path: str) -> nn.Module:
 
 def load_codec(path: str) -> nn.Module:
     """The codec of an exported file, in float32."""
-    weights = {name: value.float() for name, value in load_file(path).items()}
+    weights = read_weights(path)
     codec = build_codec(weights["decoder.head.0.gamma"].shape[0])
     codec.load_state_dict(weights)
     return codec

@@ -96,20 +96,19 @@ def pick(choices: list[int], generator: torch.Generator) -> int:
 @torch.no_grad()
 def evaluate(run: Run, model: nn.Module, average: Average, latents: torch.Tensor, words: torch.Tensor) -> None:
     """Held-out loss of the averaged weights by window, always on the same draws; writes them to `folder/model.pt`."""
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(average.shadow, strict=False)
     figures = {}
-    for window, sink in ((3, 0), (3, 3), (18, 0)):
-        losses = torch.cat(
-            [
-                clip_loss(model, latents[i : i + 8].float(), words[i : i + 8], run.config, window, sink, seed=i)
-                for i in range(0, min(32, len(latents)), 8)
-            ]
-        ).mean(0)
-        figures |= {f"w{window}s{sink}_first": losses[0].item(), f"w{window}s{sink}_later": losses[1:].mean().item()}
+    with average.used_by(model):
+        torch.save(model.state_dict(), run.folder / "model.pt")
+        for window, sink in ((3, 0), (3, 3), (18, 0)):
+            losses = torch.cat(
+                [
+                    clip_loss(model, latents[i : i + 8].float(), words[i : i + 8], run.config, window, sink, seed=i)
+                    for i in range(0, min(32, len(latents)), 8)
+                ]
+            ).mean(0)
+            name = f"w{window}s{sink}"
+            figures |= {f"{name}_first": losses[0].item(), f"{name}_later": losses[1:].mean().item()}
     run.record(**figures)
-    torch.save(model.state_dict(), run.folder / "model.pt")
-    model.load_state_dict(weights)
 
 
 if __name__ == "__main__":

@@ -104,8 +104,9 @@ class GraphAttention:
             entries = anchor + [(layout.window(f.index), f) for f in layer.window]
             layer.past = None
             if entries:
-                keys, values = (torch.cat(parts, 1) for parts in zip(*((f.key, f.value) for _, f in entries)))
-                layer.past = self._rotated(keys, self.rope.table([p for p, _ in entries])), values
+                keys = torch.cat([frame.key for _, frame in entries], 1)
+                values = torch.cat([frame.value for _, frame in entries], 1)
+                layer.past = self._rotated(keys, self.rope.table([position for position, _ in entries])), values
         self._text.clear()
 
     def begin(self, content_frames: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -91,6 +92,16 @@ class Average:
         decay = min(self.decay, self.updates / (self.updates + 9))
         names, values = zip(*model.named_parameters(), strict=True)
         torch._foreach_lerp_([self.shadow[n] for n in names], list(values), 1 - decay)
+
+    @contextmanager
+    def used_by(self, model: nn.Module) -> Iterator[None]:
+        """Within: `model` has the averaged weights."""
+        trained = {n: p.detach().clone() for n, p in model.named_parameters()}
+        model.load_state_dict(self.shadow, strict=False)
+        try:
+            yield
+        finally:
+            model.load_state_dict(trained, strict=False)
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "shadow": self.shadow}

@@ -13,20 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from adastate_core.anchors import anchor_from
 from adastate_core.demo_words import VOCABULARY
-from adastate_core.rope import Rope
-from adastate_core.schedule import TIMESTEPS
-from adastate_core.wan_attention import SESSION, TEXT_KEY
 
-from .bare_model import load_denoiser, patch_attention
-from .graph_attention import Gradients, GraphAttention
+from .bare_model import load_denoiser
+from .graph_attention import GraphAttention
 from .latents import load
 from .optim import Average, Optimiser
 from .run import Run
-from .teacher_forcing import word_table
+from .student import Student
 from .world import CHUNK_LATENTS, LANTERN_CELLS, LANTERN_STATES
 
 
@@ -72,41 +67,21 @@ class Draws:
         )  # fmt: skip
 
 
-class ClipRecurrence(nn.Module):
+class ClipRecurrence(Student):
     """A clip chunk by chunk, with the gradient from chunk to chunk; `forward` gives the squared errors of v."""
 
-    def __init__(self, model: nn.Module, config: dict) -> None:
-        super().__init__()
-        self.model, self.config = model, config
-        self.anchor = anchor_from(config["anchor"])
-        self.register_buffer("words", word_table()[0], persistent=False)
-        patch_attention(model)
-
-    def session(self, latents: torch.Tensor, offset: int = 0) -> GraphAttention:
-        """A fresh cache for clips of this size."""
-        rows, columns = (n // 2 for n in latents.shape[-2:])
-        gradients = Gradients(self.config["window_gradient"], self.config["state_gradient"], offset)
-        return GraphAttention(
-            Rope(self.model.dim // self.model.num_heads, rows, columns, latents.device), len(self.model.blocks),
-            self.model.num_heads, self.anchor, self.config["window_frames"], self.config["positions"], gradients,
-        )  # fmt: skip
-
-    def context(self, words: torch.Tensor, kept: tuple[int, ...]) -> torch.Tensor:
-        """[B, slots] word numbers to [B, len(kept), 4096]."""
-        sizes = [len(choices) for choices in VOCABULARY.values()]
-        first = torch.tensor([sum(sizes[:i]) for i in kept])
-        return self.words[(words[:, list(kept)] + first).to(self.words.device)]
-
-    def velocity(
-        self, x: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, session: GraphAttention
+    def forward(
+        self,
+        latents: torch.Tensor,
+        words: torch.Tensor,
+        draws: Draws,
+        path: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """One forward over [state | content] at `sigma` [B]."""
-        session.begin(x.shape[2] - self.anchor.state_frames)
-        options = {SESSION: session, TEXT_KEY: 0}
-        return self.model.forward_orig(x, TIMESTEPS * sigma, context, freqs=None, transformer_options=options)
+        """Clips [B, 16, T, h, w] and words [B, chunks, slots] to squared errors of v, [B, chunks, 3, h, w].
 
-    def forward(self, latents: torch.Tensor, words: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Clips [B, 16, T, h, w] and words [B, chunks, slots] to squared errors of v, [B, chunks, 3, h, w]."""
+        Past content is the clips'. What is denoised is the same content with the draws' noise, or, with `path`, noisy
+        clips and the velocity wanted there, both like `latents`.
+        """
         session = self.session(latents, draws.offset)
         errors = []
         for i in range(latents.shape[2] // CHUNK_LATENTS):
@@ -117,10 +92,12 @@ class ClipRecurrence(nn.Module):
             level, blur = sigma[:, None, None, None, None], draws.level[:, i, None, None, None, None]
             clean, noise = latents[:, :, part], draws.content[:, :, part]
             state = self._state_input(noise, draws.state[i], level, context, session)
-            noisy = torch.cat([state, (1 - level) * clean + level * noise], 2)
-            v = self.velocity(noisy, sigma, context, session)
+            noisy, wanted = (1 - level) * clean + level * noise, noise - clean
+            if path is not None:
+                noisy, wanted = (t[:, :, part] for t in path)
+            v = self.velocity(torch.cat([state, noisy], 2), sigma, context, session)
             states = self.anchor.state_frames
-            errors.append((v[:, :, states:] - (noise - clean)).square().mean(1))
+            errors.append((v[:, :, states:] - wanted).square().mean(1))
             past = (1 - blur) * clean + blur * draws.blur[:, :, part]
             written = torch.cat([state - level * v[:, :, :states], past], 2)
             self.velocity(written, torch.zeros_like(sigma), context, session)
@@ -187,19 +164,16 @@ def main() -> None:
 @torch.no_grad()
 def evaluate(run: Run, clips: ClipRecurrence, average: Average, latents: torch.Tensor, words: torch.Tensor) -> None:
     """Held-out loss of the averaged weights on draws that never change; writes them to `folder/model.pt`."""
-    model = clips.model
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(average.shadow, strict=False)
-    torch.save(model.state_dict(), run.folder / "model.pt")
     errors, sigmas = [], []
-    for i in range(0, len(latents), 12):
-        batch = latents[i : i + 12].float()
-        draws = Draws.make(batch.shape, clips.anchor.state_frames, run.config | {"drop_words": 0.0}, 77 + i)
-        errors.append(clips(batch, words[i : i + 12], draws))
-        sigmas.append(draws.sigma)
+    with average.used_by(clips.model):
+        torch.save(clips.model.state_dict(), run.folder / "model.pt")
+        for i in range(0, len(latents), 12):
+            batch = latents[i : i + 12].float()
+            draws = Draws.make(batch.shape, clips.anchor.state_frames, run.config | {"drop_words": 0.0}, 77 + i)
+            errors.append(clips(batch, words[i : i + 12], draws))
+            sigmas.append(draws.sigma)
     held = figures(torch.cat(errors), words, torch.cat(sigmas))
     run.record(**{f"held_{name}": value for name, value in held.items()})
-    model.load_state_dict(weights)
 
 
 if __name__ == "__main__":

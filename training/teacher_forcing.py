@@ -10,6 +10,7 @@ its own index and the sink is moved up to the window. Equals the product's rollo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,19 +23,56 @@ KEY = "adastate_clip"
 
 
 @dataclass
-class ClipAttention:
-    """How the chunks of one clip see each other, and the rotation of its frames."""
+class ClipText:
+    """The words of a clip's chunks: every chunk's tokens, in each of `copies` of the clip, see their own."""
 
     rope: Rope
     tokens: int
     frames: int
     chunk_frames: int
-    window_frames: int
-    sink_frames: int
     text_mask: torch.Tensor  # [B, chunks, words] bool: the words that a chunk sees
 
+    copies: ClassVar[int] = 1
+
+    @property
+    def chunks(self) -> int:
+        return self.frames // self.chunk_frames
+
+    def cross_attention(self, module: nn.Module, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        heads = module.num_heads
+        q, k, v = module.norm_q(module.q(x)), module.norm_k(module.k(context)), module.v(context)
+        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        q = q.unflatten(1, (self.copies, self.chunks, -1))
+        scores = torch.einsum("bscqhd,bkhd->bschqk", q, k) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(~self.text_mask[:, None, :, None, None], float("-inf"))
+        out = torch.einsum("bschqk,bkhd->bscqhd", scores.softmax(-1), v)
+        return module.o(out.flatten(4).flatten(1, 3))
+
+
+@dataclass
+class WholeClipAttention(ClipText):
+    """No causality at all: every frame of the clip sees every other, as in the models that score whole videos."""
+
+    def self_attention(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """[B, T P, width] -> the same, through the module's own projections."""
+        q, k, v = module.norm_q(module.q(x)), module.norm_k(module.k(x)), module.v(x)
+        q, k, v = (t.unflatten(-1, (module.num_heads, -1)) for t in (q, k, v))
+        table = self.rope.table(range(self.frames))
+        q, k = self.rope.rotate(q, table), self.rope.rotate(k, table)
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        return module.o(out.transpose(1, 2).flatten(2))
+
+
+@dataclass
+class ClipAttention(ClipText):
+    """How the chunks of one clip see each other, and the rotation of its frames."""
+
+    window_frames: int
+    sink_frames: int
+
+    copies: ClassVar[int] = 2
+
     def __post_init__(self) -> None:
-        self.chunks = self.frames // self.chunk_frames
         self.table = self.rope.table(range(self.frames)).repeat(2, 1, 1)
 
     def past(self, chunk: int) -> tuple[range, range]:
@@ -72,16 +110,6 @@ class ClipAttention:
             out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (chunk_q, chunk_k, chunk_v)))
             outs.append(out.transpose(1, 2).flatten(2).unflatten(0, (batch, 2)))
         return module.o(torch.cat(outs, 2).flatten(1, 2))
-
-    def cross_attention(self, module: nn.Module, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        heads = module.num_heads
-        q, k, v = module.norm_q(module.q(x)), module.norm_k(module.k(context)), module.v(context)
-        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        q = q.unflatten(1, (2, self.chunks, -1))
-        scores = torch.einsum("bscqhd,bkhd->bschqk", q, k) / q.shape[-1] ** 0.5
-        scores = scores.masked_fill(~self.text_mask[:, None, :, None, None], float("-inf"))
-        out = torch.einsum("bschqk,bkhd->bscqhd", scores.softmax(-1), v)
-        return module.o(out.flatten(4).flatten(1, 3))
 
 
 def install(model: nn.Module) -> None:

@@ -70,7 +70,7 @@ def test_teacher_forcing_is_the_rollouts_own_attention(window, sink):
     originals = [(b.self_attn.forward, b.cross_attn.forward) for b in model.blocks]
     install(model)
     mask = text_mask(numbers, 0.0, torch.Generator())
-    clip = ClipAttention(Rope(128, 2, 2), 4, frames, 3, window, sink, mask)
+    clip = ClipAttention(Rope(128, 2, 2), 4, frames, 3, mask, window, sink)
     parallel = velocity(model, clean, noisy, sigma, clip)
 
     for i, (block, (own, cross)) in enumerate(zip(model.blocks, originals, strict=True)):

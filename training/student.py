@@ -1,0 +1,52 @@
+"""A causal model in training: one forward of [state | content] over a cache that gradients pass through."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from adastate_core.anchors import anchor_from
+from adastate_core.demo_words import VOCABULARY
+from adastate_core.rope import Rope
+from adastate_core.schedule import TIMESTEPS
+from adastate_core.wan_attention import SESSION, TEXT_KEY
+
+from .bare_model import patch_attention
+from .graph_attention import Gradients, GraphAttention
+from .teacher_forcing import word_table
+
+
+class Student(nn.Module):
+    """What the stages of the recurrence share. `config` gives `anchor`, `window_frames`, `positions`, and what the
+    gradient may cross: `window_gradient`, `state_gradient` (chunks)."""
+
+    def __init__(self, model: nn.Module, config: dict) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.anchor = anchor_from(config["anchor"])
+        self.register_buffer("words", word_table()[0], persistent=False)
+        patch_attention(model)
+
+    def session(self, latents: torch.Tensor, offset: int = 0) -> GraphAttention:
+        """A fresh cache for clips of this size [B, 16, T, h, w]; `offset` shifts where the gradient is cut."""
+        rows, columns = (n // 2 for n in latents.shape[-2:])
+        gradients = Gradients(self.config["window_gradient"], self.config["state_gradient"], offset)
+        return GraphAttention(
+            Rope(self.model.dim // self.model.num_heads, rows, columns, latents.device), len(self.model.blocks),
+            self.model.num_heads, self.anchor, self.config["window_frames"], self.config["positions"], gradients,
+        )  # fmt: skip
+
+    def context(self, words: torch.Tensor, kept: tuple[int, ...] | None = None) -> torch.Tensor:
+        """[B, slots] word numbers to [B, n, 4096], of the slots `kept` (default: all)."""
+        kept = tuple(range(len(VOCABULARY))) if kept is None else kept
+        sizes = [len(choices) for choices in VOCABULARY.values()]
+        first = torch.tensor([sum(sizes[:i]) for i in kept])
+        return self.words[(words[:, list(kept)] + first).to(self.words.device)]
+
+    def velocity(
+        self, x: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, session: GraphAttention
+    ) -> torch.Tensor:
+        """v of [state | content] x [B, 16, S + n, h, w] at `sigma` [B]."""
+        session.begin(x.shape[2] - self.anchor.state_frames)
+        options = {SESSION: session, TEXT_KEY: 0}
+        return self.model.forward_orig(x, TIMESTEPS * sigma, context, freqs=None, transformer_options=options)
