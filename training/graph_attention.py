@@ -84,6 +84,11 @@ class GraphAttention:
         self.tokens = rope.rows * rope.columns
         self.next_frame = self.next_chunk = 0
 
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of a latent frame (Wan's patches are 2 x 2)."""
+        return 2 * self.rope.rows, 2 * self.rope.columns
+
     def layout(self) -> Layout:
         """Positions of the pass to come, as Rollout makes them."""
         return Layout(
