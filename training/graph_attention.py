@@ -17,6 +17,8 @@ from adastate_core.anchors import Anchor
 from adastate_core.attention import Kernel, plain_attention
 from adastate_core.rope import Layout, Rope
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -35,32 +37,67 @@ class Gradients:
         return self.state_writes == 0 or (chunk + 1 + self.offset) % self.state_writes == 0
 
 
-@dataclass
-class _Frame:
+@dataclass(frozen=True)
+class Frame:
+    """One cached frame: its key (not rotated) and value [B, P, width]."""
+
     index: int
-    key: torch.Tensor  # [B, P, width], not rotated
+    key: torch.Tensor
     value: torch.Tensor
 
 
 @dataclass
-class _LayerGraph:
+class LayerGraph:
     """One layer's cached frames; what an anchor policy needs of a LayerCache."""
 
-    anchor: dict[int, _Frame] = field(default_factory=dict)
-    window: list[_Frame] = field(default_factory=list)
-    past: tuple[torch.Tensor, torch.Tensor] | None = None
-    staged: tuple[torch.Tensor, torch.Tensor] | None = None
+    anchor: dict[int, Frame] = field(default_factory=dict)
+    window: list[Frame] = field(default_factory=list)
 
     def set_anchor(self, slot: int, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.anchor[slot] = _Frame(frame, key, value)
+        self.anchor[slot] = Frame(frame, key, value)
 
     def blend_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor, weight: float) -> None:
         kept = self.anchor[slot]
-        self.anchor[slot] = _Frame(kept.index, kept.key.lerp(key, weight), kept.value.lerp(value, weight))
+        self.anchor[slot] = Frame(kept.index, kept.key.lerp(key, weight), kept.value.lerp(value, weight))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward of the model, as its attention layers see it.
+
+    It holds on to the past that it attends to, so that a layer may be computed again (activation checkpointing) after
+    the cache has moved on.
+    """
+
+    past: list[Pair | None]
+    table: torch.Tensor
+    heads: int
+    kernel: Kernel
+    staged: dict[int, Pair] = field(default_factory=dict)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """One layer's attention: q, k (normed, not rotated), v [B, N, heads * head_dim] -> the same shape."""
+        self.staged.setdefault(layer, (k, v))
+        keys, values = rotated(k, self.table, self.heads), v
+        if self.past[layer] is not None:
+            past_keys, past_values = self.past[layer]
+            keys, values = torch.cat([past_keys, keys], 1), torch.cat([past_values, values], 1)
+        return self.kernel(
+            rotated(q, self.table, self.heads).to(values.dtype), keys.to(values.dtype), values, self.heads
+        )
+
+    def text(self, layer: int, key: object, make: Callable[[], Pair]) -> Pair:
+        """A layer's text keys and values; made anew in every pass, as each has a graph of its own."""
+        return make()
+
+
+def rotated(x: torch.Tensor, table: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, N, heads * head_dim], turned."""
+    return Rope.rotate(x.unflatten(-1, (heads, -1)), table).flatten(2)
 
 
 class GraphAttention:
-    """One rollout's attention with gradient: `place`, `begin`, forward, and `commit` after a clean pass.
+    """One rollout's cache with gradient: `place` once a chunk, `begin` every pass, `commit` after a clean one.
 
     `anchor`, `window_frames`, `positions` are those of a RolloutSpec; the cache belongs to one batch of clips.
     """
@@ -79,8 +116,7 @@ class GraphAttention:
         self.rope, self.heads, self.kernel = rope, heads, kernel
         self.anchor, self.window_frames, self.positions = anchor, window_frames, positions
         self.gradients = gradients
-        self.layers = [_LayerGraph() for _ in range(layers)]
-        self._text: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.layers = [LayerGraph() for _ in range(layers)]
         self.tokens = rope.rows * rope.columns
         self.next_frame = self.next_chunk = 0
 
@@ -104,45 +140,29 @@ class GraphAttention:
     def place(self) -> None:
         """Once a chunk: rotate what is cached to its positions."""
         layout = self.layout()
-        for layer in self.layers:
-            anchor = [(layout.anchor(slot, f.index), f) for slot, f in layer.anchor.items()]
-            entries = anchor + [(layout.window(f.index), f) for f in layer.window]
-            layer.past = None
-            if entries:
-                keys = torch.cat([frame.key for _, frame in entries], 1)
-                values = torch.cat([frame.value for _, frame in entries], 1)
-                layer.past = self._rotated(keys, self.rope.table([position for position, _ in entries])), values
-        self._text.clear()
+        self._past = [self._placed(layer, layout) for layer in self.layers]
 
-    def begin(self, content_frames: int) -> None:
-        """Start a pass over [state | content_frames]."""
-        self._table = self.rope.table(self.layout().current(content_frames))
+    def _placed(self, layer: LayerGraph, layout: Layout) -> Pair | None:
+        entries = [(layout.anchor(slot, frame.index), frame) for slot, frame in layer.anchor.items()]
+        entries += [(layout.window(frame.index), frame) for frame in layer.window]
+        if not entries:
+            return None
+        keys = torch.cat([frame.key for _, frame in entries], 1)
+        values = torch.cat([frame.value for _, frame in entries], 1)
+        return rotated(keys, self.rope.table([position for position, _ in entries]), self.heads), values
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """One layer's attention: q, k (normed, not rotated), v [B, N, heads * head_dim] -> the same shape."""
-        graph = self.layers[layer]
-        graph.staged = k, v
-        keys, values = self._rotated(k, self._table), v
-        if graph.past is not None:
-            keys, values = torch.cat([graph.past[0], keys], 1), torch.cat([graph.past[1], values], 1)
-        return self.kernel(self._rotated(q, self._table), keys, values, self.heads)
-
-    def text(
-        self, layer: int, key: object, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's text keys and values, made once a chunk, and apart with and without a graph."""
-        entry = (layer, key, torch.is_grad_enabled())
-        if entry not in self._text:
-            self._text[entry] = make()
-        return self._text[entry]
+    def begin(self, content_frames: int) -> Pass:
+        """A pass over [state | content_frames]; it goes into `transformer_options`."""
+        table = self.rope.table(self.layout().current(content_frames))
+        self._pass = Pass(self._past, table, self.heads, self.kernel)
+        return self._pass
 
     def commit(self, content_frames: int) -> None:
         """Cache what the last pass staged, with or without its graph as `gradients` says."""
         states = self.anchor.state_frames
         cut = self.gradients.cuts_state(self.next_chunk)
-        for layer in self.layers:
-            keys, values = (t.unflatten(1, (-1, self.tokens)) for t in layer.staged)
-            layer.staged = layer.past = None
+        for number, layer in enumerate(self.layers):
+            keys, values = (t.unflatten(1, (-1, self.tokens)) for t in self._pass.staged[number])
             for i in range(content_frames):
                 key, value = keys[:, states + i], values[:, states + i]
                 if not self.gradients.window:
@@ -154,15 +174,12 @@ class GraphAttention:
         self.next_frame += content_frames
         self.next_chunk += 1
 
-    def _enter(self, layer: _LayerGraph, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _enter(self, layer: LayerGraph, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
         slot = self.anchor.slot_of(frame)
         if slot is not None:
             layer.set_anchor(slot, frame, key, value)
             return
-        layer.window.append(_Frame(frame, key, value))
+        layer.window.append(Frame(frame, key, value))
         if len(layer.window) > self.window_frames:
             oldest = layer.window.pop(0)
             self.anchor.evicted(layer, oldest.index, oldest.key, oldest.value)
-
-    def _rotated(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return self.rope.rotate(x.unflatten(-1, (self.heads, -1)), table).flatten(2)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from adastate_core.anchors import anchor_from
 from adastate_core.demo_words import VOCABULARY
@@ -16,6 +21,18 @@ from .graph_attention import Gradients, GraphAttention
 from .teacher_forcing import word_table
 
 
+def compute_blocks_again(model: nn.Module) -> None:
+    """Keep only every block's input for the backward pass and compute the rest again (activation checkpointing)."""
+    for block in model.blocks:
+        block.forward = partial(_computed_again, block.forward)
+
+
+def _computed_again(forward: Callable[..., torch.Tensor], *args: Any, **more: Any) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*args, **more)
+    return checkpoint(forward, *args, use_reentrant=False, **more)
+
+
 class Student(nn.Module):
     """What the stages of the recurrence share. `config` gives `anchor`, `window_frames`, `positions`, and what the
     gradient may cross: `window_gradient`, `state_gradient` (chunks)."""
@@ -26,6 +43,8 @@ class Student(nn.Module):
         self.anchor = anchor_from(config["anchor"])
         self.register_buffer("words", word_table()[0], persistent=False)
         patch_attention(model)
+        if config.get("checkpoint_blocks"):
+            compute_blocks_again(model)
 
     def session(self, latents: torch.Tensor, offset: int = 0) -> GraphAttention:
         """A fresh cache for clips of this size [B, 16, T, h, w]; `offset` shifts where the gradient is cut."""
@@ -47,6 +66,5 @@ class Student(nn.Module):
         self, x: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, session: GraphAttention
     ) -> torch.Tensor:
         """v of [state | content] x [B, 16, S + n, h, w] at `sigma` [B]."""
-        session.begin(x.shape[2] - self.anchor.state_frames)
-        options = {SESSION: session, TEXT_KEY: 0}
+        options = {SESSION: session.begin(x.shape[2] - self.anchor.state_frames), TEXT_KEY: 0}
         return self.model.forward_orig(x, TIMESTEPS * sigma, context, freqs=None, transformer_options=options)
