@@ -18,11 +18,13 @@ from adastate_core.schedule import Schedule
 
 from .bare_model import load_denoiser
 from .latents import load
+from .loop import drawn_clips
 from .optim import Average, Optimiser
+from .parallel import Workers
 from .recurrence import ClipRecurrence, Draws
 from .run import Run
 from .score_model import clip_velocity
-from .self_rollout import SelfRollout
+from .self_rollout import Noise, SelfRollout
 from .teacher_forcing import install, text_mask
 
 
@@ -45,75 +47,115 @@ def matching_loss(
     return (per_frame * weights.to(per_frame)).mean(), gradient.abs().mean()
 
 
-def renoise(x: torch.Tensor, shift: float, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """(noisy x, noise, sigma [B]): one shifted level a clip, within 0.02..0.98."""
-    u = torch.rand(len(x), generator=generator)
-    sigma = (shift * u / (1 + (shift - 1) * u)).clamp(0.02, 0.98)
-    noise, level = torch.randn(x.shape, generator=generator), sigma.view(-1, 1, 1, 1, 1)
-    return (1 - level) * x + level * noise, noise, sigma
+def renoise(x: torch.Tensor, shift: float, drawn: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(noisy x, sigma [B]) from uniform `drawn` [B]: one shifted level a clip, within 0.02..0.98."""
+    sigma = (shift * drawn / (1 + (shift - 1) * drawn)).clamp(0.02, 0.98)
+    level = sigma.view(-1, 1, 1, 1, 1)
+    return (1 - level) * x + level * noise, sigma
+
+
+class StudentStep(nn.Module):
+    """One forward over all that the student's gradient comes from: its own rollouts, and true clips."""
+
+    def __init__(self, model: nn.Module, config: dict) -> None:
+        super().__init__()
+        self.rollout, self.clips = SelfRollout(model, config), ClipRecurrence(model, config)
+        self.schedule = Schedule.shifted(config["rollout_steps"], config["shift"])
+
+    def forward(
+        self,
+        words: torch.Tensor,
+        noise: Noise,
+        exit_step: int,
+        offset: int,
+        true_clips: tuple[torch.Tensor, torch.Tensor, Draws] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(rollouts [B, 16, T, h, w], the recurrence stage's squared errors on `true_clips`, if given)."""
+        kept = None if true_clips is None else self.clips(*true_clips)
+        return self.rollout(words, noise, self.schedule, exit_step, offset), kept
+
+
+class Scores(nn.Module):
+    """A score model as a module; `forward` gives x0 of noisy whole clips."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        install(model)
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return noisy - sigma.view(-1, 1, 1, 1, 1) * clip_velocity(self.model, noisy, sigma, mask)
 
 
 class Matching:
-    """Student, teacher and critic of one run, and the losses between them."""
+    """Student, teacher and critic of one run, and the losses between them.
 
-    def __init__(self, config: dict) -> None:
-        self.config = config
-        model = load_denoiser(config["start_from"])
-        self.student = SelfRollout(model, config)
-        self.clips = ClipRecurrence(model, config)
-        self.teacher, self.critic = self._scores(config["teacher"])
-        self.schedule = Schedule.shifted(config["rollout_steps"], config["shift"])
+    Every method draws for the whole batch from `generator` and works on this process's share.
+    """
 
-    @staticmethod
-    def _scores(path: str) -> tuple[nn.Module, nn.Module]:
-        teacher = load_denoiser(path)
-        critic = copy.deepcopy(teacher)
-        for model in (teacher, critic):
-            install(model)
-        return teacher.requires_grad_(False), critic
+    def __init__(self, config: dict, workers: Workers) -> None:
+        self.config, self.workers = config, workers
+        self.student = StudentStep(load_denoiser(config["start_from"]).to(workers.device), config)
+        teacher = load_denoiser(config["teacher"]).to(workers.device).requires_grad_(False)
+        self.critic = Scores(copy.deepcopy(teacher).requires_grad_(True))
+        self.teacher = Scores(workers.shard(teacher))
+        self.student_replica, self.critic_replica = workers.replicate(self.student), workers.replicate(self.critic)
 
-    def rollout(self, words: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Content latents of the words' rollouts; exit step and every noise from `generator`."""
-        exit_step = int(torch.randint(len(self.schedule.sigmas), (1,), generator=generator))
+    def _randn(self, generator: torch.Generator, batch: int, *shape: int) -> torch.Tensor:
+        return self.workers.share(torch.randn(batch, *shape, generator=generator)).to(self.workers.device)
+
+    def _renoised(self, x: torch.Tensor, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        drawn = self.workers.share(torch.rand(batch, generator=generator)).to(x)
+        noise = self._randn(generator, batch, *x.shape[1:])
+        return *renoise(x, self.config["shift"], drawn, noise), noise
+
+    def _mask(self, words: torch.Tensor, drop: float, generator: torch.Generator) -> torch.Tensor:
+        return self.workers.share(text_mask(words, drop, generator)).to(self.workers.device)
+
+    def rollout(self, words: torch.Tensor, generator: torch.Generator, true_clips=None) -> tuple:
+        """(this process's rollouts, the loss on its true clips or None); exit step and noise from `generator`."""
+        exit_step = int(torch.randint(self.config["rollout_steps"], (1,), generator=generator))
         offset = int(torch.randint(1 << 16, (1,), generator=generator))
         size = self.config["latent_size"]
 
         def noise(_chunk: int, _step: int, frames: int, _state: bool) -> torch.Tensor:
-            return torch.randn(len(words), 16, frames, size, size, generator=generator)
+            return self._randn(generator, len(words), 16, frames, size, size)
 
-        return self.student(words, noise, self.schedule, exit_step, offset)
+        step = self.student_replica if torch.is_grad_enabled() else self.student
+        return step(self.workers.share(words), noise, exit_step, offset, true_clips)
+
+    def true_clips(self, latents: torch.Tensor, words: torch.Tensor, seed: int) -> tuple:
+        """This process's part of whole batches of clips, with what the recurrence stage draws for them."""
+        draws = Draws.make(latents.shape, self.student.clips.anchor.state_frames, self.config, seed)
+        share = self.workers.share
+        return share(latents).to(self.workers.device), share(words), draws.share(self.workers)
 
     def student_loss(self, x: torch.Tensor, words: torch.Tensor, generator: torch.Generator):
-        """(loss, mean size of its gradient) of rollouts x."""
+        """(loss, mean size of its gradient) of this process's rollouts x."""
         with torch.no_grad():
-            noisy, _, sigma = renoise(x, self.config["shift"], generator)
-            level = sigma.view(-1, 1, 1, 1, 1)
-            every = text_mask(words, 0.0, generator)
-            x_real = noisy - level * clip_velocity(self.teacher, noisy, sigma, every)
+            noisy, sigma, _ = self._renoised(x, len(words), generator)
+            every = self._mask(words, 0.0, generator)
+            x_real = self.teacher(noisy, sigma, every)
             if self.config["guidance"]:
-                blank = noisy - level * clip_velocity(self.teacher, noisy, sigma, text_mask(words, 1.0, generator))
+                blank = self.teacher(noisy, sigma, self._mask(words, 1.0, generator))
                 x_real = x_real + self.config["guidance"] * (x_real - blank)
-            x_fake = noisy - level * clip_velocity(self.critic, noisy, sigma, every)
+            x_fake = self.critic(noisy, sigma, every)
         weights = horizon_weights(x.shape[2], self.config["alpha"], self.config["normalise_weights"])
         return matching_loss(x, x_real, x_fake, weights)
 
     def critic_loss(self, x: torch.Tensor, words: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Flow matching on the student's own clips."""
-        noisy, noise, sigma = renoise(x, self.config["shift"], generator)
-        v = clip_velocity(self.critic, noisy, sigma, text_mask(words, self.config["drop_words"], generator))
+        noisy, sigma, noise = self._renoised(x, len(words), generator)
+        x0 = self.critic_replica(noisy, sigma, self._mask(words, self.config["drop_words"], generator))
+        v = (noisy - x0) / sigma.view(-1, 1, 1, 1, 1)
         return (v - (noise - x)).square().mean()
-
-    def kept_loss(self, latents: torch.Tensor, words: torch.Tensor, seed: int) -> torch.Tensor:
-        """The recurrence stage's loss on true clips."""
-        draws = Draws.make(latents.shape, self.clips.anchor.state_frames, self.config, seed)
-        return self.clips(latents, words, draws).mean()
 
 
 def main() -> None:
     run = Run.from_arguments("Distribution matching on the student's own rollouts.")
     config = run.config
-    matching = Matching(config)
-    student, critic = matching.student.model, matching.critic
+    matching = Matching(config, run.workers)
+    student, critic = matching.student.rollout.model, matching.critic.model
     optimisers = {
         "student_optimiser": Optimiser(student, config["lr"], config["warmup"], config["decay_from"]),
         "critic_optimiser": Optimiser(critic, config["critic_lr"], config["warmup"], decay_from=1.0),
@@ -124,30 +166,34 @@ def main() -> None:
     while run.step < run.steps:
         seed = config["seed"] * 1_000_003 + run.step
         generator = torch.Generator().manual_seed(seed)
-        logged = {}
-        index = torch.randint(len(words), (config["batch"],), generator=generator)
+        index = drawn_clips(len(words), config["batch"], generator)
+        logged: dict[str, float] = {}
         if run.step >= config["critic_alone"] and run.step % config["student_every"] == 0:
-            x = matching.rollout(words[index], generator)
-            loss, size = matching.student_loss(x, words[index], generator)
+            own, true = index[: config["recurrence_batch"]], None
             if config["recurrence_weight"]:
-                own = index[: config["recurrence_batch"]]
-                kept = matching.kept_loss(latents[own].float(), words[own], seed)
-                loss = loss + config["recurrence_weight"] * kept
-                logged["kept"] = kept.item()
+                true = matching.true_clips(latents[own].float(), words[own], seed)
+            with run.precision():
+                x, kept = matching.rollout(words[index], generator, true)
+                loss, size = matching.student_loss(x, words[index], generator)
+                if kept is not None:
+                    loss = loss + config["recurrence_weight"] * kept.mean()
+                    logged["kept"] = kept.mean().item()
             loss.backward()
             logged |= {"loss": loss.item(), "gradient": size.item(), "std": x.detach().std().item()}
             logged["norm"] = optimisers["student_optimiser"].step(run.done)
             average.update(student)
         else:
-            with torch.no_grad():
-                x = matching.rollout(words[index], generator)
-        loss = matching.critic_loss(x.detach(), words[index], generator)
+            with torch.no_grad(), run.precision():
+                x, _ = matching.rollout(words[index], generator)
+        with run.precision():
+            loss = matching.critic_loss(x.detach(), words[index], generator)
         loss.backward()
         optimisers["critic_optimiser"].step(run.done)
         run.advance(critic=loss.item(), **logged)
-        if run.step % config["evaluate_every"] == 0 or run.step == run.steps:
+        if run.due():
             with average.used_by(student):
-                torch.save(student.state_dict(), run.folder / "model.pt")
+                run.export(student)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from adastate_core.schedule import Schedule
 
 from .bare_model import load_denoiser
 from .latents import load
-from .optim import Average, Optimiser
+from .loop import drawn_clips, train
 from .recurrence import ClipRecurrence, Draws, evaluate, figures
 from .run import Run
 from .trajectories import paths
@@ -36,31 +36,28 @@ def on_path(
 
 def main() -> None:
     run = Run.from_arguments("Train the few-step student on trajectories.")
-    config = run.config
-    clips = ClipRecurrence(load_denoiser(config["start_from"]), config)
-    model = clips.model
-    optimiser = Optimiser(model, config["lr"], warmup=config["warmup"], decay_from=config["decay_from"])
-    average = Average(model, config["ema"])
-    run.resume(model=model, optimiser=optimiser, average=average)
+    config, workers = run.config, run.workers
+    clips = ClipRecurrence(load_denoiser(config["start_from"]).to(run.device), config)
+    replicated = workers.replicate(clips)
     latents, words = load(config["train"])
     held_out = load(config["held_out"])
     numbers, trajectories = paths(config["trajectories"])
     sigmas = torch.tensor(Schedule.shifted(config["rollout_steps"], config["shift"]).sigmas)
-    while run.step < run.steps:
-        seed = config["seed"] * 1_000_003 + run.step
+
+    def step(seed: int) -> tuple[torch.Tensor, dict[str, float]]:
         generator = torch.Generator().manual_seed(seed)
-        index = torch.randint(len(numbers), (config["batch"],), generator=generator)
-        solved, own = trajectories[index].float(), numbers[index]
+        index = drawn_clips(len(numbers), config["batch"], generator)
+        solved, clip = trajectories[index].float(), numbers[index]
         noisy, wanted, sigma = on_path(solved, sigmas, generator)
-        batch = latents[own].float()
+        batch = latents[clip].float()
         draws = Draws.make(batch.shape, clips.anchor.state_frames, config | {"drop_words": 0.0}, seed)
-        errors = clips(batch, words[own], replace(draws, content=solved[:, 0], sigma=sigma), (noisy, wanted))
-        errors.mean().backward()
-        norm = optimiser.step(run.done)
-        average.update(model)
-        run.advance(loss=errors.mean().item(), norm=norm, **figures(errors.detach(), words[own], sigma))
-        if run.step % config["evaluate_every"] == 0 or run.step == run.steps:
-            evaluate(run, clips, average, *held_out)
+        draws = replace(draws, content=solved[:, 0], sigma=sigma).share(workers)
+        batch, noisy, wanted = (workers.share(t).to(run.device) for t in (batch, noisy, wanted))
+        own = workers.share(words[clip])
+        errors = replicated(batch, own, draws, (noisy, wanted))
+        return errors.mean(), figures(errors.detach().cpu(), own, draws.sigma.cpu())
+
+    train(run, clips.model, step, lambda: evaluate(clips, config, *held_out))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ With anchor none or static there is no state and no pass A: the same budget, cli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,8 @@ from adastate_core.demo_words import VOCABULARY
 from .bare_model import load_denoiser
 from .graph_attention import GraphAttention
 from .latents import load
-from .optim import Average, Optimiser
+from .loop import drawn_clips, train
+from .parallel import Workers
 from .run import Run
 from .student import Student
 from .world import CHUNK_LATENTS, LANTERN_CELLS, LANTERN_STATES
@@ -58,13 +59,14 @@ class Draws:
         state = torch.randn(chunks, 2, batch, channels, state_frames, rows, columns, generator=g)
         return Draws(content, blur, state, sigma, level, kept, offset)
 
-    def share(self, rank: int, ranks: int) -> Draws:
-        """What falls to one of `ranks` processes: every `ranks`-th clip."""
-        mine = slice(rank, None, ranks)
-        return Draws(
-            self.content[mine], self.blur[mine], self.state[:, :, mine], self.sigma[mine], self.level[mine],
-            self.kept, self.offset,
-        )  # fmt: skip
+    def to(self, device: torch.device) -> Draws:
+        return replace(self, **{n: t.to(device) for n, t in vars(self).items() if isinstance(t, torch.Tensor)})
+
+    def share(self, workers: Workers) -> Draws:
+        """What falls to this process, on its device."""
+        state = workers.share(self.state.movedim(2, 0)).movedim(0, 2)
+        others = {n: workers.share(getattr(self, n)) for n in ("content", "blur", "sigma", "level")}
+        return replace(self, state=state, **others).to(workers.device)
 
 
 class ClipRecurrence(Student):
@@ -139,41 +141,34 @@ def figures(errors: torch.Tensor, words: torch.Tensor, sigma: torch.Tensor) -> d
 
 def main() -> None:
     run = Run.from_arguments("Train the recurrence: chunks in a row with the anchor in the loop.")
-    config = run.config
-    model = load_denoiser(config["start_from"])
-    clips = ClipRecurrence(model, config)
-    optimiser = Optimiser(model, config["lr"], warmup=config["warmup"], decay_from=config["decay_from"])
-    average = Average(model, config["ema"])
-    run.resume(model=model, optimiser=optimiser, average=average)
+    config, workers = run.config, run.workers
+    clips = ClipRecurrence(load_denoiser(config["start_from"]).to(run.device), config)
+    replicated = workers.replicate(clips)
     latents, words = load(config["train"])
     held_out = load(config["held_out"])
-    while run.step < run.steps:
-        seed = config["seed"] * 1_000_003 + run.step
-        index = torch.randint(len(latents), (config["batch"],), generator=torch.Generator().manual_seed(seed))
+
+    def step(seed: int) -> tuple[torch.Tensor, dict[str, float]]:
+        index = drawn_clips(len(latents), config["batch"], torch.Generator().manual_seed(seed))
         batch = latents[index].float()
-        draws = Draws.make(batch.shape, clips.anchor.state_frames, config, seed + 500_000_000)
-        errors = clips(batch, words[index], draws)
-        errors.mean().backward()
-        norm = optimiser.step(run.done)
-        average.update(model)
-        run.advance(loss=errors.mean().item(), norm=norm, **figures(errors.detach(), words[index], draws.sigma))
-        if run.step % config["evaluate_every"] == 0 or run.step == run.steps:
-            evaluate(run, clips, average, *held_out)
+        draws = Draws.make(batch.shape, clips.anchor.state_frames, config, seed + 500_000_000).share(workers)
+        own = workers.share(words[index])
+        errors = replicated(workers.share(batch).to(run.device), own, draws)
+        return errors.mean(), figures(errors.detach().cpu(), own, draws.sigma.cpu())
+
+    train(run, clips.model, step, lambda: evaluate(clips, config, *held_out))
 
 
-@torch.no_grad()
-def evaluate(run: Run, clips: ClipRecurrence, average: Average, latents: torch.Tensor, words: torch.Tensor) -> None:
-    """Held-out loss of the averaged weights on draws that never change; writes them to `folder/model.pt`."""
+def evaluate(clips: ClipRecurrence, config: dict, latents: torch.Tensor, words: torch.Tensor) -> dict[str, float]:
+    """Held-out loss on draws that never change."""
+    device = next(clips.parameters()).device
     errors, sigmas = [], []
-    with average.used_by(clips.model):
-        torch.save(clips.model.state_dict(), run.folder / "model.pt")
-        for i in range(0, len(latents), 12):
-            batch = latents[i : i + 12].float()
-            draws = Draws.make(batch.shape, clips.anchor.state_frames, run.config | {"drop_words": 0.0}, 77 + i)
-            errors.append(clips(batch, words[i : i + 12], draws))
-            sigmas.append(draws.sigma)
+    for i in range(0, len(latents), 12):
+        batch = latents[i : i + 12].float()
+        draws = Draws.make(batch.shape, clips.anchor.state_frames, config | {"drop_words": 0.0}, 77 + i)
+        errors.append(clips(batch.to(device), words[i : i + 12], draws.to(device)).cpu())
+        sigmas.append(draws.sigma)
     held = figures(torch.cat(errors), words, torch.cat(sigmas))
-    run.record(**{f"held_{name}": value for name, value in held.items()})
+    return {f"held_{name}": value for name, value in held.items()}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from typing import Any
 import tomllib
 import torch
 
+from .curves import draw_curves
+from .parallel import Workers
+
 log = logging.getLogger("adastate.training")
 
 
@@ -23,7 +26,7 @@ class Run:
     """
 
     def __init__(self, config: dict[str, Any], folder: Path, fresh: bool) -> None:
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.workers = config, folder, Workers()
         self.step, self.seconds = 0, 0.0
         self.parts: dict[str, Any] = {}
         self._fresh, self._tick = fresh, time.monotonic()
@@ -35,14 +38,18 @@ class Run:
         """Read `--config FILE [--fresh] [--threads N]`; outputs go to the config's `folder`."""
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument("--config", type=Path, required=True)
-        parser.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+        resuming = parser.add_mutually_exclusive_group()
+        resuming.add_argument("--resume", action="store_true", help="go on from the last checkpoint (the default)")
+        resuming.add_argument("--fresh", action="store_true", help="start anew instead")
         parser.add_argument("--threads", type=int, default=os.cpu_count())
         arguments = parser.parse_args()
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         torch.set_num_threads(arguments.threads)
         config = tomllib.loads(arguments.config.read_text())
         torch.manual_seed(config["seed"])
-        return Run(config, Path(config["folder"]), arguments.fresh)
+        run = Run(config, Path(config["folder"]), arguments.fresh)
+        level = logging.INFO if run.workers.first else logging.WARNING
+        logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        return run
 
     @property
     def steps(self) -> int:
@@ -52,14 +59,40 @@ class Run:
     def done(self) -> float:
         return self.step / self.steps
 
+    @property
+    def device(self) -> torch.device:
+        return self.workers.device
+
+    def precision(self) -> torch.autocast:
+        """Mixed precision where the config's `autocast` names a dtype; parameters stay float32."""
+        dtype = self.config.get("autocast")
+        return torch.autocast(self.device.type, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None)
+
+    def due(self) -> bool:
+        """Whether it is time to evaluate: every `evaluate_every` steps and at the end."""
+        return self.step % self.config["evaluate_every"] == 0 or self.step == self.steps
+
+    def export(self, model: torch.nn.Module) -> None:
+        """Write the weights as they are now to `folder/model.pt`."""
+        if self.workers.first:
+            temporary = self.folder / "model.pt.tmp"
+            torch.save(model.state_dict(), temporary)
+            temporary.replace(self.folder / "model.pt")
+
+    def finish(self) -> None:
+        """Draw the log as curves and leave the group of processes."""
+        if self.workers.first:
+            draw_curves(self.folder)
+        self.workers.leave()
+
     def resume(self, **parts: Any) -> None:
         """Register what a checkpoint holds (objects with state_dict) and load the last one if there is any."""
         self.parts = parts
         last = self.folder / "last.pt"
         if last.exists() and not self._fresh:
-            state = torch.load(last, weights_only=True, map_location="cpu")
+            state = torch.load(last, weights_only=True, map_location=self.device)
             self.step, self.seconds = state["step"], state["seconds"]
-            torch.set_rng_state(state["rng"])
+            torch.set_rng_state(state["rng"].cpu())
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             log.info("resumed at step %d of %d", self.step, self.steps)
@@ -67,12 +100,14 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint to a temporary name, then rename it, so that a kill leaves the one before."""
+        self._saved = time.monotonic()
+        if not self.workers.first:
+            return
         state: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "rng": torch.get_rng_state()}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         temporary = self.folder / "last.pt.tmp"
         torch.save(state, temporary)
         temporary.replace(self.folder / "last.pt")
-        self._saved = time.monotonic()
 
     def advance(self, **figures: float) -> None:
         """Count a step; logs every `log_every` steps with rate and time left, saves every 2 minutes."""
@@ -80,12 +115,14 @@ class Run:
         self.seconds, self._tick = self.seconds + now - self._tick, now
         self.step += 1
         if self.step % self.config.get("log_every", 25) == 0 or self.step == self.steps:
-            self.record(**figures)
+            self.record(**self.workers.mean(figures))
         if now - self._saved > 120 or self.step == self.steps:
             self.save()
 
     def record(self, **figures: float) -> None:
         """One line to the log and to `folder/log.jsonl`."""
+        if not self.workers.first:
+            return
         rate = self.seconds / max(self.step, 1)
         line = {"step": self.step, "seconds": round(self.seconds, 1)} | {k: round(v, 5) for k, v in figures.items()}
         with (self.folder / "log.jsonl").open("a") as file:

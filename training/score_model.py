@@ -15,7 +15,8 @@ from adastate_core.rope import Rope
 
 from .bare_model import load_denoiser
 from .latents import load
-from .optim import Average, Optimiser
+from .loop import drawn_clips, train
+from .parallel import Workers
 from .run import Run
 from .teacher_forcing import KEY, WholeClipAttention, install, text_mask, word_table
 from .world import CHUNK_LATENTS
@@ -30,40 +31,47 @@ def clip_velocity(model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, mask: 
     return model.forward_orig(x, 1000 * sigma, context, freqs=None, transformer_options={KEY: attention})
 
 
-def clip_errors(model: nn.Module, latents: torch.Tensor, words: torch.Tensor, config: dict, seed: int) -> torch.Tensor:
-    """Squared errors of v per chunk, [B, chunks]; one shifted noise level a clip; everything random from `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    u = torch.rand(len(latents), generator=generator)
-    sigma = config["shift"] * u / (1 + (config["shift"] - 1) * u)
-    level, noise = sigma.view(-1, 1, 1, 1, 1), torch.randn(latents.shape, generator=generator)
-    mask = text_mask(words, config["drop_words"], generator)
-    v = clip_velocity(model, (1 - level) * latents + level * noise, sigma, mask)
-    return (v - (noise - latents)).square().mean((1, 3, 4)).unflatten(1, (-1, CHUNK_LATENTS)).mean(-1)
+class ClipScore(nn.Module):
+    """The score model's loss as a module; `forward` gives squared errors of v per chunk."""
+
+    def __init__(self, model: nn.Module, config: dict, workers: Workers) -> None:
+        super().__init__()
+        self.model, self.config, self.workers = model, config, workers
+        install(model)
+
+    def forward(self, latents: torch.Tensor, words: torch.Tensor, seed: int, drop_words: float) -> torch.Tensor:
+        """Whole batches [B, 16, T, h, w] and [B, chunks, slots] to this process's errors [b, chunks].
+
+        One shifted noise level a clip; everything random from `seed`.
+        """
+        generator, shift = torch.Generator().manual_seed(seed), self.config["shift"]
+        u = torch.rand(len(latents), generator=generator)
+        sigma, noise = shift * u / (1 + (shift - 1) * u), torch.randn(latents.shape, generator=generator)
+        mask = text_mask(words, drop_words, generator)
+        latents, sigma, noise, mask = (
+            self.workers.share(t).to(self.workers.device) for t in (latents, sigma, noise, mask)
+        )
+        level = sigma.view(-1, 1, 1, 1, 1)
+        v = clip_velocity(self.model, (1 - level) * latents + level * noise, sigma, mask)
+        return (v - (noise - latents)).square().mean((1, 3, 4)).unflatten(1, (-1, CHUNK_LATENTS)).mean(-1)
 
 
 def main() -> None:
     run = Run.from_arguments("Train the whole-clip score model.")
     config = run.config
-    model = load_denoiser(config["start_from"])
-    install(model)
-    optimiser = Optimiser(model, config["lr"], warmup=config["warmup"], decay_from=config["decay_from"])
-    average = Average(model, config["ema"])
-    run.resume(model=model, optimiser=optimiser, average=average)
+    scored = ClipScore(load_denoiser(config["start_from"]).to(run.device), config, run.workers)
+    replicated = run.workers.replicate(scored)
     latents, words = load(config["train"])
     held_out = load(config["held_out"])
-    while run.step < run.steps:
-        seed = config["seed"] * 1_000_003 + run.step
-        index = torch.randint(len(latents), (config["batch"],), generator=torch.Generator().manual_seed(seed))
-        errors = clip_errors(model, latents[index].float(), words[index], config, seed)
-        errors.mean().backward()
-        norm = optimiser.step(run.done)
-        average.update(model)
-        run.advance(loss=errors.mean().item(), norm=norm)
-        if run.step % config["evaluate_every"] == 0 or run.step == run.steps:
-            with average.used_by(model), torch.no_grad():
-                torch.save(model.state_dict(), run.folder / "model.pt")
-                held = clip_errors(model, held_out[0].float(), held_out[1], config | {"drop_words": 0.0}, 77)
-            run.record(held_out=held.mean().item())
+
+    def step(seed: int) -> tuple[torch.Tensor, dict[str, float]]:
+        index = drawn_clips(len(latents), config["batch"], torch.Generator().manual_seed(seed))
+        return replicated(latents[index].float(), words[index], seed, config["drop_words"]).mean(), {}
+
+    def evaluate() -> dict[str, float]:
+        return {"held_out": scored(held_out[0].float(), held_out[1], 77, 0.0).mean().item()}
+
+    train(run, scored.model, step, evaluate)
 
 
 if __name__ == "__main__":

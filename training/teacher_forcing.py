@@ -161,6 +161,6 @@ def velocity(
     """v of the noisy half [B, 16, T, h, w], at `sigma` [B, T]; the clean half is told timestep 0."""
     x = torch.cat([clean, noisy], 2)
     timesteps = torch.cat([torch.zeros_like(sigma), 1000 * sigma], 1)
-    context = word_table().expand(x.shape[0], -1, -1)
+    context = word_table().to(x).expand(x.shape[0], -1, -1)
     out = model.forward_orig(x, timesteps, context, freqs=None, transformer_options={KEY: clip})
     return out[:, :, clean.shape[2] :]

@@ -18,6 +18,7 @@ from adastate_core.wan_attention import SESSION
 from training.bare_model import BareModel, patch_attention
 from training.graph_attention import Frame, Gradients, GraphAttention
 from training.host_models import build_denoiser
+from training.parallel import Workers
 from training.recurrence import ClipRecurrence, Draws, figures
 
 WORDS = {"terrain": "snow", "pace": "fast", "balloon": "gold", "lantern": "lantern"}
@@ -89,6 +90,13 @@ class Double(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.module(x.double())
+
+
+def two_workers() -> list[Workers]:
+    workers = [Workers(), Workers()]
+    for rank, worker in enumerate(workers):
+        worker.rank, worker.world = rank, 2
+    return workers
 
 
 def clip(chunks: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +243,7 @@ def test_every_anchor_sees_the_same_content_noise():
     with_state, without = (Draws.make(shape, frames, CONFIG, 11) for frames in (1, 0))
     for name in ("content", "blur", "sigma", "level"):
         assert torch.equal(getattr(with_state, name), getattr(without, name))
-    shares = [with_state.share(rank, 2) for rank in range(2)]
+    shares = [with_state.share(worker) for worker in two_workers()]
     assert torch.equal(torch.stack([s.content for s in shares], 1).flatten(0, 1), with_state.content)
 
 
