@@ -77,9 +77,8 @@ def test_two_processes_are_one(stage, data, tmp_path):
     together, others = run(stage, tmp_path / "two", data, 2)
     assert len(alone) == len(together) >= STAGES[stage]["steps"]
     for a, b in zip(alone, together, strict=True):
-        compared = {"loss", "critic", "norm", "kept", "held_out", "held_later"} & set(a)
-        assert compared, "something is compared at every step"
-        for name in compared:
+        assert a.keys() == b.keys() and len(a) > 2
+        for name in a.keys() - {"seconds", "returns", "held_returns"}:  # those are means of uneven parts
             assert a[name] == pytest.approx(b[name], rel=2e-3), (a["step"], name)
     for name, value in weights.items():
         torch.testing.assert_close(others[name], value, atol=3e-4, rtol=1e-2)
