@@ -1,103 +1,226 @@
-"""Stage 5: long rollouts of the exported pair, measured against the world, by five-second segments.
+"""Stage 8: the comparison. Long rollouts of every contender, measured against the world, and what each remembers.
 
-    python -m training.evaluate --config training/configs/evaluate.toml
+    python3 run.py train evaluate --config training/configs/evaluate.toml
 
-Rolls out with the product's own rollout and cache layout; true renders through the same codec stand beside it.
+Contenders share scenes and content noise, so differences are taken stream by stream; intervals are 95 % bootstrap
+intervals over streams. Results of each contender are kept in the run's folder and not computed twice (`--fresh` does).
+The table goes to `folder/comparison.md`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from adastate_core.anchors import Anchor
-from adastate_core.demo_words import prompt
-from adastate_core.rollout import Rollout, RolloutSpec, Settings
-from adastate_core.schedule import Schedule
 from adastate_core.vae_stream import VaeStream, pictures_of
 
 from . import measures
-from .bare_model import BareModel, load_codec, load_denoiser
+from .bare_model import load_codec
 from .codec import decode_clip, encode_clip
+from .contenders import Contender
 from .host_models import LATENT_MEAN, LATENT_STD
+from .recall import ColourJudge, encoded, lantern_scenes, recall
 from .run import Run, log
-from .world import FPS, SIZE, Scene, render
+from .world import CHUNK_LATENTS, LANTERN_STATES, Scene, render
 
-SEGMENT = 5 * FPS
-
-
-def rolled_out(model, codec, scene: Scene, seed: int, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents [16, T, h, w] in model space, pictures [t, 64, 64, 3] in 0..1) of one stream."""
-    bare = BareModel(model, prompt(scene.words(0)))
-    spec = RolloutSpec(
-        bare.geometry, 1, SIZE // 8, SIZE // 8, 3, config["window_frames"], Anchor(), "packed", torch.float32
-    )
-    rollout = Rollout(bare, spec, Settings(seed, Schedule.shifted(config["rollout_steps"], config["shift"])))
-    latents = torch.cat([chunk.latents for chunk in rollout.chunks(config["latents"])], 2)
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
-    pictures = VaeStream(codec).step(latents * std + mean)[0]
-    return latents[0], ((pictures + 1) / 2).clamp(0, 1)
-
-
-def true_video(codec, scene: Scene, frames: int) -> torch.Tensor:
-    """The world's own frames through the codec, [t, 64, 64, 3], in clips of 81."""
-    parts = []
-    for start in range(0, frames, 81):
-        clip = render(scene, torch.arange(start, start + 81)).permute(3, 0, 1, 2)[None] * 2 - 1
-        parts.append(decode_clip(codec, encode_clip(codec, clip)[0])[0].permute(1, 2, 3, 0))
-    return ((torch.cat(parts)[:frames] + 1) / 2).clamp(0, 1)
+# latents decoded before a segment and thrown away: the codec's memory
+LEAD = 3
+# measure -> what it should be (a number, or the true renders' own value)
+COLUMNS = {
+    "flow error, px a frame": "0",
+    "balloon's travel, of the true": "1",
+    "day's speed, of the true": "1",
+    "motion, of the true": "1",
+    "sharpness, of the true": "1",
+    "sky off its colours, dE": "true",
+    "balloon off its colour, dE": "true",
+    "balloon found": "1",
+    "terrain right": "1",
+    "seam": "1",
+}
 
 
-def figures(video: torch.Tensor, scene: Scene) -> list[dict[str, float]]:
-    """The measures of each five-second segment."""
-    rows = []
-    for segment in video.split(SEGMENT):
-        if len(segment) < SEGMENT // 2:
-            continue
-        rows.append(
-            {
-                "balloon found": measures.balloon_found(segment, scene).float().mean().item(),
-                "terrain right": measures.terrain_right(segment, scene).float().mean().item(),
-                "pace right": measures.pace_right(segment, scene).float().mean().item(),
-                "sharpness": measures.sharpness(segment).mean().item(),
-                "motion": measures.motion(segment).mean().item(),
-                "brightness": segment.mean().item(),
-            }
+def evaluation_scenes(count: int, seed: int) -> list[Scene]:
+    """Held-out scenes, the lantern up in every other one throughout."""
+    return [Scene.draw(torch.Generator().manual_seed(seed + i), 1, (LANTERN_STATES[i % 2],)) for i in range(count)]
+
+
+def decoded(codec, latents: torch.Tensor, first: int) -> torch.Tensor:
+    """Pictures [t, 64, 64, 3] of latents [16, n, h, w], of which the first `first` only lead in."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
+    pictures = VaeStream(codec).step((latents * std + mean)[None])[0]
+    return ((pictures[pictures_of(first) :] + 1) / 2).clamp(0, 1)
+
+
+def true_segment(codec, scene: Scene, segment: range) -> torch.Tensor:
+    """The world's own pictures of these latents, through the codec."""
+    start = max(0, segment.start - LEAD)
+    frames = torch.arange(max(0, 4 * start - 3), 4 * segment.stop - 3)
+    frames = frames[len(frames) - 4 * (segment.stop - start) + 3 :] if start else frames
+    clip = render(scene, frames).permute(3, 0, 1, 2)[None] * 2 - 1
+    pictures = decode_clip(codec, encode_clip(codec, clip)[0])[0].permute(1, 2, 3, 0)
+    return ((pictures[pictures_of(segment.start - start) :] + 1) / 2).clamp(0, 1)
+
+
+def figures(video: torch.Tensor, scene: Scene, true: torch.Tensor) -> dict[str, float]:
+    """Every column of the table for one segment of one stream; NaN where it cannot be told."""
+    return dict(
+        zip(
+            COLUMNS,
+            (
+                measures.flow_error(video, scene).mean().item(),
+                measures.balloon_travel(video, scene) / measures.balloon_travel(true, scene),
+                measures.clock_rate(video),
+                (measures.motion(video).mean() / measures.motion(true).mean()).item(),
+                (measures.sharpness(video).mean() / measures.sharpness(true).mean()).item(),
+                measures.sky_reading(video)[1].mean().item(),
+                torch.nanmean(measures.balloon_colour_error(video, scene)).item(),
+                measures.balloon_found(video, scene).float().mean().item(),
+                measures.terrain_right(video, scene).float().mean().item(),
+                measures.seam(video),
+            ),
+            strict=True,
         )
-    return rows
+    )
+
+
+def interval(values: list[float], resamples: int = 10_000) -> tuple[float, float, float]:
+    """Mean and 95 % bootstrap interval of it; streams that could not be told are left out."""
+    known = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
+    if not len(known):
+        return math.nan, math.nan, math.nan
+    picks = torch.randint(len(known), (resamples, len(known)), generator=torch.Generator().manual_seed(0))
+    low, high = known[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return known.mean().item(), low, high
+
+
+class Evaluation:
+    """The scenes, the codec and the segments that every contender is judged on."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config
+        self.codec = load_codec(self.config["codec"])
+        self.horizon = self.config["horizon_latents"]
+
+    def segments(self, lengths: list[int]) -> dict[str, range]:
+        """The last horizon's worth of latents at every length, by name."""
+        return {f"{n}x": range((n - 1) * self.horizon, n * self.horizon) for n in lengths}
+
+    def results(self, contender: Contender | None, lengths: list[int], streams: int) -> dict[str, list[dict]]:
+        """Segment -> figures of every stream, from the folder if they are there; None stands for true renders."""
+        name = contender.name if contender else "true renders"
+        file = self.run.folder / f"{name}_{max(lengths)}x_{streams}.json".replace(" ", "_")
+        if file.exists():
+            return json.loads(file.read_text())
+        scenes = evaluation_scenes(streams, self.config["scenes_seed"])
+        segments = self.segments(lengths)
+        keep = [range(max(0, s.start - LEAD), s.stop) for s in segments.values()]
+        latents = None
+        if contender:
+            latents = contender.rolled_out(scenes, self.config["seed"], max(lengths) * self.horizon, keep)
+        rows: dict[str, list[dict]] = {segment: [] for segment in segments}
+        for i, scene in enumerate(scenes):
+            for number, (segment, frames) in enumerate(segments.items()):
+                true = true_segment(self.codec, scene, frames)
+                video = true
+                if latents is not None:
+                    video = decoded(self.codec, latents[number][i], frames.start - keep[number].start)
+                    self._sheet(name, segment, i, video)
+                rows[segment].append(figures(video, scene, true))
+        file.write_text(json.dumps(rows))
+        log.info("%s: %d streams to %dx", name, streams, max(lengths))
+        return rows
+
+    def _sheet(self, name: str, segment: str, stream: int, video: torch.Tensor) -> None:
+        """A few frames of the first streams, to look at."""
+        if stream < 4:
+            from PIL import Image
+
+            row = torch.cat(list(video[:: max(1, len(video) // 8)][:8]), 1)
+            sheet = self.run.folder / f"{name}_{segment}_{stream}.png".replace(" ", "_")
+            Image.fromarray((row * 255).byte().numpy()).resize((8 * 128, 128)).save(sheet)
+
+    def memory(self, contender: Contender) -> dict[str, dict[str, float]]:
+        """The recall test's shares by gap."""
+        file = self.run.folder / f"{contender.name}_recall.json".replace(" ", "_")
+        if not file.exists():
+            clips, judge = self._recall_clips()
+            shares = recall(contender.student(), *clips, judge, contender.schedule, self.config["seed"])
+            file.write_text(json.dumps(shares))
+            log.info("%s: recall %s", contender.name, shares["own"])
+        return json.loads(file.read_text())
+
+    def _recall_clips(self) -> tuple[tuple[torch.Tensor, ...], ColourJudge]:
+        file = self.run.folder / "recall_clips.pt"
+        if not file.exists():
+            chunks, encoder = self.config["recall_gap"] + 3, partial(encode_clip, self.codec)
+            count, seed = self.config["recall_streams"], self.config["scenes_seed"]
+            clips = encoded(lantern_scenes(count, seed + 1_000_000, chunks), chunks, encoder)
+            known = encoded(lantern_scenes(count, seed + 2_000_000, 2), 2, encoder)
+            torch.save((clips, known), file)
+        clips, known = torch.load(file, weights_only=True)
+        return clips, ColourJudge(known[0][:, :, CHUNK_LATENTS : 2 * CHUNK_LATENTS], known[2])
+
+
+def rolled_table(results: dict[str, dict[str, list[dict]]], reference: str) -> list[str]:
+    """Means of every contender, and paired differences of the first against the others where they are clear of zero."""
+    lines = ["| contender | horizon | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    for name, segments in results.items():
+        for segment, rows in segments.items():
+            cells = []
+            for column in COLUMNS:
+                mean, low, high = interval([row[column] for row in rows])
+                cells.append(f"{mean:.2f} ({low:.2f} to {high:.2f})")
+            lines.append(f"| {name} | {segment} | " + " | ".join(cells) + " |")
+    lines += ["", f"Differences, {reference} minus the other, stream by stream:", ""]
+    lines += ["| against | horizon | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    for name, segments in results.items():
+        if name in (reference, "true renders"):
+            continue
+        for segment, rows in segments.items():
+            cells = []
+            for column in COLUMNS:
+                pairs = zip(results[reference][segment], rows, strict=True)
+                mean, low, high = interval([a[column] - b[column] for a, b in pairs])
+                clear = "**" if low > 0 or high < 0 else ""
+                cells.append(f"{clear}{mean:+.2f}{clear} ({low:+.2f} to {high:+.2f})")
+            lines.append(f"| {name} | {segment} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def recall_table(memories: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Recall by gap, one row a contender and kind."""
+    gaps = list(next(iter(memories.values()))["own"])
+    lines = ["| contender | what is counted | " + " | ".join(gaps) + " |", "| --- " * (len(gaps) + 2) + "|"]
+    for name, shares in memories.items():
+        for kind, by_gap in shares.items():
+            lines.append(f"| {name} | {kind} | " + " | ".join(f"{by_gap[g]:.2f}" for g in gaps) + " |")
+    return lines
 
 
 @torch.no_grad()
 def main() -> None:
-    run = Run.from_arguments("Measure long rollouts.")
+    run = Run.from_arguments("Compare contenders over long rollouts and by what they remember.")
     config = run.config
-    model, codec = load_denoiser(config["denoiser"]), load_codec(config["codec"])
-    frames = pictures_of(config["latents"])
-    ours, true, spread = [], [], []
-    for i in range(config["streams"]):
-        generator = torch.Generator().manual_seed(config["seed"] * 7_000_003 + i)
-        scene = Scene.draw(generator, 1)
-        latents, video = rolled_out(model, codec, scene, 1000 + i, config)
-        ours.append(figures(video, scene))
-        true.append(figures(true_video(codec, scene, frames), scene))
-        spread.append([part.std().item() for part in latents.split(20, dim=1)])
-        log.info("stream %d of %d: %s", i + 1, config["streams"], {k: round(v, 3) for k, v in ours[-1][-1].items()})
-    segments = range(len(ours[0]))
-    table = [
-        {name: [statistics.mean(rows[s][name] for rows in source) for source in (ours, true)] for name in ours[0][0]}
-        | {"latent std": [statistics.mean(row[s] for row in spread)]}
-        for s in segments
-    ]
-    (run.folder / "evaluation.json").write_text(json.dumps(table, indent=1))
-    names = list(table[0])
-    lines = ["| seconds | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
-    for s, row in enumerate(table):
-        cells = [" / ".join(f"{v:.2f}" if v > 0.1 else f"{v:.4f}" for v in row[name]) for name in names]
-        lines.append(f"| {5 * s}-{5 * s + 5} | " + " | ".join(cells) + " |")
-    (run.folder / "evaluation.md").write_text("\n".join(lines) + "\n")
-    log.info("rollout / true renders through the codec\n%s", "\n".join(lines))
+    evaluation = Evaluation(run)
+    contenders = [Contender(**entry) for entry in config["contenders"]]
+    parts = []
+    for lengths, streams in config["rollouts"]:
+        results = {"true renders": evaluation.results(None, lengths, streams)}
+        results |= {c.name: evaluation.results(c, lengths, streams) for c in contenders}
+        parts += [f"## {streams} streams, to {max(lengths)} times the training horizon", ""]
+        parts += rolled_table(results, contenders[0].name) + [""]
+    memories = {c.name: evaluation.memory(c) for c in contenders}
+    parts += ["## Recall of the lantern's colour, by gap in chunks", "", *recall_table(memories), ""]
+    told = [f"- {c.name}: {c.weights}{' + ' + c.lora if c.lora else ''}; A + W + F = {c.frames}" for c in contenders]
+    Path(run.folder, "comparison.md").write_text("\n".join(parts + told) + "\n")
+    log.info("%s", "\n".join(parts))
+    log.info("mean recall: %s", {n: statistics.mean(m["own"].values()) for n, m in memories.items()})
 
 
 if __name__ == "__main__":

@@ -1,21 +1,64 @@
-"""What a video of the world shows, against what it should: every measure also runs on true renders."""
+"""What a video of the world shows, against what it should: every measure also runs on true renders.
+
+Videos are [T, 64, 64, 3] float32 in 0..1. Colours are compared in CIE Lab (D65), where a distance of 1 is about what an
+eye can just tell apart.
+"""
 
 from __future__ import annotations
 
-import torch
+from functools import lru_cache
 
-from .world import BALLOON_COLOURS, BALLOON_RADIUS, PACE_PIXELS, TERRAIN_COLOURS, Scene
+import torch
+from kornia.color import rgb_to_lab
+
+from .world import BALLOON_COLOURS, BALLOON_RADIUS, DAY_FRAMES, PACE_PIXELS, TERRAIN_COLOURS, Scene, sky_colours
 
 _ROAD_ROW = 57
 _GROUND_ROWS = slice(60, 64)
+_BALLOON_REGION = (slice(6, 36), slice(4, 34))
+# rows of pure sky, high and low, and the columns right of the balloon
+_SKY_ROWS, _SKY_COLUMNS = (slice(0, 3), slice(28, 31)), slice(30, 64)
+
+
+def lab(colours: torch.Tensor) -> torch.Tensor:
+    """[..., 3] sRGB in 0..1 to CIE Lab."""
+    flat = colours.reshape(-1, 3).clamp(0, 1)
+    return rgb_to_lab(flat.T[None, :, :, None])[0, :, :, 0].T.reshape(colours.shape)
+
+
+def _balloon_mask(video: torch.Tensor, scene: Scene) -> torch.Tensor:
+    region = video[:, _BALLOON_REGION[0], _BALLOON_REGION[1]]
+    return (region - torch.tensor(BALLOON_COLOURS[scene.balloon])).norm(dim=-1) < 0.25
 
 
 def balloon_found(video: torch.Tensor, scene: Scene) -> torch.Tensor:
-    """[T] bool: a blob of the balloon's colour and about its size where the balloon flies. `video` [T, 64, 64, 3]."""
-    region = video[:, 6:36, 4:34]
-    near = (region - torch.tensor(BALLOON_COLOURS[scene.balloon])).norm(dim=-1) < 0.25
-    area = near.flatten(1).sum(1).float() / (torch.pi * BALLOON_RADIUS**2)
+    """[T] bool: a blob of the balloon's colour and about its size where the balloon flies."""
+    area = _balloon_mask(video, scene).flatten(1).sum(1).float() / (torch.pi * BALLOON_RADIUS**2)
     return (area > 0.4) & (area < 2.0)
+
+
+def balloon_place(video: torch.Tensor, scene: Scene) -> torch.Tensor:
+    """[T, 2] x and y of the blob's centre in pixels; NaN where there is none."""
+    mask = _balloon_mask(video, scene).float()
+    rows, columns = (torch.arange(s.start, s.stop) + 0.5 for s in _BALLOON_REGION)
+    weight = mask.sum((1, 2))
+    place = torch.stack([(mask * columns).sum((1, 2)), (mask * rows[:, None]).sum((1, 2))], -1) / weight[:, None]
+    return torch.where((weight > 20)[:, None], place, torch.nan)
+
+
+def balloon_travel(video: torch.Tensor, scene: Scene) -> float:
+    """How far the balloon's centre comes in 8 frames, mean in pixels; NaN if it is never found twice."""
+    place = balloon_place(video, scene)
+    return torch.nanmean((place[8:] - place[:-8]).norm(dim=-1)).item()
+
+
+def balloon_colour_error(video: torch.Tensor, scene: Scene) -> torch.Tensor:
+    """[T] Lab distance between the blob's mean colour and the balloon's; NaN where there is none."""
+    mask = _balloon_mask(video, scene)[..., None].float()
+    region = video[:, _BALLOON_REGION[0], _BALLOON_REGION[1]]
+    mean = (region * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+    distance = (lab(mean) - lab(torch.tensor(BALLOON_COLOURS[scene.balloon]))).norm(dim=-1)
+    return torch.where(mask.sum((1, 2, 3)) > 20, distance, torch.nan)
 
 
 def terrain_right(video: torch.Tensor, scene: Scene) -> torch.Tensor:
@@ -42,9 +85,38 @@ def pan_speed(video: torch.Tensor) -> torch.Tensor:
     return torch.stack(scores, -1).argmax(-1) / 8
 
 
+def flow_error(video: torch.Tensor, scene: Scene) -> torch.Tensor:
+    """[T - 8] pixels a frame: how far the ground's flow is from the world's."""
+    return (pan_speed(video) - PACE_PIXELS[scene.pace]).abs()
+
+
 def pace_right(video: torch.Tensor, scene: Scene) -> torch.Tensor:
-    """[T - 8] bool: the pan speed is within 0.25 pixel a frame of the pace."""
-    return (pan_speed(video) - PACE_PIXELS[scene.pace]).abs() <= 0.25
+    """[T - 8] bool: the ground's flow is within 0.25 pixel a frame of the pace."""
+    return flow_error(video, scene) <= 0.25
+
+
+@lru_cache
+def _skies() -> torch.Tensor:
+    """[160, 2, 3] Lab colours of the sky's two strips over a day."""
+    rows = torch.stack([torch.arange(s.start, s.stop).float().mean() + 0.5 for s in _SKY_ROWS])
+    return lab(sky_colours(torch.arange(160) / 160, rows))
+
+
+def sky_reading(video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """([T] time of the day in 0..1 that the sky shows best, [T] how far its colours are from that, in Lab)."""
+    strips = [video[:, rows, _SKY_COLUMNS].flatten(1, 2).median(1).values for rows in _SKY_ROWS]
+    seen = lab(torch.stack(strips, 1))
+    distance = (seen[:, None] - _skies()).norm(dim=-1).mean(-1)
+    best = distance.min(1)
+    return best.indices / len(_skies()), best.values
+
+
+def clock_rate(video: torch.Tensor) -> float:
+    """How fast the day passes, in the world's days: 1 as it should, 0 frozen, below 0 backwards."""
+    clock, _ = sky_reading(video)
+    hop = 16
+    passed = (clock[hop:] - clock[:-hop] + 0.5) % 1.0 - 0.5
+    return (passed.mean() / (hop / DAY_FRAMES)).item()
 
 
 def sharpness(video: torch.Tensor) -> torch.Tensor:
@@ -55,3 +127,10 @@ def sharpness(video: torch.Tensor) -> torch.Tensor:
 def motion(video: torch.Tensor) -> torch.Tensor:
     """[T - 1] mean absolute difference of neighbouring frames."""
     return video.diff(dim=0).abs().mean((1, 2, 3))
+
+
+def seam(video: torch.Tensor, chunk_frames: int = 12) -> float:
+    """Motion from the last frame of a chunk to the first of the next, against motion elsewhere; 1 without seams."""
+    moved = motion(video)
+    border = (torch.arange(1, len(moved) + 1) - 9) % chunk_frames == 0
+    return (moved[border].mean() / moved[~border].mean()).item()

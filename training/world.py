@@ -185,6 +185,14 @@ def _standing_things(terrain: str, u: torch.Tensor, y: torch.Tensor, foot: torch
     return [_box(u, y, 7.0, foot - 15, foot + 1), _box(u, y, 2.5, foot - 11, foot - 5)]
 
 
+def sky_colours(clock: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The clear sky at times of the day [N] (0..1) and heights [M] in pixels: [N, M, 3]."""
+    day = clock * len(_SKY)
+    low = day.long() % len(_SKY)
+    sky = torch.lerp(_SKY[low], _SKY[(low + 1) % len(_SKY)], (day - day.floor())[:, None])
+    return torch.lerp(sky[:, None, 0:3], sky[:, None, 3:6], (rows / 44).clamp(0, 1)[:, None])
+
+
 def render(scene: Scene, frames: torch.Tensor, size: int = SIZE) -> torch.Tensor:
     """Pictures of the given frame numbers [T] (int64): [T, size, size, 3] float32 in 0..1."""
     truth = {name: value[:, None, None] for name, value in scene.truth(frames).items()}
