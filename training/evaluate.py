@@ -67,8 +67,8 @@ def true_segment(codec, scene: Scene, segment: range) -> torch.Tensor:
     return ((pictures[pictures_of(segment.start - start) :] + 1) / 2).clamp(0, 1)
 
 
-def figures(video: torch.Tensor, scene: Scene, true: torch.Tensor) -> dict[str, float]:
-    """Every column of the table for one segment of one stream; NaN where it cannot be told."""
+def figures(video: torch.Tensor, scene: Scene, true: torch.Tensor, first_frame: int) -> dict[str, float]:
+    """Every column of the table for one segment of one stream, from `first_frame` on; NaN where it cannot be told."""
     return dict(
         zip(
             COLUMNS,
@@ -82,7 +82,7 @@ def figures(video: torch.Tensor, scene: Scene, true: torch.Tensor) -> dict[str, 
                 torch.nanmean(measures.balloon_colour_error(video, scene)).item(),
                 measures.balloon_found(video, scene).float().mean().item(),
                 measures.terrain_right(video, scene).float().mean().item(),
-                measures.seam(video),
+                measures.seam(video, first_frame),
             ),
             strict=True,
         )
@@ -131,7 +131,7 @@ class Evaluation:
                 if latents is not None:
                     video = decoded(self.codec, latents[number][i], frames.start - keep[number].start)
                     self._sheet(name, segment, i, video)
-                rows[segment].append(figures(video, scene, true))
+                rows[segment].append(figures(video, scene, true, max(0, 4 * frames.start - 3)))
         file.write_text(json.dumps(rows))
         log.info("%s: %d streams to %dx", name, streams, max(lengths))
         return rows

@@ -59,11 +59,14 @@ def save_lora(parts: dict[str, torch.Tensor], path: Path, rollout: dict) -> None
 
 
 def between(base: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
-    """The best update of `rank` from one full set of weights to another, matrix by matrix; the rest as it differs."""
+    """The best update of `rank` from one full set of weights to another, matrix by matrix; the rest as it differs.
+
+    Modulations stay as they are: the host's patcher passes over parameters of modules that have modules in them.
+    """
     parts = {}
     for name, value in tuned.items():
         difference = value.float() - base[name].float()
-        if not bool(difference.any()):
+        if not bool(difference.any()) or name.endswith("modulation"):
             continue
         module, _, last = name.rpartition(".")
         if last == "weight" and difference.ndim == 2 and min(difference.shape) > rank:
@@ -74,10 +77,8 @@ def between(base: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], rank:
             parts[f"{PREFIX}{module}.alpha"] = torch.tensor(float(rank))
         elif last == "weight":
             parts[f"{PREFIX}{module}.diff"] = difference
-        elif last == "bias":
-            parts[f"{PREFIX}{module}.diff_b"] = difference
         else:
-            parts[f"{PREFIX}{name}.diff"] = difference
+            parts[f"{PREFIX}{module}.diff_b"] = difference
     return parts
 
 
@@ -95,7 +96,7 @@ def apply_lora(model: nn.Module, path: str) -> None:
         used |= {name, f"{module}.lora_down.weight", f"{module}.alpha"}
     for name in parts.keys() - used:
         module, _, kind = name.rpartition(".")
-        target = f"{module}.bias" if kind == "diff_b" else f"{module}.weight" if f"{module}.weight" in own else module
+        target = f"{module}.bias" if kind == "diff_b" else f"{module}.weight"
         if kind not in ("diff", "diff_b") or target not in own:
             raise ValueError(f"{path} holds {name}, which fits nothing in this model")
         own[target] += parts[name]

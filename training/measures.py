@@ -129,8 +129,11 @@ def motion(video: torch.Tensor) -> torch.Tensor:
     return video.diff(dim=0).abs().mean((1, 2, 3))
 
 
-def seam(video: torch.Tensor, chunk_frames: int = 12) -> float:
-    """Motion from the last frame of a chunk to the first of the next, against motion elsewhere; 1 without seams."""
+def seam(video: torch.Tensor, first_frame: int = 0) -> float:
+    """Motion from the last frame of a chunk to the first of the next, against motion elsewhere; 1 without seams.
+
+    `first_frame` is the number of the video's first frame in its stream, whose chunks have 9, 12, 12, ... frames.
+    """
     moved = motion(video)
-    border = (torch.arange(1, len(moved) + 1) - 9) % chunk_frames == 0
+    border = (torch.arange(1, len(moved) + 1) + first_frame - 9) % 12 == 0
     return (moved[border].mean() / moved[~border].mean()).item()

@@ -58,7 +58,8 @@ def test_seams_show(scenes):
     jumping = video.clone()
     for start in range(9, len(video), 24):
         jumping[start : start + 12] = (jumping[start : start + 12] + 0.1).clamp(0, 1)
-    assert measures.seam(jumping) > 2
+    assert measures.seam(jumping) > 2 > measures.seam(jumping, 4)
+    assert measures.seam(jumping[5:], 5) > 2
 
 
 def test_lab_is_the_standards():
