@@ -41,6 +41,8 @@ class CachedAttention:
 
     def __init__(self, cache: KVCache, rope: Rope, kernel: Kernel = plain_attention) -> None:
         self.cache, self.rope, self.kernel = cache, rope, kernel
+        # called in every layer of every pass with (layer, rotated q, keys, clean); may look, must not change
+        self.observe: Callable[[int, torch.Tensor, torch.Tensor, bool], None] | None = None
         self._pass: _Pass | None = None
 
     def place(self, layout: Layout) -> None:
@@ -55,12 +57,16 @@ class CachedAttention:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """One layer's attention; q, k (normed, not rotated) and v [B, N, heads * head_dim] -> the same shape."""
         run, cache, heads = self._pass, self.cache.layers[layer], self.cache.heads
+        dtype = q.dtype
         cache.write_current(self._rotated(k, run.table), v)
         keys, values = cache.read(self.cache.plan.state_frames + run.content_frames)
-        out = self.kernel(self._rotated(q, run.table).to(keys.dtype), keys, values, heads)
+        q = self._rotated(q, run.table).to(keys.dtype)
+        if self.observe is not None:
+            self.observe(layer, q, keys, run.clean)
+        out = self.kernel(q, keys, values, heads)
         if run.clean:
             cache.keep_raw_current(k)
-        return out.to(q.dtype)
+        return out.to(dtype)
 
     def text(
         self, layer: int, key: object, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]

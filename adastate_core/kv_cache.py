@@ -222,6 +222,12 @@ class LayerCache:
         high = self.window_start + len(self.window) if self.window else high
         return self.k[:, low:high].flatten(1, 2), self.v[:, low:high].flatten(1, 2)
 
+    def held_frames(self, current_frames: int) -> list[tuple[str, int]]:
+        """What `read` gives, frame by frame: ("anchor", slot), ("current", i) or ("window", video frame)."""
+        anchor = [("anchor", slot) for slot in range(len(self.anchor) - 1, -1, -1)]
+        current = [("current", i) for i in range(current_frames)]
+        return anchor + current + [("window", self.window[ring].frame) for ring in sorted(self.window)]
+
     def commit(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
         """Cache what a clean pass staged: content enters, the oldest leave, then the policy sets the anchor."""
         start = self.current_start

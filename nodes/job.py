@@ -160,22 +160,26 @@ class Job:
             )
         return host_model.to_model_space(self.request.model, samples.float()).expand(batch, -1, -1, -1, -1)
 
+    def rollout(self, progress: Progress) -> Rollout:
+        """Load the models; the rollout that the request asks for, not yet begun."""
+        self._load()
+        return Rollout(
+            self.model,
+            self.spec,
+            Settings(self.request.seed, self.schedule),
+            state=self.request.resume,
+            keep_latents=self.request.keep_latents,
+            text_tokens=self.text_tokens,
+            on_step=lambda chunk, step, steps, x0: progress.step(),
+        )
+
     def run(self) -> Result:
         """Load, roll, decode; on any end the files are finished, and after a failure the state is saved beside them."""
         request, schedule = self.request, self.schedule
         rest = request.latent_length - (request.resume.emitted if request.resume else 0)
         chunks = max(1, -(-rest // self.spec.chunk_frames))
         progress = Progress(chunks * (len(schedule.sigmas) + 1))
-        self._load()
-        rollout = Rollout(
-            self.model,
-            self.spec,
-            Settings(request.seed, schedule),
-            state=request.resume,
-            keep_latents=request.keep_latents,
-            text_tokens=self.text_tokens,
-            on_step=lambda chunk, step, steps, x0: progress.step(),
-        )
+        rollout = self.rollout(progress)
         output = StreamOutput(self, request.stream) if request.stream else None
         made: list[Chunk] = []
         start = time.perf_counter()

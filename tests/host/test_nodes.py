@@ -33,6 +33,11 @@ CONTRACT = {
     "AdaStateSaveState": (["state", "filename_prefix"], ["STRING"]),
     "AdaStateLoadState": (["file"], ["ADASTATE_STATE"]),
     "AdaStateDecodeState": (["state", "vae"], ["IMAGE"]),
+    "AdaStateAttentionShare": (
+        ["model", "positive", "width", "height", "windows", "seed", "anchor?"],
+        ["IMAGE", "STRING"],
+    ),
+    "AdaStateCompare": (["video_a", "video_b", "video_c?", "video_d?", "labels"], ["VIDEO", "STRING"]),
     "AdaStateDemoPrompt": (["terrain", "pace", "balloon", "lantern"], ["CONDITIONING"]),
 }  # fmt: skip
 
