@@ -24,6 +24,7 @@ class Anchor:
     state_frames: ClassVar[int] = 0
     relative_only: ClassVar[bool] = False
     blends: ClassVar[bool] = False
+    state_after_past: ClassVar[bool] = False
 
     @property
     def frames(self) -> int:
@@ -91,11 +92,16 @@ class AnchorEMA(AnchorStatic):
 
 @dataclass(frozen=True)
 class AnchorAdaptive(Anchor):
-    """A hidden state, denoised with every chunk and never shown, replaces slots 0..S-1 (AdaState, arXiv 2605.30349)."""
+    """A hidden state, denoised with every chunk and never shown, replaces slots 0..S-1 (AdaState, arXiv 2605.30349).
+
+    While it is denoised it has the positions of its slots, or with `state_after_past` those behind the past: the
+    paper leaves it open, and weights want what they were trained with.
+    """
 
     kind: ClassVar[str] = "adaptive"
     relative_only: ClassVar[bool] = True
     state_frames: int = 1  # type: ignore[misc]
+    state_after_past: bool = False  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         _at_least_one("state_frames", self.state_frames)

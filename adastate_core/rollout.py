@@ -321,6 +321,7 @@ class Rollout:
             anchor_present=self.cache.anchor_present,
             window_present=self.cache.window_present,
             first_frame=self._next_frame,
+            state_after_past=self.spec.anchor.state_after_past,
         )
 
     def _noises(self) -> torch.Tensor:

@@ -87,6 +87,7 @@ class Layout:
 
     `anchor_capacity` A, `window_capacity` W and `state_frames` S are the rollout's numbers, `anchor_present` a and
     `window_present` w what its fullest layer holds, `first_frame` f the index of the pass's first content frame.
+    With `state_after_past` the state that is being denoised stands between the past and the content.
     """
 
     mode: str
@@ -96,24 +97,31 @@ class Layout:
     anchor_present: int
     window_present: int
     first_frame: int
+    state_after_past: bool = False
 
     @property
-    def content(self) -> int:
-        """Position of the first content frame of the pass; the others follow one by one."""
+    def past_end(self) -> int:
+        """The position that follows the newest frame of the past."""
         if self.mode == "fixed":
             return self.anchor_capacity + self.window_capacity
         if self.mode == "packed":
             return max(self.anchor_present, self.state_frames) + self.window_present
         return self.first_frame
 
+    @property
+    def content(self) -> int:
+        """Position of the first content frame of the pass; the others follow one by one."""
+        return self.past_end + (self.state_frames if self.state_after_past else 0)
+
     def window(self, frame: int) -> int:
-        """Position of a window frame: as far before the content as it lies in the video."""
-        return self.content - (self.first_frame - frame)
+        """Position of a window frame: as far before the end of the past as it lies in the video."""
+        return self.past_end - (self.first_frame - frame)
 
     def anchor(self, slot: int, frame: int) -> int:
         """Position of an anchor slot that holds video frame `frame` (itself in `absolute`, else the slot)."""
         return frame if self.mode == "absolute" else slot
 
     def current(self, content_frames: int) -> list[int]:
-        """Positions of the frames being denoised: the state at 0..S-1, then the content."""
-        return [*range(self.state_frames), *range(self.content, self.content + content_frames)]
+        """Positions of the frames being denoised: the state at 0..S-1 or behind the past, then the content."""
+        state = self.past_end if self.state_after_past else 0
+        return [*range(state, state + self.state_frames), *range(self.content, self.content + content_frames)]

@@ -114,7 +114,16 @@ class AnchorAdaptiveNode(io.ComfyNode):
                     min=1,
                     max=16,
                     tooltip="Latent frames of hidden state; the paper's choice is 1.",
-                )
+                ),
+                widget(
+                    io.Boolean,
+                    "state_after_past",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where the state stands in time while it is denoised: off, at its slot in front of the window; "
+                    "on, between the past and the new frames. Weights want what they were trained with.",
+                ),
             ],
             outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],
         )
@@ -124,8 +133,8 @@ class AnchorAdaptiveNode(io.ComfyNode):
         return _reason(lambda: AnchorAdaptive(state_frames))
 
     @classmethod
-    def execute(cls, state_frames: int) -> io.NodeOutput:
-        return io.NodeOutput(AnchorAdaptive(state_frames))
+    def execute(cls, state_frames: int, state_after_past: bool = False) -> io.NodeOutput:
+        return io.NodeOutput(AnchorAdaptive(state_frames, state_after_past))
 
 
 def _reason(build: object) -> bool | str:

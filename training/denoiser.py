@@ -16,7 +16,8 @@ from .latents import load
 from .loop import drawn_clips, train
 from .parallel import Workers
 from .run import Run
-from .teacher_forcing import ClipAttention, install, text_mask, velocity
+from .teacher_forcing import ClipAttention, install, velocity
+from .texts import texts_of
 from .world import CHUNK_LATENTS
 
 
@@ -41,7 +42,7 @@ class ClipLoss(nn.Module):
 
     def __init__(self, model: nn.Module, config: dict, workers: Workers) -> None:
         super().__init__()
-        self.model, self.config, self.workers = model, config, workers
+        self.model, self.config, self.workers, self.texts = model, config, workers, texts_of(config)
         install(model)
 
     def forward(self, latents: torch.Tensor, words: torch.Tensor, window: int, sink: int, seed: int) -> torch.Tensor:
@@ -53,16 +54,16 @@ class ClipLoss(nn.Module):
         batch, _, frames, rows, columns = latents.shape
         sigma = draw_sigmas(batch, frames // CHUNK_LATENTS, config["shift"], config["full_noise"], generator)
         noise = torch.randn(latents.shape, generator=generator)
-        mask = text_mask(words, config["drop_words"], generator)
+        context, mask = self.workers.condition(*self.texts.whole(words, config["drop_words"], generator))
         past = blurred_past(latents, config["blur_share"], config["blur_most"], generator)
         sigma = sigma.repeat_interleave(CHUNK_LATENTS, 1)
-        latents, sigma, noise, mask, past = (
-            self.workers.share(t).to(self.workers.device) for t in (latents, sigma, noise, mask, past)
+        latents, sigma, noise, past = (
+            self.workers.share(t).to(self.workers.device) for t in (latents, sigma, noise, past)
         )
         rope = Rope(128, rows // 2, columns // 2, latents.device)
         clip = ClipAttention(rope, rows * columns // 4, frames, CHUNK_LATENTS, mask, window, sink)
         level = sigma[:, None, :, None, None]
-        v = velocity(self.model, past, (1 - level) * latents + level * noise, sigma, clip)
+        v = velocity(self.model, past, (1 - level) * latents + level * noise, sigma, context, clip)
         return (v - (noise - latents)).square().mean((1, 3, 4)).unflatten(1, (-1, CHUNK_LATENTS)).mean(-1)
 
 

@@ -19,13 +19,15 @@ from adastate_core.schedule import Schedule
 from .bare_model import load_denoiser
 from .latents import load
 from .loop import drawn_clips
+from .lora import student_of
 from .optim import Average, Optimiser
 from .parallel import Workers
 from .recurrence import ClipRecurrence, Draws
 from .run import Run
 from .score_model import clip_velocity
 from .self_rollout import Noise, SelfRollout
-from .teacher_forcing import install, text_mask
+from .teacher_forcing import install
+from .texts import texts_of
 
 
 def horizon_weights(frames: int, alpha: float, normalise: bool = False) -> torch.Tensor:
@@ -83,8 +85,10 @@ class Scores(nn.Module):
         self.model = model
         install(model)
 
-    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return noisy - sigma.view(-1, 1, 1, 1, 1) * clip_velocity(self.model, noisy, sigma, mask)
+    def forward(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return noisy - sigma.view(-1, 1, 1, 1, 1) * clip_velocity(self.model, noisy, sigma, context, mask)
 
 
 class Matching:
@@ -94,8 +98,8 @@ class Matching:
     """
 
     def __init__(self, config: dict, workers: Workers) -> None:
-        self.config, self.workers = config, workers
-        self.student = StudentStep(load_denoiser(config["start_from"]).to(workers.device), config)
+        self.config, self.workers, self.texts = config, workers, texts_of(config)
+        self.student = StudentStep(student_of(config).to(workers.device), config)
         teacher = load_denoiser(config["teacher"]).to(workers.device).requires_grad_(False)
         self.critic = Scores(copy.deepcopy(teacher).requires_grad_(True))
         self.teacher = Scores(workers.shard(teacher))
@@ -109,24 +113,24 @@ class Matching:
         noise = self._randn(generator, batch, *x.shape[1:])
         return *renoise(x, self.config["shift"], drawn, noise), noise
 
-    def _mask(self, words: torch.Tensor, drop: float, generator: torch.Generator) -> torch.Tensor:
-        return self.workers.share(text_mask(words, drop, generator)).to(self.workers.device)
+    def _condition(self, words: torch.Tensor, drop: float, generator: torch.Generator) -> tuple:
+        return self.workers.condition(*self.texts.whole(words, drop, generator))
 
     def rollout(self, words: torch.Tensor, generator: torch.Generator, true_clips=None) -> tuple:
         """(this process's rollouts, the loss on its true clips or None); exit step and noise from `generator`."""
         exit_step = int(torch.randint(self.config["rollout_steps"], (1,), generator=generator))
         offset = int(torch.randint(1 << 16, (1,), generator=generator))
-        size = self.config["latent_size"]
+        rows, columns = self.config["latent_size"]
 
         def noise(_chunk: int, _step: int, frames: int, _state: bool) -> torch.Tensor:
-            return self._randn(generator, len(words), 16, frames, size, size)
+            return self._randn(generator, len(words), 16, frames, rows, columns)
 
         step = self.student_replica if torch.is_grad_enabled() else self.student
         return step(self.workers.share(words), noise, exit_step, offset, true_clips)
 
     def true_clips(self, latents: torch.Tensor, words: torch.Tensor, seed: int) -> tuple:
         """This process's part of whole batches of clips, with what the recurrence stage draws for them."""
-        draws = Draws.make(latents.shape, self.student.clips.anchor.state_frames, self.config, seed)
+        draws = self.student.clips.draws(latents, self.config, seed)
         share = self.workers.share
         return share(latents).to(self.workers.device), share(words), draws.share(self.workers)
 
@@ -134,19 +138,19 @@ class Matching:
         """(loss, mean size of its gradient) of this process's rollouts x."""
         with torch.no_grad():
             noisy, sigma, _ = self._renoised(x, len(words), generator)
-            every = self._mask(words, 0.0, generator)
-            x_real = self.teacher(noisy, sigma, every)
+            every = self._condition(words, 0.0, generator)
+            x_real = self.teacher(noisy, sigma, *every)
             if self.config["guidance"]:
-                blank = self.teacher(noisy, sigma, self._mask(words, 1.0, generator))
+                blank = self.teacher(noisy, sigma, *self._condition(words, 1.0, generator))
                 x_real = x_real + self.config["guidance"] * (x_real - blank)
-            x_fake = self.critic(noisy, sigma, every)
+            x_fake = self.critic(noisy, sigma, *every)
         weights = horizon_weights(x.shape[2], self.config["alpha"], self.config["normalise_weights"])
         return matching_loss(x, x_real, x_fake, weights)
 
     def critic_loss(self, x: torch.Tensor, words: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Flow matching on the student's own clips."""
         noisy, sigma, noise = self._renoised(x, len(words), generator)
-        x0 = self.critic_replica(noisy, sigma, self._mask(words, self.config["drop_words"], generator))
+        x0 = self.critic_replica(noisy, sigma, *self._condition(words, self.config["drop_words"], generator))
         v = (noisy - x0) / sigma.view(-1, 1, 1, 1, 1)
         return (v - (noise - x)).square().mean()
 
@@ -157,8 +161,8 @@ def main() -> None:
     matching = Matching(config, run.workers)
     student, critic = matching.student.rollout.model, matching.critic.model
     optimisers = {
-        "student_optimiser": Optimiser(student, config["lr"], config["warmup"], config["decay_from"]),
-        "critic_optimiser": Optimiser(critic, config["critic_lr"], config["warmup"], decay_from=1.0),
+        "student_optimiser": Optimiser.of(student, config, config["lr"], config["decay_from"]),
+        "critic_optimiser": Optimiser.of(critic, config, config["critic_lr"], decay_from=1.0),
     }
     average = Average(student, config["ema"])
     run.resume(student=student, critic=critic, average=average, **optimisers)

@@ -14,10 +14,10 @@ import torch
 
 from adastate_core.schedule import Schedule
 
-from .bare_model import load_denoiser
 from .latents import load
 from .loop import drawn_clips, train
-from .recurrence import ClipRecurrence, Draws, evaluate, figures
+from .lora import student_of
+from .recurrence import ClipRecurrence, evaluate, figures
 from .run import Run
 from .trajectories import paths
 
@@ -37,7 +37,7 @@ def on_path(
 def main() -> None:
     run = Run.from_arguments("Train the few-step student on trajectories.")
     config, workers = run.config, run.workers
-    clips = ClipRecurrence(load_denoiser(config["start_from"]).to(run.device), config)
+    clips = ClipRecurrence(student_of(config).to(run.device), config)
     replicated = workers.replicate(clips)
     latents, words = load(config["train"])
     held_out = load(config["held_out"])
@@ -50,7 +50,7 @@ def main() -> None:
         solved, clip = trajectories[index].float(), numbers[index]
         noisy, wanted, sigma = on_path(solved, sigmas, generator)
         batch = latents[clip].float()
-        draws = Draws.make(batch.shape, clips.anchor.state_frames, config | {"drop_words": 0.0}, seed)
+        draws = clips.draws(batch, config | {"drop_words": 0.0}, seed)
         draws = replace(draws, content=solved[:, 0], sigma=sigma).share(workers)
         batch, noisy, wanted = (workers.share(t).to(run.device) for t in (batch, noisy, wanted))
         own = workers.share(words[clip])

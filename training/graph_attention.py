@@ -135,6 +135,7 @@ class GraphAttention:
             anchor_present=len(self.layers[0].anchor),
             window_present=len(self.layers[0].window),
             first_frame=self.next_frame,
+            state_after_past=self.anchor.state_after_past,
         )
 
     def place(self) -> None:

@@ -61,9 +61,9 @@ def main() -> None:
 
 
 def load(path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents [N, 16, T, h, w] float16, words [N, chunks, slots] int64)."""
+    """(latents [N, 16, T, h, w] float16, words [N, chunks, slots] int64); no latents where there are prompts alone."""
     tensors = load_file(path)
-    return tensors["latents"], tensors["words"]
+    return tensors.get("latents", torch.empty(0)), tensors["words"]
 
 
 if __name__ == "__main__":

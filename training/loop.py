@@ -17,7 +17,7 @@ Step = Callable[[int], tuple[torch.Tensor, dict[str, float]]]
 def train(run: Run, model: nn.Module, step: Step, evaluate: Callable[[], dict[str, float]]) -> None:
     """Train `model` to the run's last step; `evaluate` sees the averaged weights, which go to `folder/model.pt`."""
     config = run.config
-    optimiser = Optimiser(model, config["lr"], config.get("warmup", 0.01), config["decay_from"])
+    optimiser = Optimiser.of(model, config, config["lr"], config["decay_from"])
     average = Average(model, config["ema"])
     run.resume(model=model, optimiser=optimiser, average=average)
     while run.step < run.steps:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .bare_model import load_denoiser
+
 PREFIX = "diffusion_model."
 
 
@@ -36,6 +38,26 @@ def train_low_rank(model: nn.Module, rank: int) -> None:
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear):
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
+
+
+def student_of(config: dict) -> nn.Module:
+    """The transformer that `start_from` names, to be trained whole, or by updates of `lora_rank` if that is given."""
+    model = load_denoiser(config["start_from"])
+    if config.get("lora_rank"):
+        train_low_rank(model, config["lora_rank"])
+    return model
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The plain state dict, with trained updates added in."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        if not name.endswith((".down", ".up")):
+            weights[name.replace("parametrizations.weight.original", "weight")] = value
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            weights[f"{name}.weight"] = module.weight.detach().clone()
+    return weights
 
 
 def low_rank_parts(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Optimisation: Muon for matrices and convolutions, AdamW for the rest, a hold-then-decay rate, and an EMA."""
+"""Optimisation: Muon for matrices and convolutions and AdamW for the rest, or AdamW alone; rate and EMA."""
 
 from __future__ import annotations
 
@@ -43,17 +43,38 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimiser:
-    """Both optimisers behind one step; `rate` maps the share of the run done to a factor on the learning rate."""
+    """Both optimisers behind one step; `rate` maps the share of the run done to a factor on the learning rate.
 
-    def __init__(self, model: nn.Module, lr: float, warmup: float = 0.01, decay_from: float = 0.5) -> None:
-        matrices = [
-            p for n, p in model.named_parameters() if p.ndim >= 2 and "modulation" not in n and "gamma" not in n
-        ]
+    Parameters that want no gradient are left out. `muon` off: AdamW for all, with `betas`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        warmup: float = 0.01,
+        decay_from: float = 0.5,
+        muon: bool = True,
+        betas: tuple[float, float] = (0.9, 0.98),
+    ) -> None:
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in trained if muon and p.ndim >= 2 and "modulation" not in n and "gamma" not in n]
         ids = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if id(p) not in ids]
-        self.parts = [Muon(matrices, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+        rest = [p for _, p in trained if id(p) not in ids]
+        self.parts: list[torch.optim.Optimizer] = [Muon(matrices, lr)] if matrices else []
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, lr, betas=betas, weight_decay=0.0, fused=True))
         self.parameters = matrices + rest
         self.lr, self.warmup, self.decay_from = lr, warmup, decay_from
+
+    @staticmethod
+    def of(model: nn.Module, config: dict, lr: float, decay_from: float) -> Optimiser:
+        """As a run's file asks: `optimiser` ("muon", the default, or "adamw"), `betas`, `warmup`."""
+        kind = config.get("optimiser", "muon")
+        if kind not in ("muon", "adamw"):
+            raise ValueError(f"optimiser is {kind!r}; it must be muon or adamw")
+        betas = tuple(config.get("betas", (0.9, 0.98)))
+        return Optimiser(model, lr, config.get("warmup", 0.01), decay_from, kind == "muon", betas)
 
     def rate(self, done: float) -> float:
         """Linear warm-up, hold, linear decay to 2 %."""
@@ -84,19 +105,19 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.shadow = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self.shadow = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + 9))
-        names, values = zip(*model.named_parameters(), strict=True)
-        torch._foreach_lerp_([self.shadow[n] for n in names], list(values), 1 - decay)
+        values = dict(model.named_parameters())
+        torch._foreach_lerp_(list(self.shadow.values()), [values[n] for n in self.shadow], 1 - decay)
 
     @contextmanager
     def used_by(self, model: nn.Module) -> Iterator[None]:
         """Within: `model` has the averaged weights."""
-        trained = {n: p.detach().clone() for n, p in model.named_parameters()}
+        trained = {n: p.detach().clone() for n, p in model.named_parameters() if n in self.shadow}
         model.load_state_dict(self.shadow, strict=False)
         try:
             yield

@@ -10,6 +10,9 @@ forwards left in the cache, which FSDP's module hooks never see. Frozen score mo
 from __future__ import annotations
 
 import os
+import re
+import resource
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +46,11 @@ class Workers:
             raise ValueError(f"batch is {len(batch)}; it must be a multiple of the {self.world} processes")
         return batch[self.rank :: self.world]
 
+    def condition(self, context: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """This process's part of a whole batch's context [1 or B, n, width] and mask [B, chunks, n], on its device."""
+        context = context if len(context) == 1 else self.share(context)
+        return context.to(self.device), None if mask is None else self.share(mask).to(self.device)
+
     def replicate(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over all processes after each backward."""
         if self.world == 1:
@@ -68,6 +76,16 @@ class Workers:
         dist.all_gather_object(every, figures)
         names = dict.fromkeys(name for one in every for name in one)
         return {n: sum(f[n] for f in every if n in f) / sum(n in f for f in every) for n in names}
+
+    def peak_mib(self) -> float:
+        """The most memory that this process has held: the GPU's if it has one."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        status = Path("/proc/self/status")
+        if status.is_file():
+            # not getrusage: a child's ru_maxrss starts at what its parent had
+            return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
     def leave(self) -> None:
         if self.world > 1 and dist.is_initialized():

@@ -14,12 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from adastate_core.demo_words import VOCABULARY
-
-from .bare_model import load_denoiser
 from .graph_attention import GraphAttention
 from .latents import load
 from .loop import drawn_clips, train
+from .lora import student_of
 from .parallel import Workers
 from .run import Run
 from .student import Student
@@ -31,7 +29,7 @@ class Draws:
     """Everything random in one step over clips [B, 16, T, h, w]: made for the whole batch, then shared out.
 
     `content` and `blur` like the clips, `state` [chunks, 2, B, 16, S, h, w] (A's start, B's fresh noise), `sigma` and
-    `level` [B, chunks] (noise of the chunk; of its past), `kept` the vocabulary slots given, `offset` of the cuts.
+    `level` [B, chunks] (noise of the chunk; of its past), `dropped` the parts of the condition left out, `offset` of the cuts.
     """
 
     content: torch.Tensor
@@ -39,11 +37,11 @@ class Draws:
     state: torch.Tensor
     sigma: torch.Tensor
     level: torch.Tensor
-    kept: tuple[int, ...]
+    dropped: tuple[bool, ...]
     offset: int
 
     @staticmethod
-    def make(shape: torch.Size, state_frames: int, config: dict, seed: int) -> Draws:
+    def make(shape: torch.Size, state_frames: int, droppable: int, config: dict, seed: int) -> Draws:
         """Content first, so that every anchor sees the same of it at the same `seed`."""
         batch, channels, frames, rows, columns = shape
         chunks = frames // CHUNK_LATENTS
@@ -52,12 +50,11 @@ class Draws:
         sigma = torch.where(full < config["full_noise"], 1.0, config["shift"] * u / (1 + (config["shift"] - 1) * u))
         level = torch.rand(batch, chunks, generator=g) * config["blur_most"]
         level = level * (torch.rand(batch, chunks, generator=g) < config["blur_share"])
-        dropped = torch.rand(len(VOCABULARY) - 1, generator=g) < config["drop_words"]
-        kept = tuple(i for i, drop in enumerate(dropped.tolist()) if not drop) + (len(VOCABULARY) - 1,)
+        dropped = tuple((torch.rand(droppable, generator=g) < config["drop_words"]).tolist())
         offset = int(torch.randint(1 << 16, (1,), generator=g))
         content, blur = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
         state = torch.randn(chunks, 2, batch, channels, state_frames, rows, columns, generator=g)
-        return Draws(content, blur, state, sigma, level, kept, offset)
+        return Draws(content, blur, state, sigma, level, dropped, offset)
 
     def to(self, device: torch.device) -> Draws:
         return replace(self, **{n: t.to(device) for n, t in vars(self).items() if isinstance(t, torch.Tensor)})
@@ -72,6 +69,10 @@ class Draws:
 class ClipRecurrence(Student):
     """A clip chunk by chunk, with the gradient from chunk to chunk; `forward` gives the squared errors of v."""
 
+    def draws(self, latents: torch.Tensor, config: dict, seed: int) -> Draws:
+        """Everything random for these clips."""
+        return Draws.make(latents.shape, self.anchor.state_frames, self.texts.droppable, config, seed)
+
     def forward(
         self,
         latents: torch.Tensor,
@@ -84,11 +85,11 @@ class ClipRecurrence(Student):
         Past content is the clips'. What is denoised is the same content with the draws' noise, or, with `path`, noisy
         clips and the velocity wanted there, both like `latents`.
         """
-        session = self.session(latents, draws.offset)
+        session, kept = self.session(latents, draws.offset), self.texts.kept(list(draws.dropped))
         errors = []
         for i in range(latents.shape[2] // CHUNK_LATENTS):
             part = slice(i * CHUNK_LATENTS, (i + 1) * CHUNK_LATENTS)
-            context = self.context(words[:, i], draws.kept)
+            context = self.context(words[:, i], kept)
             session.place()
             sigma = draws.sigma[:, i]
             level, blur = sigma[:, None, None, None, None], draws.level[:, i, None, None, None, None]
@@ -142,7 +143,7 @@ def figures(errors: torch.Tensor, words: torch.Tensor, sigma: torch.Tensor) -> d
 def main() -> None:
     run = Run.from_arguments("Train the recurrence: chunks in a row with the anchor in the loop.")
     config, workers = run.config, run.workers
-    clips = ClipRecurrence(load_denoiser(config["start_from"]).to(run.device), config)
+    clips = ClipRecurrence(student_of(config).to(run.device), config)
     replicated = workers.replicate(clips)
     latents, words = load(config["train"])
     held_out = load(config["held_out"])
@@ -150,7 +151,7 @@ def main() -> None:
     def step(seed: int) -> tuple[torch.Tensor, dict[str, float]]:
         index = drawn_clips(len(latents), config["batch"], torch.Generator().manual_seed(seed))
         batch = latents[index].float()
-        draws = Draws.make(batch.shape, clips.anchor.state_frames, config, seed + 500_000_000).share(workers)
+        draws = clips.draws(batch, config, seed + 500_000_000).share(workers)
         own = workers.share(words[index])
         errors = replicated(workers.share(batch).to(run.device), own, draws)
         return errors.mean(), figures(errors.detach().cpu(), own, draws.sigma.cpu())
@@ -164,7 +165,7 @@ def evaluate(clips: ClipRecurrence, config: dict, latents: torch.Tensor, words: 
     errors, sigmas = [], []
     for i in range(0, len(latents), 12):
         batch = latents[i : i + 12].float()
-        draws = Draws.make(batch.shape, clips.anchor.state_frames, config | {"drop_words": 0.0}, 77 + i)
+        draws = clips.draws(batch, config | {"drop_words": 0.0}, 77 + i)
         errors.append(clips(batch.to(device), words[i : i + 12], draws.to(device)).cpu())
         sigmas.append(draws.sigma)
     held = figures(torch.cat(errors), words, torch.cat(sigmas))

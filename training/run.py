@@ -14,9 +14,18 @@ import tomllib
 import torch
 
 from .curves import draw_curves
+from .lora import low_rank_parts, save_lora, whole_weights
 from .parallel import Workers
 
 log = logging.getLogger("adastate.training")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's TOML file. What it does not say comes from the file beside it that its `like` names, key by key."""
+    config = tomllib.loads(path.read_text())
+    if "like" in config:
+        config = read_config(path.parent / config.pop("like")) | config
+    return config
 
 
 class Run:
@@ -44,7 +53,7 @@ class Run:
         parser.add_argument("--threads", type=int, default=os.cpu_count())
         arguments = parser.parse_args()
         torch.set_num_threads(arguments.threads)
-        config = tomllib.loads(arguments.config.read_text())
+        config = read_config(arguments.config)
         torch.manual_seed(config["seed"])
         run = Run(config, Path(config["folder"]), arguments.fresh)
         level = logging.INFO if run.workers.first else logging.WARNING
@@ -73,14 +82,18 @@ class Run:
         return self.step % self.config["evaluate_every"] == 0 or self.step == self.steps
 
     def export(self, model: torch.nn.Module) -> None:
-        """Write the weights as they are now to `folder/model.pt`."""
-        if self.workers.first:
-            temporary = self.folder / "model.pt.tmp"
-            torch.save(model.state_dict(), temporary)
-            temporary.replace(self.folder / "model.pt")
+        """Write the weights as they are now to `folder/model.pt`, and trained updates alone to `folder/lora.safetensors`."""
+        if not self.workers.first:
+            return
+        temporary = self.folder / "model.pt.tmp"
+        torch.save(whole_weights(model), temporary)
+        temporary.replace(self.folder / "model.pt")
+        if parts := low_rank_parts(model):
+            save_lora(parts, self.folder / "lora.safetensors", self.config)
 
     def finish(self) -> None:
-        """Draw the log as curves and leave the group of processes."""
+        """Log the highest memory, draw the log as curves and leave the group of processes."""
+        self.record(peak_mib=self.workers.peak_mib())
         if self.workers.first:
             draw_curves(self.folder)
         self.workers.leave()

@@ -18,16 +18,20 @@ from .latents import load
 from .loop import drawn_clips, train
 from .parallel import Workers
 from .run import Run
-from .teacher_forcing import KEY, WholeClipAttention, install, text_mask, word_table
+from .teacher_forcing import KEY, WholeClipAttention, install
+from .texts import texts_of
 from .world import CHUNK_LATENTS
 
 
-def clip_velocity(model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """v of whole clips x [B, 16, T, h, w] at `sigma` [B]; `mask` [B, chunks, words] are the words of every chunk."""
+def clip_velocity(
+    model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """v of whole clips x [B, 16, T, h, w] at `sigma` [B]; context [1 or B, n, 4096], of which every chunk sees what
+    `mask` [B, chunks, n] says (None: all)."""
     frames, rows, columns = x.shape[2:]
     rope = Rope(model.dim // model.num_heads, rows // 2, columns // 2, x.device)
-    attention = WholeClipAttention(rope, rows * columns // 4, frames, CHUNK_LATENTS, mask.to(x.device))
-    context = word_table().to(x).expand(x.shape[0], -1, -1)
+    attention = WholeClipAttention(rope, rows * columns // 4, frames, CHUNK_LATENTS, mask)
+    context = context.to(x).expand(x.shape[0], -1, -1)
     return model.forward_orig(x, 1000 * sigma, context, freqs=None, transformer_options={KEY: attention})
 
 
@@ -36,7 +40,7 @@ class ClipScore(nn.Module):
 
     def __init__(self, model: nn.Module, config: dict, workers: Workers) -> None:
         super().__init__()
-        self.model, self.config, self.workers = model, config, workers
+        self.model, self.config, self.workers, self.texts = model, config, workers, texts_of(config)
         install(model)
 
     def forward(self, latents: torch.Tensor, words: torch.Tensor, seed: int, drop_words: float) -> torch.Tensor:
@@ -47,12 +51,10 @@ class ClipScore(nn.Module):
         generator, shift = torch.Generator().manual_seed(seed), self.config["shift"]
         u = torch.rand(len(latents), generator=generator)
         sigma, noise = shift * u / (1 + (shift - 1) * u), torch.randn(latents.shape, generator=generator)
-        mask = text_mask(words, drop_words, generator)
-        latents, sigma, noise, mask = (
-            self.workers.share(t).to(self.workers.device) for t in (latents, sigma, noise, mask)
-        )
+        context, mask = self.workers.condition(*self.texts.whole(words, drop_words, generator))
+        latents, sigma, noise = (self.workers.share(t).to(self.workers.device) for t in (latents, sigma, noise))
         level = sigma.view(-1, 1, 1, 1, 1)
-        v = clip_velocity(self.model, (1 - level) * latents + level * noise, sigma, mask)
+        v = clip_velocity(self.model, (1 - level) * latents + level * noise, sigma, context, mask)
         return (v - (noise - latents)).square().mean((1, 3, 4)).unflatten(1, (-1, CHUNK_LATENTS)).mean(-1)
 
 

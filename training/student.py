@@ -11,14 +11,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adastate_core.anchors import anchor_from
-from adastate_core.demo_words import VOCABULARY
 from adastate_core.rope import Rope
 from adastate_core.schedule import TIMESTEPS
 from adastate_core.wan_attention import SESSION, TEXT_KEY
 
 from .bare_model import patch_attention
 from .graph_attention import Gradients, GraphAttention
-from .teacher_forcing import word_table
+from .texts import texts_of
 
 
 def compute_blocks_again(model: nn.Module) -> None:
@@ -41,7 +40,7 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         self.anchor = anchor_from(config["anchor"])
-        self.register_buffer("words", word_table()[0], persistent=False)
+        self.texts = texts_of(config)
         patch_attention(model)
         if config.get("checkpoint_blocks"):
             compute_blocks_again(model)
@@ -56,11 +55,8 @@ class Student(nn.Module):
         )  # fmt: skip
 
     def context(self, words: torch.Tensor, kept: tuple[int, ...] | None = None) -> torch.Tensor:
-        """[B, slots] word numbers to [B, n, 4096], of the slots `kept` (default: all)."""
-        kept = tuple(range(len(VOCABULARY))) if kept is None else kept
-        sizes = [len(choices) for choices in VOCABULARY.values()]
-        first = torch.tensor([sum(sizes[:i]) for i in kept])
-        return self.words[(words[:, list(kept)] + first).to(self.words.device)]
+        """One chunk's conditions [B, slots] to [B, n, 4096] as the model is (`texts.Texts.context`)."""
+        return self.texts.context(words, kept).to(next(self.model.parameters()))
 
     def velocity(
         self, x: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, session: GraphAttention

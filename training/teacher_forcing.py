@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adastate_core.demo_words import VOCABULARY, word_vector
 from adastate_core.rope import Rope
 
 KEY = "adastate_clip"
@@ -30,7 +29,7 @@ class ClipText:
     tokens: int
     frames: int
     chunk_frames: int
-    text_mask: torch.Tensor  # [B, chunks, words] bool: the words that a chunk sees
+    text_mask: torch.Tensor | None  # [B, chunks, tokens] bool: what each chunk sees of the context; None: all
 
     copies: ClassVar[int] = 1
 
@@ -42,11 +41,12 @@ class ClipText:
         heads = module.num_heads
         q, k, v = module.norm_q(module.q(x)), module.norm_k(module.k(context)), module.v(context)
         q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        q = q.unflatten(1, (self.copies, self.chunks, -1))
-        scores = torch.einsum("bscqhd,bkhd->bschqk", q, k) / q.shape[-1] ** 0.5
-        scores = scores.masked_fill(~self.text_mask[:, None, :, None, None], float("-inf"))
-        out = torch.einsum("bschqk,bkhd->bscqhd", scores.softmax(-1), v)
-        return module.o(out.flatten(4).flatten(1, 3))
+        mask = None
+        if self.text_mask is not None:
+            queries = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // (self.copies * self.chunks))
+            mask = self.text_mask[:, None, queries % self.chunks]
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
+        return module.o(out.transpose(1, 2).flatten(2))
 
 
 @dataclass
@@ -136,31 +136,17 @@ def install(model: nn.Module) -> None:
         patch(block)
 
 
-def word_table() -> torch.Tensor:
-    """[1, all words, 4096]: the whole vocabulary as one context; masks choose from it."""
-    return torch.stack([word_vector(slot, word) for slot, words in VOCABULARY.items() for word in words])[None]
-
-
-def text_mask(words: torch.Tensor, drop: float, generator: torch.Generator) -> torch.Tensor:
-    """[B, chunks, slots] word numbers to [B, chunks, all words] bool; a slot of a clip is left out with `drop`.
-
-    The last slot changes from chunk to chunk and is never left out.
-    """
-    parts = []
-    for i, (_, choices) in enumerate(VOCABULARY.items()):
-        chosen = F.one_hot(words[..., i], len(choices)).bool()
-        if i + 1 < len(VOCABULARY):
-            chosen &= (torch.rand(words.shape[0], 1, 1, generator=generator) >= drop).expand(-1, words.shape[1], 1)
-        parts.append(chosen)
-    return torch.cat(parts, -1)
-
-
 def velocity(
-    model: nn.Module, clean: torch.Tensor, noisy: torch.Tensor, sigma: torch.Tensor, clip: ClipAttention
+    model: nn.Module,
+    clean: torch.Tensor,
+    noisy: torch.Tensor,
+    sigma: torch.Tensor,
+    context: torch.Tensor,
+    clip: ClipAttention,
 ) -> torch.Tensor:
     """v of the noisy half [B, 16, T, h, w], at `sigma` [B, T]; the clean half is told timestep 0."""
     x = torch.cat([clean, noisy], 2)
     timesteps = torch.cat([torch.zeros_like(sigma), 1000 * sigma], 1)
-    context = word_table().to(x).expand(x.shape[0], -1, -1)
+    context = context.to(x).expand(x.shape[0], -1, -1)
     out = model.forward_orig(x, timesteps, context, freqs=None, transformer_options={KEY: clip})
     return out[:, :, clean.shape[2] :]

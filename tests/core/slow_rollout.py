@@ -61,7 +61,23 @@ class SlowAttention:
 
 
 def slow_rollout(
-    model, *, batch, h, w, F, W, seed, sigmas, length, mode="packed", anchor="none", A=0, decay=0.999, S=0, given=None
+    model,
+    *,
+    batch,
+    h,
+    w,
+    F,
+    W,
+    seed,
+    sigmas,
+    length,
+    mode="packed",
+    anchor="none",
+    A=0,
+    decay=0.999,
+    S=0,
+    after_past=False,
+    given=None,
 ) -> dict:
     """Returns latents [B, C, >= length, h, w], the state latents of each pass, and the frames cached at the end."""
     c, layers = model.geometry.channels, model.geometry.layers
@@ -80,7 +96,8 @@ def slow_rollout(
         anchor_positions = [sink[i] if mode == "absolute" else i for i in range(a)]
         attention.past_positions = [float(p) for p in anchor_positions]
         attention.past_positions += [float(content - w_ + i) for i in range(w_)]
-        attention.positions = [float(i) for i in range(S)] + [float(content + i) for i in range(n)]
+        state, content = (content, content + S) if after_past else (0, content)
+        attention.positions = [float(state + i) for i in range(S)] + [float(content + i) for i in range(n)]
         for i in range(layers):
             attention.past[i] = slots[i] + [raw[i][frame] for frame in window]
 

@@ -41,6 +41,7 @@ ANCHORS = {
     "ema2": AnchorEMA(2, 0.9),
     "adaptive1": AnchorAdaptive(1),
     "adaptive2": AnchorAdaptive(2),
+    "adaptive2behind": AnchorAdaptive(2, state_after_past=True),
 }
 
 
@@ -51,6 +52,7 @@ def slow_numbers(anchor):
         "A": anchor.frames,
         "S": anchor.state_frames,
         "decay": getattr(anchor, "decay", 0.999),
+        "after_past": anchor.state_after_past,
     }
 
 

@@ -16,7 +16,7 @@ CONTRACT = {
     "AdaStateAnchorNone": ([], ["ADASTATE_ANCHOR"]),
     "AdaStateAnchorStatic": (["sink_frames"], ["ADASTATE_ANCHOR"]),
     "AdaStateAnchorEMA": (["sink_frames", "decay"], ["ADASTATE_ANCHOR"]),
-    "AdaStateAnchorAdaptive": (["state_frames"], ["ADASTATE_ANCHOR"]),
+    "AdaStateAnchorAdaptive": (["state_frames", "state_after_past?"], ["ADASTATE_ANCHOR"]),
     "AdaStateRollout": (
         [
             "model", "positive", "width", "height", "length", "batch_size", "seed", "steps", "shift", "chunk_frames",

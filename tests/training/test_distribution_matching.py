@@ -18,7 +18,8 @@ from training.host_models import build_denoiser
 from training.score_model import clip_velocity
 from training.self_rollout import SelfRollout
 from training.student import Student
-from training.teacher_forcing import install, text_mask
+from training.teacher_forcing import install
+from training.texts import Prompts, Texts
 from training.trajectories import solve
 
 WORDS = {"terrain": "snow", "pace": "fast", "balloon": "gold", "lantern": "lantern"}
@@ -127,10 +128,10 @@ def test_renoised_clips_keep_within_the_levels():
 @torch.no_grad()
 def test_the_score_model_sees_whole_clips_and_each_chunks_words(model):
     x, sigma = torch.randn(1, 16, 12, 4, 4), torch.tensor([0.5])
-    mask = text_mask(NUMBERS, 0.0, torch.Generator())
+    condition = Texts().whole(NUMBERS, 0.0, torch.Generator())
     bare = copy.deepcopy(model)
     install(model)
-    ours = clip_velocity(model, x, sigma, mask)
+    ours = clip_velocity(model, x, sigma, *condition)
     context = prompt(WORDS)
     freqs = bare.rope_encode(12, 4, 4)
     torch.testing.assert_close(
@@ -138,7 +139,7 @@ def test_the_score_model_sees_whole_clips_and_each_chunks_words(model):
     )
     no_lantern = NUMBERS.clone()
     no_lantern[:, 3, -1] = 1
-    changed = clip_velocity(model, x, sigma, text_mask(no_lantern, 0.0, torch.Generator())) - ours
+    changed = clip_velocity(model, x, sigma, *Texts().whole(no_lantern, 0.0, torch.Generator())) - ours
     assert float(changed.abs().amax()) > 1e-4, "one chunk's word matters"
 
 
@@ -158,3 +159,19 @@ def test_trajectories_start_at_noise_and_give_the_student_the_way_to_their_end(m
         assert torch.equal(noisy[:, :, part], solved[:, step, :, part])
         reached = noisy[:, :, part] - sigma[0, chunk] * wanted[:, :, part]
         torch.testing.assert_close(reached, solved[:, -1, :, part], atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_take_the_place_of_words():
+    given = [torch.randn(n, 4096) for n in (3, 5, 2)] + [torch.randn(4, 4096)]
+    padded = torch.stack([torch.nn.functional.pad(text, (0, 0, 0, 6 - len(text))) for text in given])
+    texts, negative = padded[:3], padded[3]
+    prompts = Prompts(torch.cat(given), torch.tensor([3, 5, 2, 4]), 6)
+    numbers = torch.tensor([[2], [0]])
+    assert torch.equal(prompts.context(numbers), texts[[2, 0]])
+    assert torch.equal(prompts.context(numbers, prompts.kept([True])), negative.expand(2, -1, -1))
+    whole, mask = prompts.whole(numbers[:, None].expand(-1, 4, -1), 0.0, torch.Generator())
+    assert torch.equal(whole, texts[[2, 0]]) and mask is None
+    blank, _ = prompts.whole(numbers[:, None].expand(-1, 4, -1), 1.0, torch.Generator())
+    assert torch.equal(blank, negative.expand(2, -1, -1))
+    with pytest.raises(ValueError, match="do not fit 14 embeddings padded to 4"):
+        Prompts(torch.cat(given), torch.tensor([3, 5, 2, 4]), 4)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training.host_models import build_denoiser, use_host
-from training.lora import apply_lora, between, low_rank_parts, save_lora, train_low_rank
+from training.lora import apply_lora, between, low_rank_parts, save_lora, train_low_rank, whole_weights
 
 
 @pytest.fixture
@@ -75,6 +75,11 @@ def test_a_trained_low_rank_update_loads_in_the_host(model, tmp_path):
         module = model.get_submodule(name.removesuffix(".weight"))
         torch.testing.assert_close(hosts[name], module.weight, atol=4e-3, rtol=4e-2)
         assert not torch.equal(hosts[name], plain.state_dict()[name])
+    folded = copy.deepcopy(plain)
+    folded.load_state_dict(whole_weights(model))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert torch.equal(folded.get_submodule(name).weight, module.weight), name
 
 
 def test_a_lora_of_something_else_is_refused(model, tmp_path):

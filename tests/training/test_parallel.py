@@ -23,11 +23,11 @@ COMMON = {
     "anchor": {"kind": "adaptive", "state_frames": 1},
 }  # fmt: skip
 STAGES = {
-    "recurrence": {"steps": 4, "batch": 4},
+    "recurrence": {"steps": 4, "batch": 4, "lora_rank": 4},
     "score_model": {"steps": 4, "batch": 4},
     "denoiser": {"steps": 4, "batch": 4, "first_chunk_weight": 2.0, "windows": [3, 6], "sinks": [0, 1]},
     "distribution_matching": {
-        "steps": 6, "batch": 4, "latent_size": 4, "chunk_frames": 3, "rollout_steps": 2, "alpha": 2.0,
+        "steps": 6, "batch": 4, "latent_size": [4, 4], "chunk_frames": 3, "rollout_steps": 2, "alpha": 2.0,
         "normalise_weights": True, "guidance": 1.0, "critic_alone": 2, "student_every": 2, "critic_lr": 1e-3,
         "recurrence_weight": 1.0, "recurrence_batch": 2,
     },
@@ -68,6 +68,8 @@ def run(stage: str, folder: Path, data: Path, processes: int) -> tuple[list[dict
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert (folder / "curves.png").stat().st_size > 1000
+    assert lines.pop()["peak_mib"] > 100
+    assert (folder / "lora.safetensors").exists() == ("lora_rank" in config)
     return lines, torch.load(folder / "model.pt", weights_only=True)
 
 

@@ -49,7 +49,9 @@ def model():
 @pytest.mark.parametrize("positions", ["fixed", "packed"])
 @pytest.mark.parametrize("window", [3, 5])
 @pytest.mark.parametrize(
-    "anchor", [Anchor(), AnchorStatic(2), AnchorEMA(1, 0.9), AnchorAdaptive(1), AnchorAdaptive(2)], ids=str
+    "anchor",
+    [Anchor(), AnchorStatic(2), AnchorEMA(1, 0.9), AnchorAdaptive(1), AnchorAdaptive(2), AnchorAdaptive(2, True)],
+    ids=str,
 )
 def test_the_rollout_with_gradient_is_the_products(model, anchor, window, positions):
     bare = BareModel(copy.deepcopy(model), prompt(WORDS))
@@ -173,7 +175,7 @@ def test_gradients_are_those_of_finite_differences(model, cut_every):
     model.patch_embedding = Double(model.patch_embedding)
     latents, words = clip()
     latents = latents.double()
-    draws = Draws.make(latents.shape, 1, config, 4)
+    draws = Draws.make(latents.shape, 1, 3, config, 4)
     draws = Draws(*(t.double() if isinstance(t, torch.Tensor) else t for t in vars(draws).values()))
     draws = Draws(*list(vars(draws).values())[:-1], offset=0)
     clips = ClipRecurrence(copy.deepcopy(model), config).double()
@@ -215,7 +217,7 @@ class _CutAll(GraphAttention):
 def test_a_state_written_without_gradient_teaches_nothing_across_chunks(model):
     """What the pilot found to decide: with M = 0 no loss of a later chunk reaches the state's own noise path."""
     latents, words = clip()
-    draws = Draws.make(latents.shape, 1, CONFIG, 4)
+    draws = Draws.make(latents.shape, 1, 3, CONFIG, 4)
     reached = []
     for writes in (0, 7):
         config = CONFIG | {"state_gradient": writes, "window_gradient": False}
@@ -229,7 +231,7 @@ def test_a_state_written_without_gradient_teaches_nothing_across_chunks(model):
 
 def test_blocks_computed_again_give_the_same_gradients(model):
     latents, words = clip()
-    draws = Draws.make(latents.shape, 1, CONFIG, 4)
+    draws = Draws.make(latents.shape, 1, 3, CONFIG, 4)
     grads = []
     for again in (False, True):
         clips = ClipRecurrence(copy.deepcopy(model), CONFIG | {"checkpoint_blocks": again})
@@ -240,7 +242,7 @@ def test_blocks_computed_again_give_the_same_gradients(model):
 
 def test_every_anchor_sees_the_same_content_noise():
     shape = torch.Size((4, 16, 12, 4, 4))
-    with_state, without = (Draws.make(shape, frames, CONFIG, 11) for frames in (1, 0))
+    with_state, without = (Draws.make(shape, frames, 3, CONFIG, 11) for frames in (1, 0))
     for name in ("content", "blur", "sigma", "level"):
         assert torch.equal(getattr(with_state, name), getattr(without, name))
     shares = [with_state.share(worker) for worker in two_workers()]

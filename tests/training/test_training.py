@@ -17,7 +17,8 @@ from training.host_models import LATENT_MEAN, LATENT_STD, build_codec, build_den
 from training.latents import word_numbers
 from training.optim import Average, Muon, Optimiser, orthogonalise
 from training.run import Run
-from training.teacher_forcing import ClipAttention, install, text_mask, velocity
+from training.teacher_forcing import ClipAttention, install, velocity
+from training.texts import Texts
 from training.world import LANTERN_STATES, Scene, chunk_of_frame, render
 
 
@@ -69,9 +70,9 @@ def test_teacher_forcing_is_the_rollouts_own_attention(window, sink):
     numbers = torch.tensor([[[VOCABULARY[s].index(w) for s, w in words.items()]] * 4])
     originals = [(b.self_attn.forward, b.cross_attn.forward) for b in model.blocks]
     install(model)
-    mask = text_mask(numbers, 0.0, torch.Generator())
+    words_of_all, mask = Texts().whole(numbers, 0.0, torch.Generator())
     clip = ClipAttention(Rope(128, 2, 2), 4, frames, 3, mask, window, sink)
-    parallel = velocity(model, clean, noisy, sigma, clip)
+    parallel = velocity(model, clean, noisy, sigma, words_of_all, clip)
 
     for i, (block, (own, cross)) in enumerate(zip(model.blocks, originals, strict=True)):
         block.self_attn.forward = self_attention_forward(block.self_attn, i, own)
@@ -98,7 +99,7 @@ def test_teacher_forcing_is_the_rollouts_own_attention(window, sink):
 
 def test_left_out_words_are_masked():
     numbers = torch.zeros(200, 3, len(VOCABULARY), dtype=torch.long)
-    mask = text_mask(numbers, 0.25, torch.Generator().manual_seed(0))
+    _, mask = Texts().whole(numbers, 0.25, torch.Generator().manual_seed(0))
     assert mask.shape == (200, 3, sum(map(len, VOCABULARY.values())))
     assert bool(mask[..., -2].all()), "the lantern's word is never left out"
     assert 0.65 < mask[..., 0].float().mean() < 0.85
