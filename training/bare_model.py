@@ -27,12 +27,13 @@ class BareModel:
     kernel = staticmethod(plain_attention)
 
     def __init__(self, model: nn.Module, context: torch.Tensor) -> None:
-        self.model, self.context, self.device = model, context, torch.device("cpu")
+        self.device = next(model.parameters()).device
+        self.model, self.context = model, context.to(self.device)
         self.geometry = ModelGeometry(16, len(model.blocks), model.num_heads, model.dim // model.num_heads)
         patch_attention(model)
 
     def velocity(self, x: torch.Tensor, timestep: float, attention: CachedAttention) -> torch.Tensor:
-        times = torch.full((x.shape[0],), timestep)
+        times = torch.full((x.shape[0],), timestep, device=x.device)
         return self.model.forward_orig(x, times, self.context, transformer_options={SESSION: attention})
 
 

@@ -18,7 +18,7 @@ from adastate_core.schedule import Schedule
 
 from .bare_model import load_denoiser
 from .latents import load
-from .loop import drawn_clips
+from .loop import drawn_clips, show
 from .lora import student_of
 from .optim import Average, Optimiser
 from .parallel import Workers
@@ -197,6 +197,7 @@ def main() -> None:
         if run.due():
             with average.used_by(student):
                 run.export(student)
+                show(run, words, config["latent_size"])
     run.finish()
 
 

@@ -50,10 +50,12 @@ def measured(stage: str, path: Path, layers: int, chunks: int, batch: int, folde
     """{"peak_mib", "student_s", "critic_s"} of one process; seconds of the second round."""
     config = read_config(path)
     changed = stand_ins(config, layers, chunks, batch, folder)
-    numbers = {
-        "steps": 4, "batch": batch, "recurrence_batch": min(batch, config.get("recurrence_batch", batch)),
+    numbers: dict[str, int | str] = {
+        "codec": "",        "steps": 4, "batch": batch, "recurrence_batch": min(batch, config.get("recurrence_batch", batch)),
         "critic_alone": 0, "student_every": 2, "log_every": 1, "evaluate_every": 1000,
     }  # fmt: skip
+    if not torch.cuda.is_available():
+        numbers["autocast"] = ""
     lines = [f"like = {json.dumps(str(path.resolve()))}"]
     lines += [f"{name} = {json.dumps(value)}" for name, value in (changed | numbers).items()]
     (folder / "config.toml").write_text("\n".join(lines) + "\n")

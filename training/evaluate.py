@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from adastate_core.vae_stream import VaeStream, pictures_of
+from adastate_core.vae_stream import pictures_of
 
 from . import measures
 from .bare_model import load_codec
 from .codec import decode_clip, encode_clip
 from .contenders import Contender
-from .host_models import LATENT_MEAN, LATENT_STD
 from .recall import ColourJudge, encoded, lantern_scenes, recall
 from .run import Run, log
+from .sheets import decoded, draw_sheet
 from .world import CHUNK_LATENTS, LANTERN_STATES, Scene, render
 
 # latents decoded before a segment and thrown away: the codec's memory
@@ -48,13 +48,6 @@ COLUMNS = {
 def evaluation_scenes(count: int, seed: int) -> list[Scene]:
     """Held-out scenes, the lantern up in every other one throughout."""
     return [Scene.draw(torch.Generator().manual_seed(seed + i), 1, (LANTERN_STATES[i % 2],)) for i in range(count)]
-
-
-def decoded(codec, latents: torch.Tensor, first: int) -> torch.Tensor:
-    """Pictures [t, 64, 64, 3] of latents [16, n, h, w], of which the first `first` only lead in."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
-    pictures = VaeStream(codec).step((latents * std + mean)[None])[0]
-    return ((pictures[pictures_of(first) :] + 1) / 2).clamp(0, 1)
 
 
 def true_segment(codec, scene: Scene, segment: range) -> torch.Tensor:
@@ -129,21 +122,14 @@ class Evaluation:
                 true = true_segment(self.codec, scene, frames)
                 video = true
                 if latents is not None:
-                    video = decoded(self.codec, latents[number][i], frames.start - keep[number].start)
-                    self._sheet(name, segment, i, video)
+                    lead = pictures_of(frames.start - keep[number].start)
+                    video = decoded(self.codec, latents[number][i])[lead:]
+                    if i < 4:
+                        draw_sheet([video], self.run.folder / f"{name}_{segment}_{i}.png".replace(" ", "_"))
                 rows[segment].append(figures(video, scene, true, max(0, 4 * frames.start - 3)))
         file.write_text(json.dumps(rows))
         log.info("%s: %d streams to %dx", name, streams, max(lengths))
         return rows
-
-    def _sheet(self, name: str, segment: str, stream: int, video: torch.Tensor) -> None:
-        """A few frames of the first streams, to look at."""
-        if stream < 4:
-            from PIL import Image
-
-            row = torch.cat(list(video[:: max(1, len(video) // 8)][:8]), 1)
-            sheet = self.run.folder / f"{name}_{segment}_{stream}.png".replace(" ", "_")
-            Image.fromarray((row * 255).byte().numpy()).resize((8 * 128, 128)).save(sheet)
 
     def memory(self, contender: Contender) -> dict[str, dict[str, float]]:
         """The recall test's shares by gap."""

@@ -15,7 +15,7 @@ import torch
 from adastate_core.schedule import Schedule
 
 from .latents import load
-from .loop import drawn_clips, train
+from .loop import drawn_clips, show, train
 from .lora import student_of
 from .recurrence import ClipRecurrence, evaluate, figures
 from .run import Run
@@ -57,7 +57,11 @@ def main() -> None:
         errors = replicated(batch, own, draws, (noisy, wanted))
         return errors.mean(), figures(errors.detach().cpu(), own, draws.sigma.cpu())
 
-    train(run, clips.model, step, lambda: evaluate(clips, config, *held_out))
+    def look() -> dict[str, float]:
+        show(run, held_out[1], latents.shape)
+        return evaluate(clips, config, *held_out)
+
+    train(run, clips.model, step, look)
 
 
 if __name__ == "__main__":

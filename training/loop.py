@@ -9,9 +9,17 @@ from torch import nn
 
 from .optim import Average, Optimiser
 from .run import Run
+from .sheets import sample_sheet
 
 # seed of a step -> (this process's loss with its graph, figures for the log)
 Step = Callable[[int], tuple[torch.Tensor, dict[str, float]]]
+
+
+def show(run: Run, words: torch.Tensor, size: tuple[int, ...]) -> None:
+    """Four rollouts of the exported weights as `folder/sheet_STEP.png`, where the run's file names a `codec`."""
+    if run.workers.first and run.config.get("codec"):
+        path = run.folder / f"sheet_{run.step:06d}.png"
+        sample_sheet(run.folder / "model.pt", run.config, words[:4], (size[-2], size[-1]), path, run.device)
 
 
 def train(run: Run, model: nn.Module, step: Step, evaluate: Callable[[], dict[str, float]]) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from .graph_attention import GraphAttention
 from .latents import load
-from .loop import drawn_clips, train
+from .loop import drawn_clips, show, train
 from .lora import student_of
 from .parallel import Workers
 from .run import Run
@@ -156,7 +156,11 @@ def main() -> None:
         errors = replicated(workers.share(batch).to(run.device), own, draws)
         return errors.mean(), figures(errors.detach().cpu(), own, draws.sigma.cpu())
 
-    train(run, clips.model, step, lambda: evaluate(clips, config, *held_out))
+    def look() -> dict[str, float]:
+        show(run, held_out[1], latents.shape)
+        return evaluate(clips, config, *held_out)
+
+    train(run, clips.model, step, look)
 
 
 def evaluate(clips: ClipRecurrence, config: dict, latents: torch.Tensor, words: torch.Tensor) -> dict[str, float]:

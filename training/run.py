@@ -75,7 +75,7 @@ class Run:
     def precision(self) -> torch.autocast:
         """Mixed precision where the config's `autocast` names a dtype; parameters stay float32."""
         dtype = self.config.get("autocast")
-        return torch.autocast(self.device.type, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None)
+        return torch.autocast(self.device.type, getattr(torch, dtype or "bfloat16"), enabled=bool(dtype))
 
     def due(self) -> bool:
         """Whether it is time to evaluate: every `evaluate_every` steps and at the end."""

@@ -22,6 +22,8 @@ COMMON = {
     "positions": "fixed", "window_gradient": True, "state_gradient": 7,
     "anchor": {"kind": "adaptive", "state_frames": 1},
 }  # fmt: skip
+CODEC = str(ROOT / "models" / "vae" / "adastate_demo_vae.safetensors")
+ROLLED = ("recurrence", "distribution_matching")
 STAGES = {
     "recurrence": {"steps": 4, "batch": 4, "lora_rank": 4},
     "score_model": {"steps": 4, "batch": 4},
@@ -58,6 +60,8 @@ def run(stage: str, folder: Path, data: Path, processes: int) -> tuple[list[dict
     """The stage's log and weights, trained by so many processes."""
     clips, model = str(data / "clips.safetensors"), str(data / "model.pt")
     config = COMMON | STAGES[stage] | {"folder": str(folder), "train": clips, "held_out": clips}
+    if stage in ROLLED:
+        config["codec"] = CODEC
     folder.mkdir(exist_ok=True)
     (folder / "config.toml").write_text(toml(config | {"start_from": model, "teacher": model}))
     launcher = [sys.executable]
@@ -69,6 +73,8 @@ def run(stage: str, folder: Path, data: Path, processes: int) -> tuple[list[dict
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert (folder / "curves.png").stat().st_size > 1000
     assert lines.pop()["peak_mib"] > 100
+    sheets = sorted(path.name for path in folder.glob("sheet_*.png"))
+    assert sheets == ([f"sheet_{config['steps']:06d}.png"] if stage in ROLLED else [])
     assert (folder / "lora.safetensors").exists() == ("lora_rank" in config)
     return lines, torch.load(folder / "model.pt", weights_only=True)
 
