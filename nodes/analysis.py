@@ -54,7 +54,11 @@ class AttentionShareNode(io.ComfyNode):
                     "after.",
                 ),
                 widget(io.Int, "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Seed of the rollouts."),
-                api.Anchor.Input("anchor", optional=True, tooltip="Whose share is wanted; none if empty."),
+                api.Anchor.Input(
+                    "anchor",
+                    optional=True,
+                    tooltip="Whose share is wanted. Empty: what the checkpoint was trained with, else none.",
+                ),
             ],
             outputs=[
                 io.Image.Output("image", display_name="IMAGE", tooltip="A plot, one panel a window."),
@@ -85,7 +89,7 @@ class AttentionShareNode(io.ComfyNode):
         jobs = []
         for window in parse_windows(windows):
             request = Request(
-                model, positive, width, height, 81, 1, seed, 0, 0.0, 0, window, "auto", anchor or Anchor(),
+                model, positive, width, height, 81, 1, seed, 0, 0.0, 0, window, "auto", anchor,
                 sigmas=None, start_latent=None, resume=None, stream=None, keep_latents=False,
             )  # fmt: skip
             job = Job(request)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..adastate_core.anchors import Anchor
+from ..adastate_core.anchors import Anchor, AnchorAdaptive
 from ..adastate_core.rollout import Chunk, Rollout, RolloutSpec, RolloutState, Settings
 from ..adastate_core.schedule import Schedule
 from ..adastate_core.vae_stream import pictures_of
@@ -23,7 +23,16 @@ from .host.progress import Progress
 from .output import StreamOutput, StreamSettings, check_streamable
 
 log = logging.getLogger("adastate")
+MOST_STATE_FRAMES = 16
 FALLBACK = {"steps": 4, "shift": 5.0, "chunk_frames": 3, "window_frames": 3, "positions": "packed"}
+
+
+def checkpoint_anchor(defaults: dict[str, Any]) -> Anchor:
+    """What a checkpoint's `state_frames` and `state_after_past` ask for; no anchor where they are not of use."""
+    frames = defaults.get("state_frames")
+    if type(frames) is not int or not 1 <= frames <= MOST_STATE_FRAMES:
+        return Anchor()
+    return AnchorAdaptive(frames, defaults.get("state_after_past") is True)
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Request:
     chunk_frames: int
     window_frames: int
     positions: str
-    anchor: Anchor
+    anchor: Anchor | None
     sigmas: Sequence[float] | None
     start_latent: dict[str, Any] | None = field(repr=False)
     resume: RolloutState | None
@@ -73,7 +82,8 @@ class Job:
         host_model.check_model(request.model)
         context = host_model.check_conditioning(request.positive)
         self.warnings: list[str] = []
-        self.settings = self._resolve(rollout_defaults(request.model))
+        defaults = rollout_defaults(request.model)
+        self.settings = self._resolve(defaults)
         self.model = host_model.HostModel(request.model, context, request.batch_size)
         self.spec = RolloutSpec(
             geometry=self.model.geometry,
@@ -82,7 +92,7 @@ class Job:
             width=request.width // 8,
             chunk_frames=self.settings["chunk_frames"],
             window_frames=self.settings["window_frames"],
-            anchor=request.anchor,
+            anchor=request.anchor or checkpoint_anchor(defaults or {}),
             positions=self.settings["positions"],
             dtype=self.model.dtype,
             model=host_model.fingerprint(request.model),

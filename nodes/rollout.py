@@ -89,7 +89,11 @@ def _inputs() -> list[io.Input]:
             tooltip="How time is numbered: packed = by place in the cache, fixed = the same numbers at every chunk, "
             "absolute = by frame of the video.",
         ),
-        api.Anchor.Input("anchor", optional=True, tooltip="What is looked back to beyond the window; none if empty."),
+        api.Anchor.Input(
+            "anchor",
+            optional=True,
+            tooltip="What is looked back to beyond the window. Empty: what the checkpoint was trained with, else none.",
+        ),
         io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels of the steps; beats steps and shift."),
         io.Latent.Input(
             "start_latent",
@@ -185,7 +189,7 @@ class RolloutNode(io.ComfyNode):
             raise ValueError(reason)
         request = Request(
             model, positive, width, height, length, batch_size, seed, steps, shift, chunk_frames, window_frames, positions,
-            anchor=anchor or Anchor(),
+            anchor=anchor,
             sigmas=None if sigmas is None else Schedule.from_sigmas(sigmas.tolist()).sigmas,
             start_latent=start_latent,
             resume=resume,

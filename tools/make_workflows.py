@@ -78,8 +78,27 @@ It needs weights that were trained with it. On others it acts like one more fram
             "Model, prompt, anchor": [[1, 2, 3, 4]],
             "Roll out": [[5]],
             "What is seen and what is not": [[6, 8], [7, 9]],
+            "What is looked at": [[10], [11]],
         },
-        room={6: 330, 7: 370, 9: 240},
+        room={6: 330, 7: 370, 9: 240, 11: 340},
+    ),
+    "anchor_comparison": Layout(
+        note="""\
+### Four anchors side by side
+The same prompt, seed and noise with four things to look back to: a hidden state, the first frame, a running mean, nothing. \
+All read equally many cached frames: where there is no anchor the window is one frame longer.
+
+The demo's weights were trained with the state, so the other three only show what the machinery does. The fair comparison, \
+each trained with its own anchor, is in the model card.""",
+        groups={
+            "Model, prompt, anchors": [[1, 2, 3], [4, 5, 6, 7]],
+            "Adaptive": [[8, 9]],
+            "Static": [[10, 11]],
+            "EMA": [[12, 13]],
+            "None": [[14, 15]],
+            "Side by side": [[16], [17]],
+        },
+        room={9: 340, 11: 340, 13: 340, 15: 340, 17: 370},
     ),
     "save_and_resume": Layout(
         note="""\

@@ -21,7 +21,7 @@ METADATA_KEY = "adastate"
 def rollout_defaults(patcher: Any) -> dict[str, Any] | None:
     """The rollout settings in the metadata of the file that `patcher` was loaded from, or None.
 
-    Keys: steps, shift, chunk_frames, window_frames, positions, state_frames (each optional), and
+    Keys: steps, shift, chunk_frames, window_frames, positions, state_frames, state_after_past (each optional), and
     fingerprints: one for each dtype that the host may load the file in.
     """
     wanted = fingerprint(patcher)

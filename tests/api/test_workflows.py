@@ -51,7 +51,20 @@ def test_hidden_state(client):
     video, picture = outputs["7"]["images"][0], outputs["9"]["images"][0]
     assert len(frames_of(client.output / video["subfolder"] / video["filename"])) == 33
     assert picture["type"] == "temp"
-    assert report_of(outputs)["settings"]["anchor"] == {"kind": "adaptive", "state_frames": 1}
+    assert report_of(outputs)["settings"]["anchor"]["kind"] == "adaptive"
+    assert outputs["11"]["images"][0]["type"] == "temp", "the plot of the attention's shares"
+
+
+def test_anchor_comparison(client):
+    lengths = {f"n{node}__length": 33 for node in (9, 11, 13, 15)}
+    outputs = client.run(workflow("anchor_comparison", **lengths))
+    video = outputs["17"]["images"][0]
+    frames = frames_of(client.output / video["subfolder"] / video["filename"])
+    assert len(frames) == 33 and frames[0].shape[1] > 4 * 64
+    anchors = [
+        json.loads(outputs[str(node)]["adastate_report"][0])["settings"]["anchor"]["kind"] for node in (9, 11, 13, 15)
+    ]
+    assert anchors == ["adaptive", "static", "ema", "none"]
 
 
 def test_save_and_resume_is_the_uninterrupted_video(client):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adastate_pack.adastate_core.anchors import AnchorAdaptive, AnchorStatic
+from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive, AnchorStatic
 from adastate_pack.nodes.host import api
 from conftest import NODES, PACK, random_wan
 from safetensors.torch import save_file
@@ -266,6 +266,15 @@ def test_auto_values_are_the_checkpoints_or_the_fallback(rollout, model, folders
         assert {name: report["settings"][name] for name in wish} == wish and report["warnings"] == []
         report = json.loads(rollout(**(auto | {"window_frames": 0, "steps": 1})).args[2])
         assert report["settings"]["window_frames"] == 0 and report["settings"]["steps"] == 1
+        assert report["settings"]["anchor"] == {"kind": "none"}
+        for frames, kind in ((2, "adaptive"), (17, "none"), ("2", "none"), (True, "none")):
+            stated = wish | {"state_frames": frames, "fingerprints": [fingerprint(model)]}
+            save_file(wan_state, models / "tiny.safetensors", metadata={"adastate": json.dumps(stated)})
+            report = json.loads(rollout(**auto).args[2])
+            assert report["settings"]["anchor"]["kind"] == kind, frames
+        stated["state_frames"] = 2
+        save_file(wan_state, models / "tiny.safetensors", metadata={"adastate": json.dumps(stated)})
+        assert json.loads(rollout(**auto, anchor=Anchor()).args[2])["settings"]["anchor"] == {"kind": "none"}
     finally:
         paths.remove(str(models))
         folder_paths.filename_list_cache.clear()
