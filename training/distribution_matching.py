@@ -167,11 +167,11 @@ def main() -> None:
     average = Average(student, config["ema"])
     run.resume(student=student, critic=critic, average=average, **optimisers)
     latents, words = load(config["train"])
+    logged: dict[str, float] = {}  # of the student's last step, which need not be one that is logged
     while run.step < run.steps:
         seed = config["seed"] * 1_000_003 + run.step
         generator = torch.Generator().manual_seed(seed)
         index = drawn_clips(len(words), config["batch"], generator)
-        logged: dict[str, float] = {}
         if run.step >= config["critic_alone"] and run.step % config["student_every"] == 0:
             own, true = index[: config["recurrence_batch"]], None
             if config["recurrence_weight"]:
