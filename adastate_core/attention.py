@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from .kv_cache import KVCache
 from .rope import Layout, Rope
+
+if TYPE_CHECKING:
+    from .absorption.absorber import Absorber
 
 # (q, k, v, heads) -> out, each [B, tokens, heads * head_dim]; the number of query and key tokens may differ
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -31,6 +35,7 @@ class _Pass:
     content_frames: int
     clean: bool
     table: torch.Tensor
+    layout: Layout
 
 
 class CachedAttention:
@@ -43,7 +48,13 @@ class CachedAttention:
         self.cache, self.rope, self.kernel = cache, rope, kernel
         # called in every layer of every pass with (layer, rotated q, keys, clean); may look, must not change
         self.observe: Callable[[int, torch.Tensor, torch.Tensor, bool], None] | None = None
+        self.absorber: Absorber | None = None
         self._pass: _Pass | None = None
+
+    def start_chunk(self) -> None:
+        """Before the passes of a chunk; what an interrupted one left behind is forgotten."""
+        if self.absorber is not None:
+            self.absorber.start_chunk()
 
     def place(self, layout: Layout) -> None:
         """Once a chunk: bring every cached key to its position for this chunk."""
@@ -52,18 +63,23 @@ class CachedAttention:
 
     def begin(self, layout: Layout, content_frames: int, clean: bool) -> None:
         """Start a pass of [state | content_frames]; after a `clean` one its keys are staged raw, to be committed."""
-        self._pass = _Pass(content_frames, clean, self.rope.table(layout.current(content_frames)))
+        self._pass = _Pass(content_frames, clean, self.rope.table(layout.current(content_frames)), layout)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """One layer's attention; q, k (normed, not rotated) and v [B, N, heads * head_dim] -> the same shape."""
         run, cache, heads = self._pass, self.cache.layers[layer], self.cache.heads
         dtype = q.dtype
         cache.write_current(self._rotated(k, run.table), v)
-        keys, values = cache.read(self.cache.plan.state_frames + run.content_frames)
-        q = self._rotated(q, run.table).to(keys.dtype)
-        if self.observe is not None:
-            self.observe(layer, q, keys, run.clean)
-        out = self.kernel(q, keys, values, heads)
+        frames = self.cache.plan.state_frames + run.content_frames
+        q = self._rotated(q, run.table).to(cache.k.dtype)
+        out = None if self.absorber is None else self.absorber.attend(layer, q, frames, run.layout)
+        if out is None:
+            keys, values = cache.read(frames)
+            if self.observe is not None:
+                self.observe(layer, q, keys, run.clean)
+            out = self.kernel(q, keys, values, heads)
+            if self.absorber is not None:
+                out = self.absorber.correct(layer, out)
         if run.clean:
             cache.keep_raw_current(k)
         return out.to(dtype)
@@ -78,6 +94,8 @@ class CachedAttention:
         """Cache what the clean pass staged in every layer; from here on the chunk is part of the past."""
         for layer in self.cache:
             layer.commit(anchor, first_frame, content_frames, self.cache.plan.state_frames)
+        if self.absorber is not None:
+            self.absorber.finish_chunk(first_frame + content_frames)
 
     def _rotated(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return self.rope.rotate(x.unflatten(-1, (self.cache.heads, -1)), table).flatten(2)

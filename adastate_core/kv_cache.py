@@ -28,13 +28,19 @@ from .rope import Layout, Rope
 class LayerPlan:
     """One layer's buffers, in latent frames. Layers of one plan may differ.
 
-    `keep_raw`: an un-rotated copy of the window's keys; `blend_frames`: anchor frames kept raw in float32.
+    `keep_raw`: an un-rotated copy of the window's keys; `blend_frames`: anchor frames kept raw in float32;
+    `pinned_frames`: window frames beside `window_frames` that never leave (a sink that was window once).
     """
 
     anchor_frames: int
     window_frames: int
     keep_raw: bool = False
     blend_frames: int = 0
+    pinned_frames: int = 0
+
+    @property
+    def ring_frames(self) -> int:
+        return self.pinned_frames + self.window_frames
 
     @staticmethod
     def of(anchor: Anchor, window_frames: int, chunk_frames: int, positions: str) -> LayerPlan:
@@ -49,7 +55,7 @@ class CachePlan:
     """Every byte of a rollout's caches before anything is allocated.
 
     `tokens` P is tokens a latent frame, `width` heads * head_dim, `current_frames` S + F, `text_tokens` of the
-    prompt, `vae_bytes` of a streaming decoder's own cache.
+    prompt, `vae_bytes` of a streaming decoder's own cache, `absorption_bytes` of an absorption's statistics.
     """
 
     batch: int
@@ -61,6 +67,7 @@ class CachePlan:
     layers: tuple[LayerPlan, ...]
     text_tokens: int = 0
     vae_bytes: int = 0
+    absorption_bytes: int = 0
 
     @property
     def current_frames(self) -> int:
@@ -73,8 +80,8 @@ class CachePlan:
 
     def bytes(self) -> dict[str, int]:
         """Bytes by name: k, v (anchor and window), rotated copy, current, ema, text_kv, absorption, vae_cache."""
-        kept = sum(layer.anchor_frames + layer.window_frames for layer in self.layers)
-        copies = sum(layer.window_frames for layer in self.layers if layer.keep_raw)
+        kept = sum(layer.anchor_frames + layer.ring_frames for layer in self.layers)
+        copies = sum(layer.ring_frames for layer in self.layers if layer.keep_raw)
         blended = sum(layer.blend_frames for layer in self.layers)
         elements = self.batch * self.tokens * self.width
         text = self.batch * self.text_tokens * self.width * self.dtype.itemsize
@@ -85,7 +92,7 @@ class CachePlan:
             "current": 2 * len(self.layers) * self.current_frames * self.frame_bytes,
             "ema": 2 * blended * elements * 4,
             "text_kv": 2 * len(self.layers) * text,
-            "absorption": 0,
+            "absorption": self.absorption_bytes,
             "vae_cache": self.vae_bytes,
         }
 
@@ -117,9 +124,10 @@ class _Slot:
 class LayerSnapshot:
     """An immutable copy of what one layer has cached, on the CPU.
 
-    First the anchor's frames (`anchor_slots`), then the window's, oldest first (`ring_slots`); `frames` are their
-    video frame indices and `positions` where each key is rotated to (None: raw). `tensors` holds `keys` and `values`
-    [B, frames, P, width] and, where the plan has them, `raw` [B, w, P, width], `blend_keys` and `blend_values`.
+    First the anchor's frames (`anchor_slots`), then the window's, oldest first (`ring_slots`, of which the first
+    `pinned` never leave); `frames` are their video frame indices and `positions` where each key is rotated to (None:
+    raw). `tensors` holds `keys` and `values` [B, frames, P, width] and, where the plan has them, `raw` [B, w, P, width],
+    `blend_keys` and `blend_values`.
     """
 
     anchor_slots: tuple[int, ...]
@@ -127,6 +135,7 @@ class LayerSnapshot:
     frames: tuple[int, ...]
     positions: tuple[float | None, ...]
     tensors: dict[str, torch.Tensor] = field(repr=False)
+    pinned: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -138,14 +147,17 @@ class LayerCache:
 
     def __init__(self, plan: CachePlan, layer: LayerPlan, device: torch.device) -> None:
         self.plan, self.layer = plan, layer
-        slots = layer.anchor_frames + plan.current_frames + layer.window_frames
+        slots = layer.anchor_frames + plan.current_frames + layer.ring_frames
         frame = (plan.tokens, plan.width)
         self.k = torch.zeros((plan.batch, slots, *frame), dtype=plan.dtype, device=device)
         self.v = torch.zeros_like(self.k)
-        self.raw = self._buffer(layer.window_frames, plan.dtype) if layer.keep_raw else None
+        self.raw = self._buffer(layer.ring_frames, plan.dtype) if layer.keep_raw else None
         self.blend_k = self._buffer(layer.blend_frames, torch.float32) if layer.blend_frames else None
         self.blend_v = torch.zeros_like(self.blend_k) if self.blend_k is not None else None
+        # told (frame, position, key, value) of every frame that leaves the window; a position of None: the key is raw
+        self.on_evict: Callable[[int, float | None, torch.Tensor, torch.Tensor], None] | None = None
         self.anchor: dict[int, _Slot] = {}
+        self.pinned: OrderedDict[int, _Slot] = OrderedDict()  # ring slot -> frame; always the first ring slots
         self.window: OrderedDict[int, _Slot] = OrderedDict()  # ring slot -> frame, oldest first
 
     def _buffer(self, frames: int, dtype: torch.dtype) -> torch.Tensor:
@@ -171,7 +183,8 @@ class LayerCache:
     def rotate_to(self, layout: Layout, rope: Rope, heads: int) -> None:
         """Bring every cached key to its position in `layout`; work is done only where a position changed."""
         anchor = {self._anchor_index(slot): (e, layout.anchor(slot, e.frame)) for slot, e in self.anchor.items()}
-        window = {ring: (e, layout.window(e.frame)) for ring, e in self.window.items()}
+        window = {ring: (e, layout.pinned(i, e.frame)) for i, (ring, e) in enumerate(self.pinned.items())}
+        window |= {ring: (e, layout.window(e.frame)) for ring, e in self.window.items()}
         self._turn(anchor, 0, self.blend_k, rope, heads)
         self._turn(window, self.window_start, self.raw, rope, heads)
 
@@ -214,19 +227,58 @@ class LayerCache:
         """
         low = self.layer.anchor_frames - len(self.anchor)
         high = self.current_start + current_frames
-        if self.window and high < self.window_start:
-            end = self.window_start + len(self.window)
+        held = len(self.pinned) + len(self.window)
+        if held and high < self.window_start:
+            end = self.window_start + held
             pieces = [(t[:, low:high], t[:, self.window_start : end]) for t in (self.k, self.v)]
             keys, values = (torch.cat(parts, dim=1).flatten(1, 2) for parts in pieces)
             return keys, values
-        high = self.window_start + len(self.window) if self.window else high
+        high = self.window_start + held if held else high
         return self.k[:, low:high].flatten(1, 2), self.v[:, low:high].flatten(1, 2)
 
     def held_frames(self, current_frames: int) -> list[tuple[str, int]]:
         """What `read` gives, frame by frame: ("anchor", slot), ("current", i) or ("window", video frame)."""
         anchor = [("anchor", slot) for slot in range(len(self.anchor) - 1, -1, -1)]
         current = [("current", i) for i in range(current_frames)]
-        return anchor + current + [("window", self.window[ring].frame) for ring in sorted(self.window)]
+        window = self.pinned | self.window
+        return anchor + current + [("window", window[ring].frame) for ring in sorted(window)]
+
+    def parts(self, current_frames: int, local_window: int, pinned: int) -> tuple[list[slice], list[slice]]:
+        """(local, history) as runs of buffer slots: local are anchor, current, the first `pinned` frames that the
+        window still holds from the beginning of the video, and its newest `local_window` frames."""
+        start, ordered = self.current_start, list(self.window.items())
+        newest = {ring for ring, _ in ordered[max(0, len(ordered) - local_window) :]}
+        first = {ring for ring, slot in ordered if slot.frame < pinned}
+        local = [*(self._anchor_index(slot) for slot in self.anchor), *range(start, start + current_frames)]
+        local += [self.window_start + ring for ring in (*self.pinned, *(newest | first))]
+        history = [self.window_start + ring for ring, _ in ordered if ring not in newest | first]
+        return tuple([slice(run[0], run[-1] + 1) for run in _runs(sorted(part))] for part in (local, history))
+
+    def read_slots(self, slots: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a run of buffer slots, each [B, tokens, width]: views."""
+        return self.k[:, slots].flatten(1, 2), self.v[:, slots].flatten(1, 2)
+
+    def shrunk(self, layer: LayerPlan) -> LayerCache:
+        """The same layer with a smaller plan: its anchor, the window's oldest `pinned_frames` and newest frames."""
+        small = LayerCache(self.plan, layer, self.k.device)
+        ordered = list((self.pinned | self.window).items())
+        newest = ordered[max(layer.pinned_frames, len(ordered) - layer.window_frames) :]
+        for i, (ring, entry) in enumerate(ordered[: layer.pinned_frames] + newest):
+            raw = self.raw is not None and small.raw is None
+            source = self.raw[:, ring] if raw else self.k[:, self.window_start + ring]
+            small.k[:, small.window_start + i].copy_(source)
+            small.v[:, small.window_start + i].copy_(self.v[:, self.window_start + ring])
+            if small.raw is not None:
+                small.raw[:, i].copy_(self.raw[:, ring])
+            held = small.pinned if i < layer.pinned_frames else small.window
+            held[i] = _Slot(entry.frame, None if raw else entry.position)
+        for slot, entry in self.anchor.items():
+            to, index = small._anchor_index(slot), self._anchor_index(slot)
+            small.k[:, to].copy_(self.k[:, index])
+            small.v[:, to].copy_(self.v[:, index])
+            small.anchor[slot] = _Slot(entry.frame, entry.position)
+        small.blend_k, small.blend_v = self.blend_k, self.blend_v
+        return small
 
     def commit(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
         """Cache what a clean pass staged: content enters, the oldest leave, then the policy sets the anchor."""
@@ -246,9 +298,13 @@ class LayerCache:
     def _push(self, anchor: Anchor, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
         if self.layer.window_frames == 0:
             anchor.evicted(self, frame, key, value)
+            if self.on_evict is not None:
+                self.on_evict(frame, None, key, value)
             return
-        ring = len(self.window)
-        if ring == self.layer.window_frames:
+        ring = len(self.pinned) + len(self.window)
+        if ring == self.layer.ring_frames:
+            if self.on_evict is not None:
+                self.hand_over(next(iter(self.window)), self.on_evict)
             ring, oldest = self.window.popitem(last=False)
             raw = self.k[:, self.window_start + ring] if self.raw is None else self.raw[:, ring]
             anchor.evicted(self, oldest.frame, raw, self.v[:, self.window_start + ring])
@@ -257,6 +313,14 @@ class LayerCache:
         if self.raw is not None:
             self.raw[:, ring].copy_(key)
         self.window[ring] = _Slot(frame)
+
+    def hand_over(self, ring: int, receiver: Callable[[int, float | None, torch.Tensor, torch.Tensor], None]) -> None:
+        """Show a window frame to `receiver`, its key raw if there is a raw copy."""
+        slot, value = self.window[ring], self.v[:, self.window_start + ring]
+        if self.raw is not None:
+            receiver(slot.frame, None, self.raw[:, ring], value)
+        else:
+            receiver(slot.frame, slot.position, self.k[:, self.window_start + ring], value)
 
     def set_anchor(self, slot: int, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put a raw key and value [B, P, width] into an anchor slot."""
@@ -278,8 +342,8 @@ class LayerCache:
 
     def snapshot(self) -> LayerSnapshot:
         """A copy on the CPU of all that is cached (what is staged for the current chunk is not)."""
-        slots = [*self.anchor.values(), *self.window.values()]
-        rings = list(self.window)
+        slots = [*self.anchor.values(), *self.pinned.values(), *self.window.values()]
+        rings = [*self.pinned, *self.window]
         order = [self._anchor_index(s) for s in self.anchor] + [self.window_start + r for r in rings]
         tensors = {"keys": _to_cpu(self.k, order), "values": _to_cpu(self.v, order)}
         if self.raw is not None:
@@ -293,6 +357,7 @@ class LayerCache:
             frames=tuple(entry.frame for entry in slots),
             positions=tuple(entry.position for entry in slots),
             tensors=tensors,
+            pinned=len(self.pinned),
         )
 
     def restore(self, saved: LayerSnapshot) -> None:
@@ -304,12 +369,13 @@ class LayerCache:
         entries = [_Slot(frame, position) for frame, position in zip(saved.frames, saved.positions, strict=True)]
         anchors = len(saved.anchor_slots)
         self.anchor = dict(zip(saved.anchor_slots, entries[:anchors], strict=True))
-        self.window = OrderedDict(zip(saved.ring_slots, entries[anchors:], strict=True))
-        order = [self._anchor_index(s) for s in self.anchor] + [self.window_start + r for r in self.window]
+        ring = list(zip(saved.ring_slots, entries[anchors:], strict=True))
+        self.pinned, self.window = OrderedDict(ring[: saved.pinned]), OrderedDict(ring[saved.pinned :])
+        order = [self._anchor_index(s) for s in self.anchor] + [self.window_start + r for r in saved.ring_slots]
         self.k[:, order] = saved.tensors["keys"].to(self.k)
         self.v[:, order] = saved.tensors["values"].to(self.v)
         if self.raw is not None:
-            self.raw[:, list(self.window)] = saved.tensors["raw"].to(self.raw)
+            self.raw[:, list(saved.ring_slots)] = saved.tensors["raw"].to(self.raw)
         if self.blend_k is not None:
             self.blend_k.copy_(saved.tensors["blend_keys"])
             self.blend_v.copy_(saved.tensors["blend_values"])
@@ -328,7 +394,9 @@ class LayerCache:
             and set(saved.anchor_slots) == set(range(len(saved.anchor_slots)))
             and set(saved.ring_slots) == set(range(window))
             and len(saved.anchor_slots) <= self.layer.anchor_frames
-            and window <= self.layer.window_frames
+            and saved.pinned == self.layer.pinned_frames
+            and saved.ring_slots[: saved.pinned] == tuple(range(saved.pinned))
+            and saved.pinned <= window <= self.layer.ring_frames
         )
         if not slots_fit or {name: tuple(t.shape) for name, t in saved.tensors.items()} != shapes:
             raise ValueError("the state's cache does not have the layout that its settings say: the file is damaged")
@@ -381,7 +449,7 @@ class KVCache:
 
     @property
     def window_present(self) -> int:
-        return max((len(layer.window) for layer in self.layers), default=0)
+        return max((len(layer.pinned) + len(layer.window) for layer in self.layers), default=0)
 
     def text(
         self, layer: int, key: object, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
+from .absorption.absorber import Absorber, Solution, absorption_bytes
+from .absorption.saved import absorber_state, restore_absorber
+from .absorption.settings import AbsorptionSettings
 from .anchors import Anchor
 from .attention import CachedAttention, Kernel, plain_attention
 from .kv_cache import CachePlan, KVCache, LayerPlan, LayerSnapshot
@@ -55,7 +58,7 @@ class RolloutSpec:
     """Everything that has to match for a rollout to go on; knows its cache's bytes before anything is allocated.
 
     `height` and `width` are in latent pixels; `model` identifies the weights; `layers` overrides the plan of single
-    layers (default: the same for all).
+    layers (default: the same for all); `absorption` lets some forget their history later on.
     """
 
     geometry: ModelGeometry
@@ -69,6 +72,7 @@ class RolloutSpec:
     dtype: torch.dtype
     model: str = ""
     layers: tuple[LayerPlan, ...] | None = None
+    absorption: AbsorptionSettings | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -101,7 +105,7 @@ class RolloutSpec:
     def plan(self, text_tokens: int = 0, vae_bytes: int = 0) -> CachePlan:
         """The cache plan; its `bytes()` is what a run will use."""
         layer = LayerPlan.of(self.anchor, self.window_frames, self.chunk_frames, self.positions)
-        return CachePlan(
+        plan = CachePlan(
             batch=self.batch,
             tokens=self.tokens,
             width=self.geometry.heads * self.geometry.head_dim,
@@ -112,6 +116,9 @@ class RolloutSpec:
             text_tokens=text_tokens,
             vae_bytes=vae_bytes,
         )
+        if self.absorption is None:
+            return plan
+        return replace(plan, absorption_bytes=absorption_bytes(self.absorption, plan, self.geometry.heads))
 
     def describe(self) -> dict[str, Any]:
         """What has to match, by name, JSON-able."""
@@ -127,6 +134,7 @@ class RolloutSpec:
             "positions": self.positions,
             "dtype": str(self.dtype).removeprefix("torch."),
             "layers": None if self.layers is None else [asdict(layer) for layer in self.layers],
+            "absorption": None if self.absorption is None else self.absorption.describe(),
         }
 
     def differences(self, other: dict[str, Any]) -> list[str]:
@@ -161,7 +169,7 @@ class RolloutState:
     `next_frame` is the index of the next chunk's first frame, `next_chunk` counts generated chunks, `emitted` the
     latents that have left; `pending` [B, C, n, h, w] are generated but not yet emitted. `hidden` are the anchor's
     state latents [B, C, S, h, w]. `latents` are all emitted ones, if kept. `stream` belongs to whoever decodes:
-    JSON-able values and tensors.
+    JSON-able values and tensors; so is `absorption`, where the absorption stands.
     """
 
     spec: dict[str, Any]
@@ -173,10 +181,11 @@ class RolloutState:
     hidden: torch.Tensor | None = None
     latents: torch.Tensor | None = None
     stream: dict[str, Any] = field(default_factory=dict)
+    absorption: dict[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.pending, self.hidden, self.latents, *self.stream.values()]
+        tensors = [self.pending, self.hidden, self.latents, *self.stream.values(), *self.absorption.values()]
         return sum(layer.nbytes for layer in self.cache) + sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
     def __repr__(self) -> str:
@@ -212,7 +221,9 @@ class Rollout:
         keep_latents: bool = False,
         text_tokens: int = 0,
         on_step: StepCallback | None = None,
+        solution: Solution | None = None,
     ) -> None:
+        """`solution`: an absorption that was solved before for the same model, prompt and seed."""
         if state is not None and (differences := spec.differences(state.spec)):
             raise ValueError("this state belongs to another rollout: " + "; ".join(differences))
         self.model, self.spec, self.settings, self.on_step = model, spec, settings, on_step
@@ -220,6 +231,8 @@ class Rollout:
         patch = spec.geometry.patch
         rope = Rope(spec.geometry.head_dim, spec.height // patch, spec.width // patch, model.device)
         self.attention = CachedAttention(self.cache, rope, getattr(model, "kernel", plain_attention))
+        if spec.absorption is not None:
+            self.attention.absorber = Absorber(spec.absorption, self.cache, spec.anchor, rope, solution)
         self._next_frame = self._next_chunk = self._emitted = 0
         self._pending = torch.zeros(self._shape(0))
         self._hidden: torch.Tensor | None = None
@@ -238,6 +251,8 @@ class Rollout:
                 raise ValueError("the state's latents do not have the shape that its settings say: it is damaged")
         self._next_frame, self._next_chunk, self._emitted = state.next_frame, state.next_chunk, state.emitted
         self._pending, self._hidden = state.pending, state.hidden
+        if self.attention.absorber is not None:
+            restore_absorber(self.attention.absorber, state.absorption)
         self.cache.restore(state.cache)
         if self._kept is not None and state.latents is not None:
             self._kept.append(state.latents)
@@ -266,6 +281,7 @@ class Rollout:
             hidden=self._hidden,
             latents=self.kept_latents,
             stream=stream or {},
+            absorption={} if self.attention.absorber is None else absorber_state(self.attention.absorber),
         )
 
     def put_back(self, latents: torch.Tensor) -> None:
@@ -308,6 +324,7 @@ class Rollout:
         given = given.float().cpu()
         for content in given.split(self.spec.chunk_frames, dim=2):
             self._checkpoint(0, None)
+            self.attention.start_chunk()
             state = content[:, :, -1:].expand(-1, -1, states, -1, -1)
             self._commit(torch.cat([state, content], dim=2), content.shape[2])
             self._pending = given[:, :, : self._next_frame]
@@ -344,6 +361,7 @@ class Rollout:
         """Denoise and commit one chunk; its content latents [B, C, F, h, w] on the CPU."""
         frames, sigmas = self.spec.chunk_frames, self.settings.schedule.sigmas
         layout = self._layout()
+        self.attention.start_chunk()
         self.attention.place(layout)
         noises = self._noises()
         x, x0 = noises[0], None

@@ -30,16 +30,19 @@ def save_state(state: RolloutState, path: Path | str) -> Path:
         tensors |= {f"cache.{i}.{name}": tensor for name, tensor in layer.tensors.items()}
     streamed = {k: v for k, v in state.stream.items() if isinstance(v, torch.Tensor)}
     tensors |= {f"stream.{name}": tensor for name, tensor in streamed.items()}
+    absorbed = {k: v for k, v in state.absorption.items() if isinstance(v, torch.Tensor)}
+    tensors |= {f"absorption.{name}": tensor for name, tensor in absorbed.items()}
     header = {
         "spec": state.spec,
         "next_frame": state.next_frame,
         "next_chunk": state.next_chunk,
         "emitted": state.emitted,
         "cache": [
-            {name: getattr(layer, name) for name in ("anchor_slots", "ring_slots", "frames", "positions")}
+            {name: getattr(layer, name) for name in ("anchor_slots", "ring_slots", "frames", "positions", "pinned")}
             for layer in state.cache
         ],
         "stream": {k: v for k, v in state.stream.items() if k not in streamed},
+        "absorption": {k: v for k, v in state.absorption.items() if k not in absorbed},
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(header)}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -71,6 +74,7 @@ def load_state(path: Path | str) -> RolloutState:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         layers = tuple(_layer(i, entry, tensors) for i, entry in enumerate(header["cache"]))
         streamed = {n.removeprefix("stream."): t for n, t in tensors.items() if n.startswith("stream.")}
+        absorbed = {n.removeprefix("absorption."): t for n, t in tensors.items() if n.startswith("absorption.")}
         state = RolloutState(
             spec=header["spec"],
             next_frame=int(header["next_frame"]),
@@ -81,6 +85,7 @@ def load_state(path: Path | str) -> RolloutState:
             hidden=tensors.get("hidden"),
             latents=tensors.get("latents"),
             stream=header["stream"] | streamed,
+            absorption=header.get("absorption", {}) | absorbed,
         )
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
         if isinstance(error, ValueError) and str(error).startswith(path.name):
@@ -103,7 +108,7 @@ def _damage(state: RolloutState) -> str | None:
     if state.latents is not None and state.latents.shape[2] != state.emitted:
         return "it does not hold the latents it counts"
     for layer in state.cache:
-        numbers = [*layer.anchor_slots, *layer.ring_slots, *layer.frames]
+        numbers = [*layer.anchor_slots, *layer.ring_slots, *layer.frames, layer.pinned]
         positions = [p for p in layer.positions if p is not None]
         if not all(type(n) is int for n in numbers) or not all(
             isinstance(p, int | float) and math.isfinite(p) for p in positions
@@ -119,5 +124,6 @@ def _layer(index: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor]) 
         ring_slots=tuple(entry["ring_slots"]),
         frames=tuple(entry["frames"]),
         positions=tuple(entry["positions"]),
+        pinned=entry.get("pinned", 0),
         tensors={name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)},
     )

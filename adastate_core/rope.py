@@ -117,6 +117,14 @@ class Layout:
         """Position of a window frame: as far before the end of the past as it lies in the video."""
         return self.past_end - (self.first_frame - frame)
 
+    def pinned(self, slot: int, frame: int) -> int:
+        """Position of a window frame that stays for good: where it lies in the video, but never in front of the window's
+        own first position (`slot` counts pinned frames)."""
+        if self.mode == "absolute":
+            return frame
+        first = self.anchor_capacity if self.mode == "fixed" else max(self.anchor_present, self.state_frames)
+        return max(self.window(frame), first + slot)
+
     def anchor(self, slot: int, frame: int) -> int:
         """Position of an anchor slot that holds video frame `frame` (itself in `absolute`, else the slot)."""
         return frame if self.mode == "absolute" else slot

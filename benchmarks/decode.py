@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from host import demo_vae, load_pack, synchronise, write_table
 
-LENGTHS = (81, 801)
+LENGTHS, LONGEST = (81, 801), 2001
 WAYS = ("host", "streaming", "streaming, 8 a call")
 # one process differs from the next by up to a tenth, whatever the length
 PROCESSES = 5
@@ -59,13 +59,10 @@ def latents(length: int, size: int) -> torch.Tensor:
 
 
 def peak(how: str, length: int, size: int) -> float:
-    """Highest MiB of a fresh process that decodes once (GPU memory where there is one), median of `PROCESSES`."""
+    """Highest MiB of a fresh process that decodes once (GPU memory where there is one)."""
     command = [sys.executable, __file__, "--size", str(size), "--peak", how, "--length", str(length)]
-    peaks = []
-    for _ in range(PROCESSES):
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks.append(json.loads(done.stdout.splitlines()[-1]))
-    return statistics.median(peaks)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure_peak(how: str, length: int, size: int) -> None:
@@ -85,6 +82,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=12, help="turns at 81 frames; a quarter as many at 801, at least 3"
     )
+    parser.add_argument("--only", choices=("time", "memory"), help="one of the two tables")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, default=81, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -93,7 +91,10 @@ def main() -> None:
         if arguments.peak:
             measure_peak(arguments.peak, arguments.length, arguments.size)
         else:
-            measure(arguments.size, arguments.rounds)
+            if arguments.only != "memory":
+                time_table(arguments.size, arguments.rounds)
+            if arguments.only != "time":
+                memory_table(arguments.size)
 
 
 def time_all(vae, samples: torch.Tensor, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -112,31 +113,48 @@ def time_all(vae, samples: torch.Tensor, rounds: int) -> tuple[dict[str, list[fl
     return times, errors
 
 
-def measure(size: int, rounds: int) -> None:
-    vae, table, streamed = demo_vae(), [], []
+def time_table(size: int, rounds: int) -> None:
+    """Write results/decode.md."""
+    vae, table = demo_vae(), []
     time_all(vae, latents(LENGTHS[0], size), 1)
     for length in LENGTHS:
         times, errors = time_all(vae, latents(length, size), rounds if length == LENGTHS[0] else max(3, rounds // 4))
         for how in WAYS:
             ratio = statistics.median(a / b for a, b in zip(times[how], times["host"], strict=True))
-            table.append(
-                [
-                    f"{length}", how, f"{statistics.median(times[how]):.2f}", f"{ratio:.3f}",
-                    f"{errors[how]:.1e}" if errors[how] else "0 (bit-equal)", f"{peak(how, length, size):.0f}",
-                ]
-            )  # fmt: skip
-        streamed.append(peak(NOT_KEPT, length, size))
-        table.append([f"{length}", NOT_KEPT, "", "", "", f"{streamed[-1]:.0f}"])
+            error = f"{errors[how]:.1e}" if errors[how] else "0 (bit-equal)"
+            table.append([f"{length}", how, f"{statistics.median(times[how]):.2f}", f"{ratio:.3f}", error])
     write_table(
         "decode",
-        f"Streaming decode of {size}x{size} frames with the demo's VAE",
-        ["frames", "how", "s (median)", "ratio to the host", "largest error", "peak memory of the process, MiB"],
+        f"Streaming decode of {size}x{size} frames with the demo's VAE: time",
+        ["frames", "how", "s (median)", "ratio to the host", "largest error"],
         table,
         [
-            f"Frames not kept, as in a stream: the peak at {LENGTHS[1]} frames is {streamed[1] / streamed[0]:.3f} of that "
-            f"at {LENGTHS[0]}.",
-            "The host's VAEDecode and the streaming node took turns in one process; the ratio is the median of the turns'. "
-            "Peaks are of processes of their own, median of five, with the host and torch in them.",
+            "The host's VAEDecode and the streaming node took turns in one process; the ratio is the median of the turns'.",
+        ],
+    )
+
+
+def memory_table(size: int) -> None:
+    """Write results/decode-memory.md."""
+    table, streamed = [], {}
+    for length in (*LENGTHS, LONGEST):
+        for how in (*WAYS, NOT_KEPT):
+            if length == LONGEST and how != NOT_KEPT:
+                continue
+            peaks = [peak(how, length, size) for _ in range(PROCESSES)]
+            table.append([f"{length}", how, f"{statistics.median(peaks):.0f}", f"{min(peaks):.0f} to {max(peaks):.0f}"])
+            if how == NOT_KEPT:
+                streamed[length] = statistics.median(peaks)
+    first, middle, last = streamed.values()
+    write_table(
+        "decode-memory",
+        f"Streaming decode of {size}x{size} frames with the demo's VAE: memory",
+        ["frames", "how", "peak MiB (median)", "range"],
+        table,
+        [
+            f"Peaks of {PROCESSES} processes of their own each, with the host and torch in them.",
+            f"Frames not kept, as in a stream: the peak at {LENGTHS[1]} frames is {middle / first:.3f} of that at "
+            f"{LENGTHS[0]}, at {LONGEST} frames {last / middle:.3f} of that at {LENGTHS[1]}.",
         ],
     )
 

@@ -1,0 +1,92 @@
+"""What the absorption of a rollout is asked to do, and when; checked before anything runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCOPES = ("head", "layer", "lowrank")
+REFRESHES = ("never", "drift", "always")
+SELECTIONS = ("residual", "discrepancy", "explained")
+# tried from the right: doing nothing wins ties (measured: small ridges overfit badly)
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
+
+
+@dataclass(frozen=True)
+class AbsorptionSettings:
+    """ISPA (arXiv 2607.00712) as this pack reads it; latent frames throughout.
+
+    After `warmup_frames` the floor(`ratio` * layers) layers whose history is best absorbed keep only `sink_frames` first
+    frames (fewer by what the anchor holds), the newest `local_window_frames` and the chunk being made. `ridge`: a
+    number, or None to choose from RIDGES on held-out rows. `absorb` off is the paper's No Absorb: the same as an
+    infinite ridge. `monitor_layers` of the switched layers (-1: all) keep their history in host memory, and every
+    `monitor_chunks` chunks their residual is measured again; with `refresh` "always" they are then solved anew, with
+    "drift" where the residual is more than `drift` times what it was when they were solved.
+    """
+
+    ratio: float = 0.5
+    warmup_frames: int = 24
+    local_window_frames: int = 6
+    sink_frames: int = 1
+    ridge: float | None = None
+    scope: str = "head"
+    rank: int = 64
+    select: str = "residual"
+    absorb: bool = True
+    monitor_layers: int = 0
+    monitor_chunks: int = 8
+    refresh: str = "never"
+    drift: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio <= 1.0:
+            raise ValueError(f"ratio is {self.ratio}; it must lie between 0 (no layer) and 1 (all layers)")
+        least = {
+            "warmup_frames": (self.warmup_frames, 1),
+            "local_window_frames": (self.local_window_frames, 0),
+            "sink_frames": (self.sink_frames, 0),
+            "rank": (self.rank, 1),
+            "monitor_layers": (self.monitor_layers, -1),
+            "monitor_chunks": (self.monitor_chunks, 1),
+        }
+        for name, (value, low) in least.items():
+            if value < low:
+                raise ValueError(f"{name} is {value}; it must be at least {low}")
+        if self.ridge is not None and not self.ridge >= 0:
+            raise ValueError(f"ridge is {self.ridge}; it must be a number of at least 0, or auto")
+        if not self.drift >= 0:
+            raise ValueError(f"drift is {self.drift}; it must be at least 0")
+        choices = (("scope", SCOPES), ("select", SELECTIONS), ("refresh", REFRESHES))
+        for name, value, known in ((name, getattr(self, name), known) for name, known in choices):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        if self.refresh != "never" and not self.monitor_layers:
+            raise ValueError(
+                f"refresh {self.refresh} needs layers that keep their history: give monitor_layers, -1 for all"
+            )
+
+    def pinned(self, anchor_frames: int) -> int:
+        """Sink frames that a layer has to keep itself, beside the anchor's."""
+        return max(0, self.sink_frames - anchor_frames)
+
+    def layers(self, count: int) -> int:
+        """K, how many of `count` layers are switched."""
+        return math.floor(self.ratio * count + 1e-9)
+
+    @property
+    def ridges(self) -> tuple[float, ...]:
+        """Candidates, from the largest down."""
+        if not self.absorb:
+            return (math.inf,)
+        return tuple(reversed(RIDGES)) if self.ridge is None else (self.ridge,)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able; equal descriptions mean equal behaviour."""
+        return asdict(self) | {"ridge": None if self.ridge is None else str(self.ridge)}
+
+
+def settings_from(description: dict[str, Any]) -> AbsorptionSettings:
+    """What `describe` described; ValueError or TypeError for anything else."""
+    ridge = description.get("ridge")
+    return AbsorptionSettings(**(description | {"ridge": None if ridge is None else float(ridge)}))

@@ -1,0 +1,135 @@
+"""The closed-form correction of one layer, and how well it does on rows that it has not seen.
+
+Least squares of r = full - local on local with a constant: M = (G + lambda I)^-1 C from centred G and C,
+beta = mean(r) - mean(local) M, lambda = ridge * tr(G) / width of a block. The layer then computes o(local (I + M) + beta);
+fitting a change of o's weight itself gives the same (shared notes on ISPA, section 4.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .moments import Moments
+
+# eigenvalues of G below this part of the largest are rounding
+FLOOR = 1e-5
+
+
+@dataclass(frozen=True)
+class Correction:
+    """`matrix` M [blocks, c, c] and `constant` beta [d], float32; what is added to rows is row M + beta.
+
+    A truncated M of one block is kept as `left` [1, d, r] and `right` [1, r, d] instead.
+    """
+
+    constant: torch.Tensor
+    matrix: torch.Tensor | None = None
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+
+    def whole(self) -> torch.Tensor:
+        """M [blocks, c, c]."""
+        return self.left @ self.right if self.matrix is None else self.matrix
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Correction:
+        return Correction(*(None if t is None else t.to(device, dtype) for t in self.parts()))
+
+    def parts(self) -> tuple[torch.Tensor | None, ...]:
+        return self.constant, self.matrix, self.left, self.right
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.parts() if t is not None)
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [B, N, d] + rows M + beta, in the rows' dtype (the correction must have it)."""
+        if self.matrix is None:
+            return rows + (rows @ self.left[0]) @ self.right[0] + self.constant
+        if len(self.matrix) == 1:
+            return rows + rows @ self.matrix[0] + self.constant
+        blocks = rows.unflatten(-1, (len(self.matrix), -1))
+        return rows + torch.einsum("bnhc,hcd->bnhd", blocks, self.matrix).flatten(2) + self.constant
+
+
+def nothing(moments: Moments) -> Correction:
+    """M = 0 and beta = 0."""
+    return Correction(torch.zeros_like(moments.local), torch.zeros_like(moments.gram))
+
+
+def solve(moments: Moments, ridge: float, rank: int | None = None) -> Correction:
+    """The fit at one ridge; infinity gives `nothing`. `rank` truncates M of a single block by its singular values.
+
+    Float64 Cholesky on the moments' device; with hardly any ridge the least-norm solution, since float32 sums leave
+    directions that are rounding alone.
+    """
+    m = float(moments.rows)
+    if math.isinf(ridge) or m < 2:
+        return nothing(moments)
+    gram, cross = moments.gram.double(), moments.cross.double()
+    blocks, size = gram.shape[:2]
+    mean_local, mean_missing = (t.double().view(blocks, 1, size) / m for t in (moments.local, moments.missing))
+    gram = gram - m * mean_local.mT @ mean_local
+    cross = cross - m * mean_local.mT @ mean_missing
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    regular = gram + (ridge * trace / size)[:, None, None] * torch.eye(size, dtype=torch.float64, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(regular)
+    if ridge < FLOOR or bool(failed.any()):
+        matrix = torch.linalg.pinv(regular, rtol=FLOOR, hermitian=True) @ cross
+    else:
+        matrix = torch.cholesky_solve(cross, factor)
+    pair = None
+    if rank is not None and rank < size:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        root = s[:, None, :rank].sqrt()
+        pair = u[:, :, :rank] * root, root.mT * v[:, :rank]
+        matrix = pair[0] @ pair[1]
+    constant = (mean_missing - mean_local @ matrix).flatten().float()
+    if pair is not None:
+        return Correction(constant, None, *(t.float().contiguous() for t in pair))
+    return Correction(constant, matrix.float().contiguous())
+
+
+def residual(moments: Moments, correction: Correction) -> float:
+    """sum ||r - local M - beta||^2 / sum ||full||^2 over the rows of `moments`; 0 where there are none."""
+    energy = float(moments.full_energy)
+    if energy <= 0:
+        return 0.0
+    matrix, beta = correction.whole().double(), correction.constant.double()
+    gram, cross = moments.gram.double(), moments.cross.double()
+    local, missing = moments.local.double(), moments.missing.double()
+    predicted = (local.view(len(matrix), 1, -1) @ matrix).flatten()
+    error = float(moments.missing_energy) - 2 * (matrix * cross).sum() + (matrix * (gram @ matrix)).sum()
+    error += 2 * beta @ predicted - 2 * beta @ missing + float(moments.rows) * beta @ beta
+    return max(0.0, float(error)) / energy
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A layer's correction with the ridge chosen (None once the layer was not), and its held-out residuals with it and
+    with nothing."""
+
+    correction: Correction | None
+    ridge: float
+    residual: float
+    discrepancy: float
+
+    @property
+    def explained(self) -> float:
+        """Share of the discrepancy that the correction removes."""
+        return 1 - self.residual / self.discrepancy if self.discrepancy > 0 else 0.0
+
+
+def fit(seen: Moments, held_out: Moments, ridges: Sequence[float], rank: int | None = None) -> Fit:
+    """Choose among `ridges`, in order, by the residual on `held_out`; the correction is then solved on all rows."""
+    best, least = ridges[0], math.inf
+    for ridge in ridges:
+        error = residual(held_out, solve(seen, ridge, rank))
+        if error < least:
+            best, least = ridge, error
+    whole = seen.copy()
+    whole.merge(held_out)
+    return Fit(solve(whole, best, rank), best, least, residual(held_out, nothing(held_out)))

@@ -1,0 +1,409 @@
+"""The absorption against independent, slower ways: stored activations, one softmax over all keys, whole rollouts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_rollout import SCHEDULE, W_PIXELS, H, roll, spec_for
+from tiny_model import TinyModel
+
+from adastate_core.absorption.absorber import Absorber, choose
+from adastate_core.absorption.collector import Collector
+from adastate_core.absorption.moments import Moments
+from adastate_core.absorption.saved import load_solution, save_solution, solution_from
+from adastate_core.absorption.settings import AbsorptionSettings, settings_from
+from adastate_core.absorption.solve import Fit, fit, nothing, residual, solve
+from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
+from adastate_core.attention_lse import WAYS, attend_part, merge, plain, rows
+from adastate_core.rollout import Rollout, Settings
+from adastate_core.rollout_file import load_state, save_state
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("way", [name for name in WAYS if name in ("flash, cpu", "plain")])
+@pytest.mark.parametrize(("queries", "near", "far", "heads"), [(7, 3, 11, 2), (1, 1, 1, 1), (1030, 40, 9, 3)])
+def test_merged_parts_are_one_softmax(way, queries, near, far, heads, monkeypatch):
+    monkeypatch.setattr("adastate_core.attention_lse.fastest_way", lambda *_: way)
+    q, k, v = (
+        draw(2, queries, heads * 8),
+        draw(2, near + far, heads * 8, seed=1),
+        draw(2, near + far, heads * 8, seed=2),
+    )
+    parts = [attend_part(q, k[:, s], v[:, s], heads) for s in (slice(0, near), slice(near, None))]
+    whole = merge(*parts)
+    scores = torch.einsum("bqhd,bkhd->bhqk", *(t.double().unflatten(-1, (heads, 8)) for t in (q, k))) / 8**0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double().unflatten(-1, (heads, 8))).flatten(2)
+    torch.testing.assert_close(rows(whole).double(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(whole.lse.double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-6)
+
+
+def test_the_plain_way_works_in_half_precision():
+    q, k, v = (draw(1, 2, 5, 16, seed=s).bfloat16() for s in range(3))
+    out, lse = plain(q, k, v)
+    expected, sums = plain(q.float(), k.float(), v.float())
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    torch.testing.assert_close(out.float(), expected, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(lse, sums)
+
+
+def activations(count: int, width: int, rank: int | None = None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of local and full output, related by a hidden linear map, a constant and noise."""
+    local = draw(count, width, seed=seed) + 0.7
+    if rank is not None:
+        local = draw(count, rank, seed=seed) @ draw(rank, width, seed=9)
+    missing = local @ draw(width, width, seed=5) / width + draw(width, seed=6) + 0.1 * draw(count, width, seed=seed + 1)
+    return local, local + missing
+
+
+def moments_of(local: torch.Tensor, full: torch.Tensor, blocks: int, pieces: int = 3) -> Moments:
+    moments = Moments.empty(local.shape[1], blocks)
+    for a, b in zip(local.chunk(pieces), full.chunk(pieces), strict=True):
+        moments.add(a, b)
+    return moments
+
+
+def direct_fit(local: torch.Tensor, full: torch.Tensor, blocks: int, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least squares on the stored rows: the ridge as extra rows, the constant as an unpunished column of ones."""
+    local, missing = local.double(), (full - local).double()
+    size = local.shape[1] // blocks
+    matrices, constants = [], []
+    for h in range(blocks):
+        x, y = (t[:, h * size : (h + 1) * size] for t in (local, missing))
+        weight = math.sqrt(ridge * float((x - x.mean(0)).square().sum()) / size)
+        tall = torch.cat(
+            [torch.cat([x, torch.ones(len(x), 1)], 1), torch.cat([weight * torch.eye(size), torch.zeros(size, 1)], 1)]
+        )
+        known = torch.cat([y, torch.zeros(size, size)])
+        found = torch.linalg.lstsq(tall, known, driver="gelsd", rcond=None if ridge else 1e-4).solution
+        matrices.append(found[:size])
+        constants.append(found[size])
+    return torch.stack(matrices), torch.cat(constants)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.03, 1.0, 10.0])
+@pytest.mark.parametrize(
+    ("count", "width", "blocks", "rank"), [(300, 12, 1, None), (300, 12, 3, None), (80, 16, 2, 3), (6, 16, 1, None)]
+)
+def test_the_solve_is_the_direct_fit(count, width, blocks, rank, ridge):
+    local, full = activations(count, width, rank)
+    found = solve(moments_of(local, full, blocks), ridge)
+    matrix, constant = direct_fit(local, full, blocks, ridge)
+    applied = found.apply(local[None])[0]
+    size = width // blocks
+    predicted = (
+        torch.cat([local.double()[:, h * size : (h + 1) * size] @ matrix[h] for h in range(blocks)], 1) + constant
+    )
+    # with too few rows and no ridge many maps fit equally well; what they give on the rows is the same
+    torch.testing.assert_close(applied.double() - local, predicted, atol=2e-3, rtol=2e-3)
+    if ridge and rank is None:
+        torch.testing.assert_close(found.matrix.double(), matrix, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found.constant.double(), constant, atol=1e-3, rtol=1e-3)
+
+
+def test_rows_of_one_value_and_no_rows_are_no_trouble():
+    same = torch.ones(10, 4)
+    found = solve(moments_of(same, same + 2, 1), 0.1)
+    torch.testing.assert_close(found.apply(same[None])[0], same + 2)
+    assert not solve(Moments.empty(4, 1), 0.1).constant.any()
+    assert residual(Moments.empty(4, 1), nothing(Moments.empty(4, 1))) == 0
+
+
+@pytest.mark.parametrize(("blocks", "rank"), [(1, None), (4, None), (1, 3)])
+def test_the_residual_is_the_error_on_stored_rows(blocks, rank):
+    local, full = activations(200, 16)
+    unseen_local, unseen_full = activations(90, 16, seed=50)
+    found = solve(moments_of(local, full, blocks), 0.3, rank)
+    error = (unseen_full - found.apply(unseen_local[None])[0]).square().sum() / unseen_full.square().sum()
+    assert residual(moments_of(unseen_local, unseen_full, blocks), found) == pytest.approx(float(error), rel=1e-3)
+    assert (found.matrix is None) == (rank is not None)
+
+
+def test_a_low_rank_of_full_rank_changes_nothing_and_a_lower_one_is_the_nearest():
+    local, full = activations(400, 10)
+    moments = moments_of(local, full, 1)
+    whole = solve(moments, 0.1)
+    assert torch.equal(solve(moments, 0.1, rank=10).matrix, whole.matrix)
+    cut = solve(moments, 0.1, rank=4).whole()[0]
+    u, s, v = torch.linalg.svd(whole.matrix[0].double())
+    torch.testing.assert_close(cut.double(), (u[:, :4] * s[:4]) @ v[:4], atol=1e-5, rtol=1e-4)
+
+
+def test_the_ridge_is_chosen_on_held_out_rows_and_doing_nothing_wins_where_nothing_helps():
+    ridges = AbsorptionSettings().ridges
+    assert ridges[0] == math.inf and list(ridges) == sorted(ridges, reverse=True)
+    seen, held = (moments_of(*activations(n, 16, seed=s), 1) for n, s in ((500, 0), (200, 70)))
+    found = fit(seen, held, ridges)
+    errors = {r: residual(held, solve(seen, r)) for r in ridges}
+    assert found.residual == min(errors.values()) == errors[found.ridge] < 0.2 * found.discrepancy
+    both = seen.copy()
+    both.merge(held)
+    assert torch.equal(found.correction.matrix, solve(both, found.ridge).matrix)
+    noise = [draw(60, 16, seed=s) for s in range(4)]
+    unrelated = fit(
+        moments_of(noise[0], noise[0] + 0.2 * noise[1], 1), moments_of(noise[2], noise[2] + 0.2 * noise[3], 1), ridges
+    )
+    assert math.isinf(unrelated.ridge) and not unrelated.correction.whole().any()
+
+
+def test_only_whole_chunks_count_and_the_last_is_held_out():
+    collector = Collector([0], 8, 2, torch.device("cpu"))
+    chunks = [
+        [(draw(1, 10, 8, seed=10 * c + p), draw(1, 10, 8, seed=10 * c + p + 5)) for p in range(2)] for c in range(3)
+    ]
+    for number, passes in enumerate(chunks):
+        collector.start_chunk()
+        collector.add(0, *passes[1])  # a chunk that is interrupted
+        collector.start_chunk()
+        for one in passes:
+            collector.add(0, *one)
+        collector.finish_chunk()
+        if number == 0:
+            fifth = [4, 9]
+            held = torch.cat([local[0, fifth] for local, _ in passes])
+            torch.testing.assert_close(collector.held_out[0].local, held.sum(0))
+            assert float(collector.seen[0].rows) == 16
+    seen = torch.cat([local[0] for passes in chunks[:2] for local, _ in passes])
+    torch.testing.assert_close(collector.seen[0].local, seen.sum(0))
+    assert float(collector.held_out[0].rows) == 20
+    again = Collector([0], 8, 2, torch.device("cpu"))
+    again.restore(collector.state())
+    assert torch.equal(again.seen[0].gram, collector.seen[0].gram) and again.chunks == 3
+
+
+def test_layers_are_chosen_by_score_and_then_by_index():
+    fits = {i: Fit(None, 1.0, r, d) for i, (r, d) in enumerate([(0.2, 0.9), (0.1, 0.1), (0.2, 0.3), (0.1, 0.5)])}
+    assert choose(fits, AbsorptionSettings(ratio=0.75), 4) == (0, 1, 3)
+    assert choose(fits, AbsorptionSettings(ratio=0.5, select="discrepancy"), 4) == (1, 2)
+    assert choose(fits, AbsorptionSettings(ratio=0.5, select="explained"), 4) == (0, 3)
+    assert choose(fits, AbsorptionSettings(ratio=0.49), 4) == (1,)
+
+
+ANCHORS = [Anchor(), AnchorStatic(1), AnchorEMA(1, 0.9), AnchorAdaptive(1)]
+WARM = {"warmup_frames": 12, "local_window_frames": 3, "sink_frames": 1}
+
+
+def absorbed_spec(model, anchor=Anchor(), positions="packed", window=100, **settings):  # noqa: B008
+    spec = spec_for(model, anchor=anchor, W=window, positions=positions)
+    from dataclasses import replace
+
+    return replace(spec, absorption=AbsorptionSettings(**(WARM | settings)))
+
+
+@pytest.mark.parametrize("anchor", ANCHORS, ids=lambda a: a.kind)
+def test_ratio_zero_and_a_short_warm_up_are_the_plain_run(anchor):
+    model = TinyModel()
+    plain_run, _, _ = roll(model, spec_for(model, anchor=anchor, W=100), 24)
+    for settings in ({"ratio": 0.0}, {"warmup_frames": 3}):
+        spec = absorbed_spec(model, anchor, **settings)
+        latents, rollout, _ = roll(model, spec, 24)
+        assert torch.equal(latents, plain_run)
+        assert rollout.attention.absorber.report()["phase"] == "nothing to absorb"
+        assert spec.plan().kv_bytes == rollout.cache.nbytes
+
+
+@pytest.mark.parametrize("positions", ["packed", "fixed", "absolute"])
+@pytest.mark.parametrize("anchor", ANCHORS, ids=lambda a: a.kind)
+def test_an_infinite_ridge_is_no_absorb_is_a_small_cache(anchor, positions):
+    if positions == "absolute" and anchor.relative_only:
+        pytest.skip("refused")
+    model = TinyModel()
+    off, rollout, _ = roll(model, absorbed_spec(model, anchor, positions, ratio=1.0, absorb=False), 33)
+    infinite, _, _ = roll(model, absorbed_spec(model, anchor, positions, ratio=1.0, ridge=math.inf), 33)
+    assert torch.equal(off, infinite)
+    full, _, _ = roll(model, spec_for(model, anchor=anchor, W=100, positions=positions), 33)
+    torch.testing.assert_close(off[:, :, :12], full[:, :, :12], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(off[:, :, 12:], full[:, :, 12:], atol=1e-3)
+    for layer in rollout.cache:
+        assert [slot.frame for slot in layer.window.values()] == [30, 31, 32]
+        assert [slot.frame for slot in layer.pinned.values()] == ([0] if anchor.kind == "none" else [])
+
+
+@pytest.mark.parametrize("scope", ["head", "layer", "lowrank"])
+def test_the_switched_layers_free_their_history(scope):
+    model = TinyModel()
+    spec = absorbed_spec(model, window=30, ratio=0.5, scope=scope, rank=2)
+    _, rollout, _ = roll(model, spec, 33)
+    report = rollout.attention.absorber.report()
+    layers = model.geometry.layers
+    assert len(report["layers"]) == layers // 2 and report["phase"] == "switched"
+    frame = 2 * rollout.cache.plan.frame_bytes * 1.5  # keys, values, and the un-rotated copy of the keys
+    freed = (layers // 2) * (30 - 4) * frame
+    assert report["kv_bytes_before"] - report["kv_bytes_after"] == freed
+    assert rollout.cache.nbytes == report["kv_bytes_after"] == rollout.cache.plan.kv_bytes
+    assert 0 < report["correction_bytes"] <= spec.plan().bytes()["absorption"]
+    assert all(entry["after"] <= entry["before"] for entry in report["residuals"])
+
+
+class Recorder:
+    """Keeps what the absorber saw, and redoes it with one softmax."""
+
+    def __init__(self, rollout: Rollout) -> None:
+        self.rows: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        absorber, heads = rollout.attention.absorber, rollout.spec.geometry.heads
+        collect = absorber._collect
+
+        def recorded(layer: int, q: torch.Tensor, frames: int) -> torch.Tensor:
+            cache = rollout.cache.layers[layer]
+            near = [cache.read_slots(s) for s in absorber._parts(cache, frames)[0]]
+            local = self.attend(q, *(torch.cat(t, 1) for t in zip(*near, strict=True)), heads)
+            full = self.attend(q, *cache.read(frames), heads)
+            self.rows.setdefault(layer, []).append((local.flatten(0, 1), full.flatten(0, 1)))
+            return collect(layer, q, frames)
+
+        absorber._collect = recorded
+
+    @staticmethod
+    def attend(q, k, v, heads):
+        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).flatten(2)
+
+
+@pytest.mark.parametrize("anchor", ANCHORS, ids=lambda a: a.kind)
+def test_the_runs_correction_is_the_fit_on_what_its_layers_gave(anchor):
+    model = TinyModel()
+    spec = absorbed_spec(model, anchor, ratio=1.0, ridge=0.3)
+    rollout = Rollout(model, spec, Settings(7, SCHEDULE))
+    recorder = Recorder(rollout)
+    for _ in rollout.chunks(15):
+        pass
+    absorber = rollout.attention.absorber
+    for layer, passes in recorder.rows.items():
+        local, full = (torch.cat(t) for t in zip(*passes, strict=True))
+        matrix, constant = direct_fit(local, full, model.geometry.heads, 0.3)
+        found = absorber.solution.fits[layer].correction
+        torch.testing.assert_close(found.matrix.double(), matrix, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(found.constant.double(), constant, atol=2e-3, rtol=2e-3)
+    history_chunks = 12 // 3 - (2 if anchor.kind == "adaptive" else 2)
+    assert len(recorder.rows[0]) == history_chunks * (len(SCHEDULE.sigmas) + 1)
+
+
+@pytest.mark.parametrize("anchor", ANCHORS, ids=lambda a: a.kind)
+@pytest.mark.parametrize("stop", [6, 9, 12, 21])
+def test_a_resumed_run_goes_on_bit_for_bit(anchor, stop, tmp_path):
+    model = TinyModel()
+    spec = absorbed_spec(model, anchor, window=18, monitor_layers=-1, monitor_chunks=2, refresh="always")
+    straight, whole, _ = roll(model, spec, 33)
+    first, rollout, _ = roll(model, spec, stop, keep=True)
+    state = load_state(save_state(rollout.snapshot(), tmp_path / "a.safetensors"))
+    second, resumed, _ = roll(model, spec, 33, state=state)
+    assert torch.equal(torch.cat([first, second], 2), straight)
+    assert resumed.attention.absorber.report()["monitor"] == whole.attention.absorber.report()["monitor"] != []
+    with pytest.raises(ValueError, match="absorption is"):
+        Rollout(model, absorbed_spec(model, anchor, window=18, ratio=0.25), Settings(7, SCHEDULE), state=state)
+
+
+def test_an_interrupted_chunk_leaves_no_trace_in_the_statistics():
+    model = TinyModel()
+    spec = absorbed_spec(model)
+    straight, _, _ = roll(model, spec, 24)
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(chunk, step, steps, x0):
+        if chunk == 3 and step == 2:
+            raise Stop
+
+    rollout = Rollout(model, spec, Settings(7, SCHEDULE), keep_latents=True, on_step=interrupt)
+    with pytest.raises(Stop):
+        list(rollout.chunks(24))
+    _, resumed, _ = roll(model, spec, 24, state=rollout.snapshot(), keep=True)
+    assert torch.equal(resumed.kept_latents, straight)
+
+
+def test_watching_changes_nothing_and_refreshing_does():
+    model = TinyModel()
+    plain_run, _, _ = roll(model, absorbed_spec(model), 36)
+    watched, rollout, _ = roll(model, absorbed_spec(model, monitor_layers=1, monitor_chunks=2), 36)
+    assert torch.equal(watched, plain_run)
+    entries = rollout.attention.absorber.report()["monitor"]
+    assert [e["frame"] for e in entries] == [18, 24, 30, 36] and not any(e["refreshed"] for e in entries)
+    refreshed, again, _ = roll(model, absorbed_spec(model, monitor_layers=-1, monitor_chunks=2, refresh="always"), 36)
+    assert torch.equal(refreshed[:, :, :18], plain_run[:, :, :18]) and not torch.equal(refreshed, plain_run)
+    assert all(e["refreshed"] for e in again.attention.absorber.report()["monitor"])
+    assert again.attention.absorber.report()["history_bytes_in_host_memory"] > 0
+
+
+def test_the_monitors_full_attention_is_that_of_a_cache_that_forgot_nothing():
+    """With an infinite ridge and a window that holds everything, local and host history together are all frames."""
+    model = TinyModel()
+    spec = absorbed_spec(model, ratio=1.0, monitor_layers=-1, monitor_chunks=1, ridge=math.inf)
+    rollout = Rollout(model, spec, Settings(7, SCHEDULE))
+    seen = []
+    for _ in rollout.chunks(21):
+        histories = rollout.attention.absorber.histories
+        if histories:
+            layer = rollout.cache.layers[0]
+            held = [s.frame for s in (layer.pinned | layer.window).values()] + [k.frame for k in histories[0]._frames]
+            seen.append(sorted(held))
+    assert seen[-1] == list(range(21))
+
+
+def test_a_saved_solution_gives_the_run_it_came_from_and_no_other_models(tmp_path):
+    model = TinyModel()
+    spec = absorbed_spec(model)
+    straight, rollout, _ = roll(model, spec, 30)
+    absorber: Absorber = rollout.attention.absorber
+    path = save_solution(absorber.solution, spec.absorption, {"model": "a", "seed": 7}, tmp_path / "b.safetensors")
+    settings, belongs_to, state = load_solution(path)
+    assert settings == spec.absorption and belongs_to == {"model": "a", "seed": 7}
+    geometry = model.geometry
+    width = geometry.heads * geometry.head_dim
+    solution = solution_from(state, settings, geometry.layers, width, geometry.heads)
+    again = Rollout(model, spec, Settings(7, SCHEDULE), solution=solution)
+    latents = torch.cat([c.latents for c in again.chunks(30)], 2)
+    # the warm-up is not taken apart this time, so it is equal but for rounding
+    torch.testing.assert_close(latents, straight, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="does not have the shape"):
+        solution_from(state, settings, geometry.layers, 2 * width, geometry.heads)
+    with pytest.raises(ValueError, match="do not fit"):
+        solution_from(state, settings, 4 * geometry.layers, width, geometry.heads)
+    (tmp_path / "c.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="c.safetensors cannot be read as a saved absorption"):
+        load_solution(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ratio": 1.5}, "ratio is 1.5"),
+        ({"warmup_frames": 0}, "warmup_frames is 0"),
+        ({"ridge": -1.0}, "ridge is -1.0"),
+        ({"ridge": math.nan}, "ridge is nan"),
+        ({"scope": "all"}, "scope is 'all'"),
+        ({"select": "luck"}, "select is 'luck'"),
+        ({"refresh": "always"}, "needs layers that keep their history"),
+        ({"monitor_chunks": 0}, "monitor_chunks is 0"),
+    ],
+)
+def test_settings_are_checked(changes, words):
+    with pytest.raises(ValueError, match=words):
+        AbsorptionSettings(**changes)
+
+
+def test_settings_come_back_from_their_description():
+    for settings in (
+        AbsorptionSettings(),
+        AbsorptionSettings(ridge=math.inf, scope="layer"),
+        AbsorptionSettings(ridge=0.3),
+    ):
+        assert settings_from(settings.describe()) == settings
+
+
+def test_wide_models_are_planned_before_they_run():
+    """A 14B's per-layer statistics are far larger than its per-head ones."""
+    sizes = {}
+    for scope in ("head", "layer"):
+        model = TinyModel()
+        spec = absorbed_spec(model, scope=scope)
+        sizes[scope] = spec.plan().bytes()["absorption"]
+    heads, width, layers = model.geometry.heads, model.geometry.heads * model.geometry.head_dim, model.geometry.layers
+    assert sizes["head"] == 3 * layers * 4 * (3 + 2 * width + 2 * width * width // heads)
+    assert sizes["layer"] == 3 * layers * 4 * (3 + 2 * width + 2 * width * width)
+    assert H and W_PIXELS
