@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
-from .absorption.absorber import Absorber, Solution, absorption_bytes
+from .absorption.absorber import Absorber, absorption_bytes
 from .absorption.saved import absorber_state, restore_absorber
 from .absorption.settings import AbsorptionSettings
+from .absorption.solve import Solution
 from .anchors import Anchor
 from .attention import CachedAttention, Kernel, plain_attention
 from .kv_cache import CachePlan, KVCache, LayerPlan, LayerSnapshot

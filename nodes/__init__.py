@@ -1,4 +1,4 @@
-"""The pack's nodes. anchors, rollout, stream, state, analysis, demo: one file a topic; host/: all that touches ComfyUI."""
+"""The pack's nodes, one file a topic (anchors, rollout, stream, state, absorption, analysis, demo); host/ touches ComfyUI."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ class AdaStateExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import analysis, anchors, demo, rollout, state, stream
+            from . import absorption, analysis, anchors, demo, rollout, state, stream
         except Exception:
             # The host reports a failed import in one line; the reason is in the traceback.
             log.error("ComfyUI-AdaState could not be loaded:\n%s", traceback.format_exc())
             raise
         add_own_models()
-        return [*anchors.NODES, *rollout.NODES, *stream.NODES, *state.NODES, *analysis.NODES, *demo.NODES]
+        return [
+            *anchors.NODES,
+            *rollout.NODES,
+            *stream.NODES,
+            *state.NODES,
+            *absorption.NODES,
+            *analysis.NODES,
+            *demo.NODES,
+        ]

@@ -15,6 +15,7 @@ from ..adastate_core.anchors import Anchor, AnchorAdaptive
 from ..adastate_core.rollout import Chunk, Rollout, RolloutSpec, RolloutState, Settings
 from ..adastate_core.schedule import Schedule
 from ..adastate_core.vae_stream import pictures_of
+from .absorption import AbsorptionRequest
 from .host import model as host_model
 from .host.checkpoints import rollout_defaults
 from .host.codec import HostDecoder
@@ -57,6 +58,7 @@ class Request:
     resume: RolloutState | None
     stream: StreamSettings | None
     keep_latents: bool
+    absorption: AbsorptionRequest | None = None
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -96,7 +98,10 @@ class Job:
             positions=self.settings["positions"],
             dtype=self.model.dtype,
             model=host_model.fingerprint(request.model),
+            absorption=request.absorption.settings if request.absorption else None,
         )
+        self.solution = request.absorption.solution(self.spec) if request.absorption else None
+        self.origin = {"prompt": host_model.prompt_digest(context), "seed": request.seed}
         self.decoder = HostDecoder(request.stream.vae) if request.stream else None
         vae_bytes = self.decoder.cache_bytes(*self._latent_size) if self.decoder else 0
         self.text_tokens = context.shape[1]
@@ -173,7 +178,7 @@ class Job:
     def rollout(self, progress: Progress) -> Rollout:
         """Load the models; the rollout that the request asks for, not yet begun."""
         self._load()
-        return Rollout(
+        rollout = Rollout(
             self.model,
             self.spec,
             Settings(self.request.seed, self.schedule),
@@ -181,7 +186,11 @@ class Job:
             keep_latents=self.request.keep_latents,
             text_tokens=self.text_tokens,
             on_step=lambda chunk, step, steps, x0: progress.step(),
+            solution=self.solution,
         )
+        if rollout.attention.absorber is not None:
+            rollout.attention.absorber.origin = self.origin
+        return rollout
 
     def run(self) -> Result:
         """Load, roll, decode; on any end the files are finished, and after a failure the state is saved beside them."""
@@ -240,12 +249,13 @@ class Job:
         frames = pictures_of(rollout.emitted) - pictures_of(before)
         fps = self.request.stream.fps if self.request.stream else 16.0
         times = sorted(chunk.seconds for chunk in made if not chunk.given)
+        absorption = self._absorption_report(rollout)
         if self.request.sigmas is not None:
             self.warnings.append("sigmas is connected, so steps and shift were not used")
         return {
             "plan_bytes": self.plan.bytes(),
             "kv_bytes_planned": self.plan.kv_bytes,
-            "kv_bytes_used": rollout.cache.nbytes,
+            "kv_bytes_used": absorption["kv_bytes_before"] if absorption else rollout.cache.nbytes,
             "text_kv_bytes_used": rollout.cache.text_nbytes,
             "state_bytes": state.nbytes,
             "chunks": len(made),
@@ -260,7 +270,21 @@ class Job:
             | {"seed": self.request.seed, "anchor": self.spec.anchor.describe(), "sigmas": list(self.schedule.sigmas)},
             "files": [target.path.name for target in output.targets] if output else [],
             "warnings": self.warnings,
-        }
+        } | ({"absorption": absorption} if absorption else {})
+
+    def _absorption_report(self, rollout: Rollout) -> dict[str, Any] | None:
+        """The absorber's report, with a warning for what may surprise."""
+        if rollout.attention.absorber is None:
+            return None
+        report = rollout.attention.absorber.report()
+        if report["phase"] == "nothing to absorb" and self.spec.absorption.layers(self.spec.geometry.layers):
+            self.warnings.append(
+                "nothing was absorbed: within the warm-up no layer held more than the sink and the local window; give a larger "
+                "window_frames or warmup_frames, or a smaller local_window_frames"
+            )
+        if others := self.request.absorption.differences(self.origin):
+            self.warnings.append(f"the loaded absorption was solved for another {' and '.join(others)}")
+        return report
 
 
 def report_text(report: dict[str, Any]) -> str:

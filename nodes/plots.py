@@ -45,3 +45,43 @@ def share_plot(found: Sequence[tuple[int, AttentionShare]]) -> torch.Tensor:
 def _short(name: str) -> str:
     kind, number = name.split()
     return {"anchor": f"A{number}", "past": number, "state": f"S{number}", "current": f"+{number}"}[kind]
+
+
+def absorption_plot(report: dict) -> torch.Tensor:
+    """Each layer's error with nothing and with its correction, the switched layers marked; bytes; how it aged."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    watched = report["monitor"]
+    figure = Figure(figsize=(9, 4.6 if watched else 2.8), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2 if watched else 1, 1, squeeze=False)[:, 0]
+    layers = [entry["layer"] for entry in report["residuals"]]
+    for shift, name, colour in ((-0.2, "before", COLOURS["current"]), (0.2, "after", COLOURS["past"])):
+        heights = [entry[name] for entry in report["residuals"]]
+        panels[0].bar([layer + shift for layer in layers], heights, 0.4, color=colour, label=name)
+    for layer in report["layers"]:
+        panels[0].axvspan(layer - 0.45, layer + 0.45, color=COLOURS["state"], alpha=0.25, zorder=0)
+    panels[0].set_xlabel("layer (shaded: switched)", fontsize=8)
+    panels[0].set_ylabel("error of the output", fontsize=8)
+    mib = 2**20
+    freed = f"KV {report['kv_bytes_before'] / mib:.1f} MiB before, {report['kv_bytes_after'] / mib:.1f} after"
+    panels[0].set_title(
+        f"{report['phase']}: {freed}; solved in {report['solve_seconds']:.3f} s", fontsize=9, loc="left"
+    )
+    panels[0].legend(fontsize=8, frameon=False)
+    if watched:
+        for layer in dict.fromkeys(entry["layer"] for entry in watched):
+            mine = [entry for entry in watched if entry["layer"] == layer]
+            panels[1].plot(
+                [e["frame"] for e in mine], [e["residual"] for e in mine], marker="o", label=f"layer {layer}"
+            )
+        for frame in dict.fromkeys(entry["frame"] for entry in watched if entry["refreshed"]):
+            panels[1].axvline(frame, color="black", linewidth=0.5, linestyle=":")
+        panels[1].set_xlabel("latent frame (dotted: solved anew)", fontsize=8)
+        panels[1].set_ylabel("error of the output", fontsize=8)
+        panels[1].legend(fontsize=7, frameon=False, ncols=4)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+    return _image(figure)

@@ -7,6 +7,7 @@ from typing import Any
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedule import Schedule
+from .absorption import AbsorptionRequest
 from .host import api
 from .host.api import ExecutionBlocker, io, schema, ui, widget
 from .host.files import save_metadata
@@ -94,6 +95,9 @@ def _inputs() -> list[io.Input]:
             optional=True,
             tooltip="What is looked back to beyond the window. Empty: what the checkpoint was trained with, else none.",
         ),
+        api.Absorption.Input(
+            "absorption", optional=True, tooltip="Lets some layers forget their history; pays with long windows."
+        ),
         io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels of the steps; beats steps and shift."),
         io.Latent.Input(
             "start_latent",
@@ -178,6 +182,7 @@ class RolloutNode(io.ComfyNode):
         window_frames: int,
         positions: str,
         anchor: Anchor | None = None,
+        absorption: AbsorptionRequest | None = None,
         sigmas: Any = None,
         start_latent: dict[str, Any] | None = None,
         resume: Any = None,
@@ -195,6 +200,7 @@ class RolloutNode(io.ComfyNode):
             resume=resume,
             stream=stream,
             keep_latents=keep_latents,
+            absorption=absorption,
             metadata=save_metadata(cls.hidden) if stream is not None else {},
         )  # fmt: skip
         result = Job(request).run()

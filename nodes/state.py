@@ -11,7 +11,7 @@ from ..adastate_core.rollout_file import load_state, save_state
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.codec import HostDecoder
-from .host.files import STATE_SUFFIX, check_prefix, new_file, state_files, state_path
+from .host.files import STATE_SUFFIX, check_prefix, new_file, saved_files, saved_path
 from .host.model import wan_to_vae_space
 
 CATEGORY = "AdaState/state"
@@ -61,7 +61,7 @@ class LoadStateNode(io.ComfyNode):
                 widget(
                     io.Combo,
                     "file",
-                    options=state_files() or [""],
+                    options=saved_files(STATE_SUFFIX) or [""],
                     tooltip="A saved state: newest first; '<video>.state.safetensors' are the streams' own.",
                 )
             ],
@@ -73,19 +73,19 @@ class LoadStateNode(io.ComfyNode):
         if file is None:
             return True
         try:
-            state_path(file)
+            saved_path(file, "state file")
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> str:
-        path = state_path(file)
+        path = saved_path(file, "state file")
         return f"{path.name}:{path.stat().st_mtime_ns}:{path.stat().st_size}"
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(load_state(state_path(file)))
+        return io.NodeOutput(load_state(saved_path(file, "state file")))
 
 
 class DecodeStateNode(io.ComfyNode):

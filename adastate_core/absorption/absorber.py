@@ -10,7 +10,7 @@ Everything public about ISPA and what is this pack's own choice: docs/design-not
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -24,7 +24,7 @@ from .collector import Collector
 from .host_history import HostHistory
 from .moments import Moments
 from .settings import AbsorptionSettings
-from .solve import Correction, Fit, fit, residual
+from .solve import Correction, Fit, Solution, fit, residual
 
 PHASES = ("warming", "switched", "nothing to absorb")
 
@@ -39,14 +39,6 @@ def absorption_bytes(settings: AbsorptionSettings, plan: CachePlan, heads: int) 
     if not settings.layers(len(plan.layers)):
         return 0
     return 3 * len(plan.layers) * Moments.nbytes_of(plan.width, blocks_of(settings, heads))
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What was solved: the fits of all layers, by layer, and which of them were chosen."""
-
-    chosen: tuple[int, ...]
-    fits: dict[int, Fit] = field(repr=False)
 
 
 def choose(fits: dict[int, Fit], settings: AbsorptionSettings, layers: int) -> tuple[int, ...]:
@@ -77,6 +69,9 @@ class Absorber:
         self.histories: dict[int, HostHistory] = {}
         self.watched: list[dict[str, Any]] = []
         self.seconds = 0.0
+        # the prompt and seed of this run, and those of the run that solved
+        self.origin: dict[str, Any] = {}
+        self.solved_for: dict[str, Any] = {}
         self.bytes_before = self.bytes_after = cache.nbytes
         self._collecting = False
         self.chunks_since = 0
@@ -159,6 +154,7 @@ class Absorber:
             self.solution = Solution(
                 chosen, {i: f if i in chosen else replace(f, correction=None) for i, f in fits.items()}
             )
+        self.solved_for = dict(self.origin)
         held = self.cache.layers[0]
         self._switch(sum(slot.frame < self.pinned for slot in held.window.values()), moved=True)
         self.collector = self._collector(self.histories)

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .absorber import PHASES, Absorber, Solution, blocks_of
+from .absorber import PHASES, Absorber, blocks_of
 from .settings import AbsorptionSettings, settings_from
-from .solve import Correction, Fit
+from .solve import Correction, Fit, Solution
 
 FORMAT, VERSION = "adastate.absorption", 1
 PARTS = ("constant", "matrix", "left", "right")
@@ -68,6 +68,7 @@ def absorber_state(absorber: Absorber) -> dict[str, Any]:
         first = absorber.solution.chosen[0]
         state["pinned"] = absorber.cache.plan.layers[first].pinned_frames
         state |= {"chunks_since": absorber.chunks_since, "watched": absorber.watched, "seconds": absorber.seconds}
+        state["solved_for"] = absorber.solved_for
         state |= {f"solution.{k}": v for k, v in solution_state(absorber.solution).items()}
         for i, history in absorber.histories.items():
             state |= history.state(f"history.{i}")
@@ -80,22 +81,23 @@ def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
         if state["phase"] not in PHASES:
             raise ValueError(f"its phase {state['phase']!r} is not known")
         if state["phase"] == PHASES[0]:
-            absorber.collector.restore(_under("collector.", state))
+            absorber.collector.restore(under("collector.", state))
         elif state["phase"] == PHASES[2]:
             absorber.phase = PHASES[2]
         else:
             plan = absorber.cache.plan
-            saved = _under("solution.", state)
+            saved = under("solution.", state)
             absorber.solution = solution_from(saved, absorber.settings, len(plan.layers), plan.width, absorber.heads)
             absorber.resume_switched(int(state["pinned"]), int(state["chunks_since"]), list(state["watched"]))
-            absorber.seconds = float(state["seconds"])
+            absorber.seconds, absorber.solved_for = float(state["seconds"]), dict(state["solved_for"])
             for i, history in absorber.histories.items():
                 history.restore(state, f"history.{i}", (plan.batch, plan.tokens, plan.width), plan.dtype)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"the state's absorption is damaged: {error}") from error
 
 
-def _under(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+def under(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a flat state whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -121,6 +121,14 @@ class Fit:
     def explained(self) -> float:
         """Share of the discrepancy that the correction removes."""
         return 1 - self.residual / self.discrepancy if self.discrepancy > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What was solved: the fits of all layers, by layer, and which of them were chosen."""
+
+    chosen: tuple[int, ...]
+    fits: dict[int, Fit] = field(repr=False)
 
 
 def fit(seen: Moments, held_out: Moments, ridges: Sequence[float], rank: int | None = None) -> Fit:

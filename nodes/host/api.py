@@ -17,11 +17,13 @@ __all__ = [
     "ui",
     "schema",
     "widget",
+    "Absorption",
     "Anchor",
     "State",
     "Stream",
 ]
 
+Absorption = io.Custom("ADASTATE_ABSORPTION")
 Anchor = io.Custom("ADASTATE_ANCHOR")
 State = io.Custom("ADASTATE_STATE")
 Stream = io.Custom("ADASTATE_STREAM")

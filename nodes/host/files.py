@@ -15,6 +15,7 @@ from .api import io, ui
 
 PACK = Path(__file__).resolve().parents[2]
 STATE_SUFFIX = ".state.safetensors"
+ABSORPTION_SUFFIX = ".absorption.safetensors"
 
 
 def add_own_models() -> None:
@@ -85,11 +86,11 @@ def _inside(root: Path, relative: str) -> Path:
     return path
 
 
-def state_files() -> list[str]:
-    """All saved rollout states in the output and input folders, newest first, as 'name [output]' or 'name'."""
+def saved_files(suffix: str) -> list[str]:
+    """All files with this suffix in the output and input folders, newest first, as 'name [output]' or 'name'."""
     found: list[tuple[float, str]] = []
     for root, mark in ((folder_paths.get_output_directory(), " [output]"), (folder_paths.get_input_directory(), "")):
-        for path in Path(root).rglob(f"*{STATE_SUFFIX}"):
+        for path in Path(root).rglob(f"*{suffix}"):
             with contextlib.suppress(OSError):  # a dangling link, a file that is just being replaced
                 found.append((path.stat().st_mtime, path.relative_to(root).as_posix() + mark))
     return [name for _, name in sorted(found, reverse=True)]
@@ -100,12 +101,12 @@ def output_file(relative: str) -> Path:
     return _inside(Path(folder_paths.get_output_directory()), relative)
 
 
-def state_path(name: str) -> Path:
-    """The file that a name of `state_files` stands for. ValueError if it lies outside or does not exist."""
+def saved_path(name: str, what: str) -> Path:
+    """The file that a name of `saved_files` stands for. ValueError, naming `what`, if it lies outside or is not there."""
     plain, root = folder_paths.annotated_filepath(name)
     path = _inside(Path(root or folder_paths.get_input_directory()), plain.strip())
     if not path.is_file():
-        raise ValueError(f"there is no state file {name!r}; press r to refresh the list, or save a state first")
+        raise ValueError(f"there is no {what} {name!r}; press r to refresh the list, or save one first")
     return path
 
 

@@ -142,6 +142,11 @@ def fingerprint(patcher: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def prompt_digest(context: torch.Tensor) -> str:
+    """Tells one prompt's embeddings from another's."""
+    return hashlib.sha256(context.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
 def to_model_space(patcher: Any, latents: torch.Tensor) -> torch.Tensor:
     """VAE-space latents (a LATENT's samples) to the model's."""
     return patcher.model.process_latent_in(latents)
@@ -180,6 +185,10 @@ def check_memory(plan: CachePlan, available: int) -> None:
         if low >= 0
         else "no window would fit: use a smaller picture, batch or chunk_frames"
     )
+    if plan.absorption_bytes > plan.kv_bytes:
+        fitting += (
+            f"; the absorption's statistics alone take {plan.absorption_bytes / gib:.2f} GiB: scope head needs far less"
+        )
     raise ValueError(
         f"the rollout's caches need {plan.total_bytes / gib:.2f} GiB and {available / gib:.2f} GiB are free; {fitting}"
     )

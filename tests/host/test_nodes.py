@@ -20,7 +20,8 @@ CONTRACT = {
     "AdaStateRollout": (
         [
             "model", "positive", "width", "height", "length", "batch_size", "seed", "steps", "shift", "chunk_frames",
-            "window_frames", "positions", "anchor?", "sigmas?", "start_latent?", "resume?", "stream?", "keep_latents?",
+            "window_frames", "positions", "anchor?", "absorption?", "sigmas?", "start_latent?", "resume?", "stream?",
+            "keep_latents?",
         ],
         ["LATENT", "ADASTATE_STATE", "STRING", "VIDEO"],
     ),
@@ -38,6 +39,16 @@ CONTRACT = {
         ["IMAGE", "STRING"],
     ),
     "AdaStateCompare": (["video_a", "video_b", "video_c?", "video_d?", "labels"], ["VIDEO", "STRING"]),
+    "AdaStateAbsorption": (
+        [
+            "ratio", "warmup_frames", "local_window_frames", "sink_frames", "ridge", "scope", "rank", "select", "absorb",
+            "schedule", "monitor_layers?", "monitor_chunks?", "drift?",
+        ],
+        ["ADASTATE_ABSORPTION"],
+    ),
+    "AdaStateSaveAbsorption": (["state", "filename_prefix"], ["STRING"]),
+    "AdaStateLoadAbsorption": (["file"], ["ADASTATE_ABSORPTION"]),
+    "AdaStateAbsorptionReport": (["report"], ["IMAGE", "STRING"]),
     "AdaStateDemoPrompt": (["terrain", "pace", "balloon", "lantern"], ["CONDITIONING"]),
 }  # fmt: skip
 
@@ -63,7 +74,7 @@ def test_every_input_and_output_says_what_it_is():
 
 def test_output_nodes():
     output = {node_id for node_id, node in NODES.items() if node.define_schema().is_output_node}
-    assert output == {"AdaStateRollout", "AdaStateSaveState"}
+    assert output == {"AdaStateRollout", "AdaStateSaveState", "AdaStateSaveAbsorption"}
 
 
 def test_keywords_that_this_host_does_not_know_are_dropped():
@@ -151,9 +162,9 @@ def test_saving_and_loading_a_state(node, rollout, folders):
     state = rollout(anchor=AnchorStatic(2), length=25).args[1]
     name = node("AdaStateSaveState")(state=state, filename_prefix="states/a").args[0]
     assert name == "states/a_00001_.state.safetensors [output]"
-    from adastate_pack.nodes.host.files import state_files
+    from adastate_pack.nodes.host.files import STATE_SUFFIX, saved_files
 
-    assert state_files() == [name]
+    assert saved_files(STATE_SUFFIX) == [name]
     loader = node("AdaStateLoadState")
     assert loader.validate(file=name) is True
     again = loader(file=name).args[0]
@@ -226,11 +237,11 @@ def test_linked_sizes_are_checked_too(rollout):
 
 
 def test_a_dangling_link_among_the_states_does_not_hide_the_others(folders):
-    from adastate_pack.nodes.host.files import state_files
+    from adastate_pack.nodes.host.files import STATE_SUFFIX, saved_files
 
     (folders / "output" / "gone.state.safetensors").symlink_to(folders / "nowhere")
     (folders / "output" / "here.state.safetensors").touch()
-    assert state_files() == ["here.state.safetensors [output]"]
+    assert saved_files(STATE_SUFFIX) == ["here.state.safetensors [output]"]
 
 
 def test_sigmas_beat_steps_and_shift(rollout):

@@ -1,0 +1,127 @@
+"""The absorption's nodes around the rollout node in a real host."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from adastate_pack.adastate_core.rollout_file import load_state, save_state
+
+DEFAULTS = {
+    "ratio": 0.5, "warmup_frames": 12, "local_window_frames": 3, "sink_frames": 1, "ridge": "auto", "scope": "head",
+    "rank": 8, "select": "residual", "absorb": True, "schedule": "once",
+}  # fmt: skip
+LONG = {"window_frames": 30, "length": 93}
+
+
+@pytest.fixture
+def absorption(node):
+    return lambda **inputs: node("AdaStateAbsorption")(**(DEFAULTS | inputs)).args[0]
+
+
+def report_of(out) -> dict:
+    return json.loads(out.args[2])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"ratio": 2.0}, "ratio is 2.0; it must lie between 0"),
+        ({"ridge": "much"}, "ridge is 'much'; give auto, or a number of at least 0"),
+        ({"ridge": "-1"}, "ridge is '-1'"),
+        ({"ridge": "nan"}, "ridge is 'nan'"),
+        ({"scope": "heads"}, "scope is 'heads'; it must be one of head, layer, lowrank"),
+        ({"select": "luck"}, "select is 'luck'"),
+        ({"schedule": "daily"}, "schedule is 'daily'; it must be one of once, when it drifts"),
+        ({"warmup_frames": 0}, "warmup_frames is 0; it must be at least 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_settings_are_said_before_anything_runs(node, inputs, message):
+    good = {k: v for k, v in DEFAULTS.items() if k != "absorb"}
+    assert node("AdaStateAbsorption").validate(**good) is True
+    assert node("AdaStateAbsorption").validate(**dict.fromkeys(good)) is True
+    assert message in node("AdaStateAbsorption").validate(**(good | inputs))
+
+
+def test_half_the_layers_give_their_history_back(rollout, absorption, node):
+    plain = report_of(rollout(**LONG))
+    out = rollout(**LONG, absorption=absorption())
+    report = report_of(out)
+    found = report["absorption"]
+    assert found["phase"] == "switched" and len(found["layers"]) == 1
+    assert (
+        report["kv_bytes_planned"] == report["kv_bytes_used"] == plain["kv_bytes_planned"] == found["kv_bytes_before"]
+    )
+    layer = plain["kv_bytes_planned"] / 2
+    frame = layer * 26 / (30 * 1.5 + 3)  # of keys, values and the keys' un-rotated copy, without the current chunk
+    assert found["kv_bytes_before"] - found["kv_bytes_after"] == pytest.approx(frame * 1.5)
+    assert found["correction_bytes"] <= report["plan_bytes"]["absorption"]
+    image, text = node("AdaStateAbsorptionReport")(report=out.args[2]).args
+    assert image.ndim == 4 and image.std() > 0.01 and json.loads(text) == found
+    with pytest.raises(ValueError, match="not the REPORT of a rollout with absorption"):
+        node("AdaStateAbsorptionReport")(report=rollout(length=21).args[2])
+
+
+def test_the_models_own_weights_stay_as_they_were(rollout, absorption, model):
+    before = {n: p.clone() for n, p in model.model.diffusion_model.named_parameters()}
+    first = rollout(**LONG).args[0]["samples"]
+    rollout(**LONG, absorption=absorption(ratio=1.0))
+    assert all(torch.equal(before[n], p) for n, p in model.model.diffusion_model.named_parameters())
+    assert torch.equal(rollout(**LONG).args[0]["samples"], first)
+
+
+def test_a_window_with_nothing_to_absorb_says_so(rollout, absorption):
+    plain, absorbed = rollout(length=69), rollout(length=69, absorption=absorption())
+    assert torch.equal(plain.args[0]["samples"], absorbed.args[0]["samples"])
+    report = report_of(absorbed)
+    assert report["absorption"]["phase"] == "nothing to absorb"
+    assert any("nothing was absorbed" in warning for warning in report["warnings"])
+
+
+@pytest.mark.parametrize("length", [33, 69])
+def test_a_state_goes_on_bit_for_bit(rollout, absorption, tmp_path, length):
+    wish = absorption(schedule="every few chunks", monitor_chunks=2)
+    whole = rollout(**LONG, absorption=wish).args[0]["samples"]
+    state = rollout(**(LONG | {"length": length}), absorption=wish).args[1]
+    state = load_state(save_state(state, tmp_path / "a.state.safetensors"))
+    assert torch.equal(rollout(**LONG, absorption=wish, resume=state).args[0]["samples"], whole)
+    with pytest.raises(ValueError, match="this state belongs to another rollout: absorption is"):
+        rollout(**LONG, resume=state)
+
+
+def test_a_saved_correction_serves_again_and_no_other_rollout(rollout, absorption, node, folders):
+    out = rollout(**LONG, absorption=absorption())
+    saved = node("AdaStateSaveAbsorption")(state=out.args[1], filename_prefix="adastate/half").args[0]
+    assert saved.endswith(".absorption.safetensors [output]")
+    assert (Path(folders) / "output" / saved.removesuffix(" [output]")).stat().st_size < 1_000_000
+    loaded = node("AdaStateLoadAbsorption")(file=saved).args[0]
+    again = rollout(**LONG, absorption=loaded)
+    torch.testing.assert_close(again.args[0]["samples"], out.args[0]["samples"], atol=1e-3, rtol=1e-3)
+    assert report_of(again)["absorption"]["layers"] == report_of(out)["absorption"]["layers"]
+    assert not any("solved for another" in warning for warning in report_of(again)["warnings"])
+    other = rollout(**LONG, absorption=loaded, seed=6)
+    assert any("solved for another seed" in warning for warning in report_of(other)["warnings"])
+    with pytest.raises(ValueError, match="belongs to another rollout: width was 4 and is 8"):
+        rollout(**LONG, absorption=loaded, width=64)
+    with pytest.raises(ValueError, match="there is no correction to save: the rollout ran without absorption"):
+        node("AdaStateSaveAbsorption")(state=rollout(length=21).args[1], filename_prefix="x")
+    early = rollout(**(LONG | {"length": 21}), absorption=absorption()).args[1]
+    with pytest.raises(ValueError, match="stands at 'warming'"):
+        node("AdaStateSaveAbsorption")(state=early, filename_prefix="x")
+    assert "there is no absorption file 'gone" in node("AdaStateLoadAbsorption").validate(file="gone.safetensors")
+    assert "does not name a file inside" in node("AdaStateLoadAbsorption").validate(file="../x [output]")
+    (Path(folders) / "input" / "bad.absorption.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="bad.absorption.safetensors cannot be read as a saved absorption"):
+        node("AdaStateLoadAbsorption")(file="bad.absorption.safetensors")
+
+
+def test_statistics_that_do_not_fit_are_refused_with_the_scope_that_would(rollout, absorption, monkeypatch):
+    from adastate_pack.nodes.host import model as host_model
+
+    needed = report_of(rollout(**LONG))["plan_bytes"]
+    monkeypatch.setattr(host_model, "available_bytes", lambda patcher: sum(needed.values()) + 1000)
+    with pytest.raises(ValueError, match="caches need"):
+        rollout(**LONG, absorption=absorption(scope="layer"))
