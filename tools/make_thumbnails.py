@@ -27,12 +27,23 @@ GRID = 2
 
 
 def frame_grid(video: Path) -> Image.Image:
-    """Frames spread over the whole video, row by row; small ones are enlarged without smoothing."""
+    """Frames spread over the whole video, row by row; small ones are enlarged without smoothing.
+
+    Of a wide video, such as a comparison, whole frames one below the other.
+    """
     with av.open(str(video)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
     count = GRID * GRID
     cell = SIDE // GRID
     sheet = Image.new("RGB", (SIDE, SIDE))
+    if frames[0].width >= 1.5 * frames[0].height:
+        rows = max(1, min(count, SIDE * frames[0].width // (frames[0].height * SIDE)))
+        for i in range(rows):
+            frame = frames[(i + 1) * (len(frames) - 1) // rows]
+            fitting = min(SIDE / frame.width, SIDE / rows / frame.height)
+            small = frame.resize((int(frame.width * fitting), int(frame.height * fitting)), Image.Resampling.LANCZOS)
+            sheet.paste(small, ((SIDE - small.width) // 2, SIDE * i // rows + (SIDE // rows - small.height) // 2))
+        return sheet
     for i in range(count):
         frame = frames[i * (len(frames) - 1) // (count - 1)]
         side = min(frame.size)
@@ -44,13 +55,16 @@ def frame_grid(video: Path) -> Image.Image:
 
 
 def video_of(server: Server, output: Path, name: str) -> Path:
-    """Run a workflow; the longest video that it left in the output folder."""
-    entry = run_prompt(server, json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8")))
+    """Run a workflow; the longest video that it left in the output folder, of those that Save Video wrote if any."""
+    prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    entry = run_prompt(server, prompt)
     if entry["status"]["status_str"] != "success":
         raise SetupError(f"{name} did not run; the host's log is {server.log}", code=1)
+    savers = {node for node in entry["outputs"] if prompt[node]["class_type"] == "SaveVideo"}
     files = [
         output / file["subfolder"] / file["filename"]
-        for node in entry["outputs"].values()
+        for number, node in entry["outputs"].items()
+        if not savers or number in savers
         for entries in node.values()
         for file in entries
         if isinstance(file, dict) and file.get("type") == "output" and file["filename"].endswith(".mp4")
