@@ -3,8 +3,8 @@
     python3 run.py train evaluate --config training/configs/evaluate.toml
 
 Contenders share scenes and content noise, so differences are taken stream by stream; intervals are 95 % bootstrap
-intervals over streams. Results of each contender are kept in the run's folder and not computed twice (`--fresh` does).
-The table goes to `folder/comparison.md`.
+intervals over streams. Results of each contender are kept in the run's folder and not computed twice: delete a file
+to measure again. The table goes to `folder/comparison.md`, pictures and clips to `scratch`.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ class Evaluation:
         self.run, self.config = run, run.config
         self.codec = load_codec(self.config["codec"])
         self.horizon = self.config["horizon_latents"]
+        self.scratch = Path(self.config["scratch"])
+        self.scratch.mkdir(parents=True, exist_ok=True)
 
     def segments(self, lengths: list[int]) -> dict[str, range]:
         """The last horizon's worth of latents at every length, by name."""
@@ -125,7 +127,7 @@ class Evaluation:
                     lead = pictures_of(frames.start - keep[number].start)
                     video = decoded(self.codec, latents[number][i])[lead:]
                     if i < 4:
-                        draw_sheet([video], self.run.folder / f"{name}_{segment}_{i}.png".replace(" ", "_"))
+                        draw_sheet([video], self.scratch / f"{name}_{segment}_{i}.png".replace(" ", "_"))
                 rows[segment].append(figures(video, scene, true, max(0, 4 * frames.start - 3)))
         file.write_text(json.dumps(rows))
         log.info("%s: %d streams to %dx", name, streams, max(lengths))
@@ -142,7 +144,7 @@ class Evaluation:
         return json.loads(file.read_text())
 
     def _recall_clips(self) -> tuple[tuple[torch.Tensor, ...], ColourJudge]:
-        file = self.run.folder / "recall_clips.pt"
+        file = self.scratch / "recall_clips.pt"
         if not file.exists():
             chunks, encoder = self.config["recall_gap"] + 3, partial(encode_clip, self.codec)
             count, seed = self.config["recall_streams"], self.config["scenes_seed"]
