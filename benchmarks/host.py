@@ -34,8 +34,9 @@ def load_pack() -> None:
     spec.loader.exec_module(module)
 
 
-def random_model(geometry: str, layers: int | None = None) -> Any:
-    """A MODEL of a Wan 2.1 geometry with random weights, through the host's own loader (bf16 on a GPU)."""
+def random_model(geometry: str, layers: int | None = None, fp8: bool = False) -> Any:
+    """A MODEL of a Wan 2.1 geometry with random weights, through the host's own loader (bf16 on a GPU; `fp8`: 8-bit
+    linear weights, as Load Diffusion Model's weight_dtype gives them)."""
     import comfy.ops
     import comfy.sd
     from comfy.ldm.wan.model import WanModel
@@ -55,7 +56,7 @@ def random_model(geometry: str, layers: int | None = None) -> Any:
         else:
             fan = value[0].numel() if value.ndim > 1 else 400
             state[name] = (torch.randn(value.shape, generator=generator) / fan**0.5).to(dtype)
-    return comfy.sd.load_diffusion_model_state_dict(state)
+    return comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float8_e4m3fn} if fp8 else {})
 
 
 def demo_vae() -> Any:
