@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import anchor_from
 from adastate_core.demo_words import prompt
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
@@ -31,6 +32,7 @@ class Contender:
     lora: str = ""
     steps: int = 4
     shift: float = 5.0
+    absorption: dict[str, Any] | None = None
 
     @property
     def frames(self) -> int:
@@ -55,21 +57,30 @@ class Contender:
         }  # fmt: skip
         return Student(self.model(), config)
 
-    @torch.no_grad()
-    def rolled_out(self, scenes: list[Scene], seed: int, length: int, keep: list[range]) -> list[torch.Tensor]:
-        """Content latents [N, 16, n, h, w] of the frames in each of `keep`, one stream a scene, `length` frames in all.
-
-        The content's noise depends on `seed` and the place in the list alone, so contenders can be compared in pairs.
-        """
+    def rollout(self, scenes: list[Scene], seed: int) -> Rollout:
+        """One stream a scene. The content's noise depends on `seed` and the place in the list alone, so contenders can be
+        compared in pairs."""
         bare = BareModel(self.model(), torch.cat([prompt(scene.words(0)) for scene in scenes]))
         side = SIZE // 8
         spec = RolloutSpec(
             bare.geometry, len(scenes), side, side, CHUNK_LATENTS, self.window_frames, anchor_from(self.anchor),
             self.positions, torch.float32,
+            absorption=None if self.absorption is None else AbsorptionSettings(**self.absorption),
         )  # fmt: skip
-        kept: list[list[torch.Tensor]] = [[] for _ in keep]
-        for chunk in Rollout(bare, spec, Settings(seed, self.schedule)).chunks(length):
-            for wanted, parts in zip(keep, kept, strict=True):
-                inside = [i for i in range(chunk.latents.shape[2]) if chunk.first_frame + i in wanted]
-                parts.append(chunk.latents[:, :, inside])
-        return [torch.cat(parts, 2) for parts in kept]
+        return Rollout(bare, spec, Settings(seed, self.schedule))
+
+    @torch.no_grad()
+    def rolled_out(self, scenes: list[Scene], seed: int, length: int, keep: list[range]) -> list[torch.Tensor]:
+        """Content latents [N, 16, n, h, w] of the frames in each of `keep`, `length` frames in all."""
+        return collected(self.rollout(scenes, seed), length, keep)
+
+
+@torch.no_grad()
+def collected(rollout: Rollout, length: int, keep: list[range]) -> list[torch.Tensor]:
+    """Roll on to `length` latent frames; the latents [N, 16, n, h, w] of the frames in each of `keep`."""
+    kept: list[list[torch.Tensor]] = [[] for _ in keep]
+    for chunk in rollout.chunks(length):
+        for wanted, parts in zip(keep, kept, strict=True):
+            inside = [i for i in range(chunk.latents.shape[2]) if chunk.first_frame + i in wanted]
+            parts.append(chunk.latents[:, :, inside])
+    return [torch.cat(parts, 2) for parts in kept]

@@ -1,0 +1,160 @@
+"""What absorption does to the pictures: against the full history of the same seed, and against the world.
+
+    python3 run.py train absorption_quality --config training/configs/absorption_quality.toml
+
+A correction belongs to one video, so every stream is rolled out by itself. The first contender is the full history that the
+others are compared with. Measurements are kept in the run's folder; the table goes to `folder/quality.md`, plots beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from kornia.metrics import psnr, ssim
+
+from adastate_core.vae_stream import pictures_of
+
+from . import measures
+from .bare_model import load_codec
+from .contenders import Contender, collected
+from .evaluate import LEAD, evaluation_scenes, figures, interval, true_segment
+from .run import Run, log
+from .sheets import decoded, draw_sheet
+from .world import CHUNK_LATENTS, Scene
+
+TO_FULL = ("PSNR to full, dB", "SSIM to full")
+FLICKER = "flicker at the chunk's rate"
+SHOWN = ("balloon off its colour, dE", "balloon found", "sky off its colours, dE", "flow error, px a frame", "seam")
+
+
+def flicker(video: torch.Tensor) -> float:
+    """Share of the motion's variation over time that has the chunks' period (12 pictures) and its overtones."""
+    series = measures.motion(video)
+    period = 4 * CHUNK_LATENTS
+    series = series[: len(series) // period * period]
+    power = torch.fft.rfft(series - series.mean()).abs().square()
+    overtones = power[len(series) // period :: len(series) // period]
+    return float(overtones.sum() / power.sum().clamp(min=1e-20))
+
+
+def nearness(video: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """PSNR and SSIM of every picture [t, h, w, 3] to the full history's, [t] each."""
+    a, b = (t.permute(0, 3, 1, 2) for t in (video, full))
+    similar = ssim(a, b, window_size=5).mean((1, 2, 3))
+    return torch.stack([psnr(x, y, 1.0) for x, y in zip(a, b, strict=True)]).clamp(max=100), similar
+
+
+class Quality:
+    """The scenes and segments that every contender is judged on."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config
+        self.codec = load_codec(self.config["codec"])
+        self.scenes = evaluation_scenes(self.config["streams"], self.config["scenes_seed"])
+        span = self.config["segment_latents"]
+        self.segments = {f"{n / 4:.0f} s": range(n - span, n) for n in self.config["latents"]}
+        self.full: dict[tuple[int, str], torch.Tensor] = {}
+
+    def videos(self, contender: Contender, stream: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(segment -> pictures, the absorber's report) of one stream."""
+        keep = [range(max(0, s.start - LEAD), s.stop) for s in self.segments.values()]
+        rollout = contender.rollout([self.scenes[stream]], self.config["seed"] + stream)
+        latents = collected(rollout, max(self.config["latents"]), keep)
+        pictures = {}
+        for (name, frames), part, kept in zip(self.segments.items(), latents, keep, strict=True):
+            pictures[name] = decoded(self.codec, part[0])[pictures_of(frames.start - kept.start) :]
+        absorber = rollout.attention.absorber
+        return pictures, {} if absorber is None else absorber.report()
+
+    def measured(self, contender: Contender) -> dict[str, Any]:
+        """{"rows": segment -> one dict a stream, "psnr": segment -> curves, "reports": one a stream}."""
+        file = self.run.folder / f"{contender.name}.json".replace(" ", "_").replace(",", "")
+        first = not self.full
+        if file.exists() and not first:
+            return json.loads(file.read_text())
+        found: dict[str, Any] = {
+            "rows": {s: [] for s in self.segments},
+            "psnr": {s: [] for s in self.segments},
+            "reports": [],
+        }
+        for stream, scene in enumerate(self.scenes):
+            pictures, report = self.videos(contender, stream)
+            found["reports"].append(report)
+            for name, video in pictures.items():
+                full = self.full.setdefault((stream, name), video)
+                noise, similar = nearness(video, full)
+                row = self._figures(video, scene, self.segments[name])
+                row |= {TO_FULL[0]: noise.mean().item(), TO_FULL[1]: similar.mean().item(), FLICKER: flicker(video)}
+                found["rows"][name].append(row)
+                found["psnr"][name].append([round(v, 2) for v in noise.tolist()])
+            if stream < 2:
+                draw_sheet(list(pictures.values()), Path(self.config["scratch"], f"{contender.name}_{stream}.png"))
+        file.write_text(json.dumps(found))
+        log.info("%s", contender.name)
+        return found
+
+    def _figures(self, video: torch.Tensor, scene: Scene, frames: range) -> dict[str, float]:
+        true = true_segment(self.codec, scene, frames)
+        return figures(video, scene, true, max(0, 4 * frames.start - 3))
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Means with 95 % intervals over streams, a line a contender and segment."""
+    columns = (*TO_FULL, FLICKER, *SHOWN)
+    lines = ["| what | until | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
+    for name, found in results.items():
+        for segment, rows in found["rows"].items():
+            cells = ["{:.2f} ({:.2f} to {:.2f})".format(*interval([row[column] for row in rows])) for column in columns]
+            lines.append(f"| {name} | {segment} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Nearness to the full history over time, and what each layer would lose before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    others = {name: found for name, found in list(results.items())[1:]}
+    segments = list(next(iter(results.values()))["psnr"])
+    figure, panels = pyplot.subplots(1, len(segments) + 1, figsize=(4 * len(segments) + 5, 3.6), layout="constrained")
+    for panel, segment in zip(panels, segments, strict=False):
+        for name, found in others.items():
+            curve = torch.tensor(found["psnr"][segment]).mean(0)
+            panel.plot(curve, label=name, linewidth=1)
+        panel.set_title(f"until {segment}", fontsize=9, loc="left")
+        panel.set_xlabel("picture", fontsize=8)
+    panels[0].set_ylabel("PSNR to full history, dB", fontsize=8)
+    panels[0].legend(fontsize=6, frameon=False)
+    for name, found in others.items():
+        reports = [r for r in found["reports"] if r.get("residuals")]
+        if reports:
+            after = torch.tensor([[e["after"] for e in r["residuals"]] for r in reports]).mean(0)
+            panels[-1].plot(after, marker="o", markersize=3, linewidth=1, label=name)
+    panels[-1].set_xlabel("layer", fontsize=8)
+    panels[-1].set_title("held-out error after absorbing", fontsize=9, loc="left")
+    panels[-1].set_yscale("log")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+@torch.no_grad()
+def main() -> None:
+    run = Run.from_arguments("Compare absorbed rollouts with full history.")
+    Path(run.config["scratch"]).mkdir(parents=True, exist_ok=True)
+    quality = Quality(run)
+    contenders = [Contender(**entry) for entry in run.config["contenders"]]
+    results = {contender.name: quality.measured(contender) for contender in contenders}
+    lines = [f"# Absorption: {run.config['streams']} streams, against the full history of the same seed", ""]
+    lines += [*table(results), ""]
+    Path(run.folder, "quality.md").write_text("\n".join(lines))
+    draw(results, run.folder / "quality.png")
+    log.info("%s", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
