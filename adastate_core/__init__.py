@@ -1,7 +1,10 @@
 """Long causal video rollouts at constant memory, in plain PyTorch. Knows nothing of ComfyUI.
 
 rope            rotary embedding of Wan, and where in time a cached frame stands
-kv_cache        the plan of a cache (frozen, knows its bytes) and the buffers of one run
+cache_plan      the plan of a cache: frozen, knows its bytes
+kv_cache        the buffers of one run
+attention_lse   attention in parts with log-sum-exps, and their exact merge
+absorption/     layers whose history becomes a closed-form correction (ISPA)
 attention       what a model's attention layers call during a pass
 anchors         what the anchor slots of the cache hold: none, static, ema, adaptive
 schedule        sigmas, re-noising, noise by (seed, chunk, step)

@@ -22,7 +22,8 @@ from .absorption.settings import AbsorptionSettings
 from .absorption.solve import Solution
 from .anchors import Anchor
 from .attention import CachedAttention, Kernel, plain_attention
-from .kv_cache import CachePlan, KVCache, LayerPlan, LayerSnapshot
+from .cache_plan import CachePlan, LayerPlan
+from .kv_cache import KVCache, LayerSnapshot
 from .rope import POSITION_MODES, Layout, Rope
 from .schedule import TIMESTEPS, Schedule, denoised, noise, renoised
 

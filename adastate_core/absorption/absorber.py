@@ -18,7 +18,8 @@ import torch
 
 from ..anchors import Anchor
 from ..attention_lse import Part, attend_part, merge, rows
-from ..kv_cache import CachePlan, KVCache, LayerCache
+from ..cache_plan import CachePlan
+from ..kv_cache import KVCache, LayerCache
 from ..rope import Layout, Rope
 from .collector import Collector
 from .host_history import HostHistory

@@ -12,7 +12,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ...adastate_core.attention import CachedAttention
-from ...adastate_core.kv_cache import CachePlan
+from ...adastate_core.cache_plan import CachePlan
 from ...adastate_core.rollout import ModelGeometry
 from ...adastate_core.wan_attention import (
     SESSION,
