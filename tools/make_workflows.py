@@ -82,6 +82,22 @@ It needs weights that were trained with it. On others it acts like one more fram
         },
         room={6: 330, 7: 370, 9: 240, 11: 340},
     ),
+    "absorption": Layout(
+        note="""\
+### Half the layers without their history
+With a long **window_frames** most of the cache is history. After the warm-up half the layers drop theirs, and a correction \
+solved in closed form stands in for it (ISPA).
+
+The report shows what each layer would lose before and after, which were switched (shaded), and how the corrections age.
+
+Turn **absorb** off on *Absorption (ISPA)* to see the same without a correction.""",
+        groups={
+            "Model, prompt, settings": [[1, 2, 3], [4]],
+            "Roll out and write": [[5], [6]],
+            "What it did": [[7], [8]],
+        },
+        room={6: 340, 8: 340},
+    ),
     "anchor_comparison": Layout(
         note="""\
 ### Four anchors side by side

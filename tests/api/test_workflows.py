@@ -55,6 +55,24 @@ def test_hidden_state(client):
     assert outputs["11"]["images"][0]["type"] == "temp", "the plot of the attention's shares"
 
 
+def test_absorption(client):
+    graph = workflow("absorption", n6__length=161)
+    saving = {"state": ["6", 1], "filename_prefix": "adastate/absorption"}
+    graph["9"] = {"class_type": "AdaStateSaveAbsorption", "inputs": saving}
+    outputs = client.run(graph)
+    report = json.loads(outputs["6"]["adastate_report"][0])
+    found = report["absorption"]
+    assert found["phase"] == "switched" and len(found["layers"]) == 3
+    assert found["kv_bytes_after"] < 0.75 * found["kv_bytes_before"] == 0.75 * report["kv_bytes_planned"]
+    assert found["monitor"] and report["warnings"] == []
+    assert outputs["8"]["images"][0]["type"] == "temp"
+    saved = outputs["9"]["text"][0].splitlines()[0]
+    again = workflow("absorption", n6__length=161)
+    again["4"] = {"class_type": "AdaStateLoadAbsorption", "inputs": {"file": saved}}
+    report = json.loads(client.run(again)["6"]["adastate_report"][0])
+    assert report["absorption"]["layers"] == found["layers"] and report["warnings"] == []
+
+
 def test_anchor_comparison(client):
     lengths = {f"n{node}__length": 33 for node in (9, 11, 13, 15)}
     outputs = client.run(workflow("anchor_comparison", **lengths))
