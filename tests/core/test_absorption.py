@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_rollout import SCHEDULE, W_PIXELS, H, roll, spec_for
+from test_rollout import SCHEDULE, roll, spec_for
 from tiny_model import TinyModel
 
 from adastate_core.absorption.absorber import Absorber, choose
@@ -17,7 +17,7 @@ from adastate_core.absorption.settings import AbsorptionSettings, settings_from
 from adastate_core.absorption.solve import Fit, fit, nothing, residual, solve
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
 from adastate_core.attention_lse import WAYS, attend_part, merge, plain, rows
-from adastate_core.rollout import Rollout, Settings
+from adastate_core.rollout import ModelGeometry, Rollout, RolloutSpec, Settings
 from adastate_core.rollout_file import load_state, save_state
 
 
@@ -396,14 +396,19 @@ def test_settings_come_back_from_their_description():
         assert settings_from(settings.describe()) == settings
 
 
-def test_wide_models_are_planned_before_they_run():
-    """A 14B's per-layer statistics are far larger than its per-head ones."""
-    sizes = {}
-    for scope in ("head", "layer"):
-        model = TinyModel()
-        spec = absorbed_spec(model, scope=scope)
-        sizes[scope] = spec.plan().bytes()["absorption"]
-    heads, width, layers = model.geometry.heads, model.geometry.heads * model.geometry.head_dim, model.geometry.layers
-    assert sizes["head"] == 3 * layers * 4 * (3 + 2 * width + 2 * width * width // heads)
-    assert sizes["layer"] == 3 * layers * 4 * (3 + 2 * width + 2 * width * width)
-    assert H and W_PIXELS
+def test_a_14b_is_planned_to_the_byte():
+    """832x480, bf16, 126 latent frames of keys: per-head statistics fit beside the cache, per-layer ones do not."""
+    heads, layers, width, tokens = 40, 40, 5120, 1560
+    geometry = ModelGeometry(16, layers, heads, 128)
+    for scope, blocks in (("head", heads), ("layer", 1), ("lowrank", 1)):
+        settings = AbsorptionSettings(scope=scope)
+        spec = RolloutSpec(
+            geometry, 1, 60, 104, 3, 123, Anchor(), "absolute", torch.bfloat16, absorption=settings
+        )  # fmt: skip
+        sizes = spec.plan().bytes()
+        assert sizes["k"] == sizes["v"] == layers * 123 * tokens * width * 2
+        assert sizes["current"] == 2 * layers * 3 * tokens * width * 2
+        per_layer = 2 * width * (width // blocks) + 2 * width + 3
+        assert sizes["absorption"] == 3 * layers * per_layer * 4
+        assert (sizes["absorption"] < 0.7 * 2**30) == (scope == "head")
+    assert spec.plan().bytes()["absorption"] > 20 * 2**30
