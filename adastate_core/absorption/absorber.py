@@ -173,7 +173,7 @@ class Absorber:
         for i in chosen:
             old = self.cache.layers[i]
             if i in watched:
-                self.histories[i] = HostHistory(self.full_window)
+                self.histories[i] = HostHistory(max(0, self.full_window - plans[i].ring_frames))
                 if moved:
                     self._remember(i, old)
             self.cache.layers[i] = old.shrunk(plans[i]) if moved else LayerCache(old.plan, plans[i], self.device)

@@ -345,6 +345,20 @@ def test_the_monitors_full_attention_is_that_of_a_cache_that_forgot_nothing():
     assert seen[-1] == list(range(21))
 
 
+def test_the_host_remembers_as_much_as_the_other_layers():
+    model = TinyModel()
+    spec = absorbed_spec(model, window=12, ratio=0.5, monitor_layers=-1)
+    rollout = Rollout(model, spec, Settings(7, SCHEDULE))
+    for _ in rollout.chunks(36):
+        pass
+    absorber = rollout.attention.absorber
+    (switched,), (kept,) = absorber.solution.chosen, {0, 1} - set(absorber.solution.chosen)
+    small = rollout.cache.layers[switched]
+    mine = [slot.frame for slot in small.window.values()] + [one.frame for one in absorber.histories[switched]._frames]
+    others = sorted(slot.frame for slot in rollout.cache.layers[kept].window.values())
+    assert sorted(mine) == others[1:], "one place is the pinned first frame's"
+
+
 def test_a_saved_solution_gives_the_run_it_came_from_and_no_other_models(tmp_path):
     model = TinyModel()
     spec = absorbed_spec(model)
