@@ -76,7 +76,7 @@ class AbsorptionNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="AdaStateAbsorption",
-            display_name="Absorption (ISPA)",
+            display_name="ISPA Cache Absorption",
             category=CATEGORY,
             description="After a warm-up some layers forget their history for good; a correction solved in closed form stands "
             "in for it (ISPA, arXiv 2607.00712). Pays with long windows; a window of 6 has nothing to absorb.",

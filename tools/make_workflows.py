@@ -90,7 +90,7 @@ solved in closed form stands in for it (ISPA).
 
 The report shows what each layer would lose before and after, which were switched (shaded), and how the corrections age.
 
-Turn **absorb** off on *Absorption (ISPA)* to see the same without a correction.""",
+Turn **absorb** off on *ISPA Cache Absorption* to see the same without a correction.""",
         groups={
             "Model, prompt, settings": [[1, 2, 3], [4]],
             "Roll out and write": [[5], [6]],

@@ -1,0 +1,195 @@
+"""Causal Wan checkpoints as people have them: what a file is, before anything of it is loaded, and its plain weights.
+
+safetensors files are read by their header; torch files with `weights_only=True`, mapped and not copied. Names lose the
+prefixes and infixes that trainers leave in them; of several models in one file the averaged generator is taken (Self-Forcing
+and its kin write `generator`, `generator_ema` and `critic`).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+PARTS = ("generator_ema", "ema", "generator", "model_ema", "model", "state_dict")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
+INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+HEAD_CHANNELS = 128
+
+
+def plain_name(name: str) -> str:
+    """A weight's name as Wan itself has it, whatever wrappers it was saved through."""
+    for infix in INFIXES:
+        name = name.replace(infix, "")
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in PREFIXES:
+            if name.startswith(prefix):
+                name, stripped = name.removeprefix(prefix), True
+    return name
+
+
+@dataclass(frozen=True)
+class WanGeometry:
+    """The sizes of a Wan transformer: `width`, `feed_forward`, `layers`, `heads`, latent channels in, text channels."""
+
+    width: int
+    feed_forward: int
+    layers: int
+    heads: int
+    in_channels: int
+    text_channels: int
+
+    @property
+    def parameters(self) -> str:
+        """What people call it."""
+        return {1536: "1.3B", 5120: "14B"}.get(self.width, f"width {self.width}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that has been looked into: shapes and dtypes by plain name, its metadata, and how to read one tensor."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    metadata: Mapping[str, str]
+    part: str
+    _read: Callable[[str], torch.Tensor] = field(repr=False)
+
+    @property
+    def geometry(self) -> WanGeometry:
+        """Its sizes; ValueError, naming the file, if it is not a whole Wan 2.1 text-to-video transformer."""
+        return geometry_of(self.shapes, self.path.name)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(torch.Size(shape).numel() * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """One weight after the other: a second copy of the whole never exists."""
+        for name in self.shapes:
+            yield name, self._read(name)
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Look into a file. ValueError in one sentence for anything that cannot be read safely."""
+    path = Path(path)
+    try:
+        if path.suffix in TORCH_SUFFIXES:
+            return _open_torch(path)
+        return _open_safetensors(path)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path.name} is a pickle with more than tensors in it and was not read; convert it to safetensors where you trust it"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path.name} cannot be read as a checkpoint: {reason}") from error
+
+
+def _open_safetensors(path: Path) -> Checkpoint:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        metadata, names = dict(file.metadata() or {}), list(file.keys())
+        part, chosen = _choose({n: n for n in names})
+        slices = {plain: file.get_slice(name) for plain, name in chosen.items()}
+        shapes = {plain: tuple(one.get_shape()) for plain, one in slices.items()}
+        dtypes = {plain: _DTYPES[one.get_dtype()] for plain, one in slices.items() if one.get_dtype() in _DTYPES}
+    if missing := set(shapes) - set(dtypes):
+        raise ValueError(f"{path.name} holds {sorted(missing)[0]} in a number format that torch does not have")
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.get_tensor(chosen[name])
+
+    return Checkpoint(path, shapes, dtypes, metadata, part, read)
+
+
+def _open_torch(path: Path) -> Checkpoint:
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    part = ""
+    while isinstance(content, dict) and not any(isinstance(v, torch.Tensor) for v in content.values()):
+        inner = next((name for name in PARTS if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            raise ValueError(f"{path.name} holds no weights; a checkpoint has {', '.join(PARTS[:3])} or plain weights")
+        part, content = inner, content[inner]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds a {type(content).__name__} and not named weights")
+    flat = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    inner, chosen = _choose(flat)
+    shapes = {name: tuple(t.shape) for name, t in chosen.items()}
+    dtypes = {name: t.dtype for name, t in chosen.items()}
+    return Checkpoint(path, shapes, dtypes, {}, part or inner, lambda name: chosen[name])
+
+
+def _choose(entries: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(the model taken, its entries by plain name) from flat names, which may hold several models."""
+    for part in PARTS:
+        mine = {n.removeprefix(f"{part}."): v for n, v in entries.items() if n.startswith(f"{part}.")}
+        if mine and any(plain_name(n).startswith("blocks.") for n in mine):
+            return part, {plain_name(n): v for n, v in mine.items()}
+    return "", {plain_name(n): v for n, v in entries.items()}
+
+
+def geometry_of(shapes: Mapping[str, tuple[int, ...]], file: str = "the file") -> WanGeometry:
+    """Sizes from the weights' shapes; ValueError for what is missing or does not fit together."""
+    needed = ("patch_embedding.weight", "text_embedding.0.weight", "head.head.weight", "blocks.0.ffn.0.weight")
+    if absent := [name for name in needed if name not in shapes]:
+        raise ValueError(f"{file} is not a Wan transformer: it has no {absent[0]}")
+    numbers = sorted({int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d{1,4})\.", name))})
+    if numbers != list(range(len(numbers))):
+        gap = next(i for i, number in enumerate([*numbers, -1]) if number != i)
+        raise ValueError(
+            f"{file} is incomplete: it has {len(numbers)} layers up to {numbers[-1]}, and layer {gap} is missing"
+        )
+    width, in_channels = shapes["patch_embedding.weight"][:2]
+    if width % HEAD_CHANNELS:
+        raise ValueError(
+            f"{file} has a width of {width}, which is not a whole number of Wan's heads of {HEAD_CHANNELS}"
+        )
+    feed_forward = shapes["blocks.0.ffn.0.weight"][0]
+    wrong = _misfits(shapes, width, feed_forward, len(numbers))
+    if wrong:
+        raise ValueError(f"{file} does not fit together: {wrong}")
+    text = shapes["text_embedding.0.weight"][1]
+    return WanGeometry(width, feed_forward, len(numbers), width // HEAD_CHANNELS, in_channels, text)
+
+
+def _misfits(shapes: Mapping[str, tuple[int, ...]], width: int, feed_forward: int, layers: int) -> str:
+    """The first weight of a layer that is missing or has another shape than the others'; empty if all fit."""
+    square, linear = (width, width), {"ffn.0": (feed_forward, width), "ffn.2": (width, feed_forward)}
+    for kind in ("self_attn", "cross_attn"):
+        linear |= {f"{kind}.{name}": square for name in "qkvo"}
+    for i in range(layers):
+        for name, shape in linear.items():
+            found = shapes.get(f"blocks.{i}.{name}.weight")
+            if found is None:
+                return f"blocks.{i}.{name}.weight is missing"
+            if found != shape:
+                return f"blocks.{i}.{name}.weight is {list(found)} and should be {list(shape)}"
+    return ""
+
+
+def own_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What this pack's exporter wrote into a file about how it wants to be rolled out; empty for others' files."""
+    try:
+        found = json.loads(checkpoint.metadata.get("adastate", "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip

@@ -1,0 +1,192 @@
+"""Every layout in which causal Wan files are passed around, made small, and files that mean harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from adastate_core.checkpoints import geometry_of, open_checkpoint, own_metadata, plain_name
+
+WIDTH, FEED_FORWARD, LAYERS = 128, 192, 2
+
+
+def weights(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """The weights of a tiny Wan 2.1 transformer that tell its sizes, by Wan's own names."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "patch_embedding.weight": (WIDTH, 16, 1, 2, 2),
+        "text_embedding.0.weight": (WIDTH, 4096),
+        "head.head.weight": (64, WIDTH),
+    }
+    for i in range(LAYERS):
+        shapes |= {
+            f"blocks.{i}.{kind}.{n}.weight": (WIDTH, WIDTH) for kind in ("self_attn", "cross_attn") for n in "qkvo"
+        }
+        shapes |= {f"blocks.{i}.ffn.0.weight": (FEED_FORWARD, WIDTH), f"blocks.{i}.ffn.2.weight": (WIDTH, FEED_FORWARD)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def renamed(prefix: str, infix: str = "", seed: int = 0) -> dict[str, torch.Tensor]:
+    """The same under a trainer's names: a prefix on all, an infix behind the block's number."""
+    return {
+        prefix + (name if not infix else name.replace(".self_attn", f".{infix}self_attn")): value
+        for name, value in weights(seed).items()
+    }
+
+
+LAYOUTS = {
+    "plain": lambda: weights(),
+    "the host's prefix": lambda: renamed("model.diffusion_model."),
+    "half the host's prefix": lambda: renamed("diffusion_model."),
+    "flat generator_ema beside others": lambda: renamed("generator_ema.model.") | renamed("generator.model.", seed=5),
+    "flat generator": lambda: renamed("generator.") | {"critic.blocks.0.ffn.0.weight": torch.zeros(2)},
+    "FSDP": lambda: renamed("model._fsdp_wrapped_module.", "_checkpoint_wrapped_module."),
+    "compiled": lambda: renamed("_orig_mod.model."),
+}
+NESTED = {
+    "Self-Forcing": lambda: {
+        "generator": renamed("model.", seed=5), "generator_ema": renamed("model."), "critic": renamed("model.", seed=6),
+    },
+    "Self-Forcing, FSDP": lambda: {"generator_ema": renamed("model._fsdp_wrapped_module.", "_checkpoint_wrapped_module.")},
+    "generator only": lambda: {"generator": renamed("model."), "step": 5},
+    "state_dict": lambda: {"state_dict": renamed("model.")},
+    "twice": lambda: {"model": {"state_dict": renamed("")}},
+    "plain": lambda: weights(),
+}  # fmt: skip
+
+
+def check(path) -> None:
+    found, expected = open_checkpoint(path), weights()
+    assert dict(found.tensors()).keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.tensors())
+    assert found.nbytes == sum(t.nbytes for t in expected.values())
+    geometry = found.geometry
+    assert (geometry.width, geometry.feed_forward, geometry.layers, geometry.heads) == (WIDTH, FEED_FORWARD, LAYERS, 1)
+    assert (geometry.in_channels, geometry.text_channels) == (16, 4096)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_safetensors_layouts(layout, tmp_path):
+    save_file(layout(), tmp_path / "a.safetensors")
+    check(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("layout", NESTED.values(), ids=NESTED.keys())
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt"])
+def test_torch_layouts(layout, suffix, tmp_path):
+    torch.save(layout(), tmp_path / f"a{suffix}")
+    check(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_every_number_format_keeps_its_own(dtype, tmp_path):
+    save_file(weights(dtype=dtype), tmp_path / "a.safetensors")
+    found = open_checkpoint(tmp_path / "a.safetensors")
+    assert set(found.dtypes.values()) == {dtype} and found.geometry.layers == LAYERS
+
+
+def test_our_own_metadata_is_read_and_others_is_not_trusted(tmp_path):
+    for text, expected in ((json.dumps({"steps": 4}), {"steps": 4}), ("[1]", {}), ("{", {})):
+        save_file(weights(), tmp_path / "a.safetensors", metadata={"adastate": text})
+        assert own_metadata(open_checkpoint(tmp_path / "a.safetensors")) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("model.model.diffusion_model.blocks.0.x", "blocks.0.x"),
+        ("module.model._orig_mod.head.head.weight", "head.head.weight"),
+        ("modulation", "modulation"),
+        ("model_x.weight", "model_x.weight"),
+    ],
+)
+def test_names(name, plain):
+    assert plain_name(name) == plain
+
+
+def without(name: str) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in weights().items() if not n.startswith(name)}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (without("patch_embedding"), "is not a Wan transformer: it has no patch_embedding.weight"),
+        (without("blocks.0"), "is not a Wan transformer: it has no blocks.0.ffn.0.weight"),
+        (without("blocks.1.self_attn.k"), "does not fit together: blocks.1.self_attn.k.weight is missing"),
+        (weights() | {"blocks.1.ffn.2.weight": torch.zeros(3, 3)}, "blocks.1.ffn.2.weight is \\[3, 3\\] and should be"),
+        (weights() | {"blocks.3.ffn.0.weight": torch.zeros(3, 3)}, "has 3 layers up to 3, and layer 2 is missing"),
+        (weights() | {"patch_embedding.weight": torch.zeros(130, 16, 1, 2, 2)}, "a width of 130"),
+    ],
+)
+def test_wrong_weights_are_refused_by_name(content, words, tmp_path):
+    save_file(content, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=f"bad.safetensors .*{words}|bad.safetensors {words}"):
+        _ = open_checkpoint(tmp_path / "bad.safetensors").geometry
+
+
+class Harm:
+    """Runs a command when it is unpickled the trusting way."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    mark = tmp_path / "ran"
+    torch.save({"generator": {"model.x": Harm(str(mark))}}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Harm(str(mark))))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(ValueError, match=f"{name} (is a pickle with more than tensors|cannot be read)"):
+            open_checkpoint(tmp_path / name)
+    assert not mark.exists()
+
+
+def test_broken_files_are_refused_in_one_sentence(tmp_path):
+    save_file(weights(), tmp_path / "whole.safetensors")
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    torch.save(weights(), tmp_path / "whole.pt")
+    packed = (tmp_path / "whole.pt").read_bytes()
+    header = struct.pack("<Q", 2**40) + b"{}"
+    broken = {
+        "cut.safetensors": whole[: len(whole) // 2],
+        "empty.safetensors": b"",
+        "huge_header.safetensors": header,
+        "not_json.safetensors": struct.pack("<Q", 4) + b"{{{{",
+        "cut.pt": packed[: len(packed) // 2],
+        "empty.pt": b"",
+        "text.pt": b"hello",
+    }
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name) as error:
+            open_checkpoint(tmp_path / name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="gone.safetensors cannot be read"):
+        open_checkpoint(tmp_path / "gone.safetensors")
+    torch.save({"epoch": 3}, tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="none.pt holds no weights"):
+        open_checkpoint(tmp_path / "none.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="list.pt holds a list and not named weights"):
+        open_checkpoint(tmp_path / "list.pt")
+
+
+def test_public_sizes_have_their_names():
+    def shapes(width: int, feed_forward: int) -> dict[str, tuple[int, ...]]:
+        linear = {f"blocks.0.{kind}.{n}.weight": (width, width) for kind in ("self_attn", "cross_attn") for n in "qkvo"}
+        linear |= {"blocks.0.ffn.0.weight": (feed_forward, width), "blocks.0.ffn.2.weight": (width, feed_forward)}
+        rest = {"patch_embedding.weight": (width, 16, 1, 2, 2), "text_embedding.0.weight": (width, 4096)}
+        return linear | rest | {"head.head.weight": (64, width)}
+
+    assert geometry_of(shapes(1536, 8960)).parameters == "1.3B" and geometry_of(shapes(1536, 8960)).heads == 12
+    assert geometry_of(shapes(5120, 13824)).parameters == "14B" and geometry_of(shapes(5120, 13824)).heads == 40
