@@ -1,7 +1,6 @@
-"""Make the README's pictures, frames spread over a video of the long_video workflow.
+"""Make docs/images/ten_minutes.png, the README's picture, from a video of the long_video workflow with length 9601.
 
-python -m tools.make_readme_picture long_video output/video/AdaState_00001_.mp4
-python -m tools.make_readme_picture ten_minutes output/video/AdaState_00002_.mp4    # the same with length 9601
+python -m tools.make_readme_picture output/video/AdaState_00001_.mp4
 """
 
 from __future__ import annotations
@@ -12,15 +11,13 @@ from pathlib import Path
 import av
 from PIL import Image
 
-IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-# columns, rows, enlargement
-GRIDS = {"long_video": (5, 2, 3), "ten_minutes": (10, 4, 2)}
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "images" / "ten_minutes.png"
+COLUMNS, ROWS, SCALE = 10, 4, 2
 
 
-def main(name: str, video: str) -> None:
+def main(video: str) -> None:
     """Frames at equal distances over the whole video, row by row, enlarged without smoothing."""
-    columns, rows, scale = GRIDS[name]
-    count = columns * rows
+    count = COLUMNS * ROWS
     sheet: Image.Image | None = None
     with av.open(video) as container:
         total = container.streams.video[0].frames
@@ -28,13 +25,13 @@ def main(name: str, video: str) -> None:
         for number, frame in enumerate(container.decode(video=0)):
             if number not in wanted:
                 continue
-            width, height = scale * frame.width, scale * frame.height
-            sheet = sheet or Image.new("RGB", (columns * width, rows * height))
-            place = wanted[number] % columns * width, wanted[number] // columns * height
+            width, height = SCALE * frame.width, SCALE * frame.height
+            sheet = sheet or Image.new("RGB", (COLUMNS * width, ROWS * height))
+            place = wanted[number] % COLUMNS * width, wanted[number] // COLUMNS * height
             sheet.paste(frame.to_image().resize((width, height), Image.Resampling.NEAREST), place)
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    sheet.convert("P", palette=Image.Palette.ADAPTIVE).save(IMAGES / f"{name}.png", optimize=True)
+    TARGET.parent.mkdir(parents=True, exist_ok=True)
+    sheet.convert("P", palette=Image.Palette.ADAPTIVE).save(TARGET, optimize=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])
