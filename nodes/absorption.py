@@ -52,10 +52,15 @@ class AbsorptionRequest:
         except ValueError as error:
             raise ValueError(f"the absorption {self.name} cannot be used: {error}") from error
 
+    @property
+    def solved_for(self) -> dict[str, Any] | None:
+        """Prompt and seed of a saved correction."""
+        return None if self.belongs_to is None else self.belongs_to.get("solved_for", {})
+
     def differences(self, origin: dict[str, Any]) -> list[str]:
         """What does not rule a saved correction out, but makes it a guess: another prompt or seed."""
-        solved_for = (self.belongs_to or {}).get("solved_for", {})
-        return [name for name in origin if self.belongs_to is not None and solved_for.get(name) != origin[name]]
+        solved_for = self.solved_for
+        return [] if solved_for is None else [name for name in origin if solved_for.get(name) != origin[name]]
 
 
 def parse_ridge(text: str) -> float | None:

@@ -189,7 +189,7 @@ class Job:
             solution=self.solution,
         )
         if rollout.attention.absorber is not None:
-            rollout.attention.absorber.origin = self.origin
+            rollout.attention.absorber.origin = self.request.absorption.solved_for or self.origin
         return rollout
 
     def run(self) -> Result:

@@ -21,7 +21,8 @@ class Collector:
         self.seen: dict[int, Moments] = {}
         self.held_out: dict[int, Moments] = {}
         self.chunks = 0
-        self._current: dict[int, tuple[Moments, Moments]] = {}
+        # (seen, held out) of the chunk under way; once there are whole chunks all of it is held out
+        self._current: dict[int, tuple[Moments | None, Moments]] = {}
 
     def start_chunk(self) -> None:
         """Forget what a chunk that was not finished has added."""
@@ -30,13 +31,14 @@ class Collector:
     def add(self, layer: int, local: torch.Tensor, full: torch.Tensor) -> None:
         """Rows of one pass, [B, N, d] each."""
         if layer not in self._current:
-            self._current[layer] = self._empty(), self._empty()
+            self._current[layer] = None if self.chunks else self._empty(), self._empty()
         seen, held = self._current[layer]
-        if self.chunks:
+        if seen is None:
             held.add(local.flatten(0, 1), full.flatten(0, 1))
             return
-        out = torch.arange(local.shape[1], device=local.device) % FIFTH == FIFTH - 1
-        for moments, part in ((seen, ~out), (held, out)):
+        for first in range(FIFTH):
+            part = slice(first, None, FIFTH)
+            moments = held if first == FIFTH - 1 else seen
             moments.add(local[:, part].flatten(0, 1), full[:, part].flatten(0, 1))
 
     def finish_chunk(self) -> None:
@@ -44,7 +46,7 @@ class Collector:
         if not self._current:
             return
         for layer, (seen, held) in self._current.items():
-            if self.chunks:
+            if seen is None:
                 self.seen[layer].merge(self.held_out[layer])
             else:
                 self.seen[layer] = seen

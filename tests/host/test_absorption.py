@@ -104,6 +104,9 @@ def test_a_saved_correction_serves_again_and_no_other_rollout(rollout, absorptio
     assert not any("solved for another" in warning for warning in report_of(again)["warnings"])
     other = rollout(**LONG, absorption=loaded, seed=6)
     assert any("solved for another seed" in warning for warning in report_of(other)["warnings"])
+    assert other.args[1].absorption["solved_for"] == out.args[1].absorption["solved_for"], (
+        "not for the seed that took it"
+    )
     with pytest.raises(ValueError, match="belongs to another rollout: width was 4 and is 8"):
         rollout(**LONG, absorption=loaded, width=64)
     with pytest.raises(ValueError, match="there is no correction to save: the rollout ran without absorption"):
