@@ -13,7 +13,15 @@ from ..adastate_core.absorption.solve import Solution
 from ..adastate_core.rollout import RolloutSpec, RolloutState
 from .host import api
 from .host.api import io, schema, ui, widget
-from .host.files import ABSORPTION_SUFFIX, check_prefix, new_file, saved_files, saved_path
+from .host.files import (
+    ABSORPTION_SUFFIX,
+    check_prefix,
+    check_saved,
+    saved_files,
+    saved_fingerprint,
+    saved_path,
+    write_new,
+)
 from .plots import absorption_plot
 
 CATEGORY = "AdaState/absorption"
@@ -217,13 +225,9 @@ class SaveAbsorptionNode(io.ComfyNode):
         belongs_to = {name: state.spec[name] for name in BELONGS} | {
             "solved_for": state.absorption.get("solved_for", {})
         }
-        target = new_file(filename_prefix, ABSORPTION_SUFFIX)
-        try:
-            save_solution(solution, settings, belongs_to, target.path)
-        except BaseException:
-            target.path.unlink(missing_ok=True)
-            raise
-        name = f"{target.name} [output]"
+        name = write_new(
+            filename_prefix, ABSORPTION_SUFFIX, lambda path: save_solution(solution, settings, belongs_to, path)
+        )
         return io.NodeOutput(name, ui=ui.PreviewText(f"{name}\n{len(solution.chosen)} layers: {list(solution.chosen)}"))
 
 
@@ -248,18 +252,11 @@ class LoadAbsorptionNode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None) -> bool | str:
-        if file is None:
-            return True
-        try:
-            saved_path(file, "absorption file")
-        except ValueError as error:
-            return str(error)
-        return True
+        return check_saved(file, "absorption file")
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> str:
-        path = saved_path(file, "absorption file")
-        return f"{path.name}:{path.stat().st_mtime_ns}:{path.stat().st_size}"
+        return saved_fingerprint(file, "absorption file")
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

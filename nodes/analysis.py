@@ -15,7 +15,7 @@ from .host import api
 from .host.api import io, schema, ui, widget
 from .host.files import new_file, save_metadata
 from .host.progress import Progress
-from .job import Job, Request
+from .job import Job, Request, check_size
 from .plots import share_plot
 
 CATEGORY = "AdaState/analysis"
@@ -70,9 +70,8 @@ class AttentionShareNode(io.ComfyNode):
     def validate_inputs(
         cls, width: int | None = None, height: int | None = None, windows: str | None = None
     ) -> bool | str:
-        for name, value in (("width", width), ("height", height)):
-            if value is not None and (value < 16 or value % 16):
-                return f"{name} is {value}; it must be a multiple of 16, at least 16: try {max(16, round(value / 16) * 16)}"
+        if reason := check_size(width, height):
+            return reason
         if windows is not None:
             try:
                 parse_windows(windows)

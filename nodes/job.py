@@ -28,6 +28,15 @@ MOST_STATE_FRAMES = 16
 FALLBACK = {"steps": 4, "shift": 5.0, "chunk_frames": 3, "window_frames": 3, "positions": "packed"}
 
 
+def check_size(width: int | None, height: int | None) -> str | None:
+    """Why a picture cannot have this size, or None; linked numbers arrive as None."""
+    for name, value in (("width", width), ("height", height)):
+        if value is not None and (value < 16 or value % 16):
+            nearest = max(16, round(value / 16) * 16)
+            return f"{name} is {value}; it must be a multiple of 16, at least 16: try {nearest}"
+    return None
+
+
 def checkpoint_anchor(defaults: dict[str, Any]) -> Anchor:
     """What a checkpoint's `state_frames` and `state_after_past` ask for; no anchor where they are not of use."""
     frames = defaults.get("state_frames")

@@ -11,7 +11,7 @@ from .absorption import AbsorptionRequest
 from .host import api
 from .host.api import ExecutionBlocker, io, schema, ui, widget
 from .host.files import save_metadata
-from .job import Job, Request, report_text
+from .job import Job, Request, check_size, report_text
 
 MAX_LENGTH = 2**24
 NO_STREAM = "VIDEO comes from a stream: connect Stream To Video to the rollout's stream input, or use Render Video."
@@ -151,10 +151,8 @@ class RolloutNode(io.ComfyNode):
         positions: str | None = None,
     ) -> bool | str:
         """The first thing wrong with the numbers, in a sentence; linked inputs arrive as None."""
-        for name, value in (("width", width), ("height", height)):
-            if value is not None and (value < 16 or value % 16):
-                nearest = max(16, round(value / 16) * 16)
-                return f"{name} is {value}; it must be a multiple of 16, at least 16: try {nearest}"
+        if reason := check_size(width, height):
+            return reason
         least = {"length": (length, 1), "batch_size": (batch_size, 1), "steps": (steps, 0), "shift": (shift, 0)}
         least |= {"chunk_frames": (chunk_frames, 0), "window_frames": (window_frames, -1)}
         for name, (value, low) in least.items():

@@ -11,7 +11,7 @@ from ..adastate_core.rollout_file import load_state, save_state
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.codec import HostDecoder
-from .host.files import STATE_SUFFIX, check_prefix, new_file, saved_files, saved_path
+from .host.files import STATE_SUFFIX, check_prefix, check_saved, saved_files, saved_fingerprint, saved_path, write_new
 from .host.model import wan_to_vae_space
 
 CATEGORY = "AdaState/state"
@@ -39,13 +39,7 @@ class SaveStateNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, state: RolloutState, filename_prefix: str) -> io.NodeOutput:
-        target = new_file(filename_prefix, STATE_SUFFIX)
-        try:
-            save_state(state, target.path)
-        except BaseException:
-            target.path.unlink(missing_ok=True)
-            raise
-        name = f"{target.subfolder}/{target.path.name}".lstrip("/") + " [output]"
+        name = write_new(filename_prefix, STATE_SUFFIX, lambda path: save_state(state, path))
         return io.NodeOutput(name, ui=ui.PreviewText(f"{name}\n{state!r}"))
 
 
@@ -70,18 +64,11 @@ class LoadStateNode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None) -> bool | str:
-        if file is None:
-            return True
-        try:
-            saved_path(file, "state file")
-        except ValueError as error:
-            return str(error)
-        return True
+        return check_saved(file, "state file")
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> str:
-        path = saved_path(file, "state file")
-        return f"{path.name}:{path.stat().st_mtime_ns}:{path.stat().st_size}"
+        return saved_fingerprint(file, "state file")
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

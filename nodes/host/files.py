@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,33 @@ def saved_path(name: str, what: str) -> Path:
     if not path.is_file():
         raise ValueError(f"there is no {what} {name!r}; press r to refresh the list, or save one first")
     return path
+
+
+def check_saved(name: str | None, what: str) -> bool | str:
+    """For validate_inputs: True, or why `name` stands for no saved file; a linked name arrives as None and passes."""
+    try:
+        if name is not None:
+            saved_path(name, what)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def saved_fingerprint(name: str, what: str) -> str:
+    """Changes when the file that `name` stands for does."""
+    path = saved_path(name, what)
+    return f"{path.name}:{path.stat().st_mtime_ns}:{path.stat().st_size}"
+
+
+def write_new(prefix: str, suffix: str, write: Callable[[Path], object]) -> str:
+    """A fresh output file made by `write`, removed again if that fails; its name as `saved_files` lists it."""
+    target = new_file(prefix, suffix)
+    try:
+        write(target.path)
+    except BaseException:
+        target.path.unlink(missing_ok=True)
+        raise
+    return f"{target.name} [output]"
 
 
 def save_metadata(hidden: Any) -> dict[str, Any]:
