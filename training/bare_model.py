@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from adastate_core.attention import CachedAttention, plain_attention
+from adastate_core.checkpoints import geometry_of, open_checkpoint
 from adastate_core.rollout import ModelGeometry
 from adastate_core.wan_attention import SESSION, cross_attention_forward, self_attention_forward
 
@@ -38,16 +38,15 @@ class BareModel:
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
-    """A stage's `model.pt` or an exported safetensors file, in float32."""
-    weights = torch.load(path, weights_only=True) if path.endswith(".pt") else load_file(path)
-    return {name: value.float() for name, value in weights.items()}
+    """A stage's `model.pt`, an exported file or a public checkpoint, in float32 by plain names."""
+    return {name: value.float() for name, value in open_checkpoint(path).tensors()}
 
 
 def load_denoiser(path: str) -> nn.Module:
     """The transformer of a stage or of an exported file, in float32, of whatever size it is."""
     weights = read_weights(path)
-    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    model = build_denoiser(weights["head.modulation"].shape[-1], weights["blocks.0.ffn.0.weight"].shape[0], layers)
+    sizes = geometry_of({name: tuple(value.shape) for name, value in weights.items()}, path)
+    model = build_denoiser(sizes.width, sizes.feed_forward, sizes.layers)
     model.load_state_dict(weights)
     return model
 

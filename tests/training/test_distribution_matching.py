@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tiny_denoiser import tiny_denoiser
 
 from adastate_core.anchors import anchor_from
 from adastate_core.demo_words import VOCABULARY, prompt
@@ -14,7 +15,6 @@ from adastate_core.schedule import Schedule, noise
 from training.bare_model import BareModel
 from training.distribution_matching import horizon_weights, matching_loss, renoise
 from training.few_step import on_path
-from training.host_models import build_denoiser
 from training.score_model import clip_velocity
 from training.self_rollout import SelfRollout
 from training.student import Student
@@ -29,11 +29,7 @@ CONFIG = {"chunk_frames": 3, "window_frames": 3, "positions": "fixed", "window_g
 
 @pytest.fixture
 def model():
-    torch.manual_seed(3)
-    model = build_denoiser(128, 64, 2)
-    for parameter in model.parameters():
-        parameter.data += 0.03 * torch.randn_like(parameter)
-    return model
+    return tiny_denoiser()
 
 
 def draw(chunk: int, step: int, frames: int, state: bool) -> torch.Tensor:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_denoiser import tiny_denoiser
 
 from training import evaluate
 from training.bare_model import load_codec
 from training.codec import encode_clip
 from training.contenders import Contender
 from training.evaluate import evaluation_scenes, interval
-from training.host_models import build_denoiser
 from training.recall import COLOURS, ColourJudge, encoded, exchanged, lantern_scenes
 from training.world import CHUNK_LATENTS
 
@@ -24,10 +24,7 @@ CODEC = str(Path(__file__).resolve().parents[2] / "models" / "vae" / "adastate_d
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    torch.manual_seed(3)
-    model = build_denoiser(128, 64, 2)
-    for parameter in model.parameters():
-        parameter.data += 0.03 * torch.randn_like(parameter)
+    model = tiny_denoiser()
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     torch.save(model.state_dict(), path)
     return str(path)

@@ -7,18 +7,15 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_denoiser import tiny_denoiser
 
-from training.host_models import build_denoiser, use_host
+from training.host_models import use_host
 from training.lora import apply_lora, between, low_rank_parts, save_lora, train_low_rank, whole_weights
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(3)
-    model = build_denoiser(128, 64, 2)
-    for parameter in model.parameters():
-        parameter.data += 0.03 * torch.randn_like(parameter)
-    return model
+    return tiny_denoiser()
 
 
 def through_the_host(model, path) -> dict[str, torch.Tensor]:

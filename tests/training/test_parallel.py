@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_denoiser import tiny_denoiser
 
-from training.host_models import build_denoiser
 from training.parallel import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,10 +40,7 @@ STAGES = {
 def data(tmp_path_factory) -> Path:
     """A tiny model and a few random clips, as the stages before would leave them."""
     folder = tmp_path_factory.mktemp("data")
-    torch.manual_seed(0)
-    model = build_denoiser(128, 64, 2)
-    for parameter in model.parameters():
-        parameter.data += 0.03 * torch.randn_like(parameter)
+    model = tiny_denoiser(seed=0)
     torch.save(model.state_dict(), folder / "model.pt")
     clips = {"latents": torch.randn(8, 16, 12, 4, 4).half(), "words": torch.zeros(8, 4, 4, dtype=torch.long)}
     save_file(clips, folder / "clips.safetensors")

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tiny_denoiser import tiny_denoiser
 
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic, anchor_from
 from adastate_core.attention import CachedAttention, plain_attention
@@ -17,7 +18,6 @@ from adastate_core.schedule import Schedule, denoised, noise, renoised
 from adastate_core.wan_attention import SESSION
 from training.bare_model import BareModel, patch_attention
 from training.graph_attention import Frame, Gradients, GraphAttention
-from training.host_models import build_denoiser
 from training.parallel import Workers
 from training.recurrence import ClipRecurrence, Draws, figures
 
@@ -38,11 +38,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(3)
-    model = build_denoiser(128, 64, 2)
-    for parameter in model.parameters():
-        parameter.data += 0.03 * torch.randn_like(parameter)
-    return model
+    return tiny_denoiser()
 
 
 @torch.no_grad()
