@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from host import GEOMETRIES, load_pack, random_model, write_table
+from host import add_geometry, load_pack, random_model, write_table
 from rollout import CHUNK, ENDLESS, STEPS, timed
 
 # name -> settings, on top of the defaults of a row
@@ -40,10 +40,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(GEOMETRIES), default="demo")
-    parser.add_argument("--layers", type=int, help="fewer layers than the geometry has")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--height", type=int, default=128)
+    add_geometry(parser)
     parser.add_argument("--window", type=int, default=123, help="latent frames of history (with the chunk: 126)")
     parser.add_argument("--rounds", type=int, default=8, help="chunks timed once every window is full")
     parser.add_argument("--fp8", action="store_true", help="linear weights in 8 bits, as the host loads them")
@@ -109,7 +106,7 @@ def row(name: str, rollout: Any, times: dict[str, list[float]], filled: int) -> 
     cells[1] = f"{len(report['layers'])} of {rollout.spec.geometry.layers}"
     kept = settings.sink_frames + settings.local_window_frames
     first, last = -(-(kept + 1) // CHUNK), -(-settings.warmup_frames // CHUNK)
-    collecting = [times[name][i] / full[i] for i in range(first, last - 1)]  # the last one also solves
+    collecting = [times[name][i] / full[i] for i in range(first, min(last - 1, len(full)))]  # the last one also solves
     solve = absorber.seconds / statistics.median(full[max(0, last - 1) : last + 2])
     cells[3] = f"{statistics.median(collecting):.3f}" if collecting else ""
     cells[4] = f"{solve:.2f}" if report["layers"] else report["phase"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -57,6 +58,14 @@ def random_model(geometry: str, layers: int | None = None, fp8: bool = False) ->
             fan = value[0].numel() if value.ndim > 1 else 400
             state[name] = (torch.randn(value.shape, generator=generator) / fan**0.5).to(dtype)
     return comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float8_e4m3fn} if fp8 else {})
+
+
+def add_geometry(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a random model and its picture."""
+    parser.add_argument("--model", choices=sorted(GEOMETRIES), default="demo")
+    parser.add_argument("--layers", type=int, help="fewer layers than the geometry has")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--height", type=int, default=128)
 
 
 def demo_vae() -> Any:

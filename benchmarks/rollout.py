@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from host import GEOMETRIES, load_pack, random_model, synchronise, write_table
+from host import add_geometry, load_pack, random_model, synchronise, write_table
 
 STEPS, CHUNK, ROUNDS, ENDLESS = 4, 3, 20, 1 << 20
 
@@ -55,10 +55,7 @@ def timed(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(GEOMETRIES), default="demo")
-    parser.add_argument("--layers", type=int, help="fewer layers than the geometry has")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--height", type=int, default=128)
+    add_geometry(parser)
     parser.add_argument("--windows", type=int, nargs="*", default=[18, 48, 123])
     parser.add_argument("--late", type=int, default=300, help="the late chunk")
     arguments = parser.parse_args()
