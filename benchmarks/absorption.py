@@ -107,9 +107,10 @@ def row(name: str, rollout: Any, times: dict[str, list[float]], filled: int) -> 
     kept = settings.sink_frames + settings.local_window_frames
     first, last = -(-(kept + 1) // CHUNK), -(-settings.warmup_frames // CHUNK)
     collecting = [times[name][i] / full[i] for i in range(first, min(last - 1, len(full)))]  # the last one also solves
-    solve = absorber.seconds / statistics.median(full[max(0, last - 1) : last + 2])
     cells[3] = f"{statistics.median(collecting):.3f}" if collecting else ""
-    cells[4] = f"{solve:.2f}" if report["layers"] else report["phase"]
+    cells[4] = report["phase"]
+    if report["layers"]:
+        cells[4] = f"{absorber.seconds / statistics.median(full[max(0, last - 1) : last + 2]):.2f}"
     mib = 2**20
     cells[5], cells[6] = f"{report['kv_bytes_before'] / mib:.1f}", f"{report['kv_bytes_after'] / mib:.1f}"
     cells[7] = f"{rollout.spec.plan().bytes()['absorption'] / mib:.1f}"

@@ -3,7 +3,8 @@
     python3 run.py train absorption_quality --config training/configs/absorption_quality.toml
 
 A correction belongs to one video, so every stream is rolled out by itself. The first contender is the full history that the
-others are compared with. Measurements are kept in the run's folder; the table goes to `folder/quality.md`, plots beside it.
+others are compared with. With `change_at` every stream goes on with the next stream's words from that latent frame.
+Measurements are kept in the run's folder; the table goes to `folder/quality.md`, plots beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from kornia.metrics import psnr, ssim
 
+from adastate_core.demo_words import prompt
 from adastate_core.vae_stream import pictures_of
 
 from . import measures
@@ -56,24 +58,40 @@ class Quality:
         self.scenes = evaluation_scenes(self.config["streams"], self.config["scenes_seed"])
         span = self.config["segment_latents"]
         self.segments = {f"{n / 4:.0f} s": range(n - span, n) for n in self.config["latents"]}
-        self.full: dict[tuple[int, str], torch.Tensor] = {}
+        self.reference = Contender(**self.config["contenders"][0])
 
-    def videos(self, contender: Contender, stream: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(segment -> pictures, the absorber's report) of one stream."""
-        keep = [range(max(0, s.start - LEAD), s.stop) for s in self.segments.values()]
+    def rolled_out(self, contender: Contender, stream: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """(latents [1, 16, T, h, w], the absorber's report) of one stream; kept in the scratch folder."""
+        file = Path(self.config["scratch"], f"{_file_name(contender)}_{stream}.pt")
+        if file.exists():
+            kept = torch.load(file, weights_only=True)
+            return kept["latents"], json.loads(kept["report"])
+        length, change = max(self.config["latents"]), self.config.get("change_at", 0)
         rollout = contender.rollout([self.scenes[stream]], self.config["seed"] + stream)
-        latents = collected(rollout, max(self.config["latents"]), keep)
-        pictures = {}
-        for (name, frames), part, kept in zip(self.segments.items(), latents, keep, strict=True):
-            pictures[name] = decoded(self.codec, part[0])[pictures_of(frames.start - kept.start) :]
+        parts = collected(rollout, change, [range(change)]) if change else []
+        if change:
+            following = self.scenes[(stream + 1) % len(self.scenes)]
+            rollout.model.context = prompt(following.words(0))
+        latents = torch.cat([*parts, *collected(rollout, length, [range(change, length)])], 2)
         absorber = rollout.attention.absorber
-        return pictures, {} if absorber is None else absorber.report()
+        report = {} if absorber is None else absorber.report()
+        torch.save({"latents": latents, "report": json.dumps(report)}, file)
+        return latents, report
+
+    def pictures(self, contender: Contender, stream: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(segment -> pictures [t, h, w, 3], the absorber's report) of one stream."""
+        latents, report = self.rolled_out(contender, stream)
+        pictures = {}
+        for name, frames in self.segments.items():
+            lead = max(0, frames.start - LEAD)
+            whole = decoded(self.codec, latents[0, :, lead : frames.stop])
+            pictures[name] = whole[pictures_of(frames.start - lead) :]
+        return pictures, report
 
     def measured(self, contender: Contender) -> dict[str, Any]:
         """{"rows": segment -> one dict a stream, "psnr": segment -> curves, "reports": one a stream}."""
-        file = self.run.folder / f"{contender.name}.json".replace(" ", "_").replace(",", "")
-        first = not self.full
-        if file.exists() and not first:
+        file = self.run.folder / f"{_file_name(contender)}.json"
+        if file.exists():
             return json.loads(file.read_text())
         found: dict[str, Any] = {
             "rows": {s: [] for s in self.segments},
@@ -81,17 +99,19 @@ class Quality:
             "reports": [],
         }
         for stream, scene in enumerate(self.scenes):
-            pictures, report = self.videos(contender, stream)
+            full, _ = self.pictures(self.reference, stream)
+            pictures, report = self.pictures(contender, stream)
             found["reports"].append(report)
             for name, video in pictures.items():
-                full = self.full.setdefault((stream, name), video)
-                noise, similar = nearness(video, full)
-                row = self._figures(video, scene, self.segments[name])
-                row |= {TO_FULL[0]: noise.mean().item(), TO_FULL[1]: similar.mean().item(), FLICKER: flicker(video)}
+                noise, similar = nearness(video, full[name])
+                row = {TO_FULL[0]: noise.mean().item(), TO_FULL[1]: similar.mean().item(), FLICKER: flicker(video)}
+                if not self.config.get("change_at"):
+                    row |= self._figures(video, scene, self.segments[name])
                 found["rows"][name].append(row)
                 found["psnr"][name].append([round(v, 2) for v in noise.tolist()])
             if stream < 2:
-                draw_sheet(list(pictures.values()), Path(self.config["scratch"], f"{contender.name}_{stream}.png"))
+                sheet = Path(self.config["scratch"], f"{_file_name(contender)}_{stream}.png")
+                draw_sheet(list(pictures.values()), sheet)
         file.write_text(json.dumps(found))
         log.info("%s", contender.name)
         return found
@@ -101,15 +121,28 @@ class Quality:
         return figures(video, scene, true, max(0, 4 * frames.start - 3))
 
 
+def _file_name(contender: Contender) -> str:
+    return contender.name.replace(" ", "_").replace(",", "")
+
+
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
     """Means with 95 % intervals over streams, a line a contender and segment."""
-    columns = (*TO_FULL, FLICKER, *SHOWN)
+    first = next(iter(next(iter(results.values()))["rows"].values()))[0]
+    columns = [name for name in (*TO_FULL, FLICKER, *SHOWN) if name in first]
     lines = ["| what | until | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
     for name, found in results.items():
         for segment, rows in found["rows"].items():
             cells = ["{:.2f} ({:.2f} to {:.2f})".format(*interval([row[column] for row in rows])) for column in columns]
             lines.append(f"| {name} | {segment} | " + " | ".join(cells) + " |")
     return lines
+
+
+def watched(reports: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """(latent frames, share of the missing energy that the corrections left there), a mean over streams and layers."""
+    shares: dict[int, list[float]] = {}
+    for entry in (e for report in reports for e in report["monitor"]):
+        shares.setdefault(entry["frame"], []).append(entry["residual"] / max(entry["discrepancy"], 1e-12))
+    return sorted(shares), [sum(shares[frame]) / len(shares[frame]) for frame in sorted(shares)]
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -121,7 +154,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
     others = {name: found for name, found in list(results.items())[1:]}
     segments = list(next(iter(results.values()))["psnr"])
-    figure, panels = pyplot.subplots(1, len(segments) + 1, figsize=(4 * len(segments) + 5, 3.6), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(segments) + 2, figsize=(4 * len(segments) + 9, 3.6), layout="constrained")
     for panel, segment in zip(panels, segments, strict=False):
         for name, found in others.items():
             curve = torch.tensor(found["psnr"][segment]).mean(0)
@@ -134,10 +167,17 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         reports = [r for r in found["reports"] if r.get("residuals")]
         if reports:
             after = torch.tensor([[e["after"] for e in r["residuals"]] for r in reports]).mean(0)
-            panels[-1].plot(after, marker="o", markersize=3, linewidth=1, label=name)
-    panels[-1].set_xlabel("layer", fontsize=8)
-    panels[-1].set_title("held-out error after absorbing", fontsize=9, loc="left")
-    panels[-1].set_yscale("log")
+            panels[-2].plot(after, marker="o", markersize=3, linewidth=1, label=name)
+        if any(r["monitor"] for r in reports):
+            frames, shares = watched(reports)
+            panels[-1].plot(frames, shares, marker="o", markersize=3, linewidth=1, label=name)
+    for panel, title, unit in (
+        (panels[-2], "left after absorbing, of full attention's energy", "layer"),
+        (panels[-1], "left later on, of what is missing", "latent frame"),
+    ):
+        panel.set_title(title, fontsize=9, loc="left")
+        panel.set_xlabel(unit, fontsize=8)
+        panel.set_yscale("log")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

@@ -8,7 +8,7 @@ from torch import nn
 from adastate_core.attention import CachedAttention, plain_attention
 from adastate_core.checkpoints import geometry_of, open_checkpoint
 from adastate_core.rollout import ModelGeometry
-from adastate_core.wan_attention import SESSION, cross_attention_forward, self_attention_forward
+from adastate_core.wan_attention import SESSION, TEXT_KEY, cross_attention_forward, self_attention_forward
 
 from .host_models import build_codec, build_denoiser
 
@@ -22,7 +22,7 @@ def patch_attention(model: nn.Module) -> None:
 
 
 class BareModel:
-    """Drives `model` (as `build_denoiser` gives it) for a fixed context [B, n, 4096]."""
+    """Drives `model` (as `build_denoiser` gives it) for a `context` [B, n, 4096], which may be replaced between chunks."""
 
     kernel = staticmethod(plain_attention)
 
@@ -34,7 +34,8 @@ class BareModel:
 
     def velocity(self, x: torch.Tensor, timestep: float, attention: CachedAttention) -> torch.Tensor:
         times = torch.full((x.shape[0],), timestep, device=x.device)
-        return self.model.forward_orig(x, times, self.context, transformer_options={SESSION: attention})
+        options = {SESSION: attention, TEXT_KEY: id(self.context)}
+        return self.model.forward_orig(x, times, self.context, transformer_options=options)
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:

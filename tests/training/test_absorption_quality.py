@@ -1,0 +1,105 @@
+"""Quality of absorbed rollouts on tiny random weights: what is the same measures as the same, and only after the switch differs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_denoiser import tiny_denoiser
+
+from training import absorption_quality
+from training.absorption_quality import flicker, nearness
+
+CODEC = str(Path(__file__).resolve().parents[2] / "models" / "vae" / "adastate_demo_vae.safetensors")
+ENTRY = 'weights = "{weights}"\nanchor = {{ kind = "none" }}\nwindow_frames = 9\npositions = "packed"\n'
+SWITCH = "warmup_frames = 12, local_window_frames = 1, monitor_layers = -1, monitor_chunks = 1"
+ABSORPTIONS = {
+    "full": "",
+    "nobody": f"absorption = {{ ratio = 0.0, {SWITCH} }}",
+    "no absorb": f"absorption = {{ ratio = 1.0, absorb = false, {SWITCH} }}",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("quality")
+    torch.save(tiny_denoiser().state_dict(), made / "model.pt")
+    measure(made, "plain")
+    return made
+
+
+def measure(folder: Path, name: str, more: str = "") -> None:
+    """Run the stage into folder/name."""
+    text = (
+        f'folder = "{folder / name}"\nscratch = "{folder / name}"\nseed = 1\nsteps = 0\ncodec = "{CODEC}"\n'
+        f"scenes_seed = 41000000\nstreams = 2\nsegment_latents = 4\nlatents = [12, 18]\n{more}\n"
+    )
+    for contender, absorption in ABSORPTIONS.items():
+        entry = ENTRY.format(weights=folder / "model.pt")
+        text += f'[[contenders]]\nname = "{contender}"\n{entry}{absorption}\n'
+    config = folder / f"{name}.toml"
+    config.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["absorption_quality", "--config", str(config), "--threads", "1"])
+        absorption_quality.main()
+
+
+def found(folder: Path, name: str) -> dict[str, dict]:
+    """What the stage kept, by contender."""
+    return {n: json.loads((folder / name / f"{n.replace(' ', '_')}.json").read_text()) for n in ABSORPTIONS}
+
+
+def test_what_switches_nothing_equals_full_history_and_what_switches_differs_only_afterwards(folder):
+    measured = found(folder, "plain")
+    for name in ("full", "nobody"):
+        for rows in measured[name]["rows"].values():
+            for row in rows:
+                assert row["PSNR to full, dB"] == 100
+                assert row["SSIM to full"] == pytest.approx(1, abs=1e-5)
+    cut = measured["no absorb"]
+    before, after = (cut["rows"][s][0]["PSNR to full, dB"] for s in ("3 s", "4 s"))
+    assert before == 100 and after < 60
+    assert cut["reports"][0]["layers"] == [0, 1]
+    assert {e["residual"] == e["discrepancy"] for e in cut["reports"][0]["monitor"]} == {True}
+    table = (folder / "plain" / "quality.md").read_text()
+    assert table.count("\n| ") == 2 + 2 * 3 and "balloon found" in table
+    assert (folder / "plain" / "quality.png").stat().st_size > 1000
+
+
+def test_other_words_from_a_frame_on_change_only_what_follows(folder):
+    measure(folder, "changed", "change_at = 15")
+    one, other = (torch.load(folder / f / "full_0.pt", weights_only=True)["latents"] for f in ("plain", "changed"))
+    assert torch.equal(one[:, :, :15], other[:, :, :15])
+    assert not torch.allclose(one[:, :, 15:], other[:, :, 15:], atol=1e-3)
+
+
+def test_measurements_are_not_made_twice(folder):
+    kept = folder / "plain" / "no_absorb.json"
+    before = kept.read_text()
+    kept.write_text(before.replace('"layers": [0, 1]', '"layers": [7]'))
+    measure(folder, "plain")
+    assert found(folder, "plain")["no absorb"]["reports"][0]["layers"] == [7]
+    kept.write_text(before)
+
+
+def test_flicker_is_the_share_of_motion_at_the_chunks_rate():
+    moves = torch.zeros(121)
+    moves[::12] = 1.0
+    ever = torch.rand(121, generator=torch.Generator().manual_seed(0))
+
+    def video(jumps: torch.Tensor) -> torch.Tensor:
+        return jumps.cumsum(0).remainder(2).sub(1).abs()[:, None, None, None].expand(-1, 8, 8, 3)
+
+    assert flicker(video(moves)) > 0.95
+    assert flicker(video(ever)) < 0.5
+
+
+def test_nearness_of_known_noise():
+    full = torch.full((3, 16, 16, 3), 0.5)
+    noise, similar = nearness(full + 0.1, full)
+    assert noise.tolist() == pytest.approx([-20 * math.log10(0.1)] * 3, abs=1e-3)
+    assert nearness(full, full)[1].tolist() == pytest.approx([1.0] * 3)
+    assert similar.max() < 1
