@@ -155,8 +155,8 @@ class Evaluation:
         return clips, ColourJudge(known[0][:, :, CHUNK_LATENTS : 2 * CHUNK_LATENTS], known[2])
 
 
-def rolled_table(results: dict[str, dict[str, list[dict]]], reference: str) -> list[str]:
-    """Means of every contender, and paired differences of the first against the others where they are clear of zero."""
+def rolled_table(results: dict[str, dict[str, list[dict]]], compared: list[list[str]]) -> list[str]:
+    """Means of every contender, and the differences in `compared`: lists of one and those it is set against."""
     lines = ["| contender | horizon | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
     for name, segments in results.items():
         for segment, rows in segments.items():
@@ -165,12 +165,17 @@ def rolled_table(results: dict[str, dict[str, list[dict]]], reference: str) -> l
                 mean, low, high = interval([row[column] for row in rows])
                 cells.append(f"{mean:.2f} ({low:.2f} to {high:.2f})")
             lines.append(f"| {name} | {segment} | " + " | ".join(cells) + " |")
-    lines += ["", f"Differences, {reference} minus the other, stream by stream:", ""]
+    for reference, *others in compared:
+        lines += differences(results, reference, others)
+    return lines
+
+
+def differences(results: dict[str, dict[str, list[dict]]], reference: str, others: list[str]) -> list[str]:
+    """Paired differences with 95 % intervals, in bold where they are clear of zero."""
+    lines = ["", f"Differences, {reference} minus the other, stream by stream:", ""]
     lines += ["| against | horizon | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
-    for name, segments in results.items():
-        if name in (reference, "true renders"):
-            continue
-        for segment, rows in segments.items():
+    for name in others:
+        for segment, rows in results[name].items():
             cells = []
             for column in COLUMNS:
                 pairs = zip(results[reference][segment], rows, strict=True)
@@ -202,7 +207,7 @@ def main() -> None:
         results = {"true renders": evaluation.results(None, lengths, streams)}
         results |= {c.name: evaluation.results(c, lengths, streams) for c in contenders}
         parts += [f"## {streams} streams, to {max(lengths)} times the training horizon", ""]
-        parts += rolled_table(results, contenders[0].name) + [""]
+        parts += rolled_table(results, config["compared"]) + [""]
     memories = {c.name: evaluation.memory(c) for c in contenders}
     parts += ["## Recall of the lantern's colour, by gap in chunks", "", *recall_table(memories), ""]
     told = [f"- {c.name}: {c.weights}{' + ' + c.lora if c.lora else ''}; A + W + F = {c.frames}" for c in contenders]
