@@ -1,8 +1,8 @@
 """What the anchor slots of the cache hold. One small frozen class a policy, each with its paper.
 
-A policy answers three questions when a chunk has been committed: does a content frame go to the anchor instead of
-the window (`slot_of`), what happens with a frame that leaves the window (`evicted`), and what becomes of the
-clean state (`state_committed`). They act on one layer's cache through its `set_anchor` and `blend_anchor`.
+A policy answers these questions when a chunk has been committed: does a content frame go to the anchor instead of
+the window (`slot_of`), what happens with a frame that leaves the window (`evicted`), what becomes of the clean state
+(`state_committed`), and what else changes then (`committed`). They act on one layer's cache.
 """
 
 from __future__ import annotations
@@ -35,11 +35,26 @@ class Anchor:
         """The anchor slot that content frame `frame` goes to, or None if it enters the window."""
         return None
 
-    def evicted(self, layer: LayerCache, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Frame `frame` left the window of `layer`; raw key and value [B, P, heads * head_dim]."""
+    @property
+    def replay_frames(self) -> int:
+        """First content frames whose keys and values are kept beside the cache, to be put into the window again."""
+        return 0
 
-    def state_committed(self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """The clean state's raw keys and values [B, S, P, heads * head_dim] are known."""
+    def evicted(
+        self, layer: LayerCache, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
+    ) -> None:
+        """Frame `frame` left the window of `layer`; raw key and value [B, P, heads * head_dim].
+
+        `place` = (i, n): it is the i-th of n frames that leave at this commit.
+        """
+
+    def state_committed(
+        self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor, first_frame: int = 0
+    ) -> None:
+        """The clean state's raw keys and values [B, S, P, heads * head_dim] of the chunk from `first_frame` on are known."""
+
+    def committed(self, layer: LayerCache, first_frame: int, content_frames: int) -> None:
+        """Content frames `first_frame`... are in the cache, and what had to leave has left."""
 
     def describe(self) -> dict[str, Any]:
         """Kind and numbers, JSON-able; equal descriptions mean equal behaviour."""
@@ -86,8 +101,85 @@ class AnchorEMA(AnchorStatic):
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay is {self.decay}; it must lie between 0 (replace) and 1 (keep for good)")
 
-    def evicted(self, layer: LayerCache, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def evicted(
+        self, layer: LayerCache, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
+    ) -> None:
         layer.blend_anchor(frame % self.sink_frames, key, value, 1.0 - self.decay)
+
+
+@dataclass(frozen=True)
+class AnchorMemory(AnchorStatic):
+    """A sink and two memory frames, a long one and a short one, that follow what leaves the window (MemRoPE).
+
+    Of the frames that leave at one commit the mean over frames and tokens, e [B, heads * head_dim] for keys and values,
+    moves each memory to (1 - rate) memory + rate e, the same at every token; both begin as the first e. Raw, in float32.
+    """
+
+    kind: ClassVar[str] = "memory"
+    relative_only: ClassVar[bool] = True
+    blends: ClassVar[bool] = True
+    long_rate: float = 0.01
+    short_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, rate in (("long_rate", self.long_rate), ("short_rate", self.short_rate)):
+            if not 0.0 <= rate <= 1.0:
+                raise ValueError(f"{name} is {rate}; it must lie between 0 (never move) and 1 (replace)")
+
+    @property
+    def frames(self) -> int:
+        return self.sink_frames + 2
+
+    def evicted(
+        self, layer: LayerCache, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
+    ) -> None:
+        index, count = place
+        key, value = (t.float().mean(1, keepdim=True).expand_as(t) for t in (key, value))
+        for slot, rate in ((self.sink_frames, self.long_rate), (self.sink_frames + 1, self.short_rate)):
+            if slot not in layer.anchor:
+                layer.set_anchor(slot, frame, key, value)
+            elif layer.anchor[slot].frame == frame - index:  # the first e is still being gathered
+                layer.blend_anchor(slot, key, value, 1.0 / (index + 1))
+            else:
+                share = rate / count  # what each of n frames has in the end, whichever order they come in
+                layer.blend_anchor(slot, key, value, share / (1.0 - (count - 1 - index) * share))
+
+
+@dataclass(frozen=True)
+class AnchorReplay(Anchor):
+    """The early video played again beside the newest chunk (Rolling Sink).
+
+    Keys and values of the first `first_frames` content frames are kept. Once the window has been full, every commit
+    puts a block of them in place of the chunk before the newest one, at that chunk's own positions: forwards through
+    the kept blocks but the last, then backwards with the frames of a block in reverse, and so on.
+    """
+
+    kind: ClassVar[str] = "replay"
+    first_frames: int = 21
+
+    def __post_init__(self) -> None:
+        _at_least_one("first_frames", self.first_frames)
+
+    @property
+    def replay_frames(self) -> int:
+        return self.first_frames
+
+    def block(self, turn: int, frames: int) -> list[int]:
+        """The kept frames that replace a chunk of `frames` at the `turn`-th replacement."""
+        blocks = max(1, self.first_frames // frames - 1)
+        sweep, place = divmod(turn, blocks)
+        number = place if sweep % 2 == 0 else blocks - 1 - place
+        chosen = list(range(number * frames, (number + 1) * frames))
+        return chosen if sweep % 2 == 0 else chosen[::-1]
+
+    def committed(self, layer: LayerCache, first_frame: int, content_frames: int) -> None:
+        layer.keep_for_replay(first_frame, content_frames)
+        full = max(self.first_frames, layer.layer.window_frames)
+        if first_frame >= full and layer.layer.window_frames >= 2 * content_frames:
+            turn = (first_frame - full) // content_frames
+            for i, source in enumerate(self.block(turn, content_frames)):
+                layer.replay(source, first_frame - content_frames + i)
 
 
 @dataclass(frozen=True)
@@ -95,27 +187,53 @@ class AnchorAdaptive(Anchor):
     """A hidden state, denoised with every chunk and never shown, replaces slots 0..S-1 (AdaState, arXiv 2605.30349).
 
     While it is denoised it has the positions of its slots, or with `state_after_past` those behind the past: the
-    paper leaves it open, and weights want what they were trained with.
+    paper leaves it open, and weights want what they were trained with. Beyond the paper: `strength` below 1 moves the
+    slot only that far towards the new state, `freeze_frame` keeps it as it is from that latent frame on, and every
+    `reset_frames` latent frames it is emptied (0: never, for both).
     """
 
     kind: ClassVar[str] = "adaptive"
     relative_only: ClassVar[bool] = True
     state_frames: int = 1  # type: ignore[misc]
     state_after_past: bool = False  # type: ignore[misc]
+    strength: float = 1.0
+    freeze_frame: int = 0
+    reset_frames: int = 0
 
     def __post_init__(self) -> None:
         _at_least_one("state_frames", self.state_frames)
+        if not 0.0 < self.strength <= 1.0:
+            raise ValueError(f"strength is {self.strength}; it must be above 0 and at most 1 (replace the state)")
+        for name, value in (("freeze_frame", self.freeze_frame), ("reset_frames", self.reset_frames)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it must be a latent frame, or 0 for never")
 
     @property
     def frames(self) -> int:
         return self.state_frames
 
-    def state_committed(self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+    @property
+    def blends(self) -> bool:  # type: ignore[override]
+        return self.strength < 1.0
+
+    def state_committed(
+        self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor, first_frame: int = 0
+    ) -> None:
+        if self.freeze_frame and first_frame >= self.freeze_frame and layer.anchor:
+            return
         for slot in range(self.state_frames):
-            layer.set_anchor(slot, slot, keys[:, slot], values[:, slot])
+            if self.strength < 1.0 and slot in layer.anchor:
+                layer.blend_anchor(slot, keys[:, slot], values[:, slot], self.strength)
+            else:
+                layer.set_anchor(slot, slot, keys[:, slot], values[:, slot])
+
+    def committed(self, layer: LayerCache, first_frame: int, content_frames: int) -> None:
+        end = first_frame + content_frames
+        if self.reset_frames and first_frame // self.reset_frames != end // self.reset_frames:
+            layer.anchor.clear()
 
 
-KINDS: dict[str, type[Anchor]] = {cls.kind: cls for cls in (Anchor, AnchorStatic, AnchorEMA, AnchorAdaptive)}
+KINDS: dict[str, type[Anchor]] = {cls.kind: cls for cls in (Anchor, AnchorStatic, AnchorEMA, AnchorMemory, AnchorReplay, AnchorAdaptive)}
 
 
 def anchor_from(description: dict[str, Any]) -> Anchor:

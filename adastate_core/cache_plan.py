@@ -14,7 +14,8 @@ class LayerPlan:
     """One layer's buffers, in latent frames. Layers of one plan may differ.
 
     `keep_raw`: an un-rotated copy of the window's keys; `blend_frames`: anchor frames kept raw in float32;
-    `pinned_frames`: window frames beside `window_frames` that never leave (a sink that was window once).
+    `pinned_frames`: window frames beside `window_frames` that never leave (a sink that was window once);
+    `replay_frames`: first frames kept raw beside the cache.
     """
 
     anchor_frames: int
@@ -22,6 +23,7 @@ class LayerPlan:
     keep_raw: bool = False
     blend_frames: int = 0
     pinned_frames: int = 0
+    replay_frames: int = 0
 
     @property
     def ring_frames(self) -> int:
@@ -32,7 +34,8 @@ class LayerPlan:
         """The plan that an anchor policy and a window need under a position mode."""
         moves = positions != "absolute"
         keep_raw = moves and window_frames > 0 and (window_frames > chunk_frames or anchor.blends)
-        return LayerPlan(anchor.frames, window_frames, keep_raw, anchor.frames if anchor.blends else 0)
+        blended = anchor.frames if anchor.blends else 0
+        return LayerPlan(anchor.frames, window_frames, keep_raw, blended, replay_frames=anchor.replay_frames)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class CachePlan:
         return self.batch * self.tokens * self.width * self.dtype.itemsize
 
     def bytes(self) -> dict[str, int]:
-        """Bytes by name: k, v (anchor and window), rotated copy, current, ema, text_kv, absorption, vae_cache."""
+        """Bytes by name: k, v (anchor and window), rotated copy, current, ema, replay, text_kv, absorption, vae_cache."""
         kept = sum(layer.anchor_frames + layer.ring_frames for layer in self.layers)
         copies = sum(layer.ring_frames for layer in self.layers if layer.keep_raw)
         blended = sum(layer.blend_frames for layer in self.layers)
@@ -76,6 +79,7 @@ class CachePlan:
             "rotated_copy": copies * self.frame_bytes,
             "current": 2 * len(self.layers) * self.current_frames * self.frame_bytes,
             "ema": 2 * blended * elements * 4,
+            "replay": 2 * sum(layer.replay_frames for layer in self.layers) * self.frame_bytes,
             "text_kv": 2 * len(self.layers) * text,
             "absorption": self.absorption_bytes,
             "vae_cache": self.vae_bytes,
@@ -85,7 +89,7 @@ class CachePlan:
     def kv_bytes(self) -> int:
         """All keys and values of anchor, window and current, in every copy."""
         sizes = self.bytes()
-        return sum(sizes[name] for name in ("k", "v", "rotated_copy", "current", "ema"))
+        return sum(sizes[name] for name in ("k", "v", "rotated_copy", "current", "ema", "replay"))
 
     @property
     def total_bytes(self) -> int:

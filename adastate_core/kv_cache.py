@@ -40,7 +40,7 @@ class LayerSnapshot:
     First the anchor's frames (`anchor_slots`), then the window's, oldest first (`ring_slots`, of which the first
     `pinned` never leave); `frames` are their video frame indices and `positions` where each key is rotated to (None:
     raw). `tensors` holds `keys` and `values` [B, frames, P, width] and, where the plan has them, `raw` [B, w, P, width],
-    `blend_keys` and `blend_values`.
+    `blend_keys`, `blend_values`, `replay_keys` and `replay_values`.
     """
 
     anchor_slots: tuple[int, ...]
@@ -67,6 +67,9 @@ class LayerCache:
         self.raw = self._buffer(layer.ring_frames, plan.dtype) if layer.keep_raw else None
         self.blend_k = self._buffer(layer.blend_frames, torch.float32) if layer.blend_frames else None
         self.blend_v = torch.zeros_like(self.blend_k) if self.blend_k is not None else None
+        # the first frames' raw keys and values, for an anchor that puts them into the window again
+        self.replay_k = self._buffer(layer.replay_frames, plan.dtype) if layer.replay_frames else None
+        self.replay_v = torch.zeros_like(self.replay_k) if self.replay_k is not None else None
         # told (frame, position, key, value) of every frame that leaves the window; a position of None: the key is raw
         self.on_evict: Callable[[int, float | None, torch.Tensor, torch.Tensor], None] | None = None
         self.anchor: dict[int, _Slot] = {}
@@ -80,7 +83,8 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.k, self.v, self.raw, self.blend_k, self.blend_v) if t is not None)
+        buffers = (self.k, self.v, self.raw, self.blend_k, self.blend_v, self.replay_k, self.replay_v)
+        return sum(t.nbytes for t in buffers if t is not None)
 
     @property
     def current_start(self) -> int:
@@ -196,36 +200,46 @@ class LayerCache:
     def commit(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
         """Cache what a clean pass staged: content enters, the oldest leave, then the policy sets the anchor."""
         start = self.current_start
+        slots = {f: anchor.slot_of(f) for f in range(first_frame, first_frame + content_frames)}
+        slots = {f: slot for f, slot in slots.items() if slot is not None and slot < self.layer.anchor_frames}
+        held = len(self.pinned) + len(self.window)
+        leaving = max(0, held + content_frames - len(slots) - self.layer.ring_frames)
+        left = 0
         for i in range(content_frames):
             frame, index = first_frame + i, start + state_frames + i
             key, value = self.k[:, index], self.v[:, index]
-            slot = anchor.slot_of(frame) if self.layer.anchor_frames else None
-            if slot is not None and slot < self.layer.anchor_frames:
-                self.set_anchor(slot, frame, key, value)
+            if frame in slots:
+                self.set_anchor(slots[frame], frame, key, value)
             else:
-                self._push(anchor, frame, key, value)
+                left += self._push(anchor, frame, key, value, (left, leaving))
         if state_frames and self.layer.anchor_frames:
             states = slice(start, start + state_frames)
-            anchor.state_committed(self, self.k[:, states], self.v[:, states])
+            anchor.state_committed(self, self.k[:, states], self.v[:, states], first_frame)
+        anchor.committed(self, first_frame, content_frames)
 
-    def _push(self, anchor: Anchor, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _push(
+        self, anchor: Anchor, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int]
+    ) -> bool:
+        """Put a frame into the window; whether one left for it, `place` being which of how many that leave."""
         if self.layer.window_frames == 0:
-            anchor.evicted(self, frame, key, value)
+            anchor.evicted(self, frame, key, value, place)
             if self.on_evict is not None:
                 self.on_evict(frame, None, key, value)
-            return
+            return True
         ring = len(self.pinned) + len(self.window)
-        if ring == self.layer.ring_frames:
+        full = ring == self.layer.ring_frames
+        if full:
             if self.on_evict is not None:
                 self.hand_over(next(iter(self.window)), self.on_evict)
             ring, oldest = self.window.popitem(last=False)
             raw = self.k[:, self.window_start + ring] if self.raw is None else self.raw[:, ring]
-            anchor.evicted(self, oldest.frame, raw, self.v[:, self.window_start + ring])
+            anchor.evicted(self, oldest.frame, raw, self.v[:, self.window_start + ring], place)
         self.k[:, self.window_start + ring].copy_(key)
         self.v[:, self.window_start + ring].copy_(value)
         if self.raw is not None:
             self.raw[:, ring].copy_(key)
         self.window[ring] = _Slot(frame)
+        return full
 
     def hand_over(self, ring: int, receiver: Callable[[int, float | None, torch.Tensor, torch.Tensor], None]) -> None:
         """Show a window frame to `receiver`, its key raw if there is a raw copy."""
@@ -253,6 +267,24 @@ class LayerCache:
         self.v[:, index].copy_(self.blend_v[:, index])
         self.anchor[slot].position = None
 
+    def keep_for_replay(self, first_frame: int, content_frames: int) -> None:
+        """Keep raw keys and values of those staged content frames that are among the first `replay_frames`."""
+        start = self.current_start + self.plan.state_frames
+        for i in range(min(content_frames, self.layer.replay_frames - first_frame)):
+            self.replay_k[:, first_frame + i].copy_(self.k[:, start + i])
+            self.replay_v[:, first_frame + i].copy_(self.v[:, start + i])
+
+    def replay(self, source: int, frame: int) -> None:
+        """Put the kept frame `source` in the place, and at the positions, of window frame `frame`."""
+        ring = next((ring for ring, slot in self.window.items() if slot.frame == frame), None)
+        if ring is None:
+            return
+        self.k[:, self.window_start + ring].copy_(self.replay_k[:, source])
+        self.v[:, self.window_start + ring].copy_(self.replay_v[:, source])
+        if self.raw is not None:
+            self.raw[:, ring].copy_(self.replay_k[:, source])
+        self.window[ring].position = None
+
     def snapshot(self) -> LayerSnapshot:
         """A copy on the CPU of all that is cached (what is staged for the current chunk is not)."""
         slots = [*self.anchor.values(), *self.pinned.values(), *self.window.values()]
@@ -264,6 +296,9 @@ class LayerCache:
         if self.blend_k is not None:
             every = range(self.layer.anchor_frames)
             tensors |= {"blend_keys": _to_cpu(self.blend_k, every), "blend_values": _to_cpu(self.blend_v, every)}
+        if self.replay_k is not None:
+            every = range(self.layer.replay_frames)
+            tensors |= {"replay_keys": _to_cpu(self.replay_k, every), "replay_values": _to_cpu(self.replay_v, every)}
         return LayerSnapshot(
             anchor_slots=tuple(self.anchor),
             ring_slots=tuple(rings),
@@ -292,6 +327,9 @@ class LayerCache:
         if self.blend_k is not None:
             self.blend_k.copy_(saved.tensors["blend_keys"])
             self.blend_v.copy_(saved.tensors["blend_values"])
+        if self.replay_k is not None:
+            self.replay_k.copy_(saved.tensors["replay_keys"])
+            self.replay_v.copy_(saved.tensors["replay_values"])
 
     def _check(self, saved: LayerSnapshot) -> None:
         """ValueError unless a snapshot, which may come from any file, has just the slots and tensors of this layer."""
@@ -302,6 +340,8 @@ class LayerCache:
             shapes["raw"] = (self.plan.batch, window, *frame)
         if self.blend_k is not None:
             shapes |= dict.fromkeys(("blend_keys", "blend_values"), tuple(self.blend_k.shape))
+        if self.replay_k is not None:
+            shapes |= dict.fromkeys(("replay_keys", "replay_values"), tuple(self.replay_k.shape))
         slots_fit = (
             kept == len(saved.positions) == len(saved.anchor_slots) + window
             and set(saved.anchor_slots) == set(range(len(saved.anchor_slots)))
