@@ -81,8 +81,8 @@ def _blend_inputs() -> list[io.Input]:
 
 def _outputs() -> list[io.Output]:
     return [
-        api.Prompts.Output("prompts", display_name="PROMPTS", tooltip=_PROMPTS),
-        io.String.Output("timeline", display_name="TIMELINE", tooltip=_TIMELINE),
+        api.Prompts.Output("timed", display_name="PROMPTS", tooltip=_PROMPTS),
+        io.String.Output("listing", display_name="TIMELINE", tooltip=_TIMELINE),
     ]
 
 
