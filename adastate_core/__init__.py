@@ -8,6 +8,8 @@ absorption/     layers whose history becomes a closed-form correction (ISPA)
 attention       what a model's attention layers call during a pass
 anchors         what the anchor slots of the cache hold: none, static, ema, adaptive
 schedule        sigmas, re-noising, noise by (seed, chunk, step)
+timeline        prompts over time as people write them (timeline_format writes them back)
+prompts         the same as a value on a wire, and blends of two embeddings
 rollout         the recurrence: a generator of chunks over an immutable state
 rollout_file    that state on disk
 vae_stream      causal VAE decode that carries its cache between calls

@@ -1,4 +1,4 @@
-"""The pack's nodes, one file a topic (anchors, rollout, stream, state, absorption, analysis, demo); host/ touches ComfyUI."""
+"""The pack's nodes, one file a topic; host/ is what touches ComfyUI."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AdaStateExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import absorption, analysis, anchors, demo, rollout, state, stream
+            from . import absorption, analysis, anchors, demo, prompts, rollout, state, stream
         except Exception:
             # The host reports a failed import in one line; the reason is in the traceback.
             log.error("ComfyUI-AdaState could not be loaded:\n%s", traceback.format_exc())
@@ -25,6 +25,7 @@ class AdaStateExtension(ComfyExtension):
         add_own_models()
         return [
             *anchors.NODES,
+            *prompts.NODES,
             *rollout.NODES,
             *stream.NODES,
             *state.NODES,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..adastate_core.demo_words import ANY, VOCABULARY, prompt
+from ..adastate_core.demo_words import ANY, DEFAULTS, VOCABULARY, prompt
 from .host.api import io, schema, widget
 
 _TOOLTIPS = {
@@ -11,7 +11,6 @@ _TOOLTIPS = {
     "balloon": "Colour of the balloon.",
     "lantern": "Whether the lantern is up. Its colour is in no word: the model chooses it.",
 }
-_DEFAULTS = {"terrain": "meadow", "pace": "steady", "balloon": "crimson", "lantern": "no lantern"}
 
 
 class DemoPromptNode(io.ComfyNode):
@@ -27,7 +26,7 @@ class DemoPromptNode(io.ComfyNode):
                     io.Combo,
                     slot,
                     options=[*words, ANY] if slot != "lantern" else list(words),
-                    default=_DEFAULTS[slot],
+                    default=DEFAULTS[slot],
                     tooltip=_TOOLTIPS[slot],
                 )
                 for slot, words in VOCABULARY.items()

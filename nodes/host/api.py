@@ -19,12 +19,14 @@ __all__ = [
     "widget",
     "Absorption",
     "Anchor",
+    "Prompts",
     "State",
     "Stream",
 ]
 
 Absorption = io.Custom("ADASTATE_ABSORPTION")
 Anchor = io.Custom("ADASTATE_ANCHOR")
+Prompts = io.Custom("ADASTATE_PROMPTS")
 State = io.Custom("ADASTATE_STATE")
 Stream = io.Custom("ADASTATE_STREAM")
 

@@ -50,6 +50,15 @@ CONTRACT = {
     "AdaStateLoadAbsorption": (["file"], ["ADASTATE_ABSORPTION"]),
     "AdaStateAbsorptionReport": (["report"], ["IMAGE", "STRING"]),
     "AdaStateDemoPrompt": (["terrain", "pace", "balloon", "lantern"], ["CONDITIONING"]),
+    "AdaStatePromptTimeline": (
+        ["clip", "text", "shared?", "transition?", "blend_chunks?", "blend?", "duration?"],
+        ["ADASTATE_PROMPTS", "STRING"],
+    ),
+    "AdaStatePromptAt": (
+        ["positive", "seconds", "transition", "prompts?", "blend_chunks?", "blend?"],
+        ["ADASTATE_PROMPTS"],
+    ),
+    "AdaStateDemoTimeline": (["text", "transition?", "blend_chunks?", "blend?"], ["ADASTATE_PROMPTS", "STRING"]),
 }  # fmt: skip
 
 
