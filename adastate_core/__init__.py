@@ -11,5 +11,6 @@ schedule        sigmas, re-noising, noise by (seed, chunk, step)
 rollout         the recurrence: a generator of chunks over an immutable state
 rollout_file    that state on disk
 vae_stream      causal VAE decode that carries its cache between calls
+taehv_stream    the same for the tiny VAE (TAEHV)
 video_sink      frames to a file as they come
 """
