@@ -13,5 +13,6 @@ prompts         the same as a value on a wire, and blends of two embeddings
 rollout         the recurrence: a generator of chunks over an immutable state
 rollout_file    that state on disk
 vae_stream      causal VAE decode that carries its cache between calls
+taehv_stream    the same for the tiny VAE (TAEHV)
 video_sink      frames to a file as they come
 """

@@ -111,7 +111,8 @@ class Job:
         )
         self.solution = request.absorption.solution(self.spec) if request.absorption else None
         self.origin = {"prompt": host_model.prompt_digest(context), "seed": request.seed}
-        self.decoder = HostDecoder(request.stream.vae) if request.stream else None
+        stream = request.stream
+        self.decoder = HostDecoder(stream.vae, latent_space=stream.latent_space) if stream else None
         vae_bytes = self.decoder.cache_bytes(*self._latent_size) if self.decoder else 0
         self.text_tokens = context.shape[1]
         self.plan = self.spec.plan(self.text_tokens, vae_bytes)
@@ -139,7 +140,7 @@ class Job:
                 f"the first frame of the video, so give more than {pictures_of(resume.emitted)}"
             )
         if request.stream is not None:
-            check_streamable(resume)
+            check_streamable(resume, self.decoder)
 
     @property
     def _latent_size(self) -> tuple[int, int, int]:
@@ -226,6 +227,8 @@ class Job:
         seconds = time.perf_counter() - start
         state = rollout.snapshot(output.snapshot() if output else {})
         report = self._report(rollout, state, made, seconds, output)
+        if self.decoder:
+            report["decoder"] = self.decoder.describe()
         return Result(self._latents(rollout, made), state, report, output.targets if output else [])
 
     @property

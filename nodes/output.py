@@ -20,6 +20,7 @@ from ..adastate_core.streaming import VideoStream
 from ..adastate_core.vae_stream import pictures_of
 from ..adastate_core.video_sink import VideoSink
 from .host import model as host_model
+from .host.codec import HostDecoder
 from .host.files import STATE_SUFFIX, Target, new_files, output_file
 from .host.progress import soft_empty_cache
 
@@ -42,6 +43,7 @@ class StreamSettings:
     preview: bool
     autosave_seconds: float = 60.0
     join: bool = False
+    latent_space: str = "auto"
 
 
 class StreamOutput:
@@ -75,7 +77,7 @@ class StreamOutput:
     def _restore(self, resume: RolloutState) -> int:
         """Take the decoder's cache from the state, or rebuild it from the latents that it keeps; frames so far."""
         decoder = self.job.decoder
-        if "vae_latents_seen" in resume.stream:
+        if "vae_latents_seen" in resume.stream and not decoder.foreign(resume.stream):
             decoder.restore(resume.stream)
         elif resume.latents is not None:
             for part in resume.latents.split(self.job.spec.chunk_frames, dim=2):
@@ -163,8 +165,8 @@ class StreamOutput:
             log.error("the rollout's state could not be saved to %s: %s", self.state_path.name, error)
 
 
-def check_streamable(state: RolloutState) -> None:
-    """ValueError unless a stream can go on where `state` ends."""
+def check_streamable(state: RolloutState, decoder: HostDecoder) -> None:
+    """ValueError unless a stream through `decoder` can go on where `state` ends."""
     seen = state.stream.get("vae_latents_seen")
     if seen is not None and seen != state.emitted:
         raise ValueError(
@@ -175,6 +177,8 @@ def check_streamable(state: RolloutState) -> None:
             "the state was made without a stream and without keep_latents, so its video cannot be decoded further; "
             "resume it without a stream, or make it again with one"
         )
+    if seen and state.latents is None and (reason := decoder.foreign(state.stream)):
+        raise ValueError(f"{reason}; connect a VAE of the same kind, or resume without a stream")
 
 
 def run_id_of(path: Path) -> str | None:

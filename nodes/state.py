@@ -13,6 +13,7 @@ from .host.api import io, schema, ui, widget
 from .host.codec import HostDecoder
 from .host.files import STATE_SUFFIX, check_prefix, check_saved, saved_files, saved_fingerprint, saved_path, write_new
 from .host.model import wan_to_vae_space
+from .stream import latent_space_widget
 
 CATEGORY = "AdaState/state"
 
@@ -85,7 +86,8 @@ class DecodeStateNode(io.ComfyNode):
             description="Shows the hidden state of an adaptive rollout as pictures: what the model carries, never rendered.",
             inputs=[
                 api.State.Input("state", tooltip="STATE of a rollout with the adaptive anchor."),
-                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE that belongs to the model."),
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE that belongs to the model, full or tiny."),
+                latent_space_widget(),
             ],
             outputs=[
                 io.Image.Output("image", display_name="IMAGE", tooltip="One picture a state frame and batch item.")
@@ -93,7 +95,7 @@ class DecodeStateNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, state: RolloutState, vae: Any) -> io.NodeOutput:
+    def execute(cls, state: RolloutState, vae: Any, latent_space: str = "auto") -> io.NodeOutput:
         if state.hidden is None:
             kind = state.spec["anchor"]["kind"]
             raise ValueError(
@@ -102,7 +104,7 @@ class DecodeStateNode(io.ComfyNode):
         frames = wan_to_vae_space(state.hidden).transpose(1, 2).flatten(0, 1)[:, :, None]
         pictures = []
         for frame in frames:  # each is the first frame of a video of its own
-            decoder = HostDecoder(vae)
+            decoder = HostDecoder(vae, latent_space=latent_space)
             decoder.load(frame[None].shape)
             pictures.append(decoder.step(frame[None])[0])
         return io.NodeOutput(torch.cat(pictures))

@@ -11,7 +11,7 @@ from ..adastate_core.vae_stream import pictures_of
 from ..adastate_core.video_sink import CODECS, VideoSink, to_bytes
 from .host import api
 from .host.api import io, schema, ui, widget
-from .host.codec import HostDecoder
+from .host.codec import LATENT_SPACES, HostDecoder
 from .host.files import check_prefix, new_file, save_metadata
 from .host.progress import Progress
 from .output import StreamSettings
@@ -30,6 +30,20 @@ def _file_widgets(prefix: str) -> list[io.Input]:
             io.Int, "quality", default=18, min=0, max=51, tooltip="Constant rate factor: lower is better and larger."
         ),
     ]
+
+
+def latent_space_widget() -> io.Input:
+    """What a tiny VAE is fed; the same on every node that takes a vae."""
+    return widget(
+        io.Combo,
+        "latent_space",
+        options=list(LATENT_SPACES),
+        default="auto",
+        optional=True,
+        advanced=True,
+        tooltip="For a tiny VAE (TAEHV): the latents it was trained on, VAE Decode's (vae) or the model's own (model). auto takes "
+        "model for a float16 file (taew2_1) and vae for any other (lighttaew2_1); taew2_1 saved in another type needs model.",
+    )
 
 
 def _check_file_widgets(filename_prefix: Any, fps: Any, codec: Any, quality: Any) -> bool | str:
@@ -55,7 +69,7 @@ class StreamOutputNode(io.ComfyNode):
             description="Decodes a rollout while it runs and writes the frames to an mp4 that plays even if the run is killed.",
             search_aliases=["stream", "mp4", "autosave"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE that belongs to the model."),
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE that belongs to the model, full or tiny."),
                 *_file_widgets("video/AdaState"),
                 widget(io.Boolean, "preview", default=True, tooltip="Show the newest frame on the rollout node."),
                 widget(
@@ -75,6 +89,7 @@ class StreamOutputNode(io.ComfyNode):
                     optional=True,
                     tooltip="When resuming: copy the old video's packets in front, so that one file holds everything.",
                 ),
+                latent_space_widget(),
             ],
             outputs=[api.Stream.Output("stream", display_name="STREAM", tooltip="Connect to a rollout's stream.")],
         )
@@ -103,8 +118,12 @@ class StreamOutputNode(io.ComfyNode):
         preview: bool,
         autosave_seconds: float = 60.0,
         join: bool = False,
+        latent_space: str = "auto",
     ) -> io.NodeOutput:
-        return io.NodeOutput(StreamSettings(vae, filename_prefix, fps, codec, quality, preview, autosave_seconds, join))
+        settings = StreamSettings(
+            vae, filename_prefix, fps, codec, quality, preview, autosave_seconds, join, latent_space
+        )
+        return io.NodeOutput(settings)
 
 
 class DecodeNode(io.ComfyNode):
@@ -119,7 +138,7 @@ class DecodeNode(io.ComfyNode):
             search_aliases=["VAE decode", "long video decode"],
             inputs=[
                 io.Latent.Input("latent", tooltip="A Wan 2.1 video latent."),
-                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE."),
+                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE, full or tiny (taew2_1, lighttaew2_1)."),
                 widget(
                     io.Int,
                     "frames_per_call",
@@ -130,18 +149,21 @@ class DecodeNode(io.ComfyNode):
                     tooltip="Latent frames a decoder call. 1 gives the bits of VAE Decode; more can be faster and is exact to "
                     "rounding.",
                 ),
+                latent_space_widget(),
             ],
             outputs=[io.Image.Output("image", display_name="IMAGE", tooltip="Frames; batch items one after another.")],
         )
 
     @classmethod
-    def execute(cls, latent: dict[str, Any], vae: Any, frames_per_call: int = 1) -> io.NodeOutput:
+    def execute(
+        cls, latent: dict[str, Any], vae: Any, frames_per_call: int = 1, latent_space: str = "auto"
+    ) -> io.NodeOutput:
         samples = _video_samples(latent)
         batch, frames = samples.shape[0], samples.shape[2]
         pictures, progress = None, Progress(batch * frames)
         for item in range(batch):
             at = item * pictures_of(frames)
-            for part in decoded(vae, samples[item : item + 1], frames_per_call, progress):
+            for part in decoded(vae, samples[item : item + 1], progress, frames_per_call, latent_space):
                 if pictures is None:
                     pictures = part.new_empty((batch * pictures_of(frames), *part.shape[2:]))
                 pictures[at : at + part.shape[1]] = part[0]
@@ -159,8 +181,9 @@ class RenderVideoNode(io.ComfyNode):
             description="Decodes a video latent straight into a video file, never holding all frames. Save Video keeps it.",
             inputs=[
                 io.Latent.Input("latent", tooltip="A Wan 2.1 video latent."),
-                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE."),
+                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE, full or tiny (taew2_1, lighttaew2_1)."),
                 *_file_widgets("AdaState"),
+                latent_space_widget(),
             ],
             outputs=[io.Video.Output("video", display_name="VIDEO", tooltip="A file in the host's temp folder.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -178,7 +201,14 @@ class RenderVideoNode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, latent: dict[str, Any], vae: Any, filename_prefix: str, fps: float, codec: str, quality: int
+        cls,
+        latent: dict[str, Any],
+        vae: Any,
+        filename_prefix: str,
+        fps: float,
+        codec: str,
+        quality: int,
+        latent_space: str = "auto",
     ) -> io.NodeOutput:
         samples = _video_samples(latent)
         height, width = samples.shape[3] * 8, samples.shape[4] * 8
@@ -187,7 +217,7 @@ class RenderVideoNode(io.ComfyNode):
         rate = Fraction(fps).limit_denominator(1001)
         with VideoSink(target.path, width, height, rate, codec, quality, save_metadata(cls.hidden)) as sink:
             for item in range(samples.shape[0]):
-                for part in decoded(vae, samples[item : item + 1], 1, progress):
+                for part in decoded(vae, samples[item : item + 1], progress, latent_space=latent_space):
                     sink.write(to_bytes(part[0]))
         return io.NodeOutput(
             api.InputImpl.VideoFromFile(str(target.path)), ui=ui.PreviewVideo([target.result()]).as_dict()
@@ -203,9 +233,11 @@ def _video_samples(latent: dict[str, Any]) -> torch.Tensor:
     return samples
 
 
-def decoded(vae: Any, samples: torch.Tensor, frames_per_call: int, progress: Progress) -> Any:
+def decoded(
+    vae: Any, samples: torch.Tensor, progress: Progress, frames_per_call: int = 1, latent_space: str = "auto"
+) -> Any:
     """Pictures [1, t, H, W, 3] of one item's latents [1, 16, n, h, w], call by call."""
-    decoder = HostDecoder(vae, frames_per_call)
+    decoder = HostDecoder(vae, frames_per_call, latent_space)
     decoder.load(samples.shape)
     first, *rest = samples[:, :, :1], *samples[:, :, 1:].split(frames_per_call, dim=2)
     for part in (first, *rest):

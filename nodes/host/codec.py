@@ -1,46 +1,70 @@
-"""The host's loaded VAE as a streaming decoder."""
+"""The host's loaded VAE, full or tiny, as a streaming decoder."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import comfy.latent_formats
 import comfy.model_management
 import torch
 
-from ...adastate_core.vae_stream import VaeStream, cache_bytes
+from ...adastate_core import taehv_stream, vae_stream
+from ...adastate_core.taehv_stream import TaehvStream
+from ...adastate_core.vae_stream import VaeStream
+
+LATENT_SPACES = ("auto", "vae", "model")
+_FULL, _TINY = "WanVAE", "TAEHV"
+_WORDS = {None: "a full Wan 2.1 VAE", taehv_stream.KIND: "a tiny VAE"}
 
 
 def check_vae(vae: Any) -> None:
-    """ValueError, naming what was given, unless `vae` is a causal Wan 2.1 VAE with 16 channels."""
-    module = getattr(vae, "first_stage_model", None)
-    name = type(module).__name__
-    if name != "WanVAE" or getattr(vae, "latent_channels", 0) != 16:
+    """ValueError, naming what was given, unless `vae` is a causal Wan 2.1 VAE, full or tiny, with 16 channels."""
+    name = type(getattr(vae, "first_stage_model", None)).__name__
+    channels = getattr(vae, "latent_channels", 0)
+    if name not in (_FULL, _TINY) or channels != 16:
+        other = f" with {channels} channels" if name in (_FULL, _TINY) else ""
         raise ValueError(
-            f"the vae is a {name}; streaming decode needs a Wan 2.1 VAE (16 channels): load wan_2.1_vae or the demo's"
+            f"the vae is a {name}{other}; streaming decode needs a Wan 2.1 VAE (16 channels): load wan_2.1_vae, the demo's, "
+            "or a tiny one (taew2_1, lighttaew2_1)"
         )
 
 
 class HostDecoder:
-    """One stream of latents to pictures through the host's VAE, in its dtype, on its device."""
+    """One stream of latents to pictures through the host's VAE, in its dtype, on its device.
 
-    def __init__(self, vae: Any, frames_per_call: int = 1) -> None:
+    A tiny VAE is fed what `latent_space` says: latents in VAE space, or in the model's (normalised).
+    """
+
+    def __init__(self, vae: Any, frames_per_call: int = 1, latent_space: str = "auto") -> None:
         check_vae(vae)
-        self.vae = vae
-        self.stream = VaeStream(vae.first_stage_model, frames_per_call)
+        self.vae, self.tiny = vae, type(vae.first_stage_model).__name__ == _TINY
+        self.model_space = _takes_model_space(vae, self.tiny, latent_space)
+        if self.tiny:
+            self.stream = TaehvStream(vae.first_stage_model.decoder, frames_per_call)
+        else:
+            self.stream = VaeStream(vae.first_stage_model, frames_per_call)
 
     @property
     def patcher(self) -> Any:
         """The model patcher to load beside others."""
         return self.vae.patcher
 
+    def describe(self) -> str:
+        """What decodes, for a report."""
+        space = "model" if self.model_space else "VAE"
+        return f"{_WORDS[self._kind]}, {space}-space latents"
+
     def cache_bytes(self, batch: int, height: int, width: int) -> int:
         """Bytes that the carried cache will take, for latents [batch, 16, t, height, width]."""
-        return cache_bytes(_width(self.vae), height, width, batch, self.vae.vae_dtype)
+        if self.tiny:
+            return taehv_stream.cache_bytes(self.stream.decoder, height, width, batch, self.vae.vae_dtype)
+        return vae_stream.cache_bytes(_width(self.vae), height, width, batch, self.vae.vae_dtype)
 
     def working_bytes(self, batch: int, height: int, width: int) -> int:
         """What a chunk's decode takes beside the cache: the host's reckoning for each item, and the cache before it."""
         one = int(self.vae.memory_used_decode((1, 16, 1, height, width), self.vae.vae_dtype))
-        return batch * one + self.cache_bytes(batch, height, width)
+        frames = self.stream.frames_per_call if self.tiny else 1
+        return batch * frames * one + self.cache_bytes(batch, height, width)
 
     def load(self, shape: torch.Size) -> None:
         """Bring the VAE to its device, with room for its cache. `shape` is that of the latents."""
@@ -50,8 +74,10 @@ class HostDecoder:
 
     def step(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, 16, n, h, w] in VAE space to pictures [B, t, H, W, 3] float32 in 0..1 on the host's output device."""
-        moved = latents.to(self.vae.vae_dtype).to(self.vae.device)
-        return self.vae.process_output(self.stream.step(moved).to(self.vae.output_device).float())
+        fed = comfy.latent_formats.Wan21().process_in(latents.float()) if self.model_space else latents
+        moved = fed.to(self.vae.vae_dtype).to(self.vae.device)
+        pictures = self.stream.step(moved).to(self.vae.output_device).float()
+        return pictures if self.tiny else self.vae.process_output(pictures)
 
     def mark(self) -> Any:
         return self.stream.mark()
@@ -63,7 +89,38 @@ class HostDecoder:
         return self.stream.snapshot()
 
     def restore(self, saved: dict[str, Any]) -> None:
+        if reason := self.foreign(saved):
+            raise ValueError(reason)
         self.stream.restore(saved, self.vae.device, self.vae.vae_dtype)
+
+    @property
+    def _kind(self) -> str | None:
+        return taehv_stream.KIND if self.tiny else None
+
+    def foreign(self, saved: dict[str, Any]) -> str | None:
+        """Why the cache in `saved` is of no use to this decoder, or None."""
+        kind = saved.get("vae_kind")
+        if kind == self._kind:
+            return None
+        theirs = _WORDS.get(str(kind) if kind is not None else None, "another VAE")
+        return f"the state's video was decoded by {theirs} and the vae connected is {_WORDS[self._kind]}"
+
+
+def _takes_model_space(vae: Any, tiny: bool, latent_space: str) -> bool:
+    """Whether the decoder is fed normalised latents.
+
+    The files of taew2_1 (model space, published in float16) and lighttaew2_1 (VAE space, in wider types) have the same
+    layout, and a loaded VAE has no name. But the host takes a float16 file for Hunyuan's and gives it that rescaling,
+    which the layers driven here do not contain: its mark tells the two apart.
+    """
+    if latent_space not in LATENT_SPACES:
+        raise ValueError(f"latent_space is {latent_space!r}; it must be one of {', '.join(LATENT_SPACES)}")
+    if tiny:
+        marked = getattr(vae.first_stage_model, "latent_format", None) is not None
+        return marked if latent_space == "auto" else latent_space == "model"
+    if latent_space == "model":
+        raise ValueError("latent_space is model, but a full Wan VAE takes VAE-space latents; choose auto")
+    return False
 
 
 def _width(vae: Any) -> int:

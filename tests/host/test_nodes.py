@@ -26,14 +26,14 @@ CONTRACT = {
         ["LATENT", "ADASTATE_STATE", "STRING", "VIDEO"],
     ),
     "AdaStateStreamOutput": (
-        ["vae", "filename_prefix", "fps", "codec", "quality", "preview", "autosave_seconds?", "join?"],
+        ["vae", "filename_prefix", "fps", "codec", "quality", "preview", "autosave_seconds?", "join?", "latent_space?"],
         ["ADASTATE_STREAM"],
     ),
-    "AdaStateDecode": (["latent", "vae", "frames_per_call?"], ["IMAGE"]),
-    "AdaStateRenderVideo": (["latent", "vae", "filename_prefix", "fps", "codec", "quality"], ["VIDEO"]),
+    "AdaStateDecode": (["latent", "vae", "frames_per_call?", "latent_space?"], ["IMAGE"]),
+    "AdaStateRenderVideo": (["latent", "vae", "filename_prefix", "fps", "codec", "quality", "latent_space?"], ["VIDEO"]),
     "AdaStateSaveState": (["state", "filename_prefix"], ["STRING"]),
     "AdaStateLoadState": (["file"], ["ADASTATE_STATE"]),
-    "AdaStateDecodeState": (["state", "vae"], ["IMAGE"]),
+    "AdaStateDecodeState": (["state", "vae", "latent_space?"], ["IMAGE"]),
     "AdaStateAttentionShare": (
         ["model", "positive", "width", "height", "windows", "seed", "anchor?"],
         ["IMAGE", "STRING"],

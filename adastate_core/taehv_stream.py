@@ -1,0 +1,143 @@
+"""Tiny VAE (TAEHV) decode that carries its memory between calls, at a size that does not depend on length.
+
+A TAEHV decoder is a plain sequence of 2-D layers over frames; only its memory blocks look back, each at the frame that
+came into it last (github.com/madebyollin/taehv: taew2_1 and, with the same layers, lighttaew2_1). Those frames are the
+state. Every latent gives 4 pictures, of which the first 3 of a video are no part of it, so a latent frame 0 gives 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+# What a snapshot of this decoder is told by; one of a full VAE has no such entry.
+KIND = "taehv"
+
+
+def cache_bytes(decoder: nn.Sequential, rows: int, columns: int, batch: int, dtype: torch.dtype) -> int:
+    """Bytes of the carried memory: 5376 values a latent pixel for the published decoders (256, 128, 64 channels).
+
+    `rows` x `columns` is the latent picture.
+    """
+    values = sum(channels * scale**2 for channels, scale in _memories(decoder))
+    return values * rows * columns * batch * dtype.itemsize
+
+
+class TaehvStream:
+    """One stream's tiny decoder: `step` latents through it in order; `snapshot` and `restore` move it to another run.
+
+    `decoder` is the sequence of the decoder's layers. `frames_per_call` above 1 is faster on some devices and exact to
+    rounding only. ValueError if no layer of it is a memory block.
+    """
+
+    def __init__(self, decoder: nn.Sequential, frames_per_call: int = 1) -> None:
+        if frames_per_call < 1:
+            raise ValueError(f"frames_per_call is {frames_per_call}; it must be at least 1")
+        if not _memories(decoder):
+            raise ValueError(f"the decoder is a {type(decoder).__name__} without memory blocks; TAEHV's has nine")
+        self.decoder, self.frames_per_call = decoder, frames_per_call
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new video."""
+        self._memory: list[torch.Tensor] = []
+        self.latents_seen = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the carried memory."""
+        return sum(t.nbytes for t in self._memory)
+
+    def step(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, C, n, h, w] in the decoder's space, on its device and dtype, to pictures [B, t, 8h, 8w, 3] in 0..1.
+
+        t is 4n, or 4n - 3 when these are the first latents of the video. If it raises, the stream is as before.
+        """
+        before = self.mark()
+        try:
+            pieces = [self._call(part) for part in latents.split(self.frames_per_call, dim=2)]
+        except BaseException:
+            self.rewind(before)
+            raise
+        return torch.cat(pieces, dim=1).movedim(2, -1)
+
+    def _call(self, latents: torch.Tensor) -> torch.Tensor:
+        batch, count = latents.shape[0], latents.shape[2]
+        x, memory = latents.movedim(2, 1).flatten(0, 1), []
+        for layer in self.decoder:
+            if not _has_memory(layer):
+                x = layer(x)
+                continue
+            frames = x.unflatten(0, (batch, -1))
+            last = self._memory[len(memory)] if self._memory else torch.zeros_like(frames[:, 0])
+            past = torch.cat([last[:, None], frames[:, :-1]], dim=1).flatten(0, 1)
+            # A copy: the view would keep all frames of the call alive.
+            memory.append(frames[:, -1].clone())
+            x = layer(x, past)
+        pictures = x.unflatten(0, (batch, -1)).clamp(0, 1)
+        if not self.latents_seen:
+            pictures = pictures[:, pictures.shape[1] // count - 1 :]
+        self._memory = memory
+        self.latents_seen += count
+        return pictures
+
+    def mark(self) -> tuple[list, int]:
+        """The stream as it stands, for `rewind`: references, no copies."""
+        return self._memory, self.latents_seen
+
+    def rewind(self, mark: tuple[list, int]) -> None:
+        """Back to where `mark` was taken."""
+        self._memory, self.latents_seen = mark
+
+    def snapshot(self) -> dict[str, Any]:
+        """The stream between two calls: its kind, a number, and copies on the CPU of the carried frames."""
+        saved: dict[str, Any] = {"vae_kind": KIND, "vae_latents_seen": self.latents_seen}
+        for i, frame in enumerate(self._memory):
+            saved[f"taehv_memory_{i}"] = frame.detach().to("cpu", copy=True)
+        return saved
+
+    def restore(self, saved: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
+        """Go on from a snapshot; ValueError if there is none of a TAEHV in `saved` or it is damaged."""
+        self.reset()
+        if saved.get("vae_kind") != KIND or "vae_latents_seen" not in saved:
+            raise ValueError(
+                "the state holds no tiny VAE's memory; its stream was decoded by a full VAE, or not at all"
+            )
+        seen = int(saved["vae_latents_seen"])
+        layout = _memories(self.decoder) if seen else []
+        entries = [saved.get(f"taehv_memory_{i}") for i in range(len(layout))]
+        if not _fits(entries, layout):
+            raise ValueError("the state's decoder memory is damaged; resume without a stream, or make it again")
+        self._memory = [entry.to(device=device, dtype=dtype, copy=True) for entry in entries]
+        self.latents_seen = seen
+
+
+def _has_memory(layer: nn.Module) -> bool:
+    """Whether a layer is called with the frames before: TAEHV's MemBlock, known by its parts."""
+    return hasattr(layer, "conv") and hasattr(layer, "skip")
+
+
+def _memories(decoder: nn.Sequential) -> list[tuple[int, int]]:
+    """Each memory block's channels, and how many times the latent picture's its rows and columns are."""
+    found, scale = [], 1
+    for layer in decoder:
+        if isinstance(layer, nn.Upsample):
+            scale *= int(layer.scale_factor)
+        elif _has_memory(layer):
+            found.append((layer.conv[0].in_channels // 2, scale))
+    return found
+
+
+def _fits(entries: list[Any], layout: list[tuple[int, int]]) -> bool:
+    """Whether carried frames from a file belong to one another and to the decoder."""
+    shapes = set()
+    for entry, (channels, scale) in zip(entries, layout, strict=True):
+        if not isinstance(entry, torch.Tensor) or entry.ndim != 4 or not entry.is_floating_point():
+            return False
+        batch, width, rows, columns = entry.shape
+        if width != channels or rows % scale or columns % scale:
+            return False
+        shapes.add((batch, rows // scale, columns // scale))
+    return len(shapes) <= 1
