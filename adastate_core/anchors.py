@@ -56,6 +56,10 @@ class Anchor:
     def committed(self, layer: LayerCache, first_frame: int, content_frames: int) -> None:
         """Content frames `first_frame`... are in the cache, and what had to leave has left."""
 
+    def bystander(self) -> Anchor:
+        """The policy while frames that were committed before are committed again: what is in the anchor stays."""
+        return Anchor()
+
     def describe(self) -> dict[str, Any]:
         """Kind and numbers, JSON-able; equal descriptions mean equal behaviour."""
         return {"kind": self.kind} | asdict(self)
@@ -227,13 +231,18 @@ class AnchorAdaptive(Anchor):
             else:
                 layer.set_anchor(slot, slot, keys[:, slot], values[:, slot])
 
+    def bystander(self) -> Anchor:
+        return AnchorAdaptive(self.state_frames, self.state_after_past)
+
     def committed(self, layer: LayerCache, first_frame: int, content_frames: int) -> None:
         end = first_frame + content_frames
         if self.reset_frames and first_frame // self.reset_frames != end // self.reset_frames:
             layer.anchor.clear()
 
 
-KINDS: dict[str, type[Anchor]] = {cls.kind: cls for cls in (Anchor, AnchorStatic, AnchorEMA, AnchorMemory, AnchorReplay, AnchorAdaptive)}
+KINDS: dict[str, type[Anchor]] = {
+    cls.kind: cls for cls in (Anchor, AnchorStatic, AnchorEMA, AnchorMemory, AnchorReplay, AnchorAdaptive)
+}
 
 
 def anchor_from(description: dict[str, Any]) -> Anchor:

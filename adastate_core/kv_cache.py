@@ -217,9 +217,7 @@ class LayerCache:
             anchor.state_committed(self, self.k[:, states], self.v[:, states], first_frame)
         anchor.committed(self, first_frame, content_frames)
 
-    def _push(
-        self, anchor: Anchor, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int]
-    ) -> bool:
+    def _push(self, anchor: Anchor, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int]) -> bool:
         """Put a frame into the window; whether one left for it, `place` being which of how many that leave."""
         if self.layer.window_frames == 0:
             anchor.evicted(self, frame, key, value, place)
@@ -248,6 +246,18 @@ class LayerCache:
             receiver(slot.frame, None, self.raw[:, ring], value)
         else:
             receiver(slot.frame, slot.position, self.k[:, self.window_start + ring], value)
+
+    def flush(self, keep: int) -> None:
+        """Forget the window but for its `keep` newest frames; the anchor and pinned frames stay."""
+        newest = list(self.window.items())[max(0, len(self.window) - keep) :]
+        buffers = [(t, self.window_start) for t in (self.k, self.v)] + ([(self.raw, 0)] if self.raw is not None else [])
+        kept = [[t[:, start + ring].clone() for ring, _ in newest] for t, start in buffers]
+        self.window.clear()
+        for i, (_, slot) in enumerate(newest):
+            ring = len(self.pinned) + i
+            for (buffer, start), frames in zip(buffers, kept, strict=True):
+                buffer[:, start + ring].copy_(frames[i])
+            self.window[ring] = slot
 
     def set_anchor(self, slot: int, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put a raw key and value [B, P, width] into an anchor slot."""

@@ -10,37 +10,31 @@ Semantics: design, section 4. Latents are float32 in the model's latent space; t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from .absorption.absorber import Absorber, absorption_bytes
+from . import rolling
+from .absorption.absorber import Absorber
 from .absorption.saved import absorber_state, restore_absorber
-from .absorption.settings import AbsorptionSettings
 from .absorption.solve import Solution
 from .anchors import Anchor
 from .attention import CachedAttention, Kernel, plain_attention
-from .cache_plan import CachePlan, LayerPlan
 from .kv_cache import KVCache, LayerSnapshot
-from .rope import POSITION_MODES, Layout, Rope
-from .schedule import TIMESTEPS, Schedule, denoised, noise, renoised
+from .prompt_plan import PromptPlan
+from .rollout_spec import ModelGeometry, RolloutSpec, Settings
+from .rope import Layout, Rope
+from .schedule import TIMESTEPS, denoised, noise, renoised
+
+# past frames that a flush leaves beside the anchor, and where a rope cut puts the chunk after it (Infinity-RoPE's numbers)
+FLUSH_FRAMES = 2
+CUT_POSITION = 45
 
 
 class NonFiniteError(RuntimeError):
     """The model gave NaN or infinity; the chunks before it are kept."""
-
-
-@dataclass(frozen=True)
-class ModelGeometry:
-    """The shape of a causal Wan model: latent channels, layers, heads, channels a head, spatial patch."""
-
-    channels: int
-    layers: int
-    heads: int
-    head_dim: int
-    patch: int = 2
 
 
 class CausalModel(Protocol):
@@ -50,118 +44,14 @@ class CausalModel(Protocol):
     device: torch.device
     kernel: Kernel
 
-    def velocity(self, x: torch.Tensor, timestep: float, attention: CachedAttention) -> torch.Tensor:
-        """One forward of [B, C, frames, h, w] float32, all frames at `timestep`; layers call `attention.attend`."""
+    def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: CachedAttention) -> torch.Tensor:
+        """One forward of [B, C, frames, h, w] float32, all frames at `timestep` or each at its own; layers call
+        `attention.attend`."""
         ...
 
-
-@dataclass(frozen=True)
-class RolloutSpec:
-    """Everything that has to match for a rollout to go on; knows its cache's bytes before anything is allocated.
-
-    `height` and `width` are in latent pixels; `model` identifies the weights; `layers` overrides the plan of single
-    layers (default: the same for all); `absorption` lets some forget their history later on.
-    """
-
-    geometry: ModelGeometry
-    batch: int
-    height: int
-    width: int
-    chunk_frames: int
-    window_frames: int
-    anchor: Anchor
-    positions: str
-    dtype: torch.dtype
-    model: str = ""
-    layers: tuple[LayerPlan, ...] | None = None
-    absorption: AbsorptionSettings | None = None
-
-    def __post_init__(self) -> None:
-        checks = {
-            "batch": (self.batch, 1),
-            "chunk_frames": (self.chunk_frames, 1),
-            "window_frames": (self.window_frames, 0),
-            "height": (self.height, 1),
-            "width": (self.width, 1),
-        }
-        for name, (value, least) in checks.items():
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-        if self.height % self.geometry.patch or self.width % self.geometry.patch:
-            raise ValueError(
-                f"the latent is {self.width}x{self.height}; both sides must be multiples of {self.geometry.patch}"
-            )
-        if self.positions not in POSITION_MODES:
-            raise ValueError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITION_MODES)}")
-        if self.positions == "absolute" and self.anchor.relative_only:
-            raise ValueError(
-                f"positions is 'absolute' with the {self.anchor.kind} anchor, whose slots stand for no single frame; "
-                "choose 'packed' or 'fixed'"
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens a latent frame."""
-        return (self.height // self.geometry.patch) * (self.width // self.geometry.patch)
-
-    def plan(self, text_tokens: int = 0, vae_bytes: int = 0) -> CachePlan:
-        """The cache plan; its `bytes()` is what a run will use."""
-        layer = LayerPlan.of(self.anchor, self.window_frames, self.chunk_frames, self.positions)
-        plan = CachePlan(
-            batch=self.batch,
-            tokens=self.tokens,
-            width=self.geometry.heads * self.geometry.head_dim,
-            state_frames=self.anchor.state_frames,
-            chunk_frames=self.chunk_frames,
-            dtype=self.dtype,
-            layers=self.layers or (layer,) * self.geometry.layers,
-            text_tokens=text_tokens,
-            vae_bytes=vae_bytes,
-        )
-        if self.absorption is None:
-            return plan
-        return replace(plan, absorption_bytes=absorption_bytes(self.absorption, plan, self.geometry.heads))
-
-    def describe(self) -> dict[str, Any]:
-        """What has to match, by name, JSON-able."""
-        return {
-            "model": self.model,
-            "geometry": asdict(self.geometry),
-            "batch": self.batch,
-            "height": self.height,
-            "width": self.width,
-            "chunk_frames": self.chunk_frames,
-            "window_frames": self.window_frames,
-            "anchor": self.anchor.describe(),
-            "positions": self.positions,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "layers": None if self.layers is None else [asdict(layer) for layer in self.layers],
-            "absorption": None if self.absorption is None else self.absorption.describe(),
-        }
-
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """Where a state's description differs from this spec, a phrase each; empty if it can go on."""
-        mine = self.describe()
-        phrases = []
-        for name, value in mine.items():
-            theirs = other.get(name)
-            if theirs == value:
-                continue
-            if name == "model":
-                phrases.append("model is another checkpoint, or the same one loaded in another weight dtype")
-            elif name in ("width", "height") and isinstance(theirs, int):
-                phrases.append(f"{name} is {8 * theirs} in the state and {8 * value} here")
-            else:
-                phrases.append(f"{name} is {theirs} in the state and {value} here")
-        return phrases
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What may change from run to run: the seed and the schedule."""
-
-    seed: int
-    schedule: Schedule
+    def set_context(self, context: torch.Tensor) -> None:
+        """Text embeddings [1 or B, n, c] for the passes that follow. Needed only of models that get a prompt plan."""
+        ...
 
 
 @dataclass(frozen=True, repr=False)
@@ -170,7 +60,8 @@ class RolloutState:
 
     `next_frame` is the index of the next chunk's first frame, `next_chunk` counts generated chunks, `emitted` the
     latents that have left; `pending` [B, C, n, h, w] are generated but not yet emitted. `hidden` are the anchor's
-    state latents [B, C, S, h, w]. `latents` are all emitted ones, if kept. `stream` belongs to whoever decodes:
+    state latents [B, C, S, h, w]. `latents` are all emitted ones, if kept. `recent` are the newest committed ones,
+    `noisy` the chunks that are still being denoised (Rolling Forcing), oldest first. `stream` belongs to whoever decodes:
     JSON-able values and tensors; so is `absorption`, where the absorption stands.
     """
 
@@ -182,12 +73,15 @@ class RolloutState:
     pending: torch.Tensor
     hidden: torch.Tensor | None = None
     latents: torch.Tensor | None = None
+    recent: torch.Tensor | None = None
+    noisy: torch.Tensor | None = None
     stream: dict[str, Any] = field(default_factory=dict)
     absorption: dict[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.pending, self.hidden, self.latents, *self.stream.values(), *self.absorption.values()]
+        tensors = [self.pending, self.hidden, self.latents, self.recent, self.noisy]
+        tensors += [*self.stream.values(), *self.absorption.values()]
         return sum(layer.nbytes for layer in self.cache) + sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
     def __repr__(self) -> str:
@@ -224,8 +118,15 @@ class Rollout:
         text_tokens: int = 0,
         on_step: StepCallback | None = None,
         solution: Solution | None = None,
+        prompts: PromptPlan | None = None,
     ) -> None:
-        """`solution`: an absorption that was solved before for the same model, prompt and seed."""
+        """`solution`: an absorption that was solved before for the same model, prompt and seed. `prompts`: text that
+        changes on the way; without them the model keeps the one it has."""
+        if spec.blocks > 1 and len(settings.schedule.sigmas) != spec.blocks:
+            raise ValueError(
+                f"{spec.blocks} chunks denoised together take {spec.blocks} steps, and the schedule has "
+                f"{len(settings.schedule.sigmas)}"
+            )
         if state is not None and (differences := spec.differences(state.spec)):
             raise ValueError("this state belongs to another rollout: " + "; ".join(differences))
         self.model, self.spec, self.settings, self.on_step = model, spec, settings, on_step
@@ -235,8 +136,13 @@ class Rollout:
         self.attention = CachedAttention(self.cache, rope, getattr(model, "kernel", plain_attention))
         if spec.absorption is not None:
             self.attention.absorber = Absorber(spec.absorption, self.cache, spec.anchor, rope, solution)
+        self.prompts = prompts
         self._next_frame = self._next_chunk = self._emitted = 0
-        self._pending = torch.zeros(self._shape(0))
+        self._pending = self._recent = torch.zeros(self._shape(0))
+        self._blocks: tuple[rolling.Block, ...] = ()
+        # the frame that the last chunk began with, and how far a rope cut puts the chunk under way ahead
+        self._before = 0
+        self._jump = 0
         self._hidden: torch.Tensor | None = None
         self._kept: list[torch.Tensor] | None = [] if keep_latents else None
         if state is not None:
@@ -248,11 +154,17 @@ class Rollout:
     def _restore(self, state: RolloutState) -> None:
         shapes = [(state.pending, state.pending.shape[2]), (state.hidden, self.spec.anchor.state_frames)]
         shapes.append((state.latents, state.emitted))
+        shapes += [(kept, kept.shape[2]) for kept in (state.recent, state.noisy) if kept is not None]
         for latents, frames in shapes:
             if latents is not None and (latents.shape != self._shape(frames) or latents.dtype != torch.float32):
                 raise ValueError("the state's latents do not have the shape that its settings say: it is damaged")
         self._next_frame, self._next_chunk, self._emitted = state.next_frame, state.next_chunk, state.emitted
         self._pending, self._hidden = state.pending, state.hidden
+        if state.recent is not None:
+            self._recent = state.recent
+        steps, frames = len(self.settings.schedule.sigmas), self.spec.chunk_frames
+        self._blocks = rolling.under_way(state.noisy, state.next_chunk, frames, steps)
+        self._before = max(0, self._next_frame - frames)
         if self.attention.absorber is not None:
             restore_absorber(self.attention.absorber, state.absorption)
         self.cache.restore(state.cache)
@@ -282,6 +194,8 @@ class Rollout:
             pending=self._pending.clone(),
             hidden=self._hidden,
             latents=self.kept_latents,
+            recent=self._recent,
+            noisy=torch.cat([block.x for block in self._blocks], 2).cpu() if self._blocks else None,
             stream=stream or {},
             absorption={} if self.attention.absorber is None else absorber_state(self.attention.absorber),
         )
@@ -309,7 +223,8 @@ class Rollout:
         while self._emitted < length:
             start = time.perf_counter()
             if not self._pending.shape[2]:
-                self._pending = self._generate()
+                self._prepare()
+                self._pending = self._generate() if self.spec.blocks == 1 else self._generate_rolling(length)
             yield self._emit(length, start, given=self._emitted < given_frames)
 
     def _take(self, given: torch.Tensor, length: int) -> None:
@@ -324,6 +239,7 @@ class Rollout:
             raise ValueError(f"start latents hold {given.shape[2]} latent frames of {length}; length must be longer")
         states = self.spec.anchor.state_frames
         given = given.float().cpu()
+        self._set_prompt()
         for content in given.split(self.spec.chunk_frames, dim=2):
             self._checkpoint(0, None)
             self.attention.start_chunk()
@@ -341,7 +257,56 @@ class Rollout:
             window_present=self.cache.window_present,
             first_frame=self._next_frame,
             state_after_past=self.spec.anchor.state_after_past,
+            jump=self._jump,
         )
+
+    def _prepare(self) -> None:
+        """What comes before a chunk: a restart, or another prompt with what its transition does to the cache."""
+        frame, before = self._next_frame, self._before
+        if frame and self.spec.clip(frame) != self.spec.clip(before):
+            self._set_prompt()
+            self._commit_again(self.spec.overlap_frames)
+        transition = self.prompts.transition(frame, before) if self.prompts else ""
+        self._set_prompt()
+        if transition == "recache":
+            self._commit_again(self.spec.recent_frames)
+        elif transition == "flush":
+            for layer in self.cache:
+                layer.flush(FLUSH_FRAMES)
+        self._jump = 0
+        if transition == "rope cut":
+            layout = self._layout()
+            self._jump = max(CUT_POSITION - layout.content, CUT_POSITION - self.spec.chunk_frames)
+        self._before = frame
+
+    def _set_prompt(self) -> None:
+        if self.prompts is not None:
+            self.model.set_context(self.prompts.context(self._next_frame))
+
+    def _commit_again(self, frames: int) -> None:
+        """Empty the window and commit the newest `frames` latents once more, in passes of F; the anchor stays as it is.
+
+        Frames that the anchor holds are left out. The hidden state is committed again with them.
+        """
+        end, held = self._next_frame, self._recent.shape[2]
+        first = end - min(frames, held)
+        while first < end and self.spec.anchor.slot_of(first) is not None:
+            first += 1
+        again = self._recent[:, :, held - (end - first) :]
+        hidden = self._hidden if self._hidden is not None else self._recent[:, :, :0]
+        before = self.cache.snapshot()
+        for layer in self.cache:
+            layer.flush(0)
+        self._next_frame = first
+        try:
+            for content in again.split(self.spec.chunk_frames, dim=2) if first < end else ():
+                self.attention.start_chunk()
+                self._clean_pass(torch.cat([hidden, content], 2), content.shape[2], self.spec.anchor.bystander())
+                self._next_frame += content.shape[2]
+        except BaseException:
+            self._next_frame = end
+            self.cache.restore(before)
+            raise
 
     def _noises(self) -> torch.Tensor:
         """[steps, B, C, S + F, h, w] noise of the current chunk, state first, float32 on the model's device.
@@ -349,7 +314,7 @@ class Rollout:
         Made for all steps at once: a copy between two steps would wait for the device.
         """
         seed, chunk, states = self.settings.seed, self._next_chunk, self.spec.anchor.state_frames
-        steps = len(self.settings.schedule.sigmas)
+        steps = len(self.settings.schedule.for_chunk(chunk))
         out = torch.empty((steps, *self._shape(states + self.spec.chunk_frames)))
         for step in range(steps):
             out[step, :, :, states:] = noise(seed, chunk, step, self._shape(self.spec.chunk_frames))
@@ -361,7 +326,7 @@ class Rollout:
 
     def _generate(self) -> torch.Tensor:
         """Denoise and commit one chunk; its content latents [B, C, F, h, w] on the CPU."""
-        frames, sigmas = self.spec.chunk_frames, self.settings.schedule.sigmas
+        frames, sigmas = self.spec.chunk_frames, self.settings.schedule.for_chunk(self._next_chunk)
         layout = self._layout()
         self.attention.start_chunk()
         self.attention.place(layout)
@@ -379,16 +344,47 @@ class Rollout:
         self._next_chunk += 1
         return x0[:, :, self.spec.anchor.state_frames :].cpu()
 
-    def _commit(self, x0: torch.Tensor, content_frames: int) -> None:
-        """The clean pass over [state | content] and its commit: the only place where the past changes."""
+    def _generate_rolling(self, length: int) -> torch.Tensor:
+        """Passes over the window of chunks until its oldest is finished; that one's latents [B, C, F, h, w] on the CPU."""
+        frames, sigmas, seed = self.spec.chunk_frames, self.settings.schedule.sigmas, self.settings.seed
+        blocks, finished, x0 = self._blocks, None, None
+        while finished is None:
+            chunk = self._next_chunk + len(blocks)
+            first = self._next_frame + len(blocks) * frames
+            if len(blocks) < self.spec.blocks and not (self.settings.ramp_down and first >= length):
+                blocks = rolling.entered(blocks, chunk, seed, self._shape(frames))
+            layout = self._layout()
+            self._checkpoint(0, x0)
+            self.attention.start_chunk()
+            self.attention.place(layout)
+            self.attention.begin(layout, frames * len(blocks), clean=False)
+            x, timesteps, levels = rolling.joined(blocks, sigmas)
+            x, levels = x.to(self.model.device), levels.to(self.model.device)
+            x0 = x - levels * self.model.velocity(x, timesteps, self.attention)
+            finished, blocks = rolling.advanced(blocks, x0, sigmas, seed)
+        self._checkpoint(1, finished)
+        self._require_finite(x0)
+        self._commit(finished, frames)
+        self._blocks = tuple(rolling.Block(b.chunk, b.step, b.x.cpu()) for b in blocks)
+        self._next_chunk += 1
+        return finished.cpu()
+
+    def _clean_pass(self, x0: torch.Tensor, content_frames: int, anchor: Anchor) -> None:
+        """One pass over [state | content] at the context's timestep, whose keys and values are cached afterwards."""
         layout = self._layout()
         self.attention.place(layout)
         self.attention.begin(layout, content_frames, clean=True)
         timestep = self.settings.schedule.context_timestep
         self._require_finite(self.model.velocity(x0.to(self.model.device), timestep, self.attention))
-        self.attention.commit(self.spec.anchor, self._next_frame, content_frames)
+        self.attention.commit(anchor, self._next_frame, content_frames)
+
+    def _commit(self, x0: torch.Tensor, content_frames: int) -> None:
+        """The clean pass of a chunk and its commit: the only place where the past moves on."""
+        states = self.spec.anchor.state_frames
+        self._clean_pass(x0, content_frames, self.spec.anchor)
         self._next_frame += content_frames
-        if states := self.spec.anchor.state_frames:
+        self._recent = torch.cat([self._recent, x0[:, :, states:].cpu()], 2)[:, :, -self.spec.recent_frames :]
+        if states:
             self._hidden = x0[:, :, :states].cpu()
 
     def _emit(self, length: int, start: float, given: bool) -> Chunk:
@@ -400,9 +396,19 @@ class Rollout:
             self._kept.append(out)
         return Chunk(max(self._next_chunk - 1, 0), first, out, self._hidden, time.perf_counter() - start, given)
 
+    def passes(self, length: int) -> int:
+        """Forwards of the model that are left until `length` latent frames, but for those of a changing prompt."""
+        chunks = max(1, -(-(length - self._next_frame) // self.spec.chunk_frames))
+        if self.spec.blocks > 1:
+            return 2 * chunks + (0 if self._blocks else self.spec.blocks - 1)
+        schedule = self.settings.schedule
+        first = len(schedule.for_chunk(self._next_chunk))
+        return first + 1 + (chunks - 1) * (len(schedule.sigmas) + 1)
+
     def _checkpoint(self, step: int, x0: torch.Tensor | None) -> None:
         if self.on_step is not None:
-            self.on_step(self._next_chunk, step, len(self.settings.schedule.sigmas) + 1, x0)
+            steps = len(self.settings.schedule.for_chunk(self._next_chunk)) if self.spec.blocks == 1 else 1
+            self.on_step(self._next_chunk, step, steps + 1, x0)
 
     def _require_finite(self, values: torch.Tensor) -> None:
         if not bool(torch.isfinite(values).all()):

@@ -17,13 +17,14 @@ from .rollout import RolloutState
 
 FORMAT = "adastate.rollout"
 VERSION = 1
+OPTIONAL = ("hidden", "latents", "recent", "noisy")
 
 
 def save_state(state: RolloutState, path: Path | str) -> Path:
     """Write `state` to `path` (.safetensors). A crash leaves either the old file or the new one."""
     path = Path(path)
     tensors: dict[str, torch.Tensor] = {"pending": state.pending}
-    for name in ("hidden", "latents"):
+    for name in OPTIONAL:
         if getattr(state, name) is not None:
             tensors[name] = getattr(state, name)
     for i, layer in enumerate(state.cache):
@@ -82,8 +83,7 @@ def load_state(path: Path | str) -> RolloutState:
             emitted=int(header["emitted"]),
             cache=layers,
             pending=tensors["pending"],
-            hidden=tensors.get("hidden"),
-            latents=tensors.get("latents"),
+            **{name: tensors.get(name) for name in OPTIONAL},
             stream=header["stream"] | streamed,
             absorption=header.get("absorption", {}) | absorbed,
         )
@@ -98,7 +98,7 @@ def load_state(path: Path | str) -> RolloutState:
 
 def _damage(state: RolloutState) -> str | None:
     """What contradicts itself in a state read from a file, or None."""
-    tensors = [state.pending, state.hidden, state.latents]
+    tensors = [state.pending, *(getattr(state, name) for name in OPTIONAL)]
     if not isinstance(state.spec, dict):
         return "its settings are missing"
     if any(t is not None and (t.ndim != 5 or t.dtype != torch.float32) for t in tensors):

@@ -87,7 +87,8 @@ class Layout:
 
     `anchor_capacity` A, `window_capacity` W and `state_frames` S are the rollout's numbers, `anchor_present` a and
     `window_present` w what its fullest layer holds, `first_frame` f the index of the pass's first content frame.
-    With `state_after_past` the state that is being denoised stands between the past and the content.
+    With `state_after_past` the state that is being denoised stands between the past and the content; `jump` puts the
+    content that much later than it belongs, for a cut.
     """
 
     mode: str
@@ -98,6 +99,7 @@ class Layout:
     window_present: int
     first_frame: int
     state_after_past: bool = False
+    jump: int = 0
 
     @property
     def past_end(self) -> int:
@@ -111,7 +113,7 @@ class Layout:
     @property
     def content(self) -> int:
         """Position of the first content frame of the pass; the others follow one by one."""
-        return self.past_end + (self.state_frames if self.state_after_past else 0)
+        return self.past_end + (self.state_frames if self.state_after_past else 0) + self.jump
 
     def window(self, frame: int) -> int:
         """Position of a window frame: as far before the end of the past as it lies in the video."""

@@ -17,12 +17,18 @@ TIMESTEPS = 1000.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """The sigmas of the noisy passes (descending, each in (0, 1]) and the timestep of the clean pass."""
+    """The sigmas of the noisy passes (descending, each in (0, 1]) and the timestep of the clean pass.
+
+    `first_sigmas`, if there are any, are those of the first generated chunk (Causal-Forcing++'s 1- and 2-step weights).
+    """
 
     sigmas: tuple[float, ...]
     context_timestep: float = 0.0
+    first_sigmas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.first_sigmas:
+            Schedule(self.first_sigmas)
         if not self.sigmas:
             raise ValueError("the sigma list is empty; it needs at least one value above 0")
         if not all(0.0 < s <= 1.0 for s in self.sigmas) or any(
@@ -40,6 +46,16 @@ class Schedule:
             raise ValueError(f"steps is {steps} and shift {shift}; steps must be at least 1 and shift above 0")
         times = [1 - j / steps for j in range(steps)]
         return Schedule(tuple(shift * t / (1 + (shift - 1) * t) for t in times))
+
+    @staticmethod
+    def warped(timesteps: Sequence[float], shift: float, first: Sequence[float] = ()) -> Schedule:
+        """From unshifted timesteps of 1000 (1000, 750, ...), as the causal family's step lists are written."""
+        lists = [tuple(shift * t / (1000 + (shift - 1) * t) for t in each) for each in (timesteps, first)]
+        return Schedule(lists[0], first_sigmas=lists[1])
+
+    def for_chunk(self, chunk: int) -> tuple[float, ...]:
+        """The sigmas of generated chunk `chunk`."""
+        return self.first_sigmas if chunk == 0 and self.first_sigmas else self.sigmas
 
     @staticmethod
     def from_sigmas(sigmas: Sequence[float]) -> Schedule:
