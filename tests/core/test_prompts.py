@@ -157,6 +157,9 @@ def test_no_text_crashes_it():
             refused += 1
             continue
         parsed += 1
+        with pytest.raises(TimelineError) as unknown:
+            words_over_time(text)
+        assert 1 <= unknown.value.line <= text.count("\n") + 1, text
         assert entries[0].seconds == 0 and all(e.text.strip() for e in entries), text
         assert all(a.seconds < b.seconds for a, b in zip(entries, entries[1:], strict=False)), text
         for entry in entries:
