@@ -48,6 +48,7 @@ def read(text: str, *args, **kwargs) -> list[tuple]:
         ("0:00 A\n\n5s {soft} B\n  more\n// C\n1:02.5: D | [d]", [(0, "A", None), (5, "B\nmore", "soft"), (62.5, "D | [d]", None)]),
         ("A\r\n5s# B\r\n", [(0, "A", None), (5, "B", "rope cut")]),
         ("0s {cut}: 90s sitcom", [(0, "90s sitcom", "cut")]),
+        ("0s A\n5s\n{cut} B", [(0, "A", None), (5, "{cut} B", None)]),
         ("0s A 5s later", [(0, "A 5s later", None)]),
     ],
 )  # fmt: skip
@@ -157,6 +158,9 @@ def test_no_text_crashes_it():
             refused += 1
             continue
         parsed += 1
+        with pytest.raises(TimelineError) as unknown:
+            words_over_time(text)
+        assert 1 <= unknown.value.line <= text.count("\n") + 1, text
         assert entries[0].seconds == 0 and all(e.text.strip() for e in entries), text
         assert all(a.seconds < b.seconds for a, b in zip(entries, entries[1:], strict=False)), text
         for entry in entries:

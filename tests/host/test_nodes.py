@@ -66,6 +66,7 @@ def test_ids_inputs_order_and_outputs_are_the_contract():
     assert set(NODES) == set(CONTRACT)
     for node_id, (inputs, outputs) in CONTRACT.items():
         schema = NODES[node_id].define_schema()
+        schema.validate()
         assert [i.id + ("?" if i.optional else "") for i in schema.inputs] == inputs, node_id
         assert [o.io_type for o in schema.outputs] == outputs, node_id
         assert schema.category.startswith("AdaState") and schema.description and schema.display_name
