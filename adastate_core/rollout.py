@@ -158,10 +158,15 @@ class RolloutSpec:
 
 @dataclass(frozen=True)
 class Settings:
-    """What may change from run to run: the seed and the schedule."""
+    """What may change from run to run: the seed, the schedule, and whose noise generated frames start from.
+
+    `first_noise` [B, C, T, h, w] float32 on the CPU: the content's noise at the first step, counted from the first
+    generated frame; None, and frames beyond its end, mean the seed's. The state and later steps have the seed's.
+    """
 
     seed: int
     schedule: Schedule
+    first_noise: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -355,6 +360,10 @@ class Rollout:
             out[step, :, :, states:] = noise(seed, chunk, step, self._shape(self.spec.chunk_frames))
             if states:
                 out[step, :, :, :states] = noise(seed, chunk, step, self._shape(states), state=True)
+        if self.settings.first_noise is not None:
+            start = chunk * self.spec.chunk_frames
+            first = self.settings.first_noise[:, :, start : start + self.spec.chunk_frames]
+            out[0, :, :, states : states + first.shape[2]] = first
         if self.model.device.type == "cuda":
             out = out.pin_memory()
         return out.to(self.model.device, non_blocking=True)

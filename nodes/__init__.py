@@ -17,7 +17,7 @@ class AdaStateExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import absorption, analysis, anchors, demo, rollout, state, stream
+            from . import absorption, analysis, anchors, demo, rollout, sampler, state, stream
         except Exception:
             # The host reports a failed import in one line; the reason is in the traceback.
             log.error("ComfyUI-AdaState could not be loaded:\n%s", traceback.format_exc())
@@ -26,6 +26,7 @@ class AdaStateExtension(ComfyExtension):
         return [
             *anchors.NODES,
             *rollout.NODES,
+            *sampler.NODES,
             *stream.NODES,
             *state.NODES,
             *absorption.NODES,

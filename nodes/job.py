@@ -26,6 +26,7 @@ from .output import StreamOutput, StreamSettings, check_streamable
 log = logging.getLogger("adastate")
 MOST_STATE_FRAMES = 16
 FALLBACK = {"steps": 4, "shift": 5.0, "chunk_frames": 3, "window_frames": 3, "positions": "packed"}
+NOT_CAUSAL = "the checkpoint says nothing of being causal; if frames fall apart it may be a plain Wan model"
 
 
 def check_size(width: int | None, height: int | None) -> str | None:
@@ -43,6 +44,12 @@ def checkpoint_anchor(defaults: dict[str, Any]) -> Anchor:
     if type(frames) is not int or not 1 <= frames <= MOST_STATE_FRAMES:
         return Anchor()
     return AnchorAdaptive(frames, defaults.get("state_after_past") is True)
+
+
+def with_defaults(asked: dict[str, Any], defaults: dict[str, Any] | None) -> dict[str, Any]:
+    """`asked` with what the checkpoint wants, else the fallback, where a value is None."""
+    known = FALLBACK | {k: v for k, v in (defaults or {}).items() if k in FALLBACK}
+    return {name: known[name] if value is None else value for name, value in asked.items()}
 
 
 @dataclass(frozen=True)
@@ -148,9 +155,7 @@ class Job:
     def _resolve(self, defaults: dict[str, Any] | None) -> dict[str, Any]:
         """Numbers win over the checkpoint's metadata, which wins over the fallback."""
         if defaults is None:
-            self.warnings.append(
-                "the checkpoint says nothing of being causal; if frames fall apart it may be a plain Wan model"
-            )
+            self.warnings.append(NOT_CAUSAL)
         asked = {
             "steps": self.request.steps or None,
             "shift": self.request.shift or None,
@@ -158,8 +163,7 @@ class Job:
             "window_frames": None if self.request.window_frames < 0 else self.request.window_frames,
             "positions": None if self.request.positions == "auto" else self.request.positions,
         }
-        known = FALLBACK | {k: v for k, v in (defaults or {}).items() if k in FALLBACK}
-        return {name: known[name] if value is None else value for name, value in asked.items()}
+        return with_defaults(asked, defaults)
 
     @property
     def schedule(self) -> Schedule:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.latent_formats
@@ -207,11 +209,15 @@ class HostModel:
                 "(CLIP type wan), or with AdaState's Demo Prompt for the demo model"
             )
         self.geometry, self.device = geometry_of(patcher), patcher.load_device
-        self.patcher = _patched(patcher)
+        self.patcher = self._prepared(patcher)
         self.dtype = compute_dtype(patcher)
         self._context = context.expand(batch, -1, -1)
         self._text_key = (id(context), context.data_ptr(), patcher.patches_uuid)
         self._options = dict(self.patcher.model_options.get("transformer_options", {}))
+
+    def _prepared(self, patcher: Any) -> Any:
+        """The patcher to load: a patched clone."""
+        return _patched(patcher)
 
     def load(self, plan: CachePlan, others: Sequence[Any] = (), working_bytes: int = 0) -> None:
         """Load the weights, leaving room for the caches, one forward's activations and `working_bytes`."""
@@ -246,14 +252,38 @@ class HostModel:
 def _patched(patcher: Any) -> Any:
     """A clone whose attention forwards look for a session and, without one, call the originals."""
     clone = patcher.clone()
-    for i, block in enumerate(patcher.model.diffusion_model.blocks):
-        for name, module, make in (
-            ("self_attn", block.self_attn, self_attention_forward),
-            ("cross_attn", block.cross_attn, cross_attention_forward),
-        ):
-            path = f"diffusion_model.blocks.{i}.{name}.forward"
-            clone.add_object_patch(path, make(module, i, patcher.get_model_object(path)))
+    for _, make, name in _attentions(patcher):
+        path = f"diffusion_model.{name}.forward"
+        clone.add_object_patch(path, make(patcher.get_model_object(path)))
     return clone
+
+
+def _attentions(patcher: Any) -> Iterator[tuple[torch.nn.Module, Callable[[Callable], Callable], str]]:
+    """Every attention of the model, what makes its forward out of the original one, and its name."""
+    for i, block in enumerate(patcher.model.diffusion_model.blocks):
+        yield block.self_attn, partial(self_attention_forward, block.self_attn, i), f"blocks.{i}.self_attn"
+        yield block.cross_attn, partial(cross_attention_forward, block.cross_attn, i), f"blocks.{i}.cross_attn"
+
+
+@contextmanager
+def attention_in_place(patcher: Any) -> Iterator[None]:
+    """Within it the attention forwards of a model that is loaded already look for a session; after it none is left.
+
+    Nothing is cloned or loaded again, and the host's own object patches are not touched.
+    """
+    before: list[tuple[torch.nn.Module, bool, Any]] = []
+    try:
+        for module, make, _ in _attentions(patcher):
+            original = module.forward
+            before.append((module, "forward" in vars(module), original))
+            module.forward = make(original)
+        yield
+    finally:
+        for module, was_set, original in before:
+            if was_set:
+                module.forward = original
+            else:
+                del module.forward
 
 
 def wan_to_vae_space(latents: torch.Tensor) -> torch.Tensor:
