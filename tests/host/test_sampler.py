@@ -64,7 +64,7 @@ def test_the_sampler_is_the_rollout(sample, rollout, model, positive, anchor, gu
     expected = rollout(anchor=anchor, length=41, sigmas=SIGMAS).args[0]["samples"]
     assert expected.shape == (1, 16, 11, 4, 4)
     for latents in made:
-        torch.testing.assert_close(latents, expected, atol=1e-6, rtol=0)
+        assert torch.equal(latents, expected)
 
 
 @pytest.mark.parametrize("noise", ["random", "none"])
@@ -100,7 +100,7 @@ def test_the_noise_node_is_the_rollouts(sample, rollout, node):
     assert torch.equal(noise.generate_noise(empty(41, 2)), PackNoise(5, 2).generate_noise(empty(41, 2)))
     latents, _ = sample(noise=noise, latent=empty(29, 2), chunk_frames=2)
     expected = rollout(length=29, batch_size=2, chunk_frames=2, sigmas=SIGMAS).args[0]["samples"]
-    torch.testing.assert_close(latents, expected, atol=1e-6, rtol=0)
+    assert torch.equal(latents, expected)
     with pytest.raises(ValueError, match="for video latents"):
         noise.generate_noise({"samples": torch.zeros(1, 4, 8, 8)})
 
@@ -130,7 +130,7 @@ def test_a_lora_and_the_models_own_options_act(sample, rollout, model):
     expected = rollout(model=patched, positive=[[torch.ones(1, 5, 4096), {}]], length=29, sigmas=SIGMAS).args[0][
         "samples"
     ]
-    torch.testing.assert_close(with_lora, expected, atol=1e-6, rtol=0)
+    assert torch.equal(with_lora, expected)
     guider = host.BasicGuider.execute(model, [[torch.ones(1, 5, 4096), {}]]).args[0]
     assert not torch.allclose(sample(guider=guider, latent=empty(29))[0], with_lora, atol=1e-2)
 
@@ -155,11 +155,12 @@ def test_the_model_is_as_before(sample, model, monkeypatch, how):
     def velocity(self, x, timestep, attention):
         calls.append(timestep)
         assert "self_attention_forward" in model.model.diffusion_model.blocks[0].self_attn.forward.__qualname__
-        if len(calls) == 4 and how == "interrupt":
-            comfy.model_management.interrupt_current_processing()
         if len(calls) == 4 and how == "error":
             raise torch.cuda.OutOfMemoryError("out of memory")
-        return original(self, x, timestep, attention)
+        out = original(self, x, timestep, attention)
+        if len(calls) == 4 and how == "interrupt":  # after the pass: the host's own layers look for it in the next one
+            comfy.model_management.interrupt_current_processing()
+        return out
 
     monkeypatch.setattr(adapter.HostModel, "velocity", velocity)
     if how == "done":
