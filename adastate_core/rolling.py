@@ -24,11 +24,6 @@ class Block:
     x: torch.Tensor
 
 
-def entered(blocks: Sequence[Block], chunk: int, seed: int, shape: Sequence[int]) -> tuple[Block, ...]:
-    """The window with chunk number `chunk` of `shape` [B, C, F, h, w] behind it, as pure noise."""
-    return (*blocks, Block(chunk, 0, noise(seed, chunk, 0, shape)))
-
-
 def joined(blocks: Sequence[Block], sigmas: Sequence[float]) -> tuple[torch.Tensor, list[float], torch.Tensor]:
     """(x [B, C, n * F, h, w], the timestep of every frame, sigmas [n * F, 1, 1]) of one pass, oldest first."""
     levels = [sigmas[block.step] for block in blocks for _ in range(block.x.shape[2])]

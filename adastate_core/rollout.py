@@ -317,12 +317,21 @@ class Rollout:
         steps = len(self.settings.schedule.for_chunk(chunk))
         out = torch.empty((steps, *self._shape(states + self.spec.chunk_frames)))
         for step in range(steps):
-            out[step, :, :, states:] = noise(seed, chunk, step, self._shape(self.spec.chunk_frames))
+            out[step, :, :, states:] = self._content_noise(chunk, step)
             if states:
                 out[step, :, :, :states] = noise(seed, chunk, step, self._shape(states), state=True)
         if self.model.device.type == "cuda":
             out = out.pin_memory()
         return out.to(self.model.device, non_blocking=True)
+
+    def _content_noise(self, chunk: int, step: int) -> torch.Tensor:
+        """The noise [B, C, F, h, w] of a chunk's content: the seed's, or at the first step what was given for it."""
+        frames, given = self.spec.chunk_frames, self.settings.first_noise
+        out = noise(self.settings.seed, chunk, step, self._shape(frames))
+        if step == 0 and given is not None:
+            own = given[:, :, chunk * frames : (chunk + 1) * frames]
+            out[:, :, : own.shape[2]] = own
+        return out
 
     def _generate(self) -> torch.Tensor:
         """Denoise and commit one chunk; its content latents [B, C, F, h, w] on the CPU."""
@@ -352,7 +361,7 @@ class Rollout:
             chunk = self._next_chunk + len(blocks)
             first = self._next_frame + len(blocks) * frames
             if len(blocks) < self.spec.blocks and not (self.settings.ramp_down and first >= length):
-                blocks = rolling.entered(blocks, chunk, seed, self._shape(frames))
+                blocks = (*blocks, rolling.Block(chunk, 0, self._content_noise(chunk, 0)))
             layout = self._layout()
             self._checkpoint(0, x0)
             self.attention.start_chunk()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -177,8 +177,10 @@ class RolloutSpec:
 
 @dataclass(frozen=True)
 class Settings:
-    """What may change from run to run: the seed and the schedule.
+    """What may change from run to run: the seed, the schedule, and whose noise generated frames start from.
 
+    `first_noise` [B, C, T, h, w] float32 on the CPU: the content's noise at the first step, counted from the first
+    generated frame; None, and frames beyond its end, mean the seed's. The state and later steps have the seed's.
     `ramp_down`: with several blocks at once, none enters that begins beyond the length asked for, as in Rolling Forcing's
     own loop. Without it a shorter video is an exact prefix of a longer one.
     """
@@ -186,3 +188,4 @@ class Settings:
     seed: int
     schedule: Schedule
     ramp_down: bool = False
+    first_noise: torch.Tensor | None = field(default=None, compare=False, repr=False)

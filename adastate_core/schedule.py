@@ -86,3 +86,11 @@ def denoised(x: torch.Tensor, v: torch.Tensor, sigma: float) -> torch.Tensor:
 def renoised(x0: torch.Tensor, fresh: torch.Tensor, sigma: float) -> torch.Tensor:
     """x0 taken back to noise level `sigma` with fresh noise, float32."""
     return (1 - sigma) * x0 + sigma * fresh
+
+
+def timesteps(timestep: float | Sequence[float], x: torch.Tensor) -> torch.Tensor:
+    """What a Wan model takes for [B, C, T, h, w]: [B] float32 of one timestep, or [B, T] of one a frame."""
+    if isinstance(timestep, int | float):
+        return torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+    every = torch.tensor(timestep, dtype=torch.float32).to(x.device, non_blocking=True)
+    return every.expand(x.shape[0], -1)

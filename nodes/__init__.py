@@ -17,16 +17,18 @@ class AdaStateExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import absorption, analysis, anchors, demo, prompts, rollout, state, stream
+            from . import absorption, analysis, anchors, demo, models, prompts, rollout, sampler, state, stream
         except Exception:
             # The host reports a failed import in one line; the reason is in the traceback.
             log.error("ComfyUI-AdaState could not be loaded:\n%s", traceback.format_exc())
             raise
         add_own_models()
         return [
+            *models.NODES,
             *anchors.NODES,
             *prompts.NODES,
             *rollout.NODES,
+            *sampler.NODES,
             *stream.NODES,
             *state.NODES,
             *absorption.NODES,

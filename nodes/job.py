@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
-from ..adastate_core.anchors import Anchor, AnchorAdaptive
+from ..adastate_core.anchors import Anchor
+from ..adastate_core.prompt_plan import PromptChange, PromptPlan
+from ..adastate_core.prompts import PromptAt, Prompts
 from ..adastate_core.rollout import Chunk, Rollout, RolloutSpec, RolloutState, Settings
 from ..adastate_core.schedule import Schedule
 from ..adastate_core.vae_stream import pictures_of
 from .absorption import AbsorptionRequest
+from .defaults import asked_numbers, resolve
 from .host import model as host_model
 from .host.checkpoints import rollout_defaults
 from .host.codec import HostDecoder
@@ -24,8 +27,6 @@ from .host.progress import Progress
 from .output import StreamOutput, StreamSettings, check_streamable
 
 log = logging.getLogger("adastate")
-MOST_STATE_FRAMES = 16
-FALLBACK = {"steps": 4, "shift": 5.0, "chunk_frames": 3, "window_frames": 3, "positions": "packed"}
 
 
 def check_size(width: int | None, height: int | None) -> str | None:
@@ -35,14 +36,6 @@ def check_size(width: int | None, height: int | None) -> str | None:
             nearest = max(16, round(value / 16) * 16)
             return f"{name} is {value}; it must be a multiple of 16, at least 16: try {nearest}"
     return None
-
-
-def checkpoint_anchor(defaults: dict[str, Any]) -> Anchor:
-    """What a checkpoint's `state_frames` and `state_after_past` ask for; no anchor where they are not of use."""
-    frames = defaults.get("state_frames")
-    if type(frames) is not int or not 1 <= frames <= MOST_STATE_FRAMES:
-        return Anchor()
-    return AnchorAdaptive(frames, defaults.get("state_after_past") is True)
 
 
 @dataclass(frozen=True)
@@ -91,10 +84,11 @@ class Job:
     def __init__(self, request: Request) -> None:
         self.request = request
         host_model.check_model(request.model)
-        context = host_model.check_conditioning(request.positive)
-        self.warnings: list[str] = []
-        defaults = rollout_defaults(request.model)
-        self.settings = self._resolve(defaults)
+        contexts = self._contexts()
+        context = contexts[0][1]
+        self.resolved = resolve(rollout_defaults(request.model), self._asked(), request.anchor)
+        self.settings = self.resolved.numbers
+        self.warnings = self.resolved.warnings(request.latent_length)
         self.model = host_model.HostModel(request.model, context, request.batch_size)
         self.spec = RolloutSpec(
             geometry=self.model.geometry,
@@ -103,18 +97,20 @@ class Job:
             width=request.width // 8,
             chunk_frames=self.settings["chunk_frames"],
             window_frames=self.settings["window_frames"],
-            anchor=request.anchor or checkpoint_anchor(defaults or {}),
+            anchor=self.resolved.anchor,
             positions=self.settings["positions"],
             dtype=self.model.dtype,
             model=host_model.fingerprint(request.model),
             absorption=request.absorption.settings if request.absorption else None,
+            **self.resolved.spec_options(len(self.schedule.sigmas)),
         )
+        self.prompts = self._prompt_plan(contexts)
         self.solution = request.absorption.solution(self.spec) if request.absorption else None
         self.origin = {"prompt": host_model.prompt_digest(context), "seed": request.seed}
         stream = request.stream
         self.decoder = HostDecoder(stream.vae, latent_space=stream.latent_space) if stream else None
         vae_bytes = self.decoder.cache_bytes(*self._latent_size) if self.decoder else 0
-        self.text_tokens = context.shape[1]
+        self.text_tokens = max(one.shape[1] for _, one in contexts)
         self.plan = self.spec.plan(self.text_tokens, vae_bytes)
         host_model.check_memory(self.plan, host_model.available_bytes(request.model))
         self.given = self._given()
@@ -146,27 +142,51 @@ class Job:
     def _latent_size(self) -> tuple[int, int, int]:
         return self.request.batch_size, self.request.height // 8, self.request.width // 8
 
-    def _resolve(self, defaults: dict[str, Any] | None) -> dict[str, Any]:
-        """Numbers win over the checkpoint's metadata, which wins over the fallback."""
-        if defaults is None:
-            self.warnings.append(
-                "the checkpoint says nothing of being causal; if frames fall apart it may be a plain Wan model"
-            )
-        asked = {
-            "steps": self.request.steps or None,
-            "shift": self.request.shift or None,
-            "chunk_frames": self.request.chunk_frames or None,
-            "window_frames": None if self.request.window_frames < 0 else self.request.window_frames,
-            "positions": None if self.request.positions == "auto" else self.request.positions,
-        }
-        known = FALLBACK | {k: v for k, v in (defaults or {}).items() if k in FALLBACK}
-        return {name: known[name] if value is None else value for name, value in asked.items()}
+    def _asked(self) -> dict[str, Any]:
+        """The node's numbers, None where they say auto."""
+        request = self.request
+        numbers = asked_numbers(request.chunk_frames, request.window_frames, request.positions)
+        return numbers | {"steps": request.steps or None, "shift": request.shift or None}
+
+    def _contexts(self) -> list[tuple[PromptAt | None, torch.Tensor]]:
+        """(entry of the timeline, its text embeddings), the first from frame 0; ValueError for what a prompt carries."""
+        positive = self.request.positive
+        if not isinstance(positive, Prompts):
+            return [(None, host_model.check_conditioning(positive))]
+        contexts = []
+        for entry in positive.entries:
+            try:
+                contexts.append((entry, host_model.check_conditioning(entry.conditioning)))
+            except ValueError as error:
+                raise ValueError(f"the prompt at {entry.seconds:g} s: {error}") from error
+        return contexts
+
+    def _prompt_plan(self, contexts: list[tuple[PromptAt | None, torch.Tensor]]) -> PromptPlan | None:
+        """The changes by latent frame; seconds count at the stream's frames a second, 16 without a stream."""
+        if len(contexts) == 1:
+            return None
+        changes, frame = [], -1
+        for entry, context in contexts:
+            self.model.check_context(context)
+            asked = round(entry.seconds * self.fps / 4)
+            if asked <= frame:
+                raise ValueError(
+                    f"the prompt at {entry.seconds:g} s falls on latent frame {asked}, as the one before it; prompts must be at "
+                    "least a quarter of a second apart at 16 fps"
+                )
+            frame = asked
+            changes.append(PromptChange(frame, context, entry.transition, entry.chunks, entry.blend))
+        return PromptPlan(changes, self.spec.chunk_frames)
+
+    @property
+    def fps(self) -> float:
+        return self.request.stream.fps if self.request.stream else 16.0
 
     @property
     def schedule(self) -> Schedule:
         if self.request.sigmas is not None:
             return Schedule.from_sigmas(self.request.sigmas)
-        return Schedule.shifted(self.settings["steps"], self.settings["shift"])
+        return self.resolved.schedule
 
     def _given(self) -> torch.Tensor | None:
         if self.request.start_latent is None:
@@ -197,6 +217,7 @@ class Job:
             text_tokens=self.text_tokens,
             on_step=lambda chunk, step, steps, x0: progress.step(),
             solution=self.solution,
+            prompts=self.prompts,
         )
         if rollout.attention.absorber is not None:
             rollout.attention.absorber.origin = self.request.absorption.solved_for or self.origin
@@ -204,11 +225,9 @@ class Job:
 
     def run(self) -> Result:
         """Load, roll, decode; on any end the files are finished, and after a failure the state is saved beside them."""
-        request, schedule = self.request, self.schedule
-        rest = request.latent_length - (request.resume.emitted if request.resume else 0)
-        chunks = max(1, -(-rest // self.spec.chunk_frames))
-        progress = Progress(chunks * (len(schedule.sigmas) + 1))
+        request, progress = self.request, Progress()
         rollout = self.rollout(progress)
+        progress.expect(rollout.passes(request.latent_length))
         output = StreamOutput(self, request.stream) if request.stream else None
         made: list[Chunk] = []
         start = time.perf_counter()
@@ -259,7 +278,7 @@ class Job:
     ) -> dict[str, Any]:
         before = self.request.resume.emitted if self.request.resume else 0
         frames = pictures_of(rollout.emitted) - pictures_of(before)
-        fps = self.request.stream.fps if self.request.stream else 16.0
+        fps = self.fps
         times = sorted(chunk.seconds for chunk in made if not chunk.given)
         absorption = self._absorption_report(rollout)
         if self.request.sigmas is not None:
@@ -279,10 +298,27 @@ class Job:
             "fps": round(frames / seconds, 2) if seconds else 0.0,
             "speed": round(frames / fps / seconds, 3) if seconds else 0.0,
             "settings": self.settings
-            | {"seed": self.request.seed, "anchor": self.spec.anchor.describe(), "sigmas": list(self.schedule.sigmas)},
+            | {"seed": self.request.seed, "anchor": self.spec.anchor.describe(), "sigmas": list(self.schedule.sigmas)}
+            | ({"preset": self.resolved.preset.name} if self.resolved.preset else {}),
+            "prompts": self._prompt_report(),
             "files": [target.path.name for target in output.targets] if output else [],
             "warnings": self.warnings,
         } | ({"absorption": absorption} if absorption else {})
+
+    def _prompt_report(self) -> list[dict[str, Any]]:
+        """Where the prompt changes: the latent frame, the text if it is known, and how."""
+        if self.prompts is None:
+            return []
+        pairs = zip(self.request.positive.entries, self.prompts.changes, strict=True)
+        return [
+            {
+                "seconds": entry.seconds,
+                "latent_frame": change.frame,
+                "text": entry.text,
+                "transition": change.transition,
+            }
+            for entry, change in pairs
+        ]
 
     def _absorption_report(self, rollout: Rollout) -> dict[str, Any] | None:
         """The absorber's report, with a warning for what may surprise."""

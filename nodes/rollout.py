@@ -21,8 +21,10 @@ NO_LATENT = "The frames went to a stream and keep_latents is off, so there is no
 def _inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="A causal Wan 2.1 text-to-video model, from Load Diffusion Model."),
-        io.Conditioning.Input(
-            "positive", tooltip="One plain text prompt (the few-step causal models use no negative)."
+        io.MultiType.Input(
+            "positive",
+            types=[io.Conditioning, api.Prompts],
+            tooltip="One plain text prompt, or a Prompt Timeline (the few-step causal models use no negative).",
         ),
         widget(io.Int, "width", default=832, min=16, max=8192, step=16, tooltip="Width of the video in pixels."),
         widget(io.Int, "height", default=480, min=16, max=8192, step=16, tooltip="Height of the video in pixels."),

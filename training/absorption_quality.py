@@ -71,7 +71,7 @@ class Quality:
         parts = collected(rollout, change, [range(change)]) if change else []
         if change:
             following = self.scenes[(stream + 1) % len(self.scenes)]
-            rollout.model.context = prompt(following.words(0))
+            rollout.model.set_context(prompt(following.words(0)))
         latents = torch.cat([*parts, *collected(rollout, length, [range(change, length)])], 2)
         absorber = rollout.attention.absorber
         report = {} if absorber is None else absorber.report()

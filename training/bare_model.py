@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from adastate_core.attention import CachedAttention, plain_attention
 from adastate_core.checkpoints import geometry_of, open_checkpoint
 from adastate_core.rollout import ModelGeometry
+from adastate_core.schedule import timesteps
 from adastate_core.wan_attention import SESSION, TEXT_KEY, cross_attention_forward, self_attention_forward
 
 from .host_models import build_codec, build_denoiser
@@ -22,7 +25,7 @@ def patch_attention(model: nn.Module) -> None:
 
 
 class BareModel:
-    """Drives `model` (as `build_denoiser` gives it) for a `context` [B, n, 4096], which may be replaced between chunks."""
+    """Drives `model` (as `build_denoiser` gives it) for a `context` [B, n, 4096], which `set_context` replaces."""
 
     kernel = staticmethod(plain_attention)
 
@@ -32,8 +35,11 @@ class BareModel:
         self.geometry = ModelGeometry(16, len(model.blocks), model.num_heads, model.dim // model.num_heads)
         patch_attention(model)
 
-    def velocity(self, x: torch.Tensor, timestep: float, attention: CachedAttention) -> torch.Tensor:
-        times = torch.full((x.shape[0],), timestep, device=x.device)
+    def set_context(self, context: torch.Tensor) -> None:
+        self.context = context.to(self.device)
+
+    def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: CachedAttention) -> torch.Tensor:
+        times = timesteps(timestep, x)
         options = {SESSION: attention, TEXT_KEY: id(self.context)}
         return self.model.forward_orig(x, times, self.context, transformer_options=options)
 

@@ -10,20 +10,40 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import comfy.sd
 import folder_paths
+import torch
 from safetensors import SafetensorError, safe_open
 
-from .model import fingerprint
+from ...adastate_core.checkpoints import Checkpoint, open_checkpoint, own_metadata
+from ...adastate_core.presets import preset as named_preset
+from ...adastate_core.presets import recognised
+from .model import check_model, fingerprint
 
 METADATA_KEY = "adastate"
+DEFAULTS_KEY = "adastate_defaults"
+KIND = "diffusion_models"
+# what the host's own loader offers, by its words
+WEIGHT_DTYPES = {
+    "default": {},
+    "fp32": {"dtype": torch.float32},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
 
 
 def rollout_defaults(patcher: Any) -> dict[str, Any] | None:
     """The rollout settings in the metadata of the file that `patcher` was loaded from, or None.
 
     Keys: steps, shift, chunk_frames, window_frames, positions, state_frames, state_after_past (each optional), and
-    fingerprints: one for each dtype that the host may load the file in.
+    fingerprints: one for each dtype that the host may load the file in. `preset` names one of presets.py. What a node of
+    this pack put on the model wins.
     """
+    if set_by_node := patcher.model_options.get(DEFAULTS_KEY):
+        return set_by_node
     wanted = fingerprint(patcher)
     for name in folder_paths.get_filename_list("diffusion_models"):
         path = folder_paths.get_full_path("diffusion_models", name)
@@ -45,3 +65,63 @@ def _settings(path: str, changed: int) -> dict[str, Any] | None:
     except (SafetensorError, OSError, ValueError):
         return None
     return settings if isinstance(settings, dict) else None
+
+
+def checkpoint_files() -> list[str]:
+    """Files that may hold a transformer, by the host's lists."""
+    known = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
+    return [name for name in folder_paths.get_filename_list(KIND) if name.lower().endswith(known)]
+
+
+def checkpoint_path(file: str) -> Path:
+    """Where a listed file is; ValueError for any other name."""
+    if file not in checkpoint_files():
+        raise ValueError(
+            f"{file!r} is not among the files in models/{KIND}; put the checkpoint there, or refresh the page to see new files"
+        )
+    return Path(folder_paths.get_full_path_or_raise(KIND, file))
+
+
+def file_fingerprint(file: str | None) -> str:
+    """Changes when the file does; empty for a name that is not (yet) known."""
+    try:
+        return str(checkpoint_path(file).stat().st_mtime_ns) if file else ""
+    except (ValueError, OSError):
+        return ""
+
+
+def wished(file: str, checkpoint: Checkpoint, asked: str) -> dict[str, Any]:
+    """The rollout defaults of a file for the preset `asked` ("auto": its own metadata, else by its name)."""
+    if asked == "none":
+        return {}
+    if asked == "auto":
+        own = own_metadata(checkpoint)
+        name = recognised(file, checkpoint.part)
+        return own or (named_preset(name).settings() if name else {})
+    return named_preset(asked).settings()
+
+
+def load_causal(file: str, weight_dtype: str, asked: str) -> Any:
+    """The host's MODEL of a checkpoint in any public layout, with its defaults on it. ValueError for what is none."""
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight_dtype is {weight_dtype!r}; it must be one of {', '.join(WEIGHT_DTYPES)}")
+    checkpoint = open_checkpoint(checkpoint_path(file))
+    _ = checkpoint.geometry
+    defaults = wished(file, checkpoint, asked)
+    weights = dict(checkpoint.tensors())
+    patcher = comfy.sd.load_diffusion_model_state_dict(weights, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+    if patcher is None:
+        raise ValueError(
+            f"{file} is laid out like a Wan transformer but the host does not recognise it; update ComfyUI"
+        )
+    check_model(patcher)
+    if defaults:
+        patcher.model_options[DEFAULTS_KEY] = defaults
+    return patcher
+
+
+def with_preset(patcher: Any, name: str) -> Any:
+    """A clone of a MODEL that is to be rolled out by the preset's rules."""
+    clone = patcher.clone()
+    clone.model_options[DEFAULTS_KEY] = named_preset(name).settings()
+    return clone

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.latent_formats
@@ -14,6 +17,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from ...adastate_core.attention import CachedAttention
 from ...adastate_core.cache_plan import CachePlan
 from ...adastate_core.rollout import ModelGeometry
+from ...adastate_core.schedule import timesteps
 from ...adastate_core.wan_attention import (
     SESSION,
     TEXT_KEY,
@@ -31,6 +35,8 @@ _CONTROL_OPTIONS = {
     "sampler_calc_cond_batch_function": "a cond batch function",
     "denoise_mask_function": "a denoise mask function",
 }
+# numbers of the contexts that were ever set: never one twice, as an address may be
+_CONTEXTS = itertools.count()
 # conditioning keys that a rollout cannot honour, by the words a user knows them by
 _REFUSED_CONDITIONING = {
     "hooks": "hooks (keyframed LoRA)",
@@ -198,20 +204,31 @@ class HostModel:
     """A CausalModel on the host's own model. `load` before use; holds no cache, so nothing outlives a run."""
 
     def __init__(self, patcher: Any, context: torch.Tensor, batch: int) -> None:
-        if context.shape[0] not in (1, batch):
-            raise ValueError(f"positive holds a batch of {context.shape[0]} prompts for batch_size {batch}; give one")
-        width = patcher.model.diffusion_model.text_dim
-        if context.shape[-1] != width:
-            raise ValueError(
-                f"positive has {context.shape[-1]} channels and the model reads {width}: encode the prompt with umt5-xxl "
-                "(CLIP type wan), or with AdaState's Demo Prompt for the demo model"
-            )
+        self._batch, self._text_width = batch, patcher.model.diffusion_model.text_dim
+        self.check_context(context)
         self.geometry, self.device = geometry_of(patcher), patcher.load_device
-        self.patcher = _patched(patcher)
+        self.patcher = self._prepared(patcher)
         self.dtype = compute_dtype(patcher)
         self._context = context.expand(batch, -1, -1)
-        self._text_key = (id(context), context.data_ptr(), patcher.patches_uuid)
+        self._given_context = context
+        self._text_key = (next(_CONTEXTS), patcher.patches_uuid)
         self._options = dict(self.patcher.model_options.get("transformer_options", {}))
+
+    def _prepared(self, patcher: Any) -> Any:
+        """The patcher to load: a patched clone."""
+        return _patched(patcher)
+
+    def check_context(self, context: torch.Tensor) -> None:
+        """ValueError unless the model can read these text embeddings for every item of its batch."""
+        if context.shape[0] not in (1, self._batch):
+            raise ValueError(
+                f"positive holds a batch of {context.shape[0]} prompts for batch_size {self._batch}; give one"
+            )
+        if context.shape[-1] != self._text_width:
+            raise ValueError(
+                f"positive has {context.shape[-1]} channels and the model reads {self._text_width}: encode the prompt with "
+                "umt5-xxl (CLIP type wan), or with AdaState's Demo Prompt for the demo model"
+            )
 
     def load(self, plan: CachePlan, others: Sequence[Any] = (), working_bytes: int = 0) -> None:
         """Load the weights, leaving room for the caches, one forward's activations and `working_bytes`."""
@@ -225,18 +242,27 @@ class HostModel:
         """The host's attention, with whatever back end and override the user chose."""
         return optimized_attention(q, k, v, heads=heads, transformer_options=self._options)
 
-    def velocity(self, x: torch.Tensor, timestep: float, attention: CachedAttention) -> torch.Tensor:
-        """One forward of [B, 16, frames, h, w] at one timestep; float32.
+    def set_context(self, context: torch.Tensor) -> None:
+        """The text embeddings [1 or B, n, text_dim] of the passes that follow; their keys and values are made anew."""
+        if context is self._given_context:
+            return
+        self._given_context = context
+        self._context = context.expand(self._batch, -1, -1).to(device=self.device, dtype=self.dtype)
+        self._text_key = (next(_CONTEXTS), self._text_key[1])
 
-        All frames share the timestep, so it is given once an item: the modulations then broadcast over the tokens.
+    def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: CachedAttention) -> torch.Tensor:
+        """One forward of [B, 16, frames, h, w] at one timestep, or with one for every frame; float32.
+
+        A timestep that all frames share is given once an item: the modulations then broadcast over the tokens.
         """
+        times = timesteps(timestep, x)
+        level = timestep if isinstance(timestep, int | float) else max(timestep)
         own = {
             SESSION: attention,
             TEXT_KEY: self._text_key,
             "cond_or_uncond": [0],
-            "sigmas": torch.tensor([timestep / 1000.0]),
+            "sigmas": torch.tensor([level / 1000.0]),
         }
-        times = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
         out = self.patcher.model.diffusion_model.forward_orig(
             x.to(self.dtype), times, self._context, freqs=None, transformer_options=self._options | own
         )
@@ -246,14 +272,38 @@ class HostModel:
 def _patched(patcher: Any) -> Any:
     """A clone whose attention forwards look for a session and, without one, call the originals."""
     clone = patcher.clone()
-    for i, block in enumerate(patcher.model.diffusion_model.blocks):
-        for name, module, make in (
-            ("self_attn", block.self_attn, self_attention_forward),
-            ("cross_attn", block.cross_attn, cross_attention_forward),
-        ):
-            path = f"diffusion_model.blocks.{i}.{name}.forward"
-            clone.add_object_patch(path, make(module, i, patcher.get_model_object(path)))
+    for _, make, name in _attentions(patcher):
+        path = f"diffusion_model.{name}.forward"
+        clone.add_object_patch(path, make(patcher.get_model_object(path)))
     return clone
+
+
+def _attentions(patcher: Any) -> Iterator[tuple[torch.nn.Module, Callable[[Callable], Callable], str]]:
+    """Every attention of the model, what makes its forward out of the original one, and its name."""
+    for i, block in enumerate(patcher.model.diffusion_model.blocks):
+        yield block.self_attn, partial(self_attention_forward, block.self_attn, i), f"blocks.{i}.self_attn"
+        yield block.cross_attn, partial(cross_attention_forward, block.cross_attn, i), f"blocks.{i}.cross_attn"
+
+
+@contextmanager
+def attention_in_place(patcher: Any) -> Iterator[None]:
+    """Within it the attention forwards of a model that is loaded already look for a session; after it none is left.
+
+    Nothing is cloned or loaded again, and the host's own object patches are not touched.
+    """
+    before: list[tuple[torch.nn.Module, bool, Any]] = []
+    try:
+        for module, make, _ in _attentions(patcher):
+            original = module.forward
+            before.append((module, "forward" in vars(module), original))
+            module.forward = make(original)
+        yield
+    finally:
+        for module, was_set, original in before:
+            if was_set:
+                module.forward = original
+            else:
+                del module.forward
 
 
 def wan_to_vae_space(latents: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,14 @@ PREVIEW_PIXELS = 512
 class Progress:
     """A node's progress bar; every call also lets an interrupt through."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int = 1) -> None:
         self._bar, self._done = comfy.utils.ProgressBar(max(total, 1)), 0
         self._previewer: Any = None
         self._previewer_made = False
+
+    def expect(self, total: int) -> None:
+        """How many steps there will be."""
+        self._bar.total = max(total, 1)
 
     def step(self, count: int = 1) -> None:
         check_interrupt()

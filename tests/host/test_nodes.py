@@ -25,6 +25,8 @@ CONTRACT = {
         ],
         ["LATENT", "ADASTATE_STATE", "STRING", "VIDEO"],
     ),
+    "AdaStateSampler": (["chunk_frames", "window_frames", "positions", "anchor?"], ["SAMPLER"]),
+    "AdaStateNoise": (["seed", "chunk_frames"], ["NOISE"]),
     "AdaStateStreamOutput": (
         ["vae", "filename_prefix", "fps", "codec", "quality", "preview", "autosave_seconds?", "join?", "latent_space?"],
         ["ADASTATE_STREAM"],

@@ -1,0 +1,88 @@
+"""What is used where an input says auto: the number given, else the checkpoint's own metadata or preset, else a fallback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..adastate_core.anchors import Anchor, AnchorAdaptive
+from ..adastate_core.presets import PRESETS, Preset
+from ..adastate_core.schedule import Schedule
+
+MOST_STATE_FRAMES = 16
+FALLBACK = {"steps": 4, "shift": 5.0, "chunk_frames": 3, "window_frames": 3, "positions": "packed"}
+NOT_CAUSAL = "the checkpoint says nothing of being causal; if frames fall apart it may be a plain Wan model"
+
+
+def checkpoint_anchor(defaults: dict[str, Any]) -> Anchor:
+    """What a checkpoint's `state_frames` and `state_after_past` ask for; no anchor where they are not of use."""
+    frames = defaults.get("state_frames")
+    if type(frames) is not int or not 1 <= frames <= MOST_STATE_FRAMES:
+        return Anchor()
+    return AnchorAdaptive(frames, defaults.get("state_after_past") is True)
+
+
+def asked_numbers(chunk_frames: int = 0, window_frames: int = -1, positions: str = "auto") -> dict[str, Any]:
+    """The inputs of a node by name, None where they say auto."""
+    return {
+        "chunk_frames": chunk_frames or None,
+        "window_frames": None if window_frames < 0 else window_frames,
+        "positions": None if positions == "auto" else positions,
+    }
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings of a rollout with nothing left at auto. `schedule_asked`: steps or shift were given as numbers."""
+
+    numbers: dict[str, Any]
+    anchor: Anchor
+    preset: Preset | None
+    causal: bool
+    schedule_asked: bool
+
+    @property
+    def schedule(self) -> Schedule:
+        """The preset's own step list unless steps or shift were asked for."""
+        if self.preset is not None and not self.schedule_asked:
+            return self.preset.schedule
+        return Schedule.shifted(self.numbers["steps"], self.numbers["shift"])
+
+    def spec_options(self, sigmas: int) -> dict[str, int]:
+        """What a preset adds to a RolloutSpec, for a schedule of `sigmas` steps."""
+        if self.preset is None:
+            return {}
+        return {
+            "blocks": sigmas if self.preset.blocks > 1 else 1,
+            "restart_frames": self.preset.restart_frames,
+            "overlap_frames": self.preset.overlap_frames,
+        }
+
+    def warnings(self, latent_length: int) -> list[str]:
+        """What may surprise, a sentence each."""
+        if not self.causal:
+            return [NOT_CAUSAL]
+        preset = self.preset
+        if preset is None or not preset.longer or latent_length <= preset.trained_frames:
+            return []
+        if self.anchor != preset.anchor:
+            return []
+        return [
+            f"{preset.title} was made for {preset.trained_frames} latent frames ({4 * preset.trained_frames - 3} pictures) and "
+            f"{latent_length} were asked for; {preset.longer}"
+        ]
+
+
+def resolve(defaults: dict[str, Any] | None, asked: dict[str, Any], anchor: Anchor | None) -> Resolved:
+    """`asked` (None where auto) and an `anchor` (None where not connected) over what the checkpoint says."""
+    known = defaults or {}
+    preset = PRESETS.get(known.get("preset", ""))
+    asked = {name: asked.get(name) for name in FALLBACK}
+    numbers = FALLBACK | {k: v for k, v in known.items() if k in FALLBACK}
+    numbers |= {name: value for name, value in asked.items() if value is not None}
+    if anchor is None:
+        anchor = preset.anchor if preset else checkpoint_anchor(known)
+    if asked["positions"] is None and numbers["positions"] == "absolute" and anchor.relative_only:
+        numbers["positions"] = "packed"
+    schedule_asked = asked["steps"] is not None or asked["shift"] is not None
+    return Resolved(numbers, anchor, preset, defaults is not None, schedule_asked)

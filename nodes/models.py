@@ -1,0 +1,245 @@
+"""Models: causal checkpoints as people have them, what they want, and what a rollout of them will take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..adastate_core.anchors import Anchor
+from ..adastate_core.presets import PRESETS
+from ..adastate_core.rope import POSITION_MODES
+from .defaults import asked_numbers
+from .host import api
+from .host.api import io, schema, ui, widget
+from .host.checkpoints import (
+    WEIGHT_DTYPES,
+    checkpoint_files,
+    checkpoint_path,
+    file_fingerprint,
+    load_causal,
+    with_preset,
+)
+from .inspection import inspect_file, plan_text
+from .job import check_size
+
+CATEGORY = "AdaState/models"
+_PRESET_TOOLTIP = (
+    "Whose rules to follow: steps, shift, chunk, window, anchor and positions for everything that is left at auto. auto: what "
+    "the file says or is named after."
+)
+
+
+def _file_input() -> io.Input:
+    return widget(
+        io.Combo,
+        "file",
+        options=checkpoint_files() or [""],
+        tooltip="A Wan 2.1 text-to-video transformer in models/diffusion_models: safetensors, or a trainer's .pt (Self-Forcing "
+        "and its kin), which is read without running any code in it.",
+    )
+
+
+def _check_file(file: str | None) -> bool | str:
+    if file is None:
+        return True
+    try:
+        checkpoint_path(file)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+class LoadModelNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateLoadModel",
+            display_name="Load Causal Video Model",
+            category=CATEGORY,
+            description="Loads a causal Wan 2.1 model in any of the public layouts, and remembers how its system rolls it out.",
+            search_aliases=["self forcing", "causal forcing", "longlive", "unet", "checkpoint", ".pt"],
+            inputs=[
+                _file_input(),
+                widget(
+                    io.Combo,
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    default="default",
+                    tooltip="Number format of the weights; default: the file's own. fp8 halves the weights' memory.",
+                ),
+                widget(
+                    io.Combo,
+                    "preset",
+                    options=["auto", *PRESETS, "none"],
+                    default="auto",
+                    optional=True,
+                    tooltip=_PRESET_TOOLTIP,
+                ),
+            ],
+            outputs=[io.Model.Output("model", display_name="MODEL", tooltip="The model, for AdaState Rollout.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None) -> bool | str:
+        return _check_file(file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None, weight_dtype: str = "default", preset: str = "auto") -> str:
+        return f"{file_fingerprint(file)} {weight_dtype} {preset}"
+
+    @classmethod
+    def execute(cls, file: str, weight_dtype: str, preset: str = "auto") -> io.NodeOutput:
+        return io.NodeOutput(load_causal(file, weight_dtype, preset))
+
+
+class ModelPresetNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateModelPreset",
+            display_name="Model Preset",
+            category=CATEGORY,
+            description="Says whose rules a model from any loader (also with LoRAs, fp8 or GGUF) is to be rolled out by.",
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model from any loader."),
+                widget(
+                    io.Combo,
+                    "preset",
+                    options=list(PRESETS),
+                    default="self_forcing",
+                    tooltip="What every auto input of the rollout follows; a number or an anchor of your own still wins.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", display_name="MODEL", tooltip="The same model, with the preset's defaults."),
+                io.String.Output("description", display_name="TEXT", tooltip="What the preset sets."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, preset: str) -> io.NodeOutput:
+        text = PRESETS[preset].describe()
+        return io.NodeOutput(with_preset(model, preset), text, ui=ui.PreviewText(text))
+
+
+class InspectCheckpointNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateInspectCheckpoint",
+            display_name="Inspect Checkpoint",
+            category=CATEGORY,
+            description="Tells what a file is, what it wants and what its cache will cost, without loading it.",
+            is_output_node=True,
+            inputs=[
+                _file_input(),
+                widget(io.Int, "width", default=832, min=16, max=8192, step=16, optional=True, tooltip="Video width."),
+                widget(
+                    io.Int, "height", default=480, min=16, max=8192, step=16, optional=True, tooltip="Video height."
+                ),
+                widget(
+                    io.Int,
+                    "length",
+                    default=81,
+                    min=1,
+                    max=2**24,
+                    step=4,
+                    optional=True,
+                    tooltip="Video frames, to tell whether the file was made for that many.",
+                ),
+            ],
+            outputs=[io.String.Output("text", display_name="TEXT", tooltip="What was found, a line each.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None, width: int | None = 832, height: int | None = 480) -> bool | str:
+        reason = check_size(width, height)
+        return _check_file(file) if reason is None else reason
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None, width: int = 832, height: int = 480, length: int = 81) -> str:
+        return f"{file_fingerprint(file)} {width} {height} {length}"
+
+    @classmethod
+    def execute(cls, file: str, width: int = 832, height: int = 480, length: int = 81) -> io.NodeOutput:
+        text = inspect_file(file, width, height, length)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+class PlanNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStatePlan",
+            display_name="Plan Rollout Memory",
+            category=CATEGORY,
+            description="The exact bytes that a rollout's caches will take, whether they fit, and what would make them fit.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model that is to be rolled out; it is not moved to the device."),
+                widget(
+                    io.Int, "width", default=832, min=16, max=8192, step=16, tooltip="Width of the video in pixels."
+                ),
+                widget(io.Int, "height", default=480, min=16, max=8192, step=16, tooltip="Height in pixels."),
+                widget(
+                    io.Int,
+                    "length",
+                    default=81,
+                    min=1,
+                    max=2**24,
+                    step=4,
+                    tooltip="Video frames. The caches do not depend on it; kept latents and files do.",
+                ),
+                widget(io.Int, "batch_size", default=1, min=1, max=64, optional=True, tooltip="Videos side by side."),
+                widget(
+                    io.Int, "chunk_frames", default=0, min=0, max=64, optional=True, tooltip="0: what the model wants."
+                ),
+                widget(
+                    io.Int,
+                    "window_frames",
+                    default=-1,
+                    min=-1,
+                    max=4096,
+                    optional=True,
+                    tooltip="-1: what the model wants.",
+                ),
+                widget(
+                    io.Combo,
+                    "positions",
+                    options=["auto", *POSITION_MODES],
+                    default="auto",
+                    optional=True,
+                    tooltip="As in the rollout; absolute needs no second copy of a long window.",
+                ),
+                api.Anchor.Input("anchor", optional=True, tooltip="As in the rollout; empty: what the model wants."),
+                io.Vae.Input("vae", optional=True, tooltip="With a stream: the decoder, whose own cache counts too."),
+            ],
+            outputs=[
+                io.String.Output("text", display_name="TEXT", tooltip="The plan in words."),
+                io.String.Output("json", display_name="JSON", tooltip="The same as JSON: bytes by name, fits, free."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width: int | None, height: int | None) -> bool | str:
+        return check_size(width, height) or True
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        width: int,
+        height: int,
+        length: int,
+        batch_size: int = 1,
+        chunk_frames: int = 0,
+        window_frames: int = -1,
+        positions: str = "auto",
+        anchor: Anchor | None = None,
+        vae: Any = None,
+    ) -> io.NodeOutput:
+        asked = asked_numbers(chunk_frames, window_frames, positions)
+        text, numbers = plan_text(model, width, height, length, batch_size, asked, anchor, vae)
+        return io.NodeOutput(text, numbers, ui=ui.PreviewText(text))
+
+
+NODES = [LoadModelNode, ModelPresetNode, InspectCheckpointNode, PlanNode]

@@ -1,0 +1,210 @@
+"""AdaState Sampler: the rollout as a SAMPLER of the host, and the rollout's noise as a NOISE."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..adastate_core.anchors import Anchor
+from ..adastate_core.rollout import Rollout, RolloutSpec, Settings
+from ..adastate_core.schedule import Schedule, noise
+from .defaults import asked_numbers, resolve
+from .host import model as host_model
+from .host import sampler as host_sampler
+from .host.api import io, schema, widget
+from .host.checkpoints import rollout_defaults
+from .host.progress import check_interrupt
+from .rollout import RolloutNode
+
+log = logging.getLogger("adastate")
+CATEGORY = "AdaState/sampling"
+_SHARED_INPUTS = ("chunk_frames", "window_frames", "positions", "anchor")
+
+
+class _Watch:
+    """Lets interrupts through before every pass and tells the host's callback of every pass that is done.
+
+    `latents` [B, C, T, h, w]: what there is so far, zero where nothing has been made yet.
+    """
+
+    def __init__(self, callback: Callable[..., None] | None, latents: torch.Tensor, spec: RolloutSpec, total: int):
+        self.callback, self.latents, self.spec, self.total = callback, latents, spec, total
+
+    def __call__(self, chunk: int, step: int, steps: int, x0: torch.Tensor | None) -> None:
+        """A rollout's StepCallback."""
+        check_interrupt()
+        if x0 is not None:
+            start, content = chunk * self.spec.chunk_frames, x0[:, :, self.spec.anchor.state_frames :]
+            part = self.latents[:, :, start : start + self.spec.chunk_frames]
+            part.copy_(content[:, :, : part.shape[2]])
+        self.done(chunk * steps + step)
+
+    def done(self, passes: int) -> None:
+        if self.callback is not None and passes:
+            self.callback(passes - 1, self.latents, self.latents, self.total)
+
+
+@dataclass(frozen=True)
+class RolloutSampler(host_sampler.Sampler):
+    """A SAMPLER that rolls the guider's model out over an empty latent; 0, -1 and "auto" mean the checkpoint's wish."""
+
+    chunk_frames: int = 0
+    window_frames: int = -1
+    positions: str = "auto"
+    anchor: Anchor | None = None
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable[..., None] | None,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor | None = None,
+        denoise_mask: torch.Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        """Latents [B, 16, T, h, w] float32 in the model's space, T that of `noise`; called by the host's guiders.
+
+        Raises ValueError for what a rollout cannot honour, before the caches are allocated.
+        """
+        patcher, context = model_wrap.model_patcher, host_sampler.check_guider(model_wrap)
+        host_sampler.check_latents(noise, latent_image, denoise_mask)
+        schedule = Schedule.from_sigmas(sigmas.tolist())
+        model = host_sampler.GuidedModel(patcher, context, noise.shape[0], extra_args["model_options"])
+        spec = self._spec(model, noise.shape)
+        text_tokens = context.shape[1]
+        plan = spec.plan(text_tokens)
+        host_model.check_memory(plan, host_model.available_bytes(patcher))
+        model.load(plan)
+        total = -(-noise.shape[2] // spec.chunk_frames) * (len(schedule.sigmas) + 1)
+        latents = torch.zeros(noise.shape, dtype=torch.float32, device=noise.device)
+        watch = _Watch(callback, latents, spec, total)
+        settings = Settings(extra_args.get("seed") or 0, schedule, noise.float().cpu())
+        with host_model.attention_in_place(patcher):
+            rollout = Rollout(model, spec, settings, text_tokens=text_tokens, on_step=watch)
+            for _ in rollout.chunks(noise.shape[2]):
+                pass
+        watch.done(total)
+        return latents
+
+    def _spec(self, model: host_model.HostModel, shape: torch.Size) -> RolloutSpec:
+        """The rollout that this sampler makes of latents of `shape` [B, 16, T, h, w]."""
+        asked = asked_numbers(self.chunk_frames, self.window_frames, self.positions)
+        resolved = resolve(rollout_defaults(model.patcher), asked, self.anchor)
+        for warning in resolved.warnings(shape[2]):
+            log.warning("AdaState Sampler: %s", warning)
+        return RolloutSpec(
+            geometry=model.geometry,
+            batch=shape[0],
+            height=shape[3],
+            width=shape[4],
+            anchor=resolved.anchor,
+            dtype=model.dtype,
+            **{name: resolved.numbers[name] for name in asked},
+        )
+
+
+class SamplerNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        shared = {i.id: i for i in RolloutNode.define_schema().inputs}
+        return schema(
+            node_id="AdaStateSampler",
+            display_name="AdaState Sampler",
+            category=CATEGORY,
+            description="The rollout as a sampler for SamplerCustomAdvanced: guider, noise, sigmas and latent are the host's.",
+            search_aliases=["autoregressive", "ar video", "self forcing", "causal", "AdaState"],
+            inputs=[shared[name] for name in _SHARED_INPUTS],
+            outputs=[
+                io.Sampler.Output(
+                    "sampler", display_name="SAMPLER", tooltip="For SamplerCustomAdvanced, with a guider of cfg 1."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, chunk_frames: int | None = None, window_frames: int | None = None, positions: str | None = None
+    ) -> bool | str:
+        """The first thing wrong with the numbers, in a sentence; linked inputs arrive as None."""
+        return RolloutNode.validate_inputs(chunk_frames=chunk_frames, window_frames=window_frames, positions=positions)
+
+    @classmethod
+    def execute(
+        cls, chunk_frames: int, window_frames: int, positions: str, anchor: Anchor | None = None
+    ) -> io.NodeOutput:
+        if (reason := cls.validate_inputs(chunk_frames, window_frames, positions)) is not True:
+            raise ValueError(reason)
+        return io.NodeOutput(RolloutSampler(chunk_frames, window_frames, positions, anchor))
+
+
+@dataclass(frozen=True)
+class RolloutNoise:
+    """A NOISE: what AdaState Rollout starts its chunks from."""
+
+    seed: int
+    chunk_frames: int
+
+    def generate_noise(self, input_latent: dict[str, Any]) -> torch.Tensor:
+        """[B, C, T, h, w] float32 on the CPU for a LATENT of that shape; ValueError if it is not a video."""
+        samples = input_latent["samples"]
+        if samples.is_nested or samples.ndim != 5:
+            raise ValueError(
+                "AdaState Noise is for video latents [batch, channels, frames, h, w]; connect an empty one"
+            )
+        batch, channels, frames, height, width = samples.shape
+        shape = (batch, channels, self.chunk_frames, height, width)
+        drawn = [noise(self.seed, chunk, 0, shape) for chunk in range(-(-frames // self.chunk_frames))]
+        return torch.cat(drawn, dim=2)[:, :, :frames]
+
+
+class NoiseNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateNoise",
+            display_name="AdaState Noise",
+            category=CATEGORY,
+            description="The noise of AdaState Rollout for AdaState Sampler: the same seed then gives the same video in both.",
+            search_aliases=["noise", "seed", "AdaState"],
+            inputs=[
+                widget(
+                    io.Int,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The seed of the rollout.",
+                ),
+                widget(
+                    io.Int,
+                    "chunk_frames",
+                    default=3,
+                    min=1,
+                    max=64,
+                    tooltip="Latent frames that the sampler makes at once: most checkpoints want 3, frame-wise ones 1.",
+                ),
+            ],
+            outputs=[io.Noise.Output("noise", display_name="NOISE", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, seed: int | None = None, chunk_frames: int | None = None) -> bool | str:
+        if chunk_frames is not None and chunk_frames < 1:
+            return f"chunk_frames is {chunk_frames}; it must be at least 1"
+        return True
+
+    @classmethod
+    def execute(cls, seed: int, chunk_frames: int) -> io.NodeOutput:
+        if (reason := cls.validate_inputs(seed, chunk_frames)) is not True:
+            raise ValueError(reason)
+        return io.NodeOutput(RolloutNoise(seed, chunk_frames))
+
+
+NODES = [SamplerNode, NoiseNode]
