@@ -84,7 +84,7 @@ class RolloutSampler(host_sampler.Sampler):
         total = -(-noise.shape[2] // spec.chunk_frames) * (len(schedule.sigmas) + 1)
         latents = torch.zeros(noise.shape, dtype=torch.float32, device=noise.device)
         watch = _Watch(callback, latents, spec, total)
-        settings = Settings(extra_args.get("seed") or 0, schedule, noise.float().cpu())
+        settings = Settings(extra_args.get("seed") or 0, schedule, first_noise=noise.float().cpu())
         with host_model.attention_in_place(patcher):
             rollout = Rollout(model, spec, settings, text_tokens=text_tokens, on_step=watch)
             for _ in rollout.chunks(noise.shape[2]):
