@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import torch
 
-    from .kv_cache import LayerCache
+    from .layer_slots import LayerSlots
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Anchor:
         """The anchor slot that content frame `frame` goes to, or None if it enters the window."""
         return None
 
-    def evicted(self, layer: LayerCache, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def evicted(self, layer: LayerSlots, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Frame `frame` left the window of `layer`; raw key and value [B, P, heads * head_dim]."""
 
-    def state_committed(self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def state_committed(self, layer: LayerSlots, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The clean state's raw keys and values [B, S, P, heads * head_dim] are known."""
 
     def describe(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class AnchorEMA(AnchorStatic):
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay is {self.decay}; it must lie between 0 (replace) and 1 (keep for good)")
 
-    def evicted(self, layer: LayerCache, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def evicted(self, layer: LayerSlots, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
         layer.blend_anchor(frame % self.sink_frames, key, value, 1.0 - self.decay)
 
 
@@ -110,7 +110,7 @@ class AnchorAdaptive(Anchor):
     def frames(self) -> int:
         return self.state_frames
 
-    def state_committed(self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def state_committed(self, layer: LayerSlots, keys: torch.Tensor, values: torch.Tensor) -> None:
         for slot in range(self.state_frames):
             layer.set_anchor(slot, slot, keys[:, slot], values[:, slot])
 

@@ -22,7 +22,7 @@ from .absorption.settings import AbsorptionSettings
 from .absorption.solve import Solution
 from .anchors import Anchor
 from .attention import CachedAttention, Kernel, plain_attention
-from .cache_plan import CachePlan, LayerPlan
+from .cache_plan import CACHE_DEVICES, CACHE_DTYPES, CachePlan, LayerPlan
 from .kv_cache import KVCache, LayerSnapshot
 from .rope import POSITION_MODES, Layout, Rope
 from .schedule import TIMESTEPS, Schedule, denoised, noise, renoised
@@ -60,7 +60,8 @@ class RolloutSpec:
     """Everything that has to match for a rollout to go on; knows its cache's bytes before anything is allocated.
 
     `height` and `width` are in latent pixels; `model` identifies the weights; `layers` overrides the plan of single
-    layers (default: the same for all); `absorption` lets some forget their history later on.
+    layers (default: the same for all); `absorption` lets some forget their history later on. `cache_dtype` is how anchor
+    and window are stored, `cache_device` where; only the latter may change from run to run.
     """
 
     geometry: ModelGeometry
@@ -75,6 +76,8 @@ class RolloutSpec:
     model: str = ""
     layers: tuple[LayerPlan, ...] | None = None
     absorption: AbsorptionSettings | None = None
+    cache_dtype: str = "model"
+    cache_device: str = "gpu"
 
     def __post_init__(self) -> None:
         checks = {
@@ -91,8 +94,10 @@ class RolloutSpec:
             raise ValueError(
                 f"the latent is {self.width}x{self.height}; both sides must be multiples of {self.geometry.patch}"
             )
-        if self.positions not in POSITION_MODES:
-            raise ValueError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITION_MODES)}")
+        known = {"positions": POSITION_MODES, "cache_dtype": CACHE_DTYPES, "cache_device": CACHE_DEVICES}
+        for name, options in known.items():
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(options)}")
         if self.positions == "absolute" and self.anchor.relative_only:
             raise ValueError(
                 f"positions is 'absolute' with the {self.anchor.kind} anchor, whose slots stand for no single frame; "
@@ -117,7 +122,12 @@ class RolloutSpec:
             layers=self.layers or (layer,) * self.geometry.layers,
             text_tokens=text_tokens,
             vae_bytes=vae_bytes,
+            heads=self.geometry.heads,
+            cache_dtype=self.cache_dtype,
+            cache_device=self.cache_device,
         )
+        if plan.expands:  # what is stored is raw itself
+            plan = replace(plan, layers=tuple(replace(one, keep_raw=False) for one in plan.layers))
         if self.absorption is None:
             return plan
         return replace(plan, absorption_bytes=absorption_bytes(self.absorption, plan, self.geometry.heads))
@@ -137,6 +147,7 @@ class RolloutSpec:
             "dtype": str(self.dtype).removeprefix("torch."),
             "layers": None if self.layers is None else [asdict(layer) for layer in self.layers],
             "absorption": None if self.absorption is None else self.absorption.describe(),
+            "cache_dtype": self.cache_dtype,
         }
 
     def differences(self, other: dict[str, Any]) -> list[str]:
@@ -144,7 +155,7 @@ class RolloutSpec:
         mine = self.describe()
         phrases = []
         for name, value in mine.items():
-            theirs = other.get(name)
+            theirs = other.get(name, "model" if name == "cache_dtype" else None)  # what a state does not say
             if theirs == value:
                 continue
             if name == "model":
