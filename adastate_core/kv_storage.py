@@ -253,10 +253,10 @@ class StoredLayer(LayerSlots):
     def keep_raw_current(self, keys: torch.Tensor) -> None:
         """After a clean pass has attended: keep its un-rotated keys and its values until the commit."""
         frames = keys.shape[1] // self.plan.tokens
-        start = self.current_start
-        values = self.v[:, start : start + frames]
-        self.staging[:frames, 0].copy_(keys.unflatten(1, (frames, -1)).transpose(0, 1), non_blocking=True)
-        self.staging[:frames, 1].copy_(values.transpose(0, 1), non_blocking=True)
+        keys, values = keys.unflatten(1, (frames, -1)), self.v[:, self.current_start : self.current_start + frames]
+        for i in range(frames):  # one by one: only a contiguous target in host memory is written without waiting
+            self.staging[i, 0].copy_(keys[:, i], non_blocking=True)
+            self.staging[i, 1].copy_(values[:, i], non_blocking=True)
 
     def empty(self, layer: LayerPlan) -> StoredLayer:
         """A cache of the same kind for `layer`, with nothing in it."""

@@ -123,8 +123,8 @@ def _inputs() -> list[io.Input]:
             default=CACHE_DTYPES[0],
             optional=True,
             advanced=True,
-            tooltip="How the past is held: model = in the model's own dtype; fp8 and int8 take half the memory or less, "
-            "cost time and change the video slightly.",
+            tooltip="How the past is held: model = in the model's own dtype; int8 and fp8 take half the memory or less, "
+            "cost time and change the video, int8 less than fp8.",
         ),
         widget(
             io.Combo,
