@@ -2,7 +2,9 @@
 
 rope            rotary embedding of Wan, and where in time a cached frame stands
 cache_plan      the plan of a cache: frozen, knows its bytes
+layer_slots     which frame lies where in a layer's cache, and how attention reads them
 kv_cache        the buffers of one run
+kv_storage      the same in 8 bits or in host memory, expanded layer by layer
 attention_lse   attention in parts with log-sum-exps, and their exact merge
 absorption/     layers whose history becomes a closed-form correction (ISPA)
 attention       what a model's attention layers call during a pass

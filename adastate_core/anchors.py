@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import torch
 
-    from .kv_cache import LayerCache
+    from .layer_slots import LayerSlots
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Anchor:
         return 0
 
     def evicted(
-        self, layer: LayerCache, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
+        self, layer: LayerSlots, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
     ) -> None:
         """Frame `frame` left the window of `layer`; raw key and value [B, P, heads * head_dim].
 
@@ -49,11 +49,11 @@ class Anchor:
         """
 
     def state_committed(
-        self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor, first_frame: int = 0
+        self, layer: LayerSlots, keys: torch.Tensor, values: torch.Tensor, first_frame: int = 0
     ) -> None:
         """The clean state's raw keys and values [B, S, P, heads * head_dim] of the chunk from `first_frame` on are known."""
 
-    def committed(self, layer: LayerCache, first_frame: int, content_frames: int) -> None:
+    def committed(self, layer: LayerSlots, first_frame: int, content_frames: int) -> None:
         """Content frames `first_frame`... are in the cache, and what had to leave has left."""
 
     def bystander(self) -> Anchor:
@@ -106,7 +106,7 @@ class AnchorEMA(AnchorStatic):
             raise ValueError(f"decay is {self.decay}; it must lie between 0 (replace) and 1 (keep for good)")
 
     def evicted(
-        self, layer: LayerCache, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
+        self, layer: LayerSlots, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
     ) -> None:
         layer.blend_anchor(frame % self.sink_frames, key, value, 1.0 - self.decay)
 
@@ -136,7 +136,7 @@ class AnchorMemory(AnchorStatic):
         return self.sink_frames + 2
 
     def evicted(
-        self, layer: LayerCache, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
+        self, layer: LayerSlots, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
     ) -> None:
         index, count = place
         key, value = (t.float().mean(1, keepdim=True).expand_as(t) for t in (key, value))
@@ -177,8 +177,8 @@ class AnchorReplay(Anchor):
         chosen = list(range(number * frames, (number + 1) * frames))
         return chosen if sweep % 2 == 0 else chosen[::-1]
 
-    def committed(self, layer: LayerCache, first_frame: int, content_frames: int) -> None:
-        layer.keep_for_replay(first_frame, content_frames)
+    def committed(self, layer: LayerSlots, first_frame: int, content_frames: int) -> None:
+        layer.keep_first(first_frame, content_frames)
         full = max(self.first_frames, layer.layer.window_frames)
         if first_frame >= full and layer.layer.window_frames >= 2 * content_frames:
             turn = (first_frame - full) // content_frames
@@ -221,7 +221,7 @@ class AnchorAdaptive(Anchor):
         return self.strength < 1.0
 
     def state_committed(
-        self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor, first_frame: int = 0
+        self, layer: LayerSlots, keys: torch.Tensor, values: torch.Tensor, first_frame: int = 0
     ) -> None:
         if self.freeze_frame and first_frame >= self.freeze_frame and layer.anchor:
             return
@@ -234,7 +234,7 @@ class AnchorAdaptive(Anchor):
     def bystander(self) -> Anchor:
         return AnchorAdaptive(self.state_frames, self.state_after_past)
 
-    def committed(self, layer: LayerCache, first_frame: int, content_frames: int) -> None:
+    def committed(self, layer: LayerSlots, first_frame: int, content_frames: int) -> None:
         end = first_frame + content_frames
         if self.reset_frames and first_frame // self.reset_frames != end // self.reset_frames:
             layer.anchor.clear()

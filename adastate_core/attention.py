@@ -64,14 +64,16 @@ class CachedAttention:
     def begin(self, layout: Layout, content_frames: int, clean: bool) -> None:
         """Start a pass of [state | content_frames]; after a `clean` one its keys are staged raw, to be committed."""
         self._pass = _Pass(content_frames, clean, self.rope.table(layout.current(content_frames)), layout)
+        self.cache.begin()
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """One layer's attention; q, k (normed, not rotated) and v [B, N, heads * head_dim] -> the same shape."""
         run, cache, heads = self._pass, self.cache.layers[layer], self.cache.heads
         dtype = q.dtype
+        self.cache.open(layer)
         cache.write_current(self._rotated(k, run.table), v)
         frames = self.cache.plan.state_frames + run.content_frames
-        q = self._rotated(q, run.table).to(cache.k.dtype)
+        q = self._rotated(q, run.table).to(self.cache.plan.dtype)
         out = None if self.absorber is None else self.absorber.attend(layer, q, frames, run.layout)
         if out is None:
             keys, values = cache.read(frames)

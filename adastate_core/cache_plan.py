@@ -8,6 +8,19 @@ import torch
 
 from .anchors import Anchor
 
+CACHE_DTYPES = ("model", "fp8", "int8")
+CACHE_DEVICES = ("gpu", "host memory")
+# names of bytes that are not on the device start with this
+HOST = "host_"
+
+
+@dataclass(frozen=True)
+class StoreSize:
+    """What a stored layer holds: `frames` as they are or in 8 bits, `blend_frames` in float32."""
+
+    frames: int
+    blend_frames: int
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -29,6 +42,11 @@ class LayerPlan:
     def ring_frames(self) -> int:
         return self.pinned_frames + self.window_frames
 
+    @property
+    def store_size(self) -> StoreSize:
+        """What is held apart from the scratch; an anchor that blends has its float32 frames only."""
+        return StoreSize(self.anchor_frames - self.blend_frames + self.ring_frames, self.blend_frames)
+
     @staticmethod
     def of(anchor: Anchor, window_frames: int, chunk_frames: int, positions: str) -> LayerPlan:
         """The plan that an anchor policy and a window need under a position mode."""
@@ -43,7 +61,8 @@ class CachePlan:
     """Every byte of a rollout's caches before anything is allocated.
 
     `tokens` P is tokens a latent frame, `width` heads * head_dim, `current_frames` S + F, `text_tokens` of the
-    prompt, `vae_bytes` of a streaming decoder's own cache, `absorption_bytes` of an absorption's statistics.
+    prompt, `vae_bytes` of a streaming decoder's own cache, `absorption_bytes` of an absorption's statistics. `cache_dtype`
+    (of CACHE_DTYPES) and `cache_device` (of CACHE_DEVICES) say how anchor and window are held; `heads` counts scales.
     """
 
     batch: int
@@ -56,6 +75,28 @@ class CachePlan:
     text_tokens: int = 0
     vae_bytes: int = 0
     absorption_bytes: int = 0
+    heads: int = 1
+    cache_dtype: str = "model"
+    cache_device: str = "gpu"
+
+    @property
+    def expands(self) -> bool:
+        """Whether layers are stored apart and expanded into a shared scratch (kv_storage.py)."""
+        return self.cache_dtype != "model" or self.cache_device != "gpu"
+
+    @property
+    def most_slots(self) -> int:
+        """Slots of the scratch: those of the largest layer."""
+        return self.current_frames + max((p.anchor_frames + p.ring_frames for p in self.layers), default=0)
+
+    @property
+    def largest_store(self) -> StoreSize:
+        """What holds any layer's frames."""
+        sizes = [layer.store_size for layer in self.layers]
+        return StoreSize(
+            max((s.frames for s in sizes), default=0),
+            max((s.blend_frames for s in sizes), default=0),
+        )
 
     @property
     def current_frames(self) -> int:
@@ -67,33 +108,75 @@ class CachePlan:
         return self.batch * self.tokens * self.width * self.dtype.itemsize
 
     def bytes(self) -> dict[str, int]:
-        """Bytes by name: k, v (anchor and window), rotated copy, current, ema, replay, text_kv, absorption, vae_cache."""
-        kept = sum(layer.anchor_frames + layer.ring_frames for layer in self.layers)
-        copies = sum(layer.ring_frames for layer in self.layers if layer.keep_raw)
-        blended = sum(layer.blend_frames for layer in self.layers)
-        elements = self.batch * self.tokens * self.width
+        """Bytes by name: k, v (anchor and window), rotated copy, current, ema, replay, text_kv, absorption, vae_cache.
+
+        Layers that are stored apart have `scales` of their 8 bits, the shared `scratch` and, in host memory, the two
+        buffers of the `prefetch`; what lies in host memory has names that start with HOST.
+        """
         text = self.batch * self.text_tokens * self.width * self.dtype.itemsize
-        return {
-            "k": kept * self.frame_bytes,
-            "v": kept * self.frame_bytes,
-            "rotated_copy": copies * self.frame_bytes,
-            "current": 2 * len(self.layers) * self.current_frames * self.frame_bytes,
-            "ema": 2 * blended * elements * 4,
+        others = {
             "replay": 2 * sum(layer.replay_frames for layer in self.layers) * self.frame_bytes,
             "text_kv": 2 * len(self.layers) * text,
             "absorption": self.absorption_bytes,
             "vae_cache": self.vae_bytes,
         }
+        return (self._stored() if self.expands else self._rotated()) | others
+
+    def _rotated(self) -> dict[str, int]:
+        kept = sum(layer.anchor_frames + layer.ring_frames for layer in self.layers)
+        copies = sum(layer.ring_frames for layer in self.layers if layer.keep_raw)
+        return {
+            "k": kept * self.frame_bytes,
+            "v": kept * self.frame_bytes,
+            "rotated_copy": copies * self.frame_bytes,
+            "current": 2 * len(self.layers) * self.current_frames * self.frame_bytes,
+            "ema": self._blended_bytes(sum(layer.blend_frames for layer in self.layers)),
+        }
+
+    def _stored(self) -> dict[str, int]:
+        host = self.cache_device != "gpu"
+        kept = sum(layer.store_size.frames for layer in self.layers)
+        held = {
+            "k": kept * self._code_bytes,
+            "v": kept * self._code_bytes,
+            "scales": kept * self._scale_bytes,
+            "current": 2 * len(self.layers) * self.current_frames * self.frame_bytes,
+            "ema": self._blended_bytes(sum(layer.blend_frames for layer in self.layers)),
+        }
+        most = self.largest_store
+        landing = most.frames * (2 * self._code_bytes + self._scale_bytes) + self._blended_bytes(most.blend_frames)
+        shared = {"scratch": 2 * self.most_slots * self.frame_bytes, "prefetch": 2 * landing if host else 0}
+        return {f"{HOST}{name}" if host else name: size for name, size in held.items()} | shared
+
+    @property
+    def _code_bytes(self) -> int:
+        """One layer's stored keys (or values) of one latent frame."""
+        return self.frame_bytes if self.cache_dtype == "model" else self.batch * self.tokens * self.width
+
+    @property
+    def _scale_bytes(self) -> int:
+        """One layer's scales of one latent frame, of keys and values."""
+        return 0 if self.cache_dtype == "model" else 2 * self.batch * self.heads * 4
+
+    def _blended_bytes(self, frames: int) -> int:
+        """Keys and values of `frames` in float32."""
+        return 2 * frames * self.batch * self.tokens * self.width * 4
 
     @property
     def kv_bytes(self) -> int:
-        """All keys and values of anchor, window and current, in every copy."""
-        sizes = self.bytes()
-        return sum(sizes[name] for name in ("k", "v", "rotated_copy", "current", "ema", "replay"))
+        """All keys and values of anchor, window and current on the device, in every copy."""
+        names = ("k", "v", "rotated_copy", "current", "ema", "replay", "scales", "scratch", "prefetch")
+        return sum(size for name, size in self.bytes().items() if name in names)
+
+    @property
+    def host_bytes(self) -> int:
+        """The same in host memory."""
+        return sum(size for name, size in self.bytes().items() if name.startswith(HOST))
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.bytes().values())
+        """All bytes on the device."""
+        return sum(size for name, size in self.bytes().items() if not name.startswith(HOST))
 
     def with_window(self, window_frames: int) -> CachePlan:
         """The same plan with every window cut to at most `window_frames`."""

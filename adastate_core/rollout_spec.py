@@ -10,7 +10,7 @@ import torch
 from .absorption.absorber import absorption_bytes
 from .absorption.settings import AbsorptionSettings
 from .anchors import Anchor, anchor_from
-from .cache_plan import CachePlan, LayerPlan
+from .cache_plan import CACHE_DEVICES, CACHE_DTYPES, CachePlan, LayerPlan
 from .rope import POSITION_MODES
 from .schedule import Schedule
 
@@ -27,7 +27,7 @@ class ModelGeometry:
 
 
 # what states that do not mention it were made with
-_NEUTRAL = {"blocks": 1, "restart_frames": 0, "overlap_frames": 0}
+_NEUTRAL = {"blocks": 1, "restart_frames": 0, "overlap_frames": 0, "cache_dtype": "model"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class RolloutSpec:
     `height` and `width` are in latent pixels; `model` identifies the weights; `layers` overrides the plan of single
     layers (default: the same for all); `absorption` lets some forget their history later on. `blocks` chunks are denoised
     together (Rolling Forcing); every `restart_frames` latent frames the video starts afresh over its last
-    `overlap_frames` (CausVid; 0: never).
+    `overlap_frames` (CausVid; 0: never). `cache_dtype` is how anchor and window are stored, `cache_device` where; only the
+    latter may change from run to run.
     """
 
     geometry: ModelGeometry
@@ -55,6 +56,8 @@ class RolloutSpec:
     blocks: int = 1
     restart_frames: int = 0
     overlap_frames: int = 0
+    cache_dtype: str = "model"
+    cache_device: str = "gpu"
 
     def __post_init__(self) -> None:
         checks = {
@@ -72,8 +75,10 @@ class RolloutSpec:
             raise ValueError(
                 f"the latent is {self.width}x{self.height}; both sides must be multiples of {self.geometry.patch}"
             )
-        if self.positions not in POSITION_MODES:
-            raise ValueError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITION_MODES)}")
+        known = {"positions": POSITION_MODES, "cache_dtype": CACHE_DTYPES, "cache_device": CACHE_DEVICES}
+        for name, options in known.items():
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(options)}")
         if self.positions == "absolute" and self.anchor.relative_only:
             raise ValueError(
                 f"positions is 'absolute' with the {self.anchor.kind} anchor, whose slots stand for no single frame; "
@@ -128,7 +133,12 @@ class RolloutSpec:
             layers=self.layers or (layer,) * self.geometry.layers,
             text_tokens=text_tokens,
             vae_bytes=vae_bytes,
+            heads=self.geometry.heads,
+            cache_dtype=self.cache_dtype,
+            cache_device=self.cache_device,
         )
+        if plan.expands:  # what is stored is raw itself
+            plan = replace(plan, layers=tuple(replace(one, keep_raw=False) for one in plan.layers))
         if self.absorption is None:
             return plan
         return replace(plan, absorption_bytes=absorption_bytes(self.absorption, plan, self.geometry.heads))
@@ -151,6 +161,7 @@ class RolloutSpec:
             "blocks": self.blocks,
             "restart_frames": self.restart_frames,
             "overlap_frames": self.overlap_frames,
+            "cache_dtype": self.cache_dtype,
         }
 
     def differences(self, other: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..adastate_core.anchors import Anchor
+from ..adastate_core.kv_storage import check_cache_dtype
 from ..adastate_core.prompt_plan import PromptChange, PromptPlan
 from ..adastate_core.prompts import PromptAt, Prompts
 from ..adastate_core.rollout import Chunk, Rollout, RolloutSpec, RolloutState, Settings
@@ -62,6 +63,8 @@ class Request:
     keep_latents: bool
     absorption: AbsorptionRequest | None = None
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
+    cache_dtype: str = "model"
+    cache_device: str = "gpu"
 
     @property
     def latent_length(self) -> int:
@@ -102,8 +105,11 @@ class Job:
             dtype=self.model.dtype,
             model=host_model.fingerprint(request.model),
             absorption=request.absorption.settings if request.absorption else None,
+            cache_dtype=request.cache_dtype,
+            cache_device=request.cache_device,
             **self.resolved.spec_options(len(self.schedule.sigmas)),
         )
+        check_cache_dtype(request.cache_dtype, self.model.device)
         self.prompts = self._prompt_plan(contexts)
         self.solution = request.absorption.solution(self.spec) if request.absorption else None
         self.origin = {"prompt": host_model.prompt_digest(context), "seed": request.seed}
@@ -113,6 +119,7 @@ class Job:
         self.text_tokens = max(one.shape[1] for _, one in contexts)
         self.plan = self.spec.plan(self.text_tokens, vae_bytes)
         host_model.check_memory(self.plan, host_model.available_bytes(request.model))
+        host_model.check_host_memory(self.plan)
         self.given = self._given()
         self._check_length()
 
@@ -287,6 +294,7 @@ class Job:
             "plan_bytes": self.plan.bytes(),
             "kv_bytes_planned": self.plan.kv_bytes,
             "kv_bytes_used": absorption["kv_bytes_before"] if absorption else rollout.cache.nbytes,
+            "host_kv_bytes_used": rollout.cache.host_nbytes,
             "text_kv_bytes_used": rollout.cache.text_nbytes,
             "state_bytes": state.nbytes,
             "chunks": len(made),
@@ -299,6 +307,7 @@ class Job:
             "speed": round(frames / fps / seconds, 3) if seconds else 0.0,
             "settings": self.settings
             | {"seed": self.request.seed, "anchor": self.spec.anchor.describe(), "sigmas": list(self.schedule.sigmas)}
+            | {"cache_dtype": self.spec.cache_dtype, "cache_device": self.spec.cache_device}
             | ({"preset": self.resolved.preset.name} if self.resolved.preset else {}),
             "prompts": self._prompt_report(),
             "files": [target.path.name for target in output.targets] if output else [],

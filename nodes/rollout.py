@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..adastate_core.anchors import Anchor
+from ..adastate_core.cache_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedule import Schedule
 from .absorption import AbsorptionRequest
@@ -117,6 +118,25 @@ def _inputs() -> list[io.Input]:
             optional=True,
             tooltip="Hold all latents for LATENT and in the state. Off with a stream: memory does not grow at all.",
         ),
+        widget(
+            io.Combo,
+            "cache_dtype",
+            options=list(CACHE_DTYPES),
+            default=CACHE_DTYPES[0],
+            optional=True,
+            advanced=True,
+            tooltip="How the past is held: model = in the model's own dtype; int8 and fp8 take half the memory or less, "
+            "cost time and change the video, int8 less than fp8.",
+        ),
+        widget(
+            io.Combo,
+            "cache_device",
+            options=list(CACHE_DEVICES),
+            default=CACHE_DEVICES[0],
+            optional=True,
+            advanced=True,
+            tooltip="Where the past is held: host memory frees the GPU of it, and copies each layer's there when it is read.",
+        ),
     ]
 
 
@@ -151,6 +171,8 @@ class RolloutNode(io.ComfyNode):
         chunk_frames: int | None = None,
         window_frames: int | None = None,
         positions: str | None = None,
+        cache_dtype: str | None = None,
+        cache_device: str | None = None,
     ) -> bool | str:
         """The first thing wrong with the numbers, in a sentence; linked inputs arrive as None."""
         if reason := check_size(width, height):
@@ -162,8 +184,14 @@ class RolloutNode(io.ComfyNode):
                 return f"{name} is {value}; it must be at least {low}"
         if length is not None and length > MAX_LENGTH:
             return f"length is {length}; it must be at most {MAX_LENGTH}"
-        if positions is not None and positions not in ("auto", *POSITION_MODES):
-            return f"positions is {positions!r}; it must be one of auto, {', '.join(POSITION_MODES)}"
+        choices = {
+            "positions": (positions, ("auto", *POSITION_MODES)),
+            "cache_dtype": (cache_dtype, CACHE_DTYPES),
+            "cache_device": (cache_device, CACHE_DEVICES),
+        }
+        for name, (value, known) in choices.items():
+            if value is not None and value not in known:
+                return f"{name} is {value!r}; it must be one of {', '.join(known)}"
         return True
 
     @classmethod
@@ -188,9 +216,13 @@ class RolloutNode(io.ComfyNode):
         resume: Any = None,
         stream: Any = None,
         keep_latents: bool = True,
+        cache_dtype: str = CACHE_DTYPES[0],
+        cache_device: str = CACHE_DEVICES[0],
     ) -> io.NodeOutput:
         sizes = (width, height, length, batch_size, steps, shift, chunk_frames, window_frames, positions)
-        if (reason := cls.validate_inputs(*sizes)) is not True:  # linked numbers are not known any earlier
+        if (
+            reason := cls.validate_inputs(*sizes, cache_dtype, cache_device)
+        ) is not True:  # linked numbers are not known any earlier
             raise ValueError(reason)
         request = Request(
             model, positive, width, height, length, batch_size, seed, steps, shift, chunk_frames, window_frames, positions,
@@ -200,6 +232,8 @@ class RolloutNode(io.ComfyNode):
             resume=resume,
             stream=stream,
             keep_latents=keep_latents,
+            cache_dtype=cache_dtype,
+            cache_device=cache_device,
             absorption=absorption,
             metadata=save_metadata(cls.hidden) if stream is not None else {},
         )  # fmt: skip

@@ -19,7 +19,8 @@ import torch
 from ..anchors import Anchor
 from ..attention_lse import Part, attend_part, merge, rows
 from ..cache_plan import CachePlan
-from ..kv_cache import KVCache, LayerCache
+from ..kv_cache import KVCache
+from ..layer_slots import LayerSlots
 from ..rope import Layout, Rope
 from .collector import Collector
 from .host_history import HostHistory
@@ -99,7 +100,7 @@ class Absorber:
             due = self.chunks_since % self.settings.monitor_chunks == self.settings.monitor_chunks - 1
             self._collecting = due and any(len(history) for history in self.histories.values())
 
-    def _parts(self, layer: LayerCache, current_frames: int) -> tuple[list[slice], list[slice]]:
+    def _parts(self, layer: LayerSlots, current_frames: int) -> tuple[list[slice], list[slice]]:
         return layer.parts(current_frames, self.settings.local_window_frames, self.pinned)
 
     def attend(self, layer: int, q: torch.Tensor, current_frames: int, layout: Layout) -> torch.Tensor | None:
@@ -176,10 +177,11 @@ class Absorber:
                 self.histories[i] = HostHistory(max(0, self.full_window - plans[i].ring_frames))
                 if moved:
                     self._remember(i, old)
-            self.cache.layers[i] = old.shrunk(plans[i]) if moved else LayerCache(old.plan, plans[i], self.device)
+            self.cache.layers[i] = old.shrunk(plans[i]) if moved else old.empty(plans[i])
             if i in watched:
                 self.cache.layers[i].on_evict = self.histories[i].push
             self._set_correction(i, self.solution.fits[i].correction)
+        self.cache.fit()
         self.bytes_after = self.cache.nbytes
 
     def resume_switched(self, pinned: int, chunks_since: int, watched: list[dict[str, Any]]) -> None:
@@ -199,7 +201,7 @@ class Absorber:
         else:
             self.corrections.pop(layer, None)
 
-    def _remember(self, layer: int, cache: LayerCache) -> None:
+    def _remember(self, layer: int, cache: LayerSlots) -> None:
         """Copy what the layer is about to lose."""
         for part in self._parts(cache, 0)[1]:
             for index in range(part.start, part.stop):

@@ -195,9 +195,21 @@ def check_memory(plan: CachePlan, available: int) -> None:
         fitting += (
             f"; the absorption's statistics alone take {plan.absorption_bytes / gib:.2f} GiB: scope head needs far less"
         )
+    if not plan.expands:
+        fitting += "; cache_dtype fp8 or int8, or cache_device host memory, takes less"
     raise ValueError(
         f"the rollout's caches need {plan.total_bytes / gib:.2f} GiB and {available / gib:.2f} GiB are free; {fitting}"
     )
+
+
+def check_host_memory(plan: CachePlan) -> None:
+    """ValueError if what `plan` keeps in host memory is more than is free there."""
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if plan.host_bytes > free:
+        raise ValueError(
+            f"cache_device host memory needs {plan.host_bytes / 2**30:.2f} GiB of host memory and {free / 2**30:.2f} GiB are "
+            "free; use a smaller window_frames, cache_dtype fp8 or int8, or cache_device gpu"
+        )
 
 
 class HostModel:

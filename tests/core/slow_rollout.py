@@ -78,8 +78,12 @@ def slow_rollout(
     S=0,
     after_past=False,
     given=None,
+    hold=lambda x: x,
 ) -> dict:
-    """Returns latents [B, C, >= length, h, w], the state latents of each pass, and the frames cached at the end."""
+    """Returns latents [B, C, >= length, h, w], the state latents of each pass, and the frames cached at the end.
+
+    `hold`: what becomes of a frame's raw keys or values [B, P, width] while they are held; an anchor that blends holds exact ones.
+    """
     c, layers = model.geometry.channels, model.geometry.layers
     tokens = (h // 2) * (w // 2)
     attention = SlowAttention(model.geometry.heads, h // 2, w // 2)
@@ -111,8 +115,12 @@ def slow_rollout(
             if anchor in ("static", "ema") and frame < A:
                 sink.append(frame)
                 for i in range(layers):
-                    slots[i].append(raw[i].pop(frame))
+                    entry = raw[i].pop(frame)
+                    slots[i].append(entry if anchor == "ema" else tuple(hold(x) for x in entry))
                 continue
+            if W:
+                for i in range(layers):
+                    raw[i][frame] = tuple(hold(x) for x in raw[i][frame])
             window.append(frame)
             while len(window) > W:
                 old = window.pop(0)
@@ -124,10 +132,7 @@ def slow_rollout(
         if anchor == "adaptive":
             for i in range(layers):
                 k, v = attention.seen[i]
-                slots[i] = [
-                    (k[:, s * tokens : (s + 1) * tokens].clone(), v[:, s * tokens : (s + 1) * tokens].clone())
-                    for s in range(S)
-                ]
+                slots[i] = [tuple(hold(x[:, s * tokens : (s + 1) * tokens].clone()) for x in (k, v)) for s in range(S)]
 
     f = 0
     if given is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import weakref
 
 import comfy.model_management
@@ -294,3 +295,22 @@ def test_a_plan_that_does_not_fit_is_refused_before_loading(rollout, monkeypatch
     window = int(message.split("window_frames ")[1].split()[0])
     host_plan = rollout(window_frames=window, length=5).args[2]
     assert '"kv_bytes_planned"' in host_plan
+
+
+def test_the_past_in_8_bits_or_in_host_memory(rollout, node, monkeypatch):
+    plain = rollout(window_frames=6, length=49)
+    for cache_dtype, cache_device in (("model", "host memory"), ("int8", "gpu"), ("fp8", "host memory")):
+        chosen = {"cache_dtype": cache_dtype, "cache_device": cache_device}
+        out = rollout(window_frames=6, length=49, **chosen)
+        report = json.loads(out.args[2])
+        assert report["kv_bytes_used"] == report["kv_bytes_planned"] and chosen.items() <= report["settings"].items()
+        assert (report["host_kv_bytes_used"] > 0) == (cache_device == "host memory")
+        same = torch.equal(out.args[0]["samples"], plain.args[0]["samples"])
+        assert same == (cache_dtype == "model")
+    refused(rollout, "cache_dtype is fp8 in the state and model here", resume=out.args[1], window_frames=6, length=81)
+    assert "cache_dtype is 'fp4'; it must be one of model, fp8, int8" in node("AdaStateRollout").validate(
+        cache_dtype="fp4"
+    )
+    monkeypatch.setattr(adapter, "available_bytes", lambda patcher: 2**40)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *device: 2**19)
+    refused(rollout, "cache_device host memory needs .* of host memory", cache_device="host memory", window_frames=300)
