@@ -17,6 +17,16 @@ CONTRACT = {
     "AdaStateAnchorStatic": (["sink_frames"], ["ADASTATE_ANCHOR"]),
     "AdaStateAnchorEMA": (["sink_frames", "decay"], ["ADASTATE_ANCHOR"]),
     "AdaStateAnchorAdaptive": (["state_frames", "state_after_past?"], ["ADASTATE_ANCHOR"]),
+    "AdaStateLoadModel": (["file", "weight_dtype", "preset?"], ["MODEL"]),
+    "AdaStateModelPreset": (["model", "preset"], ["MODEL", "STRING"]),
+    "AdaStateInspectCheckpoint": (["file", "width?", "height?", "length?"], ["STRING"]),
+    "AdaStatePlan": (
+        [
+            "model", "width", "height", "length", "batch_size?", "chunk_frames?", "window_frames?", "positions?", "anchor?",
+            "vae?",
+        ],
+        ["STRING", "STRING"],
+    ),
     "AdaStateRollout": (
         [
             "model", "positive", "width", "height", "length", "batch_size", "seed", "steps", "shift", "chunk_frames",
@@ -86,7 +96,8 @@ def test_every_input_and_output_says_what_it_is():
 
 def test_output_nodes():
     output = {node_id for node_id, node in NODES.items() if node.define_schema().is_output_node}
-    assert output == {"AdaStateRollout", "AdaStateSaveState", "AdaStateSaveAbsorption"}
+    texts = {"AdaStateInspectCheckpoint", "AdaStatePlan"}
+    assert output == {"AdaStateRollout", "AdaStateSaveState", "AdaStateSaveAbsorption"} | texts
 
 
 def test_keywords_that_this_host_does_not_know_are_dropped():
