@@ -56,8 +56,8 @@ class Anchor:
     def committed(self, layer: LayerSlots, first_frame: int, content_frames: int) -> None:
         """Content frames `first_frame`... are in the cache, and what had to leave has left."""
 
-    def bystander(self) -> Anchor:
-        """The policy while frames that were committed before are committed again: what is in the anchor stays."""
+    def bystander(self, end: int) -> Anchor:
+        """The policy while frames before `end`, committed before, are committed again: what is in the anchor stays."""
         return Anchor()
 
     def describe(self) -> dict[str, Any]:
@@ -155,8 +155,9 @@ class AnchorReplay(Anchor):
     """The early video played again beside the newest chunk (Rolling Sink).
 
     Keys and values of the first `first_frames` content frames are kept. Once the window has been full, every commit
-    puts a block of them in place of the chunk before the newest one, at that chunk's own positions: forwards through
-    the kept blocks but the last, then backwards with the frames of a block in reverse, and so on.
+    puts a block of them in place of the chunk before the newest one, at that chunk's own positions, as if the video
+    went back and forth: backwards through the kept blocks but the last, with the frames of a block in reverse, then
+    forwards, and so on.
     """
 
     kind: ClassVar[str] = "replay"
@@ -173,9 +174,10 @@ class AnchorReplay(Anchor):
         """The kept frames that replace a chunk of `frames` at the `turn`-th replacement."""
         blocks = max(1, self.first_frames // frames - 1)
         sweep, place = divmod(turn, blocks)
-        number = place if sweep % 2 == 0 else blocks - 1 - place
+        back = sweep % 2 == 0
+        number = blocks - 1 - place if back else place
         chosen = list(range(number * frames, (number + 1) * frames))
-        return chosen if sweep % 2 == 0 else chosen[::-1]
+        return chosen[::-1] if back else chosen
 
     def committed(self, layer: LayerSlots, first_frame: int, content_frames: int) -> None:
         layer.keep_first(first_frame, content_frames)
@@ -231,7 +233,9 @@ class AnchorAdaptive(Anchor):
             else:
                 layer.set_anchor(slot, slot, keys[:, slot], values[:, slot])
 
-    def bystander(self) -> Anchor:
+    def bystander(self, end: int) -> Anchor:
+        if self.freeze_frame and end >= self.freeze_frame:
+            return Anchor()
         return AnchorAdaptive(self.state_frames, self.state_after_past)
 
     def committed(self, layer: LayerSlots, first_frame: int, content_frames: int) -> None:

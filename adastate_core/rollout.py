@@ -140,7 +140,7 @@ class Rollout:
         self._next_frame = self._next_chunk = self._emitted = 0
         self._pending = self._recent = torch.zeros(self._shape(0))
         self._blocks: tuple[rolling.Block, ...] = ()
-        # the frame that the last chunk began with, and how far a rope cut puts the chunk under way ahead
+        # the frame that the last generated chunk began with, and how far a rope cut puts the chunk under way ahead
         self._before = 0
         self._jump = 0
         self._hidden: torch.Tensor | None = None
@@ -164,7 +164,7 @@ class Rollout:
             self._recent = state.recent
         steps, frames = len(self.settings.schedule.sigmas), self.spec.chunk_frames
         self._blocks = rolling.under_way(state.noisy, state.next_chunk, frames, steps)
-        self._before = max(0, self._next_frame - frames)
+        self._before = self._next_frame - frames if state.next_chunk else 0
         if self.attention.absorber is not None:
             restore_absorber(self.attention.absorber, state.absorption)
         self.cache.restore(state.cache)
@@ -223,9 +223,21 @@ class Rollout:
         while self._emitted < length:
             start = time.perf_counter()
             if not self._pending.shape[2]:
-                self._prepare()
-                self._pending = self._generate() if self.spec.blocks == 1 else self._generate_rolling(length)
+                self._pending = self._next(length)
             yield self._emit(length, start, given=self._emitted < given_frames)
+
+    def _next(self, length: int) -> torch.Tensor:
+        """The next chunk [B, C, F, h, w]; if it fails, what its transition did to the cache is undone with it."""
+        first = self._next_frame
+        undo = self._prepare()
+        try:
+            latents = self._generate() if self.spec.blocks == 1 else self._generate_rolling(length)
+        except BaseException:
+            if undo is not None and self._next_frame == first:
+                self.cache.restore(undo)
+            raise
+        self._before = first
+        return latents
 
     def _take(self, given: torch.Tensor, length: int) -> None:
         """Frames that were there before: clean passes of F frames, with S copies of the last one as their state."""
@@ -260,33 +272,40 @@ class Rollout:
             jump=self._jump,
         )
 
-    def _prepare(self) -> None:
-        """What comes before a chunk: a restart, or another prompt with what its transition does to the cache."""
+    def _prepare(self) -> tuple[LayerSnapshot, ...] | None:
+        """What comes before a chunk: a restart, or another prompt with what its transition does to the cache.
+
+        The cache as it was before, if that made it another.
+        """
         frame, before = self._next_frame, self._before
+        undo = None
         if frame and self.spec.clip(frame) != self.spec.clip(before):
             self._set_prompt()
-            self._commit_again(self.spec.overlap_frames)
+            undo = self._commit_again(self.spec.overlap_frames)
         transition = self.prompts.transition(frame, before) if self.prompts else ""
         self._set_prompt()
         if transition == "recache":
-            self._commit_again(self.spec.recent_frames)
+            before_recache = self._commit_again(self.spec.recent_frames)
+            undo = undo or before_recache
         elif transition == "flush":
+            undo = undo or self.cache.snapshot()
             for layer in self.cache:
                 layer.flush(FLUSH_FRAMES)
         self._jump = 0
         if transition == "rope cut":
             layout = self._layout()
             self._jump = max(CUT_POSITION - layout.content, CUT_POSITION - self.spec.chunk_frames)
-        self._before = frame
+        return undo
 
     def _set_prompt(self) -> None:
         if self.prompts is not None:
             self.model.set_context(self.prompts.context(self._next_frame))
 
-    def _commit_again(self, frames: int) -> None:
+    def _commit_again(self, frames: int) -> tuple[LayerSnapshot, ...]:
         """Empty the window and commit the newest `frames` latents once more, in passes of F; the anchor stays as it is.
 
-        Frames that the anchor holds are left out. The hidden state is committed again with them.
+        Frames that the anchor holds are left out. The hidden state is committed again with them, unless it is frozen.
+        Gives the cache as it was before; a failure puts that back.
         """
         end, held = self._next_frame, self._recent.shape[2]
         first = end - min(frames, held)
@@ -294,19 +313,20 @@ class Rollout:
             first += 1
         again = self._recent[:, :, held - (end - first) :]
         hidden = self._hidden if self._hidden is not None else self._recent[:, :, :0]
-        before = self.cache.snapshot()
+        before, anchor = self.cache.snapshot(), self.spec.anchor.bystander(end)
         for layer in self.cache:
             layer.flush(0)
         self._next_frame = first
         try:
             for content in again.split(self.spec.chunk_frames, dim=2) if first < end else ():
                 self.attention.start_chunk()
-                self._clean_pass(torch.cat([hidden, content], 2), content.shape[2], self.spec.anchor.bystander())
+                self._clean_pass(torch.cat([hidden, content], 2), content.shape[2], anchor)
                 self._next_frame += content.shape[2]
         except BaseException:
             self._next_frame = end
             self.cache.restore(before)
             raise
+        return before
 
     def _noises(self) -> torch.Tensor:
         """[steps, B, C, S + F, h, w] noise of the current chunk, state first, float32 on the model's device.

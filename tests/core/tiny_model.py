@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ class Block(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """2 layers, 2 heads of 12 channels; every frame at the same timestep; no text."""
+    """2 layers, 2 heads of 12 channels; all frames at one timestep or each at its own; text once `set_context` gave it."""
+
+    TEXT_WIDTH = 8
 
     def __init__(self, layers: int = 2, heads: int = 2, head_dim: int = 12, channels: int = 4, seed: int = 0) -> None:
         super().__init__()
@@ -32,21 +35,35 @@ class TinyModel(nn.Module):
         self.embed = nn.Conv3d(channels, width, (1, 2, 2), (1, 2, 2))
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.head = nn.Linear(width, channels * 4)
+        self.text = nn.ModuleList(nn.Linear(self.TEXT_WIDTH, 2 * width) for _ in range(layers))
+        self.context: torch.Tensor | None = None
         self.calls = 0
         for parameter in self.parameters():
             parameter.requires_grad_(False).mul_(2.0)
 
-    def velocity(self, x: torch.Tensor, timestep: float, attention: object) -> torch.Tensor:
+    def set_context(self, context: torch.Tensor) -> None:
+        """Text embeddings [1 or B, n, TEXT_WIDTH] that every layer attends to from then on."""
+        self.context = context
+
+    def _read_text(self, i: int, y: torch.Tensor) -> torch.Tensor:
+        keys, values = self.text[i](self.context).expand(y.shape[0], -1, -1).chunk(2, -1)
+        return (F.layer_norm(y, y.shape[-1:]) @ keys.transpose(1, 2) / y.shape[-1] ** 0.5).softmax(-1) @ values
+
+    def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: object) -> torch.Tensor:
         self.calls += 1
         b, c, t, h, w = x.shape
         y = self.embed(x).flatten(2).transpose(1, 2)
         width = y.shape[-1]
+        if not isinstance(timestep, int | float):
+            timestep = torch.tensor(timestep).repeat_interleave(y.shape[1] // t)[:, None]
         phase = timestep / 1000 * torch.arange(1, width + 1) / width * math.pi
         for i, block in enumerate(self.blocks):
-            scale, shift = block.scale(torch.sin(phase)).chunk(2)
+            scale, shift = block.scale(torch.sin(phase)).chunk(2, -1)
             z = F.layer_norm(y, (width,)) * (1 + scale) + shift
             out = attention.attend(i, F.rms_norm(block.q(z), (width,)), F.rms_norm(block.k(z), (width,)), block.v(z))
             y = y + block.o(out)
+            if self.context is not None:
+                y = y + self._read_text(i, y)
             y = y + block.down(F.gelu(block.up(F.layer_norm(y, (width,)))))
         y = self.head(F.layer_norm(y, (width,))).view(b, t, h // 2, w // 2, 2, 2, c)
         return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, c, t, h, w)

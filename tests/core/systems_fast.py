@@ -1,0 +1,28 @@
+"""A rollout that is configured from a preset and nothing else."""
+
+from __future__ import annotations
+
+import torch
+
+from adastate_core.presets import PRESETS
+from adastate_core.rollout import Rollout, RolloutSpec, Settings
+
+
+def spec_of(name, model, *, batch=1, dtype=torch.float32, **changed):
+    """The spec of a preset, with single numbers `changed`."""
+    one = PRESETS[name]
+    numbers = dict(
+        chunk_frames=one.chunk_frames, window_frames=one.window_frames, anchor=one.anchor, positions=one.positions,
+        blocks=one.blocks, restart_frames=one.restart_frames, overlap_frames=one.overlap_frames,
+    )  # fmt: skip
+    return RolloutSpec(geometry=model.geometry, batch=batch, height=4, width=6, dtype=dtype, **(numbers | changed))
+
+
+def rollout_of(name, model, *, seed=7, state=None, ramp_down=False, prompts=None, on_step=None, **changed):
+    settings = Settings(seed, PRESETS[name].schedule, ramp_down=ramp_down)
+    spec = spec_of(name, model, **changed)
+    return Rollout(model, spec, settings, state=state, prompts=prompts, on_step=on_step)
+
+
+def latents_of(rollout, length, given=None):
+    return torch.cat([chunk.latents for chunk in rollout.chunks(length, given)], 2)
