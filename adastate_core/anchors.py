@@ -244,8 +244,45 @@ class AnchorAdaptive(Anchor):
             layer.anchor.clear()
 
 
+@dataclass(frozen=True)
+class AnchorDeep(AnchorStatic):
+    """A deep sink, and of what lies between it and the newest frames only the tokens that those attend to (Deep Forcing,
+    arXiv 2512.05081; deep_sink.py).
+
+    A chunk that would read more than sink, window and itself together begins by cutting the cache down to `budget_frames`:
+    the sink, `recent_frames`, of which the chunk itself is a part, and tokens worth what is left, C = budget - sink - recent.
+    The chosen tokens stand between sink and recent frames in time, frame after frame, as the paper has it; without
+    `shift_selected` each keeps its own distance to the chunk, as in the authors' published code.
+    """
+
+    kind: ClassVar[str] = "deep"
+    relative_only: ClassVar[bool] = True
+    selects: ClassVar[bool] = True
+    sink_frames: int = 10
+    recent_frames: int = 4
+    budget_frames: int = 16
+    shift_selected: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least_one("recent_frames", self.recent_frames)
+        least = self.sink_frames + self.recent_frames
+        if self.budget_frames < least:
+            raise ValueError(
+                f"budget_frames is {self.budget_frames}; it counts sink and recent frames and must be at least {least}"
+            )
+
+    def staged_frames(self, chunk_frames: int) -> int:
+        """What a budget leaves of the past beside the sink: chosen tokens and recent frames, without the chunk."""
+        return self.budget_frames - self.sink_frames - chunk_frames
+
+    def past_recent_frames(self, chunk_frames: int) -> int:
+        """Recent frames that lie before the chunk."""
+        return self.recent_frames - chunk_frames
+
+
 KINDS: dict[str, type[Anchor]] = {
-    cls.kind: cls for cls in (Anchor, AnchorStatic, AnchorEMA, AnchorMemory, AnchorReplay, AnchorAdaptive)
+    cls.kind: cls for cls in (Anchor, AnchorStatic, AnchorEMA, AnchorMemory, AnchorReplay, AnchorAdaptive, AnchorDeep)
 }
 
 

@@ -53,6 +53,9 @@ class CachedAttention:
 
     def start_chunk(self) -> None:
         """Before the passes of a chunk; what an interrupted one left behind is forgotten."""
+        for layer in self.cache:
+            if layer.selects:
+                layer.start_chunk()
         if self.absorber is not None:
             self.absorber.start_chunk()
 
@@ -72,6 +75,8 @@ class CachedAttention:
         dtype = q.dtype
         self.cache.open(layer)
         cache.write_current(self._rotated(k, run.table), v)
+        if cache.selects:
+            cache.see(q, run.layout, self.rope, heads, run.clean)
         frames = self.cache.plan.state_frames + run.content_frames
         q = self._rotated(q, run.table).to(self.cache.plan.dtype)
         out = None if self.absorber is None else self.absorber.attend(layer, q, frames, run.layout)

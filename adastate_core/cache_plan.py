@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .anchors import Anchor
+from .anchors import Anchor, AnchorDeep
 
 CACHE_DTYPES = ("model", "fp8", "int8")
 CACHE_DEVICES = ("gpu", "host memory")
@@ -28,7 +28,9 @@ class LayerPlan:
 
     `keep_raw`: an un-rotated copy of the window's keys; `blend_frames`: anchor frames kept raw in float32;
     `pinned_frames`: window frames beside `window_frames` that never leave (a sink that was window once);
-    `replay_frames`: first frames kept raw beside the cache.
+    `replay_frames`: first frames kept raw beside the cache. Of a deep sink (deep_sink.py): `spare_frames` beside the window
+    until the next chunk chooses, `staged_frames` that it chooses, `query_frames` whose summed queries are kept, and
+    `shift_selected` of its anchor.
     """
 
     anchor_frames: int
@@ -37,6 +39,10 @@ class LayerPlan:
     blend_frames: int = 0
     pinned_frames: int = 0
     replay_frames: int = 0
+    spare_frames: int = 0
+    staged_frames: int = 0
+    query_frames: int = 0
+    shift_selected: bool = False
 
     @property
     def ring_frames(self) -> int:
@@ -50,6 +56,10 @@ class LayerPlan:
     @staticmethod
     def of(anchor: Anchor, window_frames: int, chunk_frames: int, positions: str) -> LayerPlan:
         """The plan that an anchor policy and a window need under a position mode."""
+        if isinstance(anchor, AnchorDeep):
+            staged, queries = anchor.staged_frames(chunk_frames), anchor.past_recent_frames(chunk_frames)
+            deep = dict(spare_frames=chunk_frames, staged_frames=staged, query_frames=queries)
+            return LayerPlan(anchor.frames, window_frames, keep_raw=True, shift_selected=anchor.shift_selected, **deep)
         moves = positions != "absolute"
         keep_raw = moves and window_frames > 0 and (window_frames > chunk_frames or anchor.blends)
         blended = anchor.frames if anchor.blends else 0
@@ -108,7 +118,8 @@ class CachePlan:
         return self.batch * self.tokens * self.width * self.dtype.itemsize
 
     def bytes(self) -> dict[str, int]:
-        """Bytes by name: k, v (anchor and window), rotated copy, current, ema, replay, text_kv, absorption, vae_cache.
+        """Bytes by name: k, v (anchor and window), rotated copy, current, ema, replay, text_kv, absorption, vae_cache, and of
+        a deep sink the selection.
 
         Layers that are stored apart have `scales` of their 8 bits, the shared `scratch` and, in host memory, the two
         buffers of the `prefetch`; what lies in host memory has names that start with HOST.
@@ -120,11 +131,13 @@ class CachePlan:
             "absorption": self.absorption_bytes,
             "vae_cache": self.vae_bytes,
         }
+        if any(layer.spare_frames for layer in self.layers):
+            others["selection"] = sum(self._selection_bytes(layer) for layer in self.layers)
         return (self._stored() if self.expands else self._rotated()) | others
 
     def _rotated(self) -> dict[str, int]:
-        kept = sum(layer.anchor_frames + layer.ring_frames for layer in self.layers)
-        copies = sum(layer.ring_frames for layer in self.layers if layer.keep_raw)
+        kept = sum(layer.anchor_frames + layer.ring_frames + layer.spare_frames for layer in self.layers)
+        copies = sum(layer.ring_frames + layer.spare_frames for layer in self.layers if layer.keep_raw)
         return {
             "k": kept * self.frame_bytes,
             "v": kept * self.frame_bytes,
@@ -158,6 +171,12 @@ class CachePlan:
         """One layer's scales of one latent frame, of keys and values."""
         return 0 if self.cache_dtype == "model" else 2 * self.batch * self.heads * 4
 
+    def _selection_bytes(self, layer: LayerPlan) -> int:
+        """A deep sink's staged frames, its chosen tokens' ids (those in the cache, those being chosen) and summed queries."""
+        chosen = (layer.staged_frames - layer.query_frames) * self.tokens
+        queries = (layer.query_frames + self.chunk_frames) * self.width * 4
+        return 2 * layer.staged_frames * self.frame_bytes + self.batch * (2 * 8 * chosen + queries)
+
     def _blended_bytes(self, frames: int) -> int:
         """Keys and values of `frames` in float32."""
         return 2 * frames * self.batch * self.tokens * self.width * 4
@@ -165,7 +184,7 @@ class CachePlan:
     @property
     def kv_bytes(self) -> int:
         """All keys and values of anchor, window and current on the device, in every copy."""
-        names = ("k", "v", "rotated_copy", "current", "ema", "replay", "scales", "scratch", "prefetch")
+        names = ("k", "v", "rotated_copy", "current", "ema", "replay", "scales", "scratch", "prefetch", "selection")
         return sum(size for name, size in self.bytes().items() if name in names)
 
     @property

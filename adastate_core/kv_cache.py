@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from .cache_plan import HOST, CachePlan, LayerPlan
+from .deep_sink import DeepLayer
 from .kv_storage import StoredLayer, Workspace, check_cache_dtype
 from .layer_slots import LayerSlots, LayerSnapshot, Receiver, Slot, runs, to_cpu, with_copies
 from .rope import Layout, Rope
@@ -220,12 +221,14 @@ class KVCache:
         self._text: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._text_key: object = None
 
-    def _layer(self, layer: LayerPlan) -> LayerCache | StoredLayer:
+    def _layer(self, layer: LayerPlan) -> LayerCache | StoredLayer | DeepLayer:
+        if layer.spare_frames:
+            return DeepLayer(self.plan, layer, self.device)
         if self.workspace is None:
             return LayerCache(self.plan, layer, self.device)
         return StoredLayer(self.plan, layer, self.device, self.workspace)
 
-    def __iter__(self) -> Iterator[LayerCache | StoredLayer]:
+    def __iter__(self) -> Iterator[LayerCache | StoredLayer | DeepLayer]:
         return iter(self.layers)
 
     def bytes(self) -> dict[str, int]:

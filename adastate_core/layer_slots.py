@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 
@@ -62,6 +63,8 @@ class LayerSlots(ABC):
 
     k: torch.Tensor
     v: torch.Tensor
+    # whether it has to `see` the queries of a pass before it is read
+    selects: ClassVar[bool] = False
 
     def __init__(self, plan: CachePlan, layer: LayerPlan, device: torch.device) -> None:
         self.plan, self.layer, self.device = plan, layer, device

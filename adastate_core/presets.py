@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from .anchors import Anchor, AnchorEMA, AnchorMemory, AnchorReplay, AnchorStatic
+from .anchors import Anchor, AnchorDeep, AnchorEMA, AnchorMemory, AnchorReplay, AnchorStatic
 from .schedule import Schedule
 
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
@@ -138,6 +138,11 @@ PRESETS: dict[str, Preset] = {
             anchor=AnchorReplay(21),
         ),
         Preset(
+            "deep_forcing", "Deep Forcing, on Self-Forcing weights", "arXiv 2512.05081",
+            window_frames=8, positions="packed", anchor=AnchorDeep(),
+            note="chosen tokens are moved in time, as in the paper; the authors' code leaves them: shift_selected off",
+        ),
+        Preset(
             "krea_14b", "Krea Realtime 14B", "its model card",
             note="14 B: plan the cache first (1.19 GiB a latent frame at 832x480 in bf16)", longer=_ROLLS,
         ),
@@ -161,6 +166,7 @@ _NAMES = (
     (r"rolling.?forcing|longvideo", "rolling_forcing"),
     (r"reward.?forcing", "reward_forcing"),
     (r"rolling.?sink", "rolling_sink"),
+    (r"deep.?forcing|deep.?sink", "deep_forcing"),
     (r"infinity.?rope", "infinity_rope"),
     (r"memrope", "memrope"),
     (r"long.?live", "longlive"),

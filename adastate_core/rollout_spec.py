@@ -11,6 +11,7 @@ from .absorption.absorber import absorption_bytes
 from .absorption.settings import AbsorptionSettings
 from .anchors import Anchor, anchor_from
 from .cache_plan import CACHE_DEVICES, CACHE_DTYPES, CachePlan, LayerPlan
+from .deep_sink import check_deep
 from .rope import POSITION_MODES
 from .schedule import Schedule
 
@@ -85,6 +86,7 @@ class RolloutSpec:
                 "choose 'packed' or 'fixed'"
             )
         self._check_schedule()
+        check_deep(self)
 
     def _check_schedule(self) -> None:
         """What several blocks at once and restarts ask for."""

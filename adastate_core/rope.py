@@ -66,6 +66,16 @@ class Rope:
             self._tables[key] = table[:, None].to(self.device)
         return self._tables[key]
 
+    def token_table(self, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Unit complex numbers [..., N, 1, head_dim // 2] (complex64) for single tokens: at time `positions` [..., N], in the
+        place of the frame that `tokens` [..., N] (int64, row-major) says; token 0 turns by time alone."""
+        # float64 is not everywhere
+        where = torch.device("cpu") if self.device.type == "mps" else self.device
+        time = _angles(positions.to(where).float().flatten(), self.time_width)
+        angles = torch.cat([time, self._space.to(where)[tokens.to(where).flatten()]], -1)
+        table = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+        return table.unflatten(0, positions.shape)[..., None, :].to(self.device)
+
     def undo(self, positions: Sequence[float | None]) -> torch.Tensor:
         """The table that turns keys at `positions` back to raw; a frame at None is raw already."""
         tables = [

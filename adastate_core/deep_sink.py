@@ -1,0 +1,372 @@
+"""Deep Forcing's cache (arXiv 2512.05081): a deep sink, tokens chosen by attention, and the newest frames.
+
+One layer's buffers, in latent frames (S sink, W window, F chunk, C chosen, r newest past frames of the recent ones):
+
+    [ home, W + F, filled from the right | sink, S, filled from the right | current, F | staged, C + r ]
+
+Home holds the past beside the sink, oldest nearest to the sink: C frames' worth of chosen tokens, once there are any, then
+whole frames. While it holds at most W frames, a pass reads [home | sink | current]. Beyond that the first pass of the chunk
+chooses: of all tokens of home but those of the r newest frames, the C frames' worth with the largest sum of q.k over the
+queries of the recent frames. They and the r newest frames are put into `staged` at their places in time, and every pass of
+the chunk reads [sink | current | staged]. Home stays as it was until the chunk is committed, so an interrupted chunk leaves
+the past alone. Both readings are one slice of the buffers.
+
+The sum over queries needs their sum only: a clean pass keeps that of every frame, at time 0, and time turns it later.
+Scores are in float32, one a token for all heads of a layer (the authors' code sums over heads), own to a layer and a batch
+item; of equal ones the older token is taken. Chosen tokens stay in the order of time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .anchors import Anchor, AnchorDeep
+from .cache_plan import CachePlan, LayerPlan
+from .layer_slots import LayerSlots, LayerSnapshot, Receiver, Slot, to_cpu
+from .rope import Layout, Rope
+
+if TYPE_CHECKING:
+    from .rollout_spec import RolloutSpec
+
+
+def check_deep(spec: RolloutSpec) -> None:
+    """ValueError for a rollout whose other settings do not go with its AnchorDeep."""
+    anchor = spec.anchor
+    if not isinstance(anchor, AnchorDeep):
+        return
+    if spec.positions != "packed":
+        raise ValueError(
+            f"positions is {spec.positions!r}, but the deep anchor puts sink, chosen tokens and recent frames side by side "
+            "in time; choose 'packed'"
+        )
+    if spec.cache_dtype != "model" or spec.cache_device != "gpu":
+        raise ValueError(
+            f"cache_dtype is {spec.cache_dtype!r} and cache_device {spec.cache_device!r}, but the deep anchor chooses among "
+            "cached tokens as they are; choose 'model' and 'gpu'"
+        )
+    if spec.absorption is not None or spec.blocks > 1 or spec.layers is not None:
+        what = (
+            "absorption" if spec.absorption is not None else "chunks denoised together" if spec.blocks > 1 else "layers"
+        )
+        raise ValueError(
+            f"the deep anchor decides by itself what every layer caches and does not go with {what}; use another anchor"
+        )
+    if anchor.recent_frames < spec.chunk_frames:
+        raise ValueError(
+            f"recent_frames is {anchor.recent_frames} and counts the chunk of {spec.chunk_frames} latent frames; "
+            f"it must be at least {spec.chunk_frames}"
+        )
+    least = anchor.staged_frames(spec.chunk_frames)
+    if spec.window_frames < least:
+        raise ValueError(
+            f"window_frames is {spec.window_frames}, but the deep anchor's budget of {anchor.budget_frames} latent frames "
+            f"needs at least {least} beside a sink of {anchor.sink_frames} and a chunk of {spec.chunk_frames}"
+        )
+
+
+class DeepLayer(LayerSlots):
+    """One layer's buffers, in the compute dtype on the model's device. Mutable, private to one run."""
+
+    selects: ClassVar[bool] = True
+
+    def __init__(self, plan: CachePlan, layer: LayerPlan, device: torch.device) -> None:
+        super().__init__(plan, layer, device)
+        self.shift = layer.shift_selected
+        self.home_frames = layer.window_frames + layer.spare_frames
+        self.recent = layer.query_frames
+        self.chosen_frames = layer.staged_frames - layer.query_frames
+        batch, tokens, width = plan.batch, plan.tokens, plan.width
+        slots = self.home_frames + layer.anchor_frames + plan.current_frames + layer.staged_frames
+        self.k = torch.zeros((batch, slots, tokens, width), dtype=plan.dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        # un-rotated keys of home, oldest first
+        self.raw = torch.zeros((batch, self.home_frames, tokens, width), dtype=plan.dtype, device=device)
+        # chosen tokens in home: video frame * P + token of the frame
+        self.ids = torch.zeros((batch, self.chosen_frames * tokens), dtype=torch.int64, device=device)
+        # tokens of home, oldest first, that the chunk under way has chosen
+        self.picked = torch.zeros_like(self.ids)
+        # summed queries at time 0, a frame each: of the newest past frames, and of the chunk under way
+        self.queries = torch.zeros((batch, self.recent, width), device=device)
+        self.new_queries = torch.zeros((batch, plan.chunk_frames, width), device=device)
+        self.chosen = 0
+        self.compressed = False
+
+    @property
+    def current_start(self) -> int:
+        return self.home_frames + self.layer.anchor_frames
+
+    @property
+    def staged_start(self) -> int:
+        return self.current_start + self.plan.current_frames
+
+    @property
+    def count(self) -> int:
+        """Frames (and frames' worth of tokens) in home."""
+        return self.chosen + len(self.window)
+
+    @property
+    def held(self) -> int:
+        """What the passes of the next chunk, or of the one under way, read beside the sink."""
+        return self.layer.staged_frames if self.count > self.layer.window_frames else self.count
+
+    def anchor_index(self, slot: int) -> int:
+        return self.current_start - 1 - slot
+
+    def home_index(self, index: int) -> int:
+        """The buffer slot of the `index`-th frame of home."""
+        return self.home_frames - 1 - index
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes really allocated, by the plan's names."""
+        frame = self.k[:, :1].nbytes
+        current, staged = self.plan.current_frames * frame, self.layer.staged_frames * frame
+        tables = (self.ids, self.picked, self.queries, self.new_queries)
+        return {
+            "k": self.k.nbytes - current - staged,
+            "v": self.v.nbytes - current - staged,
+            "rotated_copy": self.raw.nbytes,
+            "current": 2 * current,
+            "ema": 0,
+            "replay": 0,
+            "selection": 2 * staged + sum(t.nbytes for t in tables),
+        }
+
+    def start_chunk(self) -> None:
+        """The passes of a chunk begin; what an interrupted one chose is forgotten."""
+        self.compressed = False
+
+    def rotate_to(self, layout: Layout, rope: Rope, heads: int) -> None:
+        """Rotate what entered since: sink slots and frames of home to their place in a row, 0, 1, 2, ..."""
+        for slot, entry in self.anchor.items():
+            to = layout.anchor(slot, entry.frame)
+            if entry.position != to:
+                index = self.anchor_index(slot)
+                self._rotate(self.k[:, index], rope.table([to]) * rope.undo([entry.position]), self.k[:, index], heads)
+                entry.position = to
+        for i, entry in self.window.items():
+            to = len(self.anchor) + i
+            if entry.position != to:
+                self._rotate(self.raw[:, i], rope.table([to]), self.k[:, self.home_index(i)], heads)
+                entry.position = to
+
+    @staticmethod
+    def _rotate(raw: torch.Tensor, table: torch.Tensor, out: torch.Tensor, heads: int) -> None:
+        """Turn raw keys [B, N, width] by a `table` for their tokens into `out` of the same shape."""
+        out.copy_(Rope.rotate(raw.unflatten(-1, (heads, -1)), table).flatten(2))
+
+    def see(self, q: torch.Tensor, layout: Layout, rope: Rope, heads: int, clean: bool) -> None:
+        """A pass's queries [B, N, width], normed and not rotated, before it reads: choose if that is due, and keep the
+        sums of a clean pass."""
+        due = self.count > self.layer.window_frames and not self.compressed
+        if not (due or clean):
+            return
+        frames = q.shape[1] // self.plan.tokens
+        turned = rope.rotate(q.float().unflatten(-1, (heads, -1)), rope.table([0.0] * frames))
+        sums = turned.flatten(2).unflatten(1, (frames, -1)).sum(2)
+        if due:
+            self._choose(sums, layout, rope, heads)
+            self._stage(layout, rope, heads)
+            self.compressed = True
+        if clean:
+            self.new_queries[:, :frames].copy_(sums)
+
+    def _choose(self, sums: torch.Tensor, layout: Layout, rope: Rope, heads: int) -> None:
+        """Fill `picked`, every key and query being where it is with all of home in place."""
+        first, candidates = len(self.anchor), self.count - self.recent
+        content = layout.content + self.count - self.held
+        places = [*range(first + candidates, first + self.count), *range(content, content + sums.shape[1])]
+        table = rope.token_table(torch.tensor(places), torch.zeros(len(places), dtype=torch.int64))
+        queries = torch.cat([self.queries, sums], 1).unflatten(-1, (heads, -1))
+        query = rope.rotate(queries, table).sum(1).flatten(1)[:, :, None]
+        # a frame at a time: a copy of all candidates in float32 would outgrow the buffers
+        scores = [(self.k[:, self.home_index(i)].float() @ query)[..., 0] for i in range(candidates)]
+        order = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True).indices
+        self.picked.copy_(order[:, : self.picked.shape[1]].sort(dim=1).values)
+
+    def _picked_ids(self) -> torch.Tensor:
+        """[B, C * P] `ids` of the picked tokens."""
+        tokens = self.plan.tokens
+        frames = torch.tensor([slot.frame for slot in self.window.values()], device=self.device)
+        whole = (frames[:, None] * tokens + torch.arange(tokens, device=self.device)).flatten()
+        whole = whole.expand(self.plan.batch, -1)
+        ids = torch.cat([self.ids, whole], 1) if self.chosen else whole
+        return ids.gather(1, self.picked)
+
+    def _gathered(self, source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, N, width] of frames [B, n, P, width]."""
+        return source.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, self.plan.width))
+
+    def _stage(self, layout: Layout, rope: Rope, heads: int) -> None:
+        """Put picked tokens and the newest frames at the places in time that they have in the chunk's passes."""
+        tokens, start, first = self.plan.tokens, self.staged_start, len(self.anchor)
+        chosen = slice(start, start + self.chosen_frames)
+        ids = self._picked_ids()
+        if self.shift:
+            row = torch.arange(self.chosen_frames, device=self.device).repeat_interleave(tokens)
+            places = (first + row).expand_as(ids)
+        else:  # as far before the content as they lie in the video
+            places = layout.content - (layout.first_frame - ids // tokens)
+        table = rope.token_table(places, ids % tokens)
+        self._rotate(self._gathered(self.raw, self.picked), table, self.k[:, chosen].flatten(1, 2), heads)
+        mirrored = self.home_index(self.picked // tokens) * tokens + self.picked % tokens
+        self.v[:, chosen].flatten(1, 2).copy_(self._gathered(self.v[:, : self.home_frames], mirrored))
+        for j in range(self.recent):
+            i, to = self.count - self.recent + j, self.chosen_frames + j
+            self._rotate(self.raw[:, i], rope.table([first + to]), self.k[:, start + to], heads)
+            self.v[:, start + to].copy_(self.v[:, self.home_index(i)])
+
+    def read(self, current_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the past and the current frames, each [B, tokens, width]: views of the buffers.
+
+        Only a pass of fewer than F content frames that has chosen (over given frames) has to copy.
+        """
+        low, high = self.current_start - len(self.anchor), self.current_start + current_frames
+        if not self.compressed:
+            low = self.home_frames - self.count if self.count else low
+            return self.k[:, low:high].flatten(1, 2), self.v[:, low:high].flatten(1, 2)
+        end = self.staged_start + self.layer.staged_frames
+        if high == self.staged_start:
+            return self.k[:, low:end].flatten(1, 2), self.v[:, low:end].flatten(1, 2)
+        pieces = [(t[:, low:high], t[:, self.staged_start : end]) for t in (self.k, self.v)]
+        keys, values = (torch.cat(parts, dim=1).flatten(1, 2) for parts in pieces)
+        return keys, values
+
+    def held_frames(self, current_frames: int) -> list[tuple[str, int]]:
+        """What `read` gives, frame by frame; chosen tokens count as anchor slots behind the sink."""
+        sink = [("anchor", slot) for slot in range(len(self.anchor) - 1, -1, -1)]
+        current = [("current", i) for i in range(current_frames)]
+        frames = [("window", slot.frame) for slot in self.window.values()]
+        chosen = self.chosen_frames if self.compressed else self.chosen
+        tokens = [("anchor", len(self.anchor) + i) for i in range(chosen)]
+        if self.compressed:
+            return sink + current + tokens + frames[len(frames) - self.recent :]
+        return [*(tokens + frames)[::-1], *sink, *current]
+
+    def keep_raw_current(self, keys: torch.Tensor) -> None:
+        """After a clean pass has attended: what is staged to be cached are the un-rotated keys."""
+        frames = keys.shape[1] // self.plan.tokens
+        self.k[:, self.current_start : self.current_start + frames].copy_(keys.unflatten(1, (frames, -1)))
+
+    def commit(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
+        """Cache what a clean pass staged; what the chunk did not choose is forgotten here."""
+        if self.compressed:
+            self._settle()
+        for i in range(content_frames):
+            key, value = self._staged(i)
+            slot = anchor.slot_of(first_frame + i)
+            if slot is not None:
+                self.set_anchor(slot, first_frame + i, key, value)
+            else:
+                index = self.count
+                self._enter(index, key, value)
+                self.window[index] = Slot(first_frame + i)
+        queries = torch.cat([self.queries, self.new_queries[:, :content_frames]], 1)
+        self.queries.copy_(queries[:, queries.shape[1] - self.recent :])
+        anchor.committed(self, first_frame, content_frames)
+
+    def _settle(self) -> None:
+        """Home becomes what is in `staged`."""
+        first, count, tokens = len(self.anchor), self.count, self.plan.tokens
+        ids, raw = self._picked_ids(), self._gathered(self.raw, self.picked)
+        self.ids.copy_(ids)
+        self.raw[:, : self.chosen_frames].copy_(raw.unflatten(1, (self.chosen_frames, tokens)))
+        for j in range(self.recent):
+            self.raw[:, self.chosen_frames + j].copy_(self.raw[:, count - self.recent + j])
+        for i in range(self.layer.staged_frames):
+            for buffer in (self.k, self.v):
+                buffer[:, self.home_index(i)].copy_(buffer[:, self.staged_start + i])
+        frames = [slot.frame for slot in self.window.values()][len(self.window) - self.recent :]
+        places = range(self.chosen_frames, self.layer.staged_frames)
+        self.window = OrderedDict((i, Slot(f, first + i)) for i, f in zip(places, frames, strict=True))
+        self.chosen, self.compressed = self.chosen_frames, False
+
+    def flush(self, keep: int) -> None:
+        """Forget home but for its `keep` newest frames, chosen tokens too; the sink stays."""
+        self.chosen, self.compressed = 0, False
+        super().flush(keep)
+
+    def _staged(self, frames: int | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.current_start
+        index = frames + start if isinstance(frames, int) else slice(frames.start + start, frames.stop + start)
+        return self.k[:, index], self.v[:, index]
+
+    def _leaving(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.raw[:, ring], self.v[:, self.home_index(ring)]
+
+    def _enter(self, ring: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.raw[:, ring].copy_(key)
+        self.v[:, self.home_index(ring)].copy_(value)
+
+    def _take(self, ring: int) -> list[torch.Tensor]:
+        return [t.clone() for t in (*self._leaving(ring), self.k[:, self.home_index(ring)])]
+
+    def _place(self, ring: int, taken: list[torch.Tensor]) -> None:
+        raw, value, key = taken
+        self._enter(ring, raw, value)
+        self.k[:, self.home_index(ring)].copy_(key)
+
+    def set_anchor(self, slot: int, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        index = self.anchor_index(slot)
+        self.k[:, index].copy_(key)
+        self.v[:, index].copy_(value)
+        self.anchor[slot] = Slot(frame)
+
+    def blend_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor, weight: float) -> None:
+        raise NotImplementedError("a deep sink is never blended")
+
+    def hand_over(self, ring: int, receiver: Receiver) -> None:
+        receiver(self.window[ring].frame, None, *self._leaving(ring))
+
+    def _order(self, anchors: int, count: int) -> list[int]:
+        return [*(self.anchor_index(slot) for slot in range(anchors)), *(self.home_index(i) for i in range(count))]
+
+    def snapshot(self) -> LayerSnapshot:
+        """A copy on the CPU of all that is cached: sink slots, chosen tokens and whole frames, in this order.
+
+        Besides keys and values it has `raw` [B, home, P, width], `ids` [B, C * P] and `queries` [B, r, width].
+        """
+        shape = (self.plan.batch, self.plan.tokens, self.plan.width)
+        self.anchor = dict(sorted(self.anchor.items()))
+        order = self._order(len(self.anchor), self.count)
+        tensors = {
+            n: to_cpu((t[:, i] for i in order), shape, t.dtype) for n, t in (("keys", self.k), ("values", self.v))
+        }
+        tensors["raw"] = to_cpu((self.raw[:, i] for i in range(self.count)), shape, self.raw.dtype)
+        tensors |= {name: t.to("cpu", copy=True) for name, t in (("ids", self.ids), ("queries", self.queries))}
+        return self._snapshot_of(tensors)
+
+    def restore(self, saved: LayerSnapshot) -> None:
+        """Take over a snapshot of a layer with the same plan; the snapshot stays as it is."""
+        anchors, window, plan = len(saved.anchor_slots), len(saved.ring_slots), self.plan
+        chosen = saved.ring_slots[0] if saved.ring_slots else 0
+        count, frame = chosen + window, (plan.tokens, plan.width)
+        shapes = dict.fromkeys(("keys", "values"), (plan.batch, anchors + count, *frame))
+        shapes |= {
+            "raw": (plan.batch, count, *frame),
+            "ids": tuple(self.ids.shape),
+            "queries": tuple(self.queries.shape),
+        }
+        fits = (
+            len(saved.frames) == len(saved.positions) == anchors + window
+            and saved.anchor_slots == tuple(range(anchors))
+            and anchors <= self.layer.anchor_frames
+            and chosen in (0, self.chosen_frames)
+            and saved.ring_slots == tuple(range(chosen, count))
+            and count <= self.home_frames
+            and saved.pinned == 0
+            and {name: tuple(t.shape) for name, t in saved.tensors.items()} == shapes
+            and saved.tensors["ids"].dtype == torch.int64
+        )
+        if not fits:
+            raise ValueError("the state's cache does not have the layout that its settings say: the file is damaged")
+        self._adopt(saved)
+        self.chosen, self.compressed = chosen, False
+        order = self._order(anchors, count)
+        self.k[:, order] = saved.tensors["keys"].to(self.k)
+        self.v[:, order] = saved.tensors["values"].to(self.v)
+        self.raw[:, :count] = saved.tensors["raw"].to(self.raw)
+        self.ids.copy_(saved.tensors["ids"])
+        self.queries.copy_(saved.tensors["queries"])
