@@ -108,7 +108,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "causvid", "CausVid, 3 steps with overlap", "arXiv 2412.07772",
-            timesteps=(1000.0, 757.0, 522.0), warp=False, shift=8.0, restart_frames=21, overlap_frames=3,
+            timesteps=(1000.0, 757.0, 522.0), warp=False, shift=8.0, positions="packed", restart_frames=21, overlap_frames=3,
             note="at a restart CausVid decodes and encodes the first overlapping picture again; here latents stay latents",
         ),
         Preset(

@@ -22,6 +22,7 @@ from .model import check_model, fingerprint
 
 METADATA_KEY = "adastate"
 DEFAULTS_KEY = "adastate_defaults"
+QUANTIZATION_KEY = "_quantization_metadata"
 KIND = "diffusion_models"
 # what the host's own loader offers, by its words
 WEIGHT_DTYPES = {
@@ -40,10 +41,10 @@ def rollout_defaults(patcher: Any) -> dict[str, Any] | None:
 
     Keys: steps, shift, chunk_frames, window_frames, positions, state_frames, state_after_past (each optional), and
     fingerprints: one for each dtype that the host may load the file in. `preset` names one of presets.py. What a node of
-    this pack put on the model wins.
+    this pack put on the model wins; empty, it means that nothing of the file's is to be followed.
     """
-    if set_by_node := patcher.model_options.get(DEFAULTS_KEY):
-        return set_by_node
+    if DEFAULTS_KEY in patcher.model_options:
+        return patcher.model_options[DEFAULTS_KEY] or None
     wanted = fingerprint(patcher)
     for name in folder_paths.get_filename_list("diffusion_models"):
         path = folder_paths.get_full_path("diffusion_models", name)
@@ -75,6 +76,8 @@ def checkpoint_files() -> list[str]:
 
 def checkpoint_path(file: str) -> Path:
     """Where a listed file is; ValueError for any other name."""
+    if not file:
+        raise ValueError(f"no file is chosen; put a causal Wan 2.1 checkpoint into models/{KIND} and refresh the page")
     if file not in checkpoint_files():
         raise ValueError(
             f"{file!r} is not among the files in models/{KIND}; put the checkpoint there, or refresh the page to see new files"
@@ -108,14 +111,23 @@ def load_causal(file: str, weight_dtype: str, asked: str) -> Any:
     checkpoint = open_checkpoint(checkpoint_path(file))
     _ = checkpoint.geometry
     defaults = wished(file, checkpoint, asked)
-    weights = dict(checkpoint.tensors())
-    patcher = comfy.sd.load_diffusion_model_state_dict(weights, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+    # an entry that names the host's own autoregressive class is left behind, since a rollout needs the plain one
+    metadata = {name: text for name, text in checkpoint.metadata.items() if name == QUANTIZATION_KEY}
+    try:
+        patcher = comfy.sd.load_diffusion_model_state_dict(
+            dict(checkpoint.tensors()), model_options=dict(WEIGHT_DTYPES[weight_dtype]), metadata=metadata
+        )
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file} is laid out like a Wan transformer but the host cannot load it: {reason}") from error
     if patcher is None:
         raise ValueError(
             f"{file} is laid out like a Wan transformer but the host does not recognise it; update ComfyUI"
         )
     check_model(patcher)
-    if defaults:
+    if defaults or asked == "none":
         patcher.model_options[DEFAULTS_KEY] = defaults
     return patcher
 
