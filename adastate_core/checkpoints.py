@@ -8,6 +8,7 @@ and its kin write `generator`, `generator_ema` and `critic`).
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 PARTS = ("generator_ema", "ema", "generator", "model_ema", "model", "state_dict")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
@@ -27,6 +28,7 @@ TIME_CHANNELS = 256
 PATCH = 2
 OUT_CHANNELS = 16
 MOST_NESTED = 8
+LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 
 
 class CheckpointError(ValueError):
@@ -103,20 +105,61 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             f"{path.name} is a pickle with more than tensors in it and was not read; convert it to safetensors where you trust it"
         ) from error
     except Exception as error:  # what a damaged pickle raises has no bounds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path.name} cannot be read as a checkpoint: {reason}") from error
+        raise CheckpointError(f"{path.name} cannot be read as a checkpoint: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
-    file = safe_open(path, framework="pt", device="cpu")
-    metadata, names = dict(file.metadata() or {}), list(file.keys())
-    part, chosen = _choose({n: n for n in names})
-    slices = {plain: file.get_slice(name) for plain, name in chosen.items()}
-    shapes = {plain: tuple(one.get_shape()) for plain, one in slices.items()}
-    dtypes = {plain: _DTYPES[one.get_dtype()] for plain, one in slices.items() if one.get_dtype() in _DTYPES}
-    if missing := set(shapes) - set(dtypes):
-        raise CheckpointError(f"{path.name} holds {sorted(missing)[0]} in a number format that is not known here")
-    return Checkpoint(path, shapes, dtypes, metadata, part, lambda name: file.get_tensor(chosen[name]))
+    metadata, entries = _header(path)
+    part, chosen = _choose({name: name for name in entries})
+    shapes = {plain: entries[name][1] for plain, name in chosen.items()}
+    dtypes = {plain: entries[name][0] for plain, name in chosen.items()}
+    opened: list[Any] = []
+
+    def read(name: str) -> torch.Tensor:
+        try:
+            if not opened:  # only now: the mapping counts as memory on some systems
+                opened.append(safe_open(path, framework="pt", device="cpu"))
+            return opened[0].get_tensor(chosen[name])
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: {_first_line(error)}") from error
+
+    return Checkpoint(path, shapes, dtypes, metadata, part, read)
+
+
+def _header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """(metadata, dtype and shape by name) of a safetensors file; its weights are neither read nor mapped."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(LONGEST_HEADER, size - 8):
+            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: it is cut short or no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: its header is not JSON") from error
+    metadata = header.pop("__metadata__", None)
+    metadata = {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
+    entries, end = {}, 0
+    for name, entry in header.items():
+        shape, (begin, last) = tuple(entry["shape"]), entry["data_offsets"]
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{path.name} holds {name} in a number format that is not known here")
+        dtype = _DTYPES[entry["dtype"]]
+        if (
+            any(type(n) is not int or n < 0 for n in (*shape, begin, last))
+            or math.prod(shape) * dtype.itemsize != last - begin
+        ):
+            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: {name} has another size than its shape")
+        entries[name], end = (dtype, shape), end + last - begin
+    if end != size - 8 - length:
+        raise CheckpointError(
+            f"{path.name} cannot be read as a checkpoint: it has {size - 8 - length} bytes of weights and should have {end}"
+        )
+    return metadata, entries
 
 
 def _open_torch(path: Path) -> Checkpoint:
@@ -226,7 +269,7 @@ def own_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """What this pack's exporter wrote into a file about how it wants to be rolled out; empty for others' files."""
     try:
         found = json.loads(checkpoint.metadata.get("adastate", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

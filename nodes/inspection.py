@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..adastate_core.anchors import Anchor
-from ..adastate_core.checkpoints import open_checkpoint
+from ..adastate_core.checkpoints import TORCH_SUFFIXES, open_checkpoint
 from ..adastate_core.presets import PRESETS
 from ..adastate_core.rollout_spec import ModelGeometry, RolloutSpec
 from .defaults import Resolved, resolve
@@ -49,7 +49,7 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
     dtypes = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
     shape = ModelGeometry(16, geometry.layers, geometry.heads, geometry.width // geometry.heads)
     plan = _spec(resolved, shape, width, height, torch.bfloat16).plan(TEXT_TOKENS)
-    layout = "a torch file" if checkpoint.path.suffix not in (".safetensors", ".sft") else "safetensors"
+    layout = "a torch file" if checkpoint.path.suffix.lower() in TORCH_SUFFIXES else "safetensors"
     lines = [
         f"{file}: Wan 2.1 text to video, {geometry.parameters}: {geometry.layers} layers of width {geometry.width}, "
         f"{geometry.heads} heads, feed-forward {geometry.feed_forward}",

@@ -5,7 +5,6 @@ The host's loaders do not pass a file's metadata on, so it is found again by the
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ from typing import Any
 import comfy.sd
 import folder_paths
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ...adastate_core.checkpoints import Checkpoint, open_checkpoint, own_metadata
 from ...adastate_core.presets import preset as named_preset
 from ...adastate_core.presets import recognised
 from .model import check_model, fingerprint
 
-METADATA_KEY = "adastate"
 DEFAULTS_KEY = "adastate_defaults"
 QUANTIZATION_KEY = "_quantization_metadata"
 KIND = "diffusion_models"
@@ -60,12 +57,9 @@ def rollout_defaults(patcher: Any) -> dict[str, Any] | None:
 def _settings(path: str, changed: int) -> dict[str, Any] | None:
     """The metadata of one file (its header only is read); `changed` keys the cache."""
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-        settings = json.loads(text) if text else None
-    except (SafetensorError, OSError, ValueError):
+        return own_metadata(open_checkpoint(path)) or None
+    except ValueError:
         return None
-    return settings if isinstance(settings, dict) else None
 
 
 def checkpoint_files() -> list[str]:

@@ -107,7 +107,7 @@ def test_every_number_format_keeps_its_own(dtype, tmp_path):
 
 
 def test_our_own_metadata_is_read_and_others_is_not_trusted(tmp_path):
-    for text, expected in ((json.dumps({"steps": 4}), {"steps": 4}), ("[1]", {}), ("{", {})):
+    for text, expected in ((json.dumps({"steps": 4}), {"steps": 4}), ("[1]", {}), ("{", {}), ("[" * 99999, {})):
         save_file(weights(), tmp_path / "a.safetensors", metadata={"adastate": text})
         assert own_metadata(open_checkpoint(tmp_path / "a.safetensors")) == expected
 
@@ -175,6 +175,18 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     assert not mark.exists()
 
 
+def with_header(header: object, data: int = 0) -> bytes:
+    """A safetensors file of this header and so many bytes of weights."""
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(data)
+
+
+def test_metadata_that_is_none_does_not_matter(tmp_path):
+    for metadata in (3, ["adastate"], {"adastate": 4}):
+        (tmp_path / "a.safetensors").write_bytes(with_header({"__metadata__": metadata}))
+        assert own_metadata(open_checkpoint(tmp_path / "a.safetensors")) == {}
+
+
 def test_broken_files_are_refused_in_one_sentence(tmp_path):
     save_file(weights(), tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
@@ -186,6 +198,16 @@ def test_broken_files_are_refused_in_one_sentence(tmp_path):
         "empty.safetensors": b"",
         "huge_header.safetensors": header,
         "not_json.safetensors": struct.pack("<Q", 4) + b"{{{{",
+        "a_list.safetensors": with_header([1, 2]),
+        "no_sizes.safetensors": with_header({"x": {"dtype": "F32"}}),
+        "overlapping.safetensors": with_header(
+            {n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in "xy"}, 8
+        ),
+        "too_big.safetensors": with_header({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]}}, 8),
+        "negative.safetensors": with_header({"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}, 8),
+        "odd_format.safetensors": with_header({"x": {"dtype": "F7", "shape": [8], "data_offsets": [0, 8]}}, 8),
+        "odd_name.safetensors": with_header({"x": {"dtype": [1], "shape": [8], "data_offsets": [0, 8]}}, 8),
+        "more_bytes.safetensors": whole + b"0",
         "cut.pt": packed[: len(packed) // 2],
         "empty.pt": b"",
         "text.pt": b"hello",
