@@ -8,6 +8,7 @@ and its kin write `generator`, `generator_ema` and `critic`).
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,15 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
 INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 HEAD_CHANNELS = 128
+TIME_CHANNELS = 256
+PATCH = 2
+OUT_CHANNELS = 16
+MOST_NESTED = 8
+LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, in one sentence that names it."""
 
 
 def plain_name(name: str) -> str:
@@ -82,53 +92,110 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Look into a file. ValueError in one sentence for anything that cannot be read safely."""
+    """Look into a file. CheckpointError for anything that cannot be read safely."""
     path = Path(path)
     try:
-        if path.suffix in TORCH_SUFFIXES:
+        if path.suffix.lower() in TORCH_SUFFIXES:
             return _open_torch(path)
         return _open_safetensors(path)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{path.name} is a pickle with more than tensors in it and was not read; convert it to safetensors where you trust it"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path.name} cannot be read as a checkpoint: {reason}") from error
+    except Exception as error:  # what a damaged pickle raises has no bounds
+        raise CheckpointError(f"{path.name} cannot be read as a checkpoint: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        metadata, names = dict(file.metadata() or {}), list(file.keys())
-        part, chosen = _choose({n: n for n in names})
-        slices = {plain: file.get_slice(name) for plain, name in chosen.items()}
-        shapes = {plain: tuple(one.get_shape()) for plain, one in slices.items()}
-        dtypes = {plain: _DTYPES[one.get_dtype()] for plain, one in slices.items() if one.get_dtype() in _DTYPES}
-    if missing := set(shapes) - set(dtypes):
-        raise ValueError(f"{path.name} holds {sorted(missing)[0]} in a number format that torch does not have")
+    metadata, entries = _header(path)
+    part, chosen = _choose({name: name for name in entries})
+    shapes = {plain: entries[name][1] for plain, name in chosen.items()}
+    dtypes = {plain: entries[name][0] for plain, name in chosen.items()}
+    opened: list[Any] = []
 
     def read(name: str) -> torch.Tensor:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return file.get_tensor(chosen[name])
+        try:
+            if not opened:  # only now: the mapping counts as memory on some systems
+                opened.append(safe_open(path, framework="pt", device="cpu"))
+            return opened[0].get_tensor(chosen[name])
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: {_first_line(error)}") from error
 
     return Checkpoint(path, shapes, dtypes, metadata, part, read)
+
+
+def _header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """(metadata, dtype and shape by name) of a safetensors file; its weights are neither read nor mapped."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(LONGEST_HEADER, size - 8):
+            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: it is cut short or no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: its header is not JSON") from error
+    metadata = header.pop("__metadata__", None)
+    metadata = {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
+    entries, end = {}, 0
+    for name, entry in header.items():
+        shape, (begin, last) = tuple(entry["shape"]), entry["data_offsets"]
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{path.name} holds {name} in a number format that is not known here")
+        dtype = _DTYPES[entry["dtype"]]
+        if (
+            any(type(n) is not int or n < 0 for n in (*shape, begin, last))
+            or math.prod(shape) * dtype.itemsize != last - begin
+        ):
+            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: {name} has another size than its shape")
+        entries[name], end = (dtype, shape), end + last - begin
+    if end != size - 8 - length:
+        raise CheckpointError(
+            f"{path.name} cannot be read as a checkpoint: it has {size - 8 - length} bytes of weights and should have {end}"
+        )
+    return metadata, entries
 
 
 def _open_torch(path: Path) -> Checkpoint:
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     part = ""
-    while isinstance(content, dict) and not any(isinstance(v, torch.Tensor) for v in content.values()):
+    for _ in range(MOST_NESTED):
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path.name} holds a {type(content).__name__} and not named weights")
+        if any(isinstance(value, torch.Tensor) for value in content.values()):
+            break
         inner = next((name for name in PARTS if isinstance(content.get(name), dict)), None)
         if inner is None:
-            raise ValueError(f"{path.name} holds no weights; a checkpoint has {', '.join(PARTS[:3])} or plain weights")
+            raise CheckpointError(
+                f"{path.name} holds no weights; a checkpoint has {', '.join(PARTS[:3])} or plain weights"
+            )
         part, content = inner, content[inner]
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds a {type(content).__name__} and not named weights")
-    flat = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    else:
+        raise CheckpointError(f"{path.name} holds no weights, only models inside models")
+    flat = {
+        name: value.detach()
+        for name, value in content.items()
+        if isinstance(value, torch.Tensor) and isinstance(name, str)
+    }
+    if odd := next((name for name, value in flat.items() if not _is_whole(value)), None):
+        raise CheckpointError(f"{path.name} holds {odd} as something else than a plain tensor with all its numbers")
     inner, chosen = _choose(flat)
     shapes = {name: tuple(t.shape) for name, t in chosen.items()}
     dtypes = {name: t.dtype for name, t in chosen.items()}
     return Checkpoint(path, shapes, dtypes, {}, part or inner, lambda name: chosen[name])
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in memory number for number; one of few bytes can otherwise stand for any size."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _choose(entries: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -141,49 +208,68 @@ def _choose(entries: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def geometry_of(shapes: Mapping[str, tuple[int, ...]], file: str = "the file") -> WanGeometry:
-    """Sizes from the weights' shapes; ValueError for what is missing or does not fit together."""
+    """Sizes from the weights' shapes; CheckpointError for what is missing or does not fit together."""
     needed = ("patch_embedding.weight", "text_embedding.0.weight", "head.head.weight", "blocks.0.ffn.0.weight")
     if absent := [name for name in needed if name not in shapes]:
-        raise ValueError(f"{file} is not a Wan transformer: it has no {absent[0]}")
+        raise CheckpointError(f"{file} is not a Wan transformer: it has no {absent[0]}")
+    ranks = {"patch_embedding.weight": 5} | dict.fromkeys(needed[1:], 2)
+    if odd := next((name for name, rank in ranks.items() if len(shapes[name]) != rank or 0 in shapes[name]), None):
+        raise CheckpointError(f"{file} is not a Wan transformer: its {odd} is {list(shapes[odd])}")
     numbers = sorted({int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d{1,4})\.", name))})
     if numbers != list(range(len(numbers))):
         gap = next(i for i, number in enumerate([*numbers, -1]) if number != i)
-        raise ValueError(
+        raise CheckpointError(
             f"{file} is incomplete: it has {len(numbers)} layers up to {numbers[-1]}, and layer {gap} is missing"
         )
     width, in_channels = shapes["patch_embedding.weight"][:2]
     if width % HEAD_CHANNELS:
-        raise ValueError(
+        raise CheckpointError(
             f"{file} has a width of {width}, which is not a whole number of Wan's heads of {HEAD_CHANNELS}"
         )
-    feed_forward = shapes["blocks.0.ffn.0.weight"][0]
-    wrong = _misfits(shapes, width, feed_forward, len(numbers))
-    if wrong:
-        raise ValueError(f"{file} does not fit together: {wrong}")
-    text = shapes["text_embedding.0.weight"][1]
-    return WanGeometry(width, feed_forward, len(numbers), width // HEAD_CHANNELS, in_channels, text)
+    feed_forward, text = shapes["blocks.0.ffn.0.weight"][0], shapes["text_embedding.0.weight"][1]
+    geometry = WanGeometry(width, feed_forward, len(numbers), width // HEAD_CHANNELS, in_channels, text)
+    for name, shape in _expected(geometry):
+        if name not in shapes:
+            raise CheckpointError(f"{file} does not fit together: {name} is missing")
+        if shapes[name] != shape:
+            raise CheckpointError(
+                f"{file} does not fit together: {name} is {list(shapes[name])} and should be {list(shape)}"
+            )
+    return geometry
 
 
-def _misfits(shapes: Mapping[str, tuple[int, ...]], width: int, feed_forward: int, layers: int) -> str:
-    """The first weight of a layer that is missing or has another shape than the others'; empty if all fit."""
-    square, linear = (width, width), {"ffn.0": (feed_forward, width), "ffn.2": (width, feed_forward)}
-    for kind in ("self_attn", "cross_attn"):
-        linear |= {f"{kind}.{name}": square for name in "qkvo"}
-    for i in range(layers):
-        for name, shape in linear.items():
-            found = shapes.get(f"blocks.{i}.{name}.weight")
-            if found is None:
-                return f"blocks.{i}.{name}.weight is missing"
-            if found != shape:
-                return f"blocks.{i}.{name}.weight is {list(found)} and should be {list(shape)}"
-    return ""
+def _expected(geometry: WanGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every weight of a Wan 2.1 text-to-video transformer of these sizes, with its shape."""
+    width, feed_forward = geometry.width, geometry.feed_forward
+    linear = {
+        "text_embedding.0": (width, geometry.text_channels),
+        "text_embedding.2": (width, width),
+        "time_embedding.0": (width, TIME_CHANNELS),
+        "time_embedding.2": (width, width),
+        "time_projection.1": (6 * width, width),
+        "head.head": (PATCH * PATCH * OUT_CHANNELS, width),
+        "patch_embedding": (width, geometry.in_channels, 1, PATCH, PATCH),
+    }
+    yield "head.modulation", (1, 2, width)
+    for i in range(geometry.layers):
+        yield f"blocks.{i}.modulation", (1, 6, width)
+        yield f"blocks.{i}.norm3.weight", (width,)
+        yield f"blocks.{i}.norm3.bias", (width,)
+        for kind in ("self_attn", "cross_attn"):
+            linear |= {f"blocks.{i}.{kind}.{name}": (width, width) for name in "qkvo"}
+            yield f"blocks.{i}.{kind}.norm_q.weight", (width,)
+            yield f"blocks.{i}.{kind}.norm_k.weight", (width,)
+        linear |= {f"blocks.{i}.ffn.0": (feed_forward, width), f"blocks.{i}.ffn.2": (width, feed_forward)}
+    for name, shape in linear.items():
+        yield f"{name}.weight", shape
+        yield f"{name}.bias", shape[:1]
 
 
 def own_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """What this pack's exporter wrote into a file about how it wants to be rolled out; empty for others' files."""
     try:
         found = json.loads(checkpoint.metadata.get("adastate", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
-from ..adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
+from typing import Any
+
+from ..adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorMemory, AnchorReplay, AnchorStatic
 from .host import api
 from .host.api import io, schema, widget
 
 CATEGORY = "AdaState/anchors"
 _OUTPUT = "What the rollout looks back to beyond its window. Connect it to AdaState Rollout."
+# 16 pictures a second, 4 pictures a latent frame
+LATENT_FPS = 4
+LONGEST_SECONDS = 86400.0
 
 
-def _sink_frames() -> io.Input:
+def _sink_frames(systems: str) -> io.Input:
     return widget(
         io.Int,
         "sink_frames",
         default=3,
         min=1,
         max=64,
-        tooltip="How many of the first latent frames are kept (1 latent frame = 4 video frames).",
+        tooltip=f"How many of the first latent frames are kept (1 latent frame = 4 video frames). {systems}",
     )
+
+
+def _share(name: str, default: float, tooltip: str, **options: Any) -> io.Input:
+    """A number between 0 and 1."""
+    return widget(
+        io.Float,
+        name,
+        **({"default": default, "min": 0.0, "max": 1.0, "step": 0.001, "round": 0.0001, "tooltip": tooltip} | options),
+    )
+
+
+def _seconds(name: str, tooltip: str) -> io.Input:
+    """A time that becomes latent frames; 0 is never."""
+    return widget(
+        io.Float,
+        name,
+        default=0.0,
+        min=0.0,
+        max=LONGEST_SECONDS,
+        step=0.25,
+        round=0.001,
+        optional=True,
+        advanced=True,
+        tooltip=f"{tooltip} Seconds of video at 16 fps, so 4 latent frames a second; 0 = never.",
+    )
+
+
+def latent_frames(seconds: float) -> int:
+    """The latent frame at `seconds` of video at 16 fps, at least 1; 0 for 0. ValueError for what is no time."""
+    if not 0 <= seconds <= LONGEST_SECONDS:
+        raise ValueError(f"seconds is {seconds:g}; it must be between 0 (never) and {LONGEST_SECONDS:g}")
+    return max(1, round(seconds * LATENT_FPS)) if seconds else 0
 
 
 class AnchorNoneNode(io.ComfyNode):
@@ -46,10 +83,10 @@ class AnchorStaticNode(io.ComfyNode):
             node_id="AdaStateAnchorStatic",
             display_name="Anchor: Static",
             category=CATEGORY,
-            description="The first frames stay in the cache for good (attention sink, as in LongLive). Steady, but "
-            "scenes tend to freeze on them.",
-            search_aliases=["sink", "attention sink"],
-            inputs=[_sink_frames()],
+            description="The first frames stay in the cache for good (attention sink, as in LongLive, arXiv 2509.22622, and "
+            "Infinity-RoPE, arXiv 2511.20649). Steady, but scenes tend to freeze on them.",
+            search_aliases=["sink", "attention sink", "LongLive", "Infinity-RoPE"],
+            inputs=[_sink_frames("LongLive, arXiv 2509.22622, keeps 3; Infinity-RoPE, arXiv 2511.20649, keeps 1.")],
             outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],
         )
 
@@ -69,19 +106,15 @@ class AnchorEMANode(io.ComfyNode):
             node_id="AdaStateAnchorEMA",
             display_name="Anchor: EMA",
             category=CATEGORY,
-            description="A sink into which frames that leave the window are blended, a little each (Reward-Forcing).",
-            search_aliases=["sink", "moving average"],
+            description="A sink into which frames that leave the window are blended, a little each (Reward Forcing, arXiv "
+            "2512.04678).",
+            search_aliases=["sink", "moving average", "Reward Forcing"],
             inputs=[
-                _sink_frames(),
-                widget(
-                    io.Float,
+                _sink_frames("Reward Forcing, arXiv 2512.04678, keeps 3."),
+                _share(
                     "decay",
-                    default=0.999,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    round=0.0001,
-                    tooltip="How much of the sink stays when a frame is blended in: 1 never changes, 0 replaces.",
+                    0.999,
+                    "How much of the sink stays when a frame is blended in: 1 never changes, 0 replaces; Reward Forcing has 0.999.",
                 ),
             ],
             outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],
@@ -94,6 +127,71 @@ class AnchorEMANode(io.ComfyNode):
     @classmethod
     def execute(cls, sink_frames: int, decay: float) -> io.NodeOutput:
         return io.NodeOutput(AnchorEMA(sink_frames, decay))
+
+
+class AnchorMemoryNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateAnchorMemory",
+            display_name="Anchor: Memory Frames",
+            category=CATEGORY,
+            description="The first frames and two memories of what left the window, a slow and a quick one (MemRoPE, Kim et "
+            "al. 2026).",
+            search_aliases=["sink", "MemRoPE", "memory"],
+            inputs=[
+                _sink_frames("MemRoPE, Kim et al. 2026, keeps 3, and two memory frames beside them."),
+                _share(
+                    "long_rate",
+                    0.01,
+                    "How far the long memory moves towards the mean of the frames that leave with a chunk: 0 never, 1 all the way.",
+                    optional=True,
+                ),
+                _share("short_rate", 0.1, "The same for the short memory, which forgets sooner.", optional=True),
+            ],
+            outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],
+        )
+
+    @classmethod
+    def validate_inputs(cls, sink_frames: int, long_rate: float = 0.01, short_rate: float = 0.1) -> bool | str:
+        return _reason(lambda: AnchorMemory(sink_frames, long_rate, short_rate))
+
+    @classmethod
+    def execute(cls, sink_frames: int, long_rate: float = 0.01, short_rate: float = 0.1) -> io.NodeOutput:
+        return io.NodeOutput(AnchorMemory(sink_frames, long_rate, short_rate))
+
+
+class AnchorReplayNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateAnchorReplay",
+            display_name="Anchor: Rolling Replay",
+            category=CATEGORY,
+            description="The first frames are kept and put into the window again, a chunk at a time, to and fro (Rolling Sink, "
+            "arXiv 2602.07775).",
+            search_aliases=["sink", "Rolling Sink", "replay"],
+            inputs=[
+                widget(
+                    io.Int,
+                    "first_frames",
+                    default=21,
+                    min=1,
+                    max=256,
+                    tooltip="How many of the first latent frames are kept to be played again; Rolling Sink, arXiv 2602.07775, "
+                    "keeps the 21 that the models were trained on. It starts when the window and these are full.",
+                ),
+            ],
+            outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],
+        )
+
+    @classmethod
+    def validate_inputs(cls, first_frames: int) -> bool | str:
+        return _reason(lambda: AnchorReplay(first_frames))
+
+    @classmethod
+    def execute(cls, first_frames: int) -> io.NodeOutput:
+        return io.NodeOutput(AnchorReplay(first_frames))
 
 
 class AnchorAdaptiveNode(io.ComfyNode):
@@ -124,17 +222,41 @@ class AnchorAdaptiveNode(io.ComfyNode):
                     tooltip="Where the state stands in time while it is denoised: off, at its slot in front of the window; "
                     "on, between the past and the new frames. Weights want what they were trained with.",
                 ),
+                _share(
+                    "strength",
+                    1.0,
+                    "How far the slot moves to each chunk's new state: 1 replaces it, as in the paper; less keeps some of the old.",
+                    min=0.01,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                ),
+                _seconds("freeze_seconds", "From here on the state stays as it is, like a sink."),
+                _seconds("reset_seconds", "How often the state is forgotten, so that the next chunk begins one."),
             ],
             outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],
         )
 
     @classmethod
-    def validate_inputs(cls, state_frames: int) -> bool | str:
-        return _reason(lambda: AnchorAdaptive(state_frames))
+    def validate_inputs(
+        cls, state_frames: int, strength: float = 1.0, freeze_seconds: float = 0.0, reset_seconds: float = 0.0
+    ) -> bool | str:
+        for name, seconds in (("freeze_seconds", freeze_seconds), ("reset_seconds", reset_seconds)):
+            if (reason := _reason(lambda value=seconds: latent_frames(value))) is not True:
+                return f"{name}: {reason}"
+        return _reason(lambda: AnchorAdaptive(state_frames, strength=strength))
 
     @classmethod
-    def execute(cls, state_frames: int, state_after_past: bool = False) -> io.NodeOutput:
-        return io.NodeOutput(AnchorAdaptive(state_frames, state_after_past))
+    def execute(
+        cls,
+        state_frames: int,
+        state_after_past: bool = False,
+        strength: float = 1.0,
+        freeze_seconds: float = 0.0,
+        reset_seconds: float = 0.0,
+    ) -> io.NodeOutput:
+        freeze, reset = latent_frames(freeze_seconds), latent_frames(reset_seconds)
+        return io.NodeOutput(AnchorAdaptive(state_frames, state_after_past, strength, freeze, reset))
 
 
 def _reason(build: object) -> bool | str:
@@ -148,4 +270,11 @@ def _reason(build: object) -> bool | str:
     return True
 
 
-NODES = [AnchorNoneNode, AnchorStaticNode, AnchorEMANode, AnchorAdaptiveNode]
+NODES = [
+    AnchorNoneNode,
+    AnchorStaticNode,
+    AnchorEMANode,
+    AnchorMemoryNode,
+    AnchorReplayNode,
+    AnchorAdaptiveNode,
+]

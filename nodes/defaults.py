@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ..adastate_core.anchors import Anchor, AnchorAdaptive
 from ..adastate_core.presets import PRESETS, Preset
+from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedule import Schedule
 
 MOST_STATE_FRAMES = 16
 FALLBACK = {"steps": 4, "shift": 5.0, "chunk_frames": 3, "window_frames": 3, "positions": "packed"}
+_STEPS = ("steps", "shift")
+
+
+def _whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+# what a file may say: others' files can say anything, and what makes no sense is passed over
+_SOUND: dict[str, Callable[[Any], bool]] = {
+    "steps": _whole(1, 100),
+    "shift": lambda value: type(value) in (int, float) and 0 < value <= 100,
+    "chunk_frames": _whole(1, 64),
+    "window_frames": _whole(0, 4096),
+    "positions": lambda value: isinstance(value, str) and value in POSITION_MODES,
+}
 NOT_CAUSAL = "the checkpoint says nothing of being causal; if frames fall apart it may be a plain Wan model"
 
 
@@ -76,13 +93,17 @@ class Resolved:
 def resolve(defaults: dict[str, Any] | None, asked: dict[str, Any], anchor: Anchor | None) -> Resolved:
     """`asked` (None where auto) and an `anchor` (None where not connected) over what the checkpoint says."""
     known = defaults or {}
-    preset = PRESETS.get(known.get("preset", ""))
+    name = known.get("preset")
+    preset = PRESETS.get(name) if isinstance(name, str) else None
     asked = {name: asked.get(name) for name in FALLBACK}
-    numbers = FALLBACK | {k: v for k, v in known.items() if k in FALLBACK}
+    stated = {name: known[name] for name, sound in _SOUND.items() if name in known and sound(known[name])}
+    numbers = FALLBACK | (preset.settings() if preset else {}) | stated
+    numbers = {name: numbers[name] for name in FALLBACK}
     numbers |= {name: value for name, value in asked.items() if value is not None}
     if anchor is None:
         anchor = preset.anchor if preset else checkpoint_anchor(known)
     if asked["positions"] is None and numbers["positions"] == "absolute" and anchor.relative_only:
         numbers["positions"] = "packed"
-    schedule_asked = asked["steps"] is not None or asked["shift"] is not None
+    own = preset.settings() if preset else {}
+    schedule_asked = any(asked[name] is not None or stated.get(name) not in (None, own.get(name)) for name in _STEPS)
     return Resolved(numbers, anchor, preset, defaults is not None, schedule_asked)

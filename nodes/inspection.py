@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from ..adastate_core.anchors import Anchor
-from ..adastate_core.checkpoints import open_checkpoint
+from ..adastate_core.checkpoints import TORCH_SUFFIXES, open_checkpoint
 from ..adastate_core.presets import PRESETS
 from ..adastate_core.rollout_spec import ModelGeometry, RolloutSpec
 from .defaults import Resolved, resolve
 from .host import model as host_model
 from .host.checkpoints import checkpoint_path, rollout_defaults, wished
 from .host.codec import HostDecoder
+from .job import check_size
 
 TEXT_TOKENS = 512
 GIB = 2**30
@@ -29,12 +30,18 @@ def _spec(
     )  # fmt: skip
 
 
+def _require_size(width: int, height: int) -> None:
+    if reason := check_size(width, height):  # linked numbers are not known any earlier
+        raise ValueError(reason)
+
+
 def _size(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
 def inspect_file(file: str, width: int, height: int, length: int) -> str:
     """Family, layout, size, number format, what it wants, and its cache at a size and length. ValueError if unreadable."""
+    _require_size(width, height)
     checkpoint = open_checkpoint(checkpoint_path(file))
     geometry = checkpoint.geometry
     defaults = wished(file, checkpoint, "auto")
@@ -42,7 +49,7 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
     dtypes = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
     shape = ModelGeometry(16, geometry.layers, geometry.heads, geometry.width // geometry.heads)
     plan = _spec(resolved, shape, width, height, torch.bfloat16).plan(TEXT_TOKENS)
-    layout = "a torch file" if checkpoint.path.suffix not in (".safetensors", ".sft") else "safetensors"
+    layout = "a torch file" if checkpoint.path.suffix.lower() in TORCH_SUFFIXES else "safetensors"
     lines = [
         f"{file}: Wan 2.1 text to video, {geometry.parameters}: {geometry.layers} layers of width {geometry.width}, "
         f"{geometry.heads} heads, feed-forward {geometry.feed_forward}",
@@ -78,6 +85,7 @@ def plan_text(
     vae: Any,
 ) -> tuple[str, str]:
     """(words, JSON) of what a rollout of a MODEL would take. ValueError for a model or size that cannot be rolled out."""
+    _require_size(width, height)
     host_model.check_model(model)
     resolved = resolve(rollout_defaults(model), asked, anchor)
     spec = _spec(resolved, host_model.geometry_of(model), width, height, host_model.compute_dtype(model), batch)

@@ -308,6 +308,7 @@ class Job:
             "settings": self.settings
             | {"seed": self.request.seed, "anchor": self.spec.anchor.describe(), "sigmas": list(self.schedule.sigmas)}
             | {"cache_dtype": self.spec.cache_dtype, "cache_device": self.spec.cache_device}
+            | ({"first_sigmas": list(self.schedule.first_sigmas)} if self.schedule.first_sigmas else {})
             | ({"preset": self.resolved.preset.name} if self.resolved.preset else {}),
             "prompts": self._prompt_report(),
             "files": [target.path.name for target in output.targets] if output else [],

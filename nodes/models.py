@@ -75,7 +75,7 @@ class LoadModelNode(io.ComfyNode):
                     tooltip=_PRESET_TOOLTIP,
                 ),
             ],
-            outputs=[io.Model.Output("model", display_name="MODEL", tooltip="The model, for AdaState Rollout.")],
+            outputs=[io.Model.Output("loaded", display_name="MODEL", tooltip="The model, for AdaState Rollout.")],
         )
 
     @classmethod
@@ -110,7 +110,9 @@ class ModelPresetNode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("model", display_name="MODEL", tooltip="The same model, with the preset's defaults."),
+                io.Model.Output(
+                    "preset_model", display_name="MODEL", tooltip="The same model, with the preset's defaults."
+                ),
                 io.String.Output("description", display_name="TEXT", tooltip="What the preset sets."),
             ],
         )
@@ -222,6 +224,11 @@ class PlanNode(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, width: int | None, height: int | None) -> bool | str:
         return check_size(width, height) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> float:
+        """Never equal to itself: what is free on the device changes from run to run."""
+        return float("nan")
 
     @classmethod
     def execute(

@@ -50,9 +50,9 @@ def _transition_input(what: str, **options: Any) -> io.Input:
         "transition",
         options=list(TRANSITIONS),
         default="recache",
-        tooltip=f"How the video changes to {what}: recache reads what the video looks back to again with the new words, "
-        "flush keeps only the anchor and the newest frames, rope cut jumps in time, cut starts a fresh scene, soft blends the "
-        "words over some chunks.",
+        tooltip=f"How the video changes to {what}: recache makes the window again under the new words, flush keeps only the "
+        "anchor and the newest 2 latent frames, rope cut jumps ahead in time, cut changes the words and nothing else, soft blends "
+        "the words over some chunks.",
         **options,
     )
 

@@ -5,7 +5,6 @@ The host's loaders do not pass a file's metadata on, so it is found again by the
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,14 @@ from typing import Any
 import comfy.sd
 import folder_paths
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ...adastate_core.checkpoints import Checkpoint, open_checkpoint, own_metadata
 from ...adastate_core.presets import preset as named_preset
 from ...adastate_core.presets import recognised
 from .model import check_model, fingerprint
 
-METADATA_KEY = "adastate"
 DEFAULTS_KEY = "adastate_defaults"
+QUANTIZATION_KEY = "_quantization_metadata"
 KIND = "diffusion_models"
 # what the host's own loader offers, by its words
 WEIGHT_DTYPES = {
@@ -40,10 +38,10 @@ def rollout_defaults(patcher: Any) -> dict[str, Any] | None:
 
     Keys: steps, shift, chunk_frames, window_frames, positions, state_frames, state_after_past (each optional), and
     fingerprints: one for each dtype that the host may load the file in. `preset` names one of presets.py. What a node of
-    this pack put on the model wins.
+    this pack put on the model wins; empty, it means that nothing of the file's is to be followed.
     """
-    if set_by_node := patcher.model_options.get(DEFAULTS_KEY):
-        return set_by_node
+    if DEFAULTS_KEY in patcher.model_options:
+        return patcher.model_options[DEFAULTS_KEY] or None
     wanted = fingerprint(patcher)
     for name in folder_paths.get_filename_list("diffusion_models"):
         path = folder_paths.get_full_path("diffusion_models", name)
@@ -59,12 +57,9 @@ def rollout_defaults(patcher: Any) -> dict[str, Any] | None:
 def _settings(path: str, changed: int) -> dict[str, Any] | None:
     """The metadata of one file (its header only is read); `changed` keys the cache."""
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-        settings = json.loads(text) if text else None
-    except (SafetensorError, OSError, ValueError):
+        return own_metadata(open_checkpoint(path)) or None
+    except ValueError:
         return None
-    return settings if isinstance(settings, dict) else None
 
 
 def checkpoint_files() -> list[str]:
@@ -75,6 +70,8 @@ def checkpoint_files() -> list[str]:
 
 def checkpoint_path(file: str) -> Path:
     """Where a listed file is; ValueError for any other name."""
+    if not file:
+        raise ValueError(f"no file is chosen; put a causal Wan 2.1 checkpoint into models/{KIND} and refresh the page")
     if file not in checkpoint_files():
         raise ValueError(
             f"{file!r} is not among the files in models/{KIND}; put the checkpoint there, or refresh the page to see new files"
@@ -108,14 +105,23 @@ def load_causal(file: str, weight_dtype: str, asked: str) -> Any:
     checkpoint = open_checkpoint(checkpoint_path(file))
     _ = checkpoint.geometry
     defaults = wished(file, checkpoint, asked)
-    weights = dict(checkpoint.tensors())
-    patcher = comfy.sd.load_diffusion_model_state_dict(weights, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+    # an entry that names the host's own autoregressive class is left behind, since a rollout needs the plain one
+    metadata = {name: text for name, text in checkpoint.metadata.items() if name == QUANTIZATION_KEY}
+    try:
+        patcher = comfy.sd.load_diffusion_model_state_dict(
+            dict(checkpoint.tensors()), model_options=dict(WEIGHT_DTYPES[weight_dtype]), metadata=metadata
+        )
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file} is laid out like a Wan transformer but the host cannot load it: {reason}") from error
     if patcher is None:
         raise ValueError(
             f"{file} is laid out like a Wan transformer but the host does not recognise it; update ComfyUI"
         )
     check_model(patcher)
-    if defaults:
+    if defaults or asked == "none":
         patcher.model_options[DEFAULTS_KEY] = defaults
     return patcher
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import struct
 
 import pytest
@@ -16,19 +17,33 @@ from adastate_core.checkpoints import geometry_of, open_checkpoint, own_metadata
 WIDTH, FEED_FORWARD, LAYERS = 128, 192, 2
 
 
+def wan_shapes(width: int, feed_forward: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """Every weight of a Wan 2.1 text-to-video transformer, by hand."""
+    shapes = {
+        "patch_embedding.weight": (width, 16, 1, 2, 2), "patch_embedding.bias": (width,),
+        "text_embedding.0.weight": (width, 4096), "text_embedding.0.bias": (width,),
+        "text_embedding.2.weight": (width, width), "text_embedding.2.bias": (width,),
+        "time_embedding.0.weight": (width, 256), "time_embedding.0.bias": (width,),
+        "time_embedding.2.weight": (width, width), "time_embedding.2.bias": (width,),
+        "time_projection.1.weight": (6 * width, width), "time_projection.1.bias": (6 * width,),
+        "head.head.weight": (64, width), "head.head.bias": (64,), "head.modulation": (1, 2, width),
+    }  # fmt: skip
+    for i in range(layers):
+        block = {"modulation": (1, 6, width), "norm3.weight": (width,), "norm3.bias": (width,)}
+        for kind in ("self_attn", "cross_attn"):
+            for n in "qkvo":
+                block |= {f"{kind}.{n}.weight": (width, width), f"{kind}.{n}.bias": (width,)}
+            block |= {f"{kind}.norm_q.weight": (width,), f"{kind}.norm_k.weight": (width,)}
+        block |= {"ffn.0.weight": (feed_forward, width), "ffn.0.bias": (feed_forward,)}
+        block |= {"ffn.2.weight": (width, feed_forward), "ffn.2.bias": (width,)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
 def weights(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """The weights of a tiny Wan 2.1 transformer that tell its sizes, by Wan's own names."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "patch_embedding.weight": (WIDTH, 16, 1, 2, 2),
-        "text_embedding.0.weight": (WIDTH, 4096),
-        "head.head.weight": (64, WIDTH),
-    }
-    for i in range(LAYERS):
-        shapes |= {
-            f"blocks.{i}.{kind}.{n}.weight": (WIDTH, WIDTH) for kind in ("self_attn", "cross_attn") for n in "qkvo"
-        }
-        shapes |= {f"blocks.{i}.ffn.0.weight": (FEED_FORWARD, WIDTH), f"blocks.{i}.ffn.2.weight": (WIDTH, FEED_FORWARD)}
+    shapes = wan_shapes(WIDTH, FEED_FORWARD, LAYERS)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
@@ -92,7 +107,7 @@ def test_every_number_format_keeps_its_own(dtype, tmp_path):
 
 
 def test_our_own_metadata_is_read_and_others_is_not_trusted(tmp_path):
-    for text, expected in ((json.dumps({"steps": 4}), {"steps": 4}), ("[1]", {}), ("{", {})):
+    for text, expected in ((json.dumps({"steps": 4}), {"steps": 4}), ("[1]", {}), ("{", {}), ("[" * 99999, {})):
         save_file(weights(), tmp_path / "a.safetensors", metadata={"adastate": text})
         assert own_metadata(open_checkpoint(tmp_path / "a.safetensors")) == expected
 
@@ -123,6 +138,15 @@ def without(name: str) -> dict[str, torch.Tensor]:
         (weights() | {"blocks.1.ffn.2.weight": torch.zeros(3, 3)}, "blocks.1.ffn.2.weight is \\[3, 3\\] and should be"),
         (weights() | {"blocks.3.ffn.0.weight": torch.zeros(3, 3)}, "has 3 layers up to 3, and layer 2 is missing"),
         (weights() | {"patch_embedding.weight": torch.zeros(130, 16, 1, 2, 2)}, "a width of 130"),
+        (without("blocks.1.modulation"), "does not fit together: blocks.1.modulation is missing"),
+        (without("time_projection.1.bias"), "does not fit together: time_projection.1.bias is missing"),
+        (
+            weights() | {"head.head.weight": torch.zeros(48, WIDTH)},
+            "head.head.weight is \\[48, 128\\] and should be \\[64",
+        ),
+        (weights() | {"patch_embedding.weight": torch.zeros(4)}, "its patch_embedding.weight is \\[4\\]"),
+        (weights() | {"blocks.0.ffn.0.weight": torch.zeros(())}, "its blocks.0.ffn.0.weight is \\[\\]"),
+        (weights() | {"patch_embedding.weight": torch.zeros(0, 16, 1, 2, 2)}, "its patch_embedding.weight is \\[0, 16"),
     ],
 )
 def test_wrong_weights_are_refused_by_name(content, words, tmp_path):
@@ -151,6 +175,18 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     assert not mark.exists()
 
 
+def with_header(header: object, data: int = 0) -> bytes:
+    """A safetensors file of this header and so many bytes of weights."""
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(data)
+
+
+def test_metadata_that_is_none_does_not_matter(tmp_path):
+    for metadata in (3, ["adastate"], {"adastate": 4}):
+        (tmp_path / "a.safetensors").write_bytes(with_header({"__metadata__": metadata}))
+        assert own_metadata(open_checkpoint(tmp_path / "a.safetensors")) == {}
+
+
 def test_broken_files_are_refused_in_one_sentence(tmp_path):
     save_file(weights(), tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
@@ -162,6 +198,16 @@ def test_broken_files_are_refused_in_one_sentence(tmp_path):
         "empty.safetensors": b"",
         "huge_header.safetensors": header,
         "not_json.safetensors": struct.pack("<Q", 4) + b"{{{{",
+        "a_list.safetensors": with_header([1, 2]),
+        "no_sizes.safetensors": with_header({"x": {"dtype": "F32"}}),
+        "overlapping.safetensors": with_header(
+            {n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in "xy"}, 8
+        ),
+        "too_big.safetensors": with_header({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]}}, 8),
+        "negative.safetensors": with_header({"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}, 8),
+        "odd_format.safetensors": with_header({"x": {"dtype": "F7", "shape": [8], "data_offsets": [0, 8]}}, 8),
+        "odd_name.safetensors": with_header({"x": {"dtype": [1], "shape": [8], "data_offsets": [0, 8]}}, 8),
+        "more_bytes.safetensors": whole + b"0",
         "cut.pt": packed[: len(packed) // 2],
         "empty.pt": b"",
         "text.pt": b"hello",
@@ -182,11 +228,50 @@ def test_broken_files_are_refused_in_one_sentence(tmp_path):
 
 
 def test_public_sizes_have_their_names():
-    def shapes(width: int, feed_forward: int) -> dict[str, tuple[int, ...]]:
-        linear = {f"blocks.0.{kind}.{n}.weight": (width, width) for kind in ("self_attn", "cross_attn") for n in "qkvo"}
-        linear |= {"blocks.0.ffn.0.weight": (feed_forward, width), "blocks.0.ffn.2.weight": (width, feed_forward)}
-        rest = {"patch_embedding.weight": (width, 16, 1, 2, 2), "text_embedding.0.weight": (width, 4096)}
-        return linear | rest | {"head.head.weight": (64, width)}
+    for width, feed_forward, name, heads in ((1536, 8960, "1.3B", 12), (5120, 13824, "14B", 40)):
+        geometry = geometry_of(wan_shapes(width, feed_forward, 1))
+        assert (geometry.parameters, geometry.heads) == (name, heads)
 
-    assert geometry_of(shapes(1536, 8960)).parameters == "1.3B" and geometry_of(shapes(1536, 8960)).heads == 12
-    assert geometry_of(shapes(5120, 13824)).parameters == "14B" and geometry_of(shapes(5120, 13824)).heads == 40
+
+def test_torch_files_that_are_odd_inside(tmp_path):
+    inside: dict = {}
+    inside["model"] = inside
+    one_number = torch.zeros(1).expand(2**40, 2**20)
+    odd = {
+        "itself.pt": (inside, "only models inside models"),
+        "stretched.pt": ({"blocks.0.x": one_number}, "holds blocks.0.x as something else than a plain tensor"),
+        "sparse.pt": (
+            {"blocks.0.x": torch.eye(3).to_sparse()},
+            "holds blocks.0.x as something else than a plain tensor",
+        ),
+        "numbered.pt": ({1: torch.zeros(2)}, "is not a Wan transformer"),
+    }
+    for name, (content, words) in odd.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} .*{words}") as error:
+            _ = open_checkpoint(tmp_path / name).geometry
+        assert "\n" not in str(error.value)
+    torch.save({name: torch.nn.Parameter(t) for name, t in weights().items()}, tmp_path / "PARAMETERS.PT")
+    check(tmp_path / "PARAMETERS.PT")
+
+
+def test_any_bytes_are_read_or_refused_in_one_sentence(tmp_path):
+    """Each file is a whole one with some bytes changed where its names and numbers stand."""
+    torch.save({"generator": {"step": 1, "model.x": torch.zeros(2)}}, tmp_path / "whole.pt")
+    save_file({"x": torch.zeros(2)}, tmp_path / "whole.safetensors")
+    generator = random.Random(0)
+    refusals = 0
+    for suffix in (".pt", ".safetensors"):
+        whole = (tmp_path / f"whole{suffix}").read_bytes()
+        for _ in range(150):
+            content = bytearray(whole)
+            for _ in range(generator.randint(1, 6)):
+                content[generator.randrange(len(content) if suffix != ".pt" else 400)] = generator.randrange(256)
+            path = tmp_path / f"changed{suffix}"
+            path.write_bytes(content)
+            try:
+                open_checkpoint(path)
+            except ValueError as error:
+                refusals += 1
+                assert str(error).startswith(path.name) and "\n" not in str(error)
+    assert refusals > 100

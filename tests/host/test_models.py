@@ -1,0 +1,337 @@
+"""Model nodes: every layout and preset in a real rollout, prompts over time, and what a file or a plan is said to take."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorMemory, AnchorStatic
+from adastate_pack.adastate_core.presets import PRESETS
+from adastate_pack.adastate_core.rollout import Rollout, RolloutSpec, Settings
+from adastate_pack.adastate_core.schedule import Schedule
+from adastate_pack.nodes.host import model as adapter
+from adastate_pack.nodes.host.checkpoints import WEIGHT_DTYPES
+from conftest import NODES, PACK, HostNode, random_wan
+from safetensors.torch import save_file
+
+AUTO = {"steps": 0, "shift": 0.0, "chunk_frames": 0, "window_frames": -1, "positions": "auto"}
+
+
+@pytest.fixture
+def models(folders):
+    """An empty folder of diffusion models that the host looks into first."""
+    folder = Path(folders) / "models"
+    folder.mkdir()
+    paths = folder_paths.folder_names_and_paths["diffusion_models"][0]
+    paths.insert(0, str(folder))
+    folder_paths.filename_list_cache.clear()
+    yield folder
+    paths.remove(str(folder))
+    folder_paths.filename_list_cache.clear()
+
+
+def written(models, name, content, metadata=None):
+    """A file in the models folder that the host's lists know."""
+    path = models / name
+    path.parent.mkdir(exist_ok=True)
+    if name.endswith(".safetensors"):
+        save_file({key: value.clone() for key, value in content.items()}, path, metadata=metadata)
+    else:
+        torch.save(content, path)
+    folder_paths.filename_list_cache.clear()
+    return name
+
+
+def load(file, weight_dtype="default", **more):
+    return HostNode("AdaStateLoadModel")(file=file, weight_dtype=weight_dtype, **more).args[0]
+
+
+def hosts_own(file, weight_dtype="default"):
+    import nodes
+
+    return nodes.UNETLoader().load_unet(file, weight_dtype)[0]
+
+
+def report_of(output):
+    return json.loads(output.args[2])
+
+
+def latents_of(output):
+    return output.args[0]["samples"]
+
+
+def renamed(state, prefix, infix=""):
+    """A state dict under a trainer's names."""
+    return {prefix + name.replace(".self_attn", f".{infix}self_attn"): value for name, value in state.items()}
+
+
+LAYOUTS = {
+    "plain.safetensors": lambda s, o: s,
+    "hosts_prefix.safetensors": lambda s, o: renamed(s, "model.diffusion_model."),
+    "model_prefix.safetensors": lambda s, o: renamed(s, "model."),
+    "flat_ema.safetensors": lambda s, o: renamed(s, "generator_ema.model.") | renamed(o, "generator.model."),
+    "three.pt": lambda s, o: {
+        "generator": renamed(o, "model."), "generator_ema": renamed(s, "model."), "critic": renamed(o, "model."),
+    },
+    "generator.pt": lambda s, o: {"generator": renamed(s, "model."), "critic": renamed(o, "model.")},
+    "fsdp.pt": lambda s, o: {
+        "generator_ema": renamed(s, "model._fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+    },
+    "compiled.pth": lambda s, o: {"generator": renamed(s, "_orig_mod.model.")},
+    "plain.ckpt": lambda s, o: s,
+}  # fmt: skip
+
+
+@pytest.fixture
+def plain(models, wan_state, rollout):
+    """The latents of the host's own loader on the plain file."""
+    return latents_of(rollout(model=hosts_own(written(models, "reference.safetensors", wan_state))))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_latents_of_the_hosts_loader(models, wan_state, rollout, plain, name):
+    file = written(models, name, LAYOUTS[name](wan_state, random_wan(seed=4)))
+    assert HostNode("AdaStateLoadModel").validate(file=file) is True
+    assert torch.equal(latents_of(rollout(model=load(file))), plain)
+
+
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
+def test_weight_dtypes_are_the_hosts(models, wan_state, rollout, weight_dtype):
+    file = written(models, "plain.safetensors", wan_state)
+    model = load(file, weight_dtype)
+    weight = model.model.diffusion_model.blocks[0].self_attn.q.weight
+    assert weight.dtype == WEIGHT_DTYPES[weight_dtype].get("dtype", torch.float32)
+    if weight_dtype.startswith(("default", "fp8")):
+        theirs = hosts_own(file, weight_dtype)
+        assert torch.equal(latents_of(rollout(model=model, length=9)), latents_of(rollout(model=theirs, length=9)))
+    with pytest.raises(ValueError, match="weight_dtype is 'int4'; it must be one of default, fp32"):
+        load(file, "int4")
+
+
+def test_a_new_file_is_listed_and_the_packs_own_is(models, wan_state, node, rollout):
+    def listed():
+        return NODES["AdaStateLoadModel"].INPUT_TYPES()["required"]["file"][1]["options"]
+
+    assert "adastate_demo.safetensors" in listed() and "new.pt" not in listed()
+    written(models, "new.pt", {"generator": renamed(wan_state, "model.")})
+    assert "new.pt" in listed()
+    (models / "notes.txt").write_text("no model")
+    folder_paths.filename_list_cache.clear()
+    assert "notes.txt" not in listed()
+    demo = load("adastate_demo.safetensors")
+    words = {"terrain": "meadow", "pace": "slow", "balloon": "gold", "lantern": "lantern"}
+    inputs = AUTO | {"positive": node("AdaStateDemoPrompt")(**words).args[0], "width": 64, "height": 64, "length": 21}
+    ours, theirs = rollout(model=demo, **inputs), rollout(model=hosts_own("adastate_demo.safetensors"), **inputs)
+    assert torch.equal(latents_of(ours), latents_of(theirs))
+    assert report_of(ours)["settings"] == report_of(theirs)["settings"] and report_of(ours)["warnings"] == []
+    ignored = report_of(rollout(model=load("adastate_demo.safetensors", preset="none"), **inputs))
+    assert (
+        ignored["settings"]["anchor"] == {"kind": "none"} and "says nothing of being causal" in ignored["warnings"][0]
+    )
+
+
+@pytest.mark.parametrize("name", ["", "gone.safetensors", "../gone.safetensors", "/etc/passwd", "folder.safetensors"])
+def test_files_that_are_not_listed(models, name):
+    (models / "folder.safetensors").mkdir()
+    folder_paths.filename_list_cache.clear()
+    for node_id in ("AdaStateLoadModel", "AdaStateInspectCheckpoint"):
+        reason = HostNode(node_id).validate(file=name)
+        assert (
+            "no file is chosen" in reason if not name else "is not among the files in models/diffusion_models" in reason
+        )
+        assert HostNode(node_id).validate(file=None) is True
+
+
+def test_the_list_of_an_empty_folder(models, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_filename_list", lambda kind: [])
+    assert NODES["AdaStateLoadModel"].INPUT_TYPES()["required"]["file"][1]["options"] == [""]
+    assert "put a causal Wan 2.1 checkpoint into models/diffusion_models" in HostNode("AdaStateLoadModel").validate(
+        file=""
+    )
+
+
+def test_a_changed_file_is_loaded_again(models, wan_state):
+    file = written(models, "a.safetensors", wan_state)
+    fingerprint = NODES["AdaStateLoadModel"].fingerprint_inputs
+    before = fingerprint(file=file, weight_dtype="default")
+    assert before == fingerprint(file=file, weight_dtype="default") != fingerprint(file=file, weight_dtype="bf16")
+    os.utime(models / file, ns=(1, 1))
+    assert fingerprint(file=file, weight_dtype="default") != before
+
+
+NAMED = {
+    "self_forcing_dmd.safetensors": "self_forcing",
+    "framewise/causal_forcing.safetensors": "causal_forcing_frame",
+    "Wan2_1-LongLive-1.3B.safetensors": "longlive",
+    "rolling_forcing_dmd.safetensors": "rolling_forcing",
+    "framewise-1step.safetensors": "causal_forcing_frame_1step",
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_preset_by_name_is_what_the_rollout_does(models, wan_state, rollout, name):
+    preset = PRESETS[NAMED[name]]
+    out = report_of(rollout(model=load(written(models, name, wan_state)), length=9, **AUTO))
+    settings = out["settings"]
+    assert settings["preset"] == preset.name and settings["anchor"] == preset.anchor.describe()
+    for number in ("chunk_frames", "window_frames", "positions"):
+        assert settings[number] == getattr(preset, number)
+    shifted = [5 * t / (1000 + 4 * t) for t in preset.timesteps]
+    assert settings["sigmas"] == pytest.approx(shifted)
+    first = [5 * t / (1000 + 4 * t) for t in preset.first_timesteps]
+    assert settings.get("first_sigmas", []) == pytest.approx(first) and out["warnings"] == []
+
+
+def test_where_auto_looks(models, wan_state, rollout):
+    def used(name, content, metadata=None, **more):
+        return report_of(rollout(model=load(written(models, name, content, metadata), **more), length=5, **AUTO))
+
+    wish = {"steps": 3, "shift": 4.0, "chunk_frames": 2, "window_frames": 5, "positions": "fixed"}
+    own = used("longlive.safetensors", wan_state, {"adastate": json.dumps(wish)})
+    assert wish.items() <= own["settings"].items() and "preset" not in own["settings"]
+    trainers = used("model.pt", {"generator": renamed(wan_state, "model.")})
+    assert trainers["settings"]["preset"] == "self_forcing"
+    unknown = used("model.safetensors", wan_state)
+    assert "preset" not in unknown["settings"] and "says nothing of being causal" in unknown["warnings"][0]
+    asked = used("longlive.safetensors", wan_state, preset="memrope")
+    assert asked["settings"]["preset"] == "memrope" and asked["settings"]["anchor"]["kind"] == "memory"
+    none = used("longlive.safetensors", wan_state, preset="none")
+    assert "preset" not in none["settings"] and none["settings"]["window_frames"] == 3
+    with pytest.raises(ValueError, match="preset 'best' is not known; known are self_forcing"):
+        used("longlive.safetensors", wan_state, preset="best")
+    named = used("x.safetensors", wan_state, {"adastate": json.dumps({"preset": "longlive", "window_frames": 4})})
+    assert named["settings"]["window_frames"] == 4 and named["settings"]["anchor"] == AnchorStatic(3).describe()
+    assert named["settings"]["positions"] == "absolute"
+    senseless = {
+        "steps": "many", "shift": math.nan, "chunk_frames": -1, "window_frames": True, "positions": ["packed"], "preset": [1],
+    }  # fmt: skip
+    fallback = used("y.safetensors", wan_state, {"adastate": json.dumps(senseless)})["settings"]
+    assert {
+        "steps": 4,
+        "shift": 5.0,
+        "chunk_frames": 3,
+        "window_frames": 3,
+        "positions": "packed",
+    }.items() <= fallback.items()
+
+
+def test_a_number_or_an_anchor_of_the_rollout_wins(rollout, model, node):
+    out = node("AdaStateModelPreset")(model=model, preset="longlive")
+    preset, text = out.args
+    assert text == PRESETS["longlive"].describe() and out.ui.as_dict()["text"] == (text,)
+    asked = {"steps": 2, "shift": 3.0, "chunk_frames": 2, "window_frames": 4, "positions": "fixed"}
+    settings = report_of(rollout(model=preset, length=9, **asked))["settings"]
+    assert asked.items() <= settings.items()
+    assert settings["sigmas"] == list(Schedule.shifted(2, 3.0).sigmas)
+    for anchor in (AnchorAdaptive(1), AnchorEMA(2, 0.9), AnchorMemory(1)):
+        settings = report_of(rollout(model=preset, length=9, anchor=anchor, **AUTO))["settings"]
+        assert settings["anchor"] == anchor.describe() and settings["positions"] == "packed"
+    settings = report_of(rollout(model=preset, length=9, anchor=Anchor(), **AUTO))["settings"]
+    assert settings["anchor"] == {"kind": "none"} and settings["positions"] == "absolute"
+
+
+def test_a_preset_leaves_lora_and_model_as_they_are(rollout, model, node):
+    delta = {
+        f"diffusion_model.blocks.{i}.self_attn.q.weight": ("diff", (torch.randn(128, 128) * 0.05,)) for i in (0, 1)
+    }
+    with_lora = model.clone()
+    with_lora.add_patches(delta)
+    preset = node("AdaStateModelPreset")(model=with_lora, preset="infinity_rope").args[0]
+    same = {"anchor": AnchorStatic(1), "window_frames": 2, "length": 21}
+    expected = latents_of(rollout(model=with_lora, **same))
+    assert not torch.equal(expected, latents_of(rollout(**same)))
+    assert torch.equal(latents_of(rollout(model=preset, length=21, window_frames=-1)), expected)
+    clone = preset.clone()
+    clone.add_patches(delta)
+    assert report_of(rollout(model=clone, length=5, **AUTO))["settings"]["preset"] == "infinity_rope"
+    assert "preset" not in report_of(rollout(model=with_lora, length=5, **AUTO))["settings"]
+
+
+def test_a_video_longer_than_a_preset_is_made_for(rollout, model, node):
+    preset = node("AdaStateModelPreset")(model=model, preset="causal_forcing_frame_1step").args[0]
+    settings = AUTO | {"width": 16, "height": 16}
+    warnings = report_of(rollout(model=preset, length=85, **settings))["warnings"]
+    assert len(warnings) == 1 and "was made for 21 latent frames (81 pictures) and 22 were asked for" in warnings[0]
+    assert report_of(rollout(model=preset, length=81, **settings))["warnings"] == []
+    assert report_of(rollout(model=preset, length=85, anchor=AnchorStatic(1), **settings))["warnings"] == []
+
+
+@torch.no_grad()
+def core_rollout(model, positive, spec_options, schedule, frames, prompts=None, seed=5, settings=None):
+    """The latents of the core's own rollout on the host's model, without the node; and the forwards that it took."""
+    host = adapter.HostModel(model, positive[0][0], 1)
+    numbers = {"chunk_frames": 3, "window_frames": 3, "anchor": Anchor(), "positions": "packed"} | spec_options
+    spec = RolloutSpec(host.geometry, 1, 4, 4, dtype=host.dtype, **numbers)
+    host.load(spec.plan(16))
+    rollout = Rollout(host, spec, Settings(seed, schedule), text_tokens=16, prompts=prompts)
+    latents = torch.cat([chunk.latents for chunk in rollout.chunks(frames)], 2)
+    return adapter.to_vae_space(model, latents)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_is_the_core_with_its_settings(rollout, model, positive, node, name):
+    preset = PRESETS[name]
+    given = node("AdaStateModelPreset")(model=model, preset=name).args[0]
+    frames = 9 if preset.chunk_frames == 3 else 4
+    if preset.restart_frames:
+        frames = preset.restart_frames + 2
+    out = latents_of(rollout(model=given, length=4 * frames - 3, **AUTO))
+    lists = [[5 * t / (1000 + 4 * t) for t in steps] for steps in (preset.timesteps, preset.first_timesteps)]
+    if name == "causvid":
+        lists = [[1.0, 0.757, 0.522], []]
+    options = {
+        "chunk_frames": preset.chunk_frames, "window_frames": preset.window_frames, "anchor": preset.anchor,
+        "positions": preset.positions, "blocks": preset.blocks, "restart_frames": preset.restart_frames,
+        "overlap_frames": preset.overlap_frames,
+    }  # fmt: skip
+    schedule = Schedule(tuple(lists[0]), first_sigmas=tuple(lists[1]))
+    torch.testing.assert_close(out, core_rollout(model, positive, options, schedule, frames), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rolling_forcing", "causal_forcing_frame_1step", "self_forcing"])
+def test_progress_ends_where_it_says(rollout, model, node, monkeypatch, name):
+    seen = []
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *rest, **more: seen.append((value, total))
+    )
+    given = node("AdaStateModelPreset")(model=model, preset=name).args[0]
+    rollout(model=given, length=33, **AUTO)
+    chunks = {"rolling_forcing": 3, "causal_forcing_frame_1step": 9, "self_forcing": 3}[name]
+    passes = {"rolling_forcing": 4 + 2 * chunks, "causal_forcing_frame_1step": 5 + 2 * (chunks - 1)}.get(
+        name, 5 * chunks
+    )
+    assert seen == [(i + 1, passes) for i in range(passes)]
+
+
+def test_rolling_forcing_refuses_what_does_not_go_with_it(rollout, model, node):
+    given = node("AdaStateModelPreset")(model=model, preset="rolling_forcing").args[0]
+    with pytest.raises(ValueError, match="5 chunks denoised together have no single hidden state"):
+        rollout(model=given, anchor=AnchorAdaptive(1), **AUTO)
+    settings = report_of(rollout(model=given, length=21, **(AUTO | {"steps": 3})))["settings"]
+    assert settings["steps"] == 3 and len(settings["sigmas"]) == 3
+
+
+def test_the_page_of_presets_says_what_they_are():
+    """To renew the table: copy the expected lines that the failure shows."""
+    head = "| preset | system | steps | shift | chunk | window | anchor | positions | made for |"
+    rows = [head, "| --- " * 9 + "|"]
+    for preset in PRESETS.values():
+        numbers = [f"{value:g}" for key, value in preset.anchor.describe().items() if key != "kind"]
+        anchor = " ".join([preset.anchor.kind, *([f"({', '.join(numbers)})"] if numbers else [])])
+        steps = ", ".join(f"{t:g}" for t in preset.timesteps)
+        made_for = f"{4 * preset.trained_frames - 3} pictures" if preset.longer else "any length"
+        cells = [
+            preset.name, f"{preset.title} ({preset.source})", steps, f"{preset.shift:g}" if preset.warp else "none",
+            f"{preset.chunk_frames}", f"{preset.window_frames}", anchor, preset.positions, made_for,
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    text = (PACK / "web" / "docs" / "AdaStateModelPreset.md").read_text()
+    assert "\n".join(rows) in text, "\n" + "\n".join(rows)
