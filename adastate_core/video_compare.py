@@ -17,25 +17,11 @@ import av
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 
-METERS = ("motion", "sharpness", "contrast", "colour")
+from .metrics import METERS, frame_meters
+
 _COLOURS = ((237, 174, 73), (94, 187, 220), (240, 240, 240), (209, 73, 91))
 _LABEL, _METER, _GAP = 22, 26, 4
 _LEAST_SIDE = 192
-_LUMA = numpy.array([0.299, 0.587, 0.114], dtype=numpy.float32)
-
-
-def frame_meters(frame: numpy.ndarray, before: numpy.ndarray | None) -> dict[str, float]:
-    """The meters of one frame [h, w, 3] uint8 and the one before it (None: no motion)."""
-    picture = frame.astype(numpy.float32) / 255
-    luma = picture @ _LUMA
-    steps = (numpy.abs(numpy.diff(luma, axis=0)).mean() + numpy.abs(numpy.diff(luma, axis=1)).mean()) / 2
-    last = luma if before is None else before.astype(numpy.float32) @ _LUMA / 255
-    return {
-        "motion": float(numpy.abs(luma - last).mean()),
-        "sharpness": float(steps),
-        "contrast": float(luma.std()),
-        "colour": float(numpy.abs(picture - luma[..., None]).mean()),
-    }
 
 
 @dataclass

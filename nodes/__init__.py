@@ -17,7 +17,7 @@ class AdaStateExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import absorption, analysis, anchors, demo, models, prompts, rollout, sampler, state, stream
+            from . import absorption, analysis, anchors, demo, metrics, models, prompts, rollout, sampler, state, stream
         except Exception:
             # The host reports a failed import in one line; the reason is in the traceback.
             log.error("ComfyUI-AdaState could not be loaded:\n%s", traceback.format_exc())
@@ -33,5 +33,6 @@ class AdaStateExtension(ComfyExtension):
             *state.NODES,
             *absorption.NODES,
             *analysis.NODES,
+            *metrics.NODES,
             *demo.NODES,
         ]

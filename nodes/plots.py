@@ -10,6 +10,10 @@ import torch
 from ..adastate_core.attention_share import AttentionShare
 
 COLOURS = {"anchor": "#d1495b", "past": "#30638e", "state": "#edae49", "current": "#8d99ae"}
+UNITS = {
+    "drift": "colour drift, dE", "colour": "off grey", "contrast": "contrast", "sharpness": "sharpness", "motion": "motion",
+    "displacement": "moved, pixels", "psnr": "PSNR, dB", "ssim": "SSIM",
+}  # fmt: skip
 
 
 def _image(figure) -> torch.Tensor:
@@ -84,4 +88,28 @@ def absorption_plot(report: dict) -> torch.Tensor:
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
+    return _image(figure)
+
+
+def metrics_plot(found: dict) -> torch.Tensor:
+    """Chunk by chunk over the video: colour drift; contrast and sharpness; motion and displacement; nearness to a reference."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [("drift", "colour"), ("contrast", "sharpness"), ("motion", "displacement")]
+    rows += [("psnr", "ssim")] if found["compared"] else []
+    figure = Figure(figsize=(9, 0.5 + 1.7 * len(rows)), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(rows), 1, squeeze=False, sharex=True)[:, 0]
+    for panel, names in zip(panels, rows, strict=True):
+        for axis, name, colour in zip((panel, panel.twinx()), names, (COLOURS["past"], COLOURS["anchor"]), strict=True):
+            points = [(c["first_picture"], c[name]) for c in found["chunks"] if c.get(name) is not None]
+            dots = "." if len(points) < 60 else ""
+            axis.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=1.2, marker=dots)
+            axis.set_ylabel(UNITS[name], color=colour, fontsize=8)
+            axis.tick_params(labelsize=8)
+            axis.spines["top"].set_visible(False)
+    shares = [f"{n} {found[n]:.2f}" for n in ("flicker", "seam") if found[n] is not None]
+    panels[0].set_title("  ".join(["by chunk", *shares]), fontsize=9, loc="left")
+    panels[-1].set_xlabel("picture", fontsize=8)
     return _image(figure)

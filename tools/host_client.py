@@ -49,12 +49,13 @@ def has_cuda(python: Path) -> bool:
     return subprocess.run([python, "-c", code], env=child_env(), stderr=subprocess.DEVNULL).returncode == 0
 
 
-def server_command(host: Host, base: Path, output: Path, port: int) -> list[str]:
-    """How the host is started, with those flags that this version of it knows."""
+def server_command(host: Host, base: Path, output: Path, port: int, linked: bool = True) -> list[str]:
+    """How the host is started, with those flags that this version of it knows; `linked` puts the checkout into it."""
     base.mkdir(parents=True, exist_ok=True)
     (base / "user").mkdir(exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    link_pack(base)
+    if linked:
+        link_pack(base)
     command = [str(host.python), str(host.path / "main.py"), "--port", str(port), "--base-directory", str(base)]
     command += ["--output-directory", str(output)] + ([] if has_cuda(host.python) else ["--cpu"])
     flags = (host.path / "comfy" / "cli_args.py").read_text(encoding="utf-8")
@@ -68,9 +69,9 @@ def server_command(host: Host, base: Path, output: Path, port: int) -> list[str]
 class Server:
     """A host on a free port, for a `with` block: it is stopped at the end, however that comes."""
 
-    def __init__(self, host: Host, base: Path, output: Path, log: Path):
+    def __init__(self, host: Host, base: Path, output: Path, log: Path, linked: bool = True):
         self.port, self.log = free_port(), log
-        command = server_command(host, base, output, self.port)
+        command = server_command(host, base, output, self.port, linked)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
             # A session of its own, so that Ctrl-C reaches run.py alone, which then ends it in order.

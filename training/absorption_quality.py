@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kornia.metrics import psnr, ssim
 
 from adastate_core.demo_words import prompt
+from adastate_core.metrics import flicker, nearness
 from adastate_core.vae_stream import pictures_of
 
 from . import measures
@@ -32,21 +32,9 @@ FLICKER = "flicker at the chunk's rate"
 SHOWN = ("balloon off its colour, dE", "balloon found", "sky off its colours, dE", "flow error, px a frame", "seam")
 
 
-def flicker(video: torch.Tensor) -> float:
+def chunk_flicker(video: torch.Tensor) -> float:
     """Share of the motion's variation over time that has the chunks' period (12 pictures) and its overtones."""
-    series = measures.motion(video)
-    period = 4 * CHUNK_LATENTS
-    series = series[: len(series) // period * period]
-    power = torch.fft.rfft(series - series.mean()).abs().square()
-    overtones = power[len(series) // period :: len(series) // period]
-    return float(overtones.sum() / power.sum().clamp(min=1e-20))
-
-
-def nearness(video: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """PSNR and SSIM of every picture [t, h, w, 3] to the full history's, [t] each."""
-    a, b = (t.permute(0, 3, 1, 2) for t in (video, full))
-    similar = ssim(a, b, window_size=5).mean((1, 2, 3))
-    return torch.stack([psnr(x, y, 1.0) for x, y in zip(a, b, strict=True)]).clamp(max=100), similar
+    return flicker(measures.motion(video), 4 * CHUNK_LATENTS)
 
 
 class Quality:
@@ -103,8 +91,12 @@ class Quality:
             pictures, report = self.pictures(contender, stream)
             found["reports"].append(report)
             for name, video in pictures.items():
-                noise, similar = nearness(video, full[name])
-                row = {TO_FULL[0]: noise.mean().item(), TO_FULL[1]: similar.mean().item(), FLICKER: flicker(video)}
+                noise, similar = nearness(video, full[name], window=5)
+                row = {
+                    TO_FULL[0]: noise.mean().item(),
+                    TO_FULL[1]: similar.mean().item(),
+                    FLICKER: chunk_flicker(video),
+                }
                 if contender is not self.reference and torch.equal(video, full[name]):
                     row = self.measured(self.reference)["rows"][name][stream]
                 elif not self.config.get("change_at"):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from adastate_core.metrics import sharpness
 from adastate_core.vae_stream import pictures_of
 
 from . import measures
@@ -70,7 +71,7 @@ def figures(video: torch.Tensor, scene: Scene, true: torch.Tensor, first_frame: 
                 measures.balloon_travel(video, scene) / measures.balloon_travel(true, scene),
                 measures.clock_rate(video),
                 (measures.motion(video).mean() / measures.motion(true).mean()).item(),
-                (measures.sharpness(video).mean() / measures.sharpness(true).mean()).item(),
+                (sharpness(video).mean() / sharpness(true).mean()).item(),
                 measures.sky_reading(video)[1].mean().item(),
                 torch.nanmean(measures.balloon_colour_error(video, scene)).item(),
                 measures.balloon_found(video, scene).float().mean().item(),

@@ -9,7 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from kornia.color import rgb_to_lab
+
+from adastate_core.metrics import lab, motion
 
 from .world import BALLOON_COLOURS, BALLOON_RADIUS, DAY_FRAMES, PACE_PIXELS, TERRAIN_COLOURS, Scene, sky_colours
 
@@ -18,12 +19,6 @@ _GROUND_ROWS = slice(60, 64)
 _BALLOON_REGION = (slice(6, 36), slice(4, 34))
 # rows of pure sky, high and low, and the columns right of the balloon
 _SKY_ROWS, _SKY_COLUMNS = (slice(0, 3), slice(28, 31)), slice(30, 64)
-
-
-def lab(colours: torch.Tensor) -> torch.Tensor:
-    """[..., 3] sRGB in 0..1 to CIE Lab."""
-    flat = colours.reshape(-1, 3).clamp(0, 1)
-    return rgb_to_lab(flat.T[None, :, :, None])[0, :, :, 0].T.reshape(colours.shape)
 
 
 def _balloon_mask(video: torch.Tensor, scene: Scene) -> torch.Tensor:
@@ -117,16 +112,6 @@ def clock_rate(video: torch.Tensor) -> float:
     hop = 16
     passed = (clock[hop:] - clock[:-hop] + 0.5) % 1.0 - 0.5
     return (passed.mean() / (hop / DAY_FRAMES)).item()
-
-
-def sharpness(video: torch.Tensor) -> torch.Tensor:
-    """[T] mean absolute difference of neighbouring pixels."""
-    return 0.5 * (video.diff(dim=2).abs().mean((1, 2, 3)) + video.diff(dim=1).abs().mean((1, 2, 3)))
-
-
-def motion(video: torch.Tensor) -> torch.Tensor:
-    """[T - 1] mean absolute difference of neighbouring frames."""
-    return video.diff(dim=0).abs().mean((1, 2, 3))
 
 
 def seam(video: torch.Tensor, first_frame: int = 0) -> float:

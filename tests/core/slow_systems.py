@@ -243,7 +243,9 @@ class MemRope(InfinityRope):
         self.memory = [[] for _ in self.cache]
 
     def evicted(self, layer, gone):
-        means = [torch.cat(parts, 1).mean(1, keepdim=True) for parts in zip(*((g.key, g.value) for g in gone), strict=True)]
+        means = [
+            torch.cat(parts, 1).mean(1, keepdim=True) for parts in zip(*((g.key, g.value) for g in gone), strict=True)
+        ]
         e = Held(0, *(mean.expand(-1, self.tokens, -1) for mean in means))
         if not self.memory[layer]:
             self.memory[layer] = [e, e]

@@ -85,3 +85,53 @@ def test_meters_are_what_they_say():
     red = numpy.zeros((8, 8, 3), numpy.uint8)
     red[..., 0] = 255
     assert frame_meters(red, None)["colour"] == pytest.approx((0.701 + 2 * 0.299) / 3, abs=1e-3)
+
+
+def test_video_metrics_plots_and_measures_chunks(node, folders):
+    first, second = video(folders / "a.mp4", 33, 20), video(folders / "b.mp4", 20, 40)
+    out = node("AdaStateVideoMetrics")(video=first, reference=second)
+    image, found = out.args[0], json.loads(out.args[1])
+    assert image.ndim == 4 and image.shape[-1] == 3 and 0 <= float(image.min()) < float(image.max()) <= 1
+    assert [chunk["first_picture"] for chunk in found["chunks"]] == [0, 9, 21]
+    assert found["pictures"] == 33 and found["compared"] == 20 and found["size"] == [32, 32]
+    drifts = [chunk["drift"] for chunk in found["chunks"]]
+    assert 0 == drifts[0] < drifts[1] < drifts[2], "a level up with every picture"
+    assert 16 < found["chunks"][0]["psnr"] < 22 and "psnr" not in found["chunks"][2]
+    alone = node("AdaStateVideoMetrics")(video=first, chunk_frames=8, every=4)
+    assert alone.args[0].shape[1] < image.shape[1], "no panel for a reference that is not there"
+    assert json.loads(alone.args[1])["pictures"] == 9
+
+
+def test_video_metrics_reads_a_long_video_a_picture_at_a_time(node, folders, monkeypatch):
+    import weakref
+
+    from adastate_pack.nodes import metrics
+
+    alive, most, plain = set(), [0], metrics.read_pictures
+
+    def counted(*arguments):
+        for number, picture in enumerate(plain(*arguments)):
+            alive.add(number)
+            most[0] = max(most[0], len(alive))
+            weakref.finalize(picture, alive.discard, number)
+            yield picture
+            del picture
+
+    monkeypatch.setattr(metrics, "read_pictures", counted)
+    for frames in (20, 200):
+        out = node("AdaStateVideoMetrics")(video=video(folders / f"{frames}.mp4", frames, 20))
+        assert json.loads(out.args[1])["pictures"] == frames and most[0] <= 3
+
+
+def test_video_metrics_says_what_is_wrong(node, folders):
+    metrics = node("AdaStateVideoMetrics")
+    assert metrics.validate(chunk_frames=12, every=1) is True
+    assert metrics.validate(chunk_frames=0).startswith(
+        "chunk_frames is 0; it must be a number of pictures between 1 and"
+    )
+    assert metrics.validate(every=0).startswith("every is 0; it must be a number of pictures between 1 and")
+    first, other = video(folders / "a.mp4", 12, 20), video(folders / "b.mp4", 12, 20, size=48)
+    with pytest.raises(ValueError, match="reference is 48x48 and the video 32x32; both must have the same size"):
+        metrics(video=first, reference=other)
+    with pytest.raises(ValueError, match="every is 5000"):
+        metrics(video=first, every=5000)

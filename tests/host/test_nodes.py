@@ -55,6 +55,7 @@ CONTRACT = {
         ["model", "positive", "width", "height", "windows", "seed", "anchor?"],
         ["IMAGE", "STRING"],
     ),
+    "AdaStateVideoMetrics": (["video", "reference?", "chunk_frames?", "every?"], ["IMAGE", "STRING"]),
     "AdaStateCompare": (["video_a", "video_b", "video_c?", "video_d?", "labels"], ["VIDEO", "STRING"]),
     "AdaStateAbsorption": (
         [

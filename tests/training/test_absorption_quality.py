@@ -11,7 +11,7 @@ import torch
 from tiny_denoiser import tiny_denoiser
 
 from training import absorption_quality
-from training.absorption_quality import flicker, nearness
+from training.absorption_quality import chunk_flicker, nearness
 
 CODEC = str(Path(__file__).resolve().parents[2] / "models" / "vae" / "adastate_demo_vae.safetensors")
 ENTRY = 'weights = "{weights}"\nanchor = {{ kind = "none" }}\nwindow_frames = 9\npositions = "packed"\n'
@@ -93,8 +93,8 @@ def test_flicker_is_the_share_of_motion_at_the_chunks_rate():
     def video(jumps: torch.Tensor) -> torch.Tensor:
         return jumps.cumsum(0).remainder(2).sub(1).abs()[:, None, None, None].expand(-1, 8, 8, 3)
 
-    assert flicker(video(moves)) > 0.95
-    assert flicker(video(ever)) < 0.5
+    assert chunk_flicker(video(moves)) > 0.95
+    assert chunk_flicker(video(ever)) < 0.5
 
 
 def test_nearness_of_known_noise():
