@@ -28,7 +28,10 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     "window_frames": _whole(0, 4096),
     "positions": lambda value: isinstance(value, str) and value in POSITION_MODES,
 }
-NOT_CAUSAL = "the checkpoint says nothing of being causal; if frames fall apart it may be a plain Wan model"
+NOT_CAUSAL = (
+    "the checkpoint says nothing of being causal: choose its system in Model Preset; if frames fall apart it may be a plain "
+    "Wan model"
+)
 
 
 def checkpoint_anchor(defaults: dict[str, Any]) -> Anchor:

@@ -61,7 +61,8 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
     if resolved.preset:
         lines.append("taken for " + resolved.preset.describe())
     elif defaults:
-        lines.append("its own settings: " + json.dumps({k: v for k, v in defaults.items() if k != "fingerprints"}))
+        own = {name: value for name, value in resolved.numbers.items() if name in defaults}
+        lines.append(f"its own settings: {json.dumps(own)}; anchor {json.dumps(resolved.anchor.describe())}")
     else:
         lines.append("nothing says how it is rolled out; choose one of the presets " + ", ".join(PRESETS))
     per_frame = 2 * plan.frame_bytes * geometry.layers

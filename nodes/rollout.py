@@ -21,7 +21,7 @@ NO_LATENT = "The frames went to a stream and keep_latents is off, so there is no
 
 def _inputs() -> list[io.Input]:
     return [
-        io.Model.Input("model", tooltip="A causal Wan 2.1 text-to-video model, from Load Diffusion Model."),
+        io.Model.Input("model", tooltip="A causal Wan 2.1 text-to-video model, from Load Causal Video Model."),
         io.MultiType.Input(
             "positive",
             types=[io.Conditioning, api.Prompts],

@@ -74,7 +74,7 @@ def check_model(patcher: Any) -> None:
     if config != MODEL_CLASS:
         raise ValueError(
             f"the model is a {config}; a rollout drives Wan 2.1 text-to-video models ({MODEL_CLASS}): load a causal "
-            "Wan 2.1 checkpoint such as Self-Forcing with Load Diffusion Model"
+            "Wan 2.1 checkpoint such as Self-Forcing with Load Causal Video Model"
         )
     channels = patcher.model.model_config.unet_config.get("in_dim", LATENT_CHANNELS)
     if channels != LATENT_CHANNELS:

@@ -148,6 +148,9 @@ def test_files_that_are_not_listed(models, name):
             "no file is chosen" in reason if not name else "is not among the files in models/diffusion_models" in reason
         )
         assert HostNode(node_id).validate(file=None) is True
+        inputs = {"weight_dtype": "default"} if node_id == "AdaStateLoadModel" else {}
+        with pytest.raises(ValueError, match="no file is chosen|is not among the files"):  # a linked name
+            HostNode(node_id)(file=name, **inputs)
 
 
 def test_the_list_of_an_empty_folder(models, monkeypatch):

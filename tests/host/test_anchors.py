@@ -1,0 +1,54 @@
+"""The anchor nodes: the core's policies by their own numbers, their refusals, and times in seconds of video."""
+
+from __future__ import annotations
+
+import torch
+from adastate_pack.adastate_core.anchors import AnchorAdaptive
+from conftest import NODES
+
+
+def test_the_anchor_nodes_are_the_cores_policies(node):
+    expected = {
+        "AdaStateAnchorNone": ({}, {"kind": "none"}),
+        "AdaStateAnchorStatic": ({"sink_frames": 2}, {"kind": "static", "sink_frames": 2}),
+        "AdaStateAnchorEMA": ({"sink_frames": 2, "decay": 0.5}, {"kind": "ema", "sink_frames": 2, "decay": 0.5}),
+        "AdaStateAnchorMemory": (
+            {"sink_frames": 2, "long_rate": 0.02, "short_rate": 0.3},
+            {"kind": "memory", "sink_frames": 2, "long_rate": 0.02, "short_rate": 0.3},
+        ),
+        "AdaStateAnchorReplay": ({"first_frames": 9}, {"kind": "replay", "first_frames": 9}),
+        "AdaStateAnchorAdaptive": (
+            {"state_frames": 2, "state_after_past": True, "strength": 0.5, "freeze_seconds": 2.5, "reset_seconds": 0.1},
+            {
+                "kind": "adaptive", "state_frames": 2, "state_after_past": True, "strength": 0.5, "freeze_frame": 10,
+                "reset_frames": 1,
+            },
+        ),
+    }  # fmt: skip
+    assert set(expected) <= {name for name in NODES if name.startswith("AdaStateAnchor")}
+    for name, (inputs, description) in expected.items():
+        assert node(name)(**inputs).args[0].describe() == description
+    assert node("AdaStateAnchorAdaptive")(state_frames=1).args[0] == AnchorAdaptive(1)
+    assert node("AdaStateAnchorMemory")(sink_frames=3).args[0].describe()["long_rate"] == 0.01
+
+
+def test_an_adaptive_anchor_frozen_and_reset_in_a_rollout(node, rollout):
+    """What the state does at a time shows from the next chunk on, and not before."""
+    adaptive = node("AdaStateAnchorAdaptive")
+    plain = rollout(anchor=adaptive(state_frames=1).args[0], length=57).args[0]["samples"]
+    frozen = rollout(anchor=adaptive(state_frames=1, freeze_seconds=1.5).args[0], length=57).args[0]["samples"]
+    reset = rollout(anchor=adaptive(state_frames=1, reset_seconds=2.0).args[0], length=57).args[0]["samples"]
+    for other, first in ((frozen, 9), (reset, 9)):  # 1.5 s: latent frame 6; 2 s: frame 8; chunks of 3
+        assert torch.equal(plain[:, :, :first], other[:, :, :first])
+        assert not torch.equal(plain[:, :, first : first + 3], other[:, :, first : first + 3])
+
+
+def test_bad_numbers(node):
+    assert "short_rate is 2.0" in node("AdaStateAnchorMemory").validate(sink_frames=3, short_rate=2.0)
+    assert "first_frames is 0" in node("AdaStateAnchorReplay").validate(first_frames=0)
+    adaptive = node("AdaStateAnchorAdaptive").validate
+    assert "strength is 0" in adaptive(state_frames=1, strength=0)
+    assert "freeze_seconds: seconds is -1" in adaptive(state_frames=1, freeze_seconds=-1.0)
+    assert "reset_seconds: seconds is nan" in adaptive(state_frames=1, reset_seconds=float("nan"))
+    assert adaptive(state_frames=None, strength=None, freeze_seconds=None, reset_seconds=None) is True
+    assert adaptive(state_frames=1) is True
