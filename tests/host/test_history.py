@@ -20,6 +20,12 @@ LENGTH = 81  # seven chunks of three latent frames
 
 
 @pytest.fixture
+def rollout(rollout):
+    """One step a chunk is enough here."""
+    return lambda **inputs: rollout(**({"steps": 1} | inputs))
+
+
+@pytest.fixture
 def stream(vae, node):
     def make(**inputs):
         defaults = {
@@ -244,14 +250,16 @@ def test_a_write_that_dies_leaves_whole_states_only_and_the_video_goes_on(
     assert [load_state(folder / name).next_chunk for name in names_in(folder)] == [2, 6]
 
 
-def test_a_kept_state_never_stands_for_frames_that_the_growing_file_has_not(rollout, stream, folders, monkeypatch):
-    """At every write the file, read as a kill would leave it, holds the frames of the state."""
+def test_a_kept_state_never_stands_for_frames_that_the_growing_file_has_not(
+    rollout, stream, folders, node, monkeypatch
+):
+    """At every write the file, read as a kill would leave it, holds the frames of the state, and can be joined to."""
     seen = []
     original = state_history.StateHistory.keep
 
     def keep(self, state):
         path = folders / "output" / state.stream["files"][0]
-        copy = folders / "copy.mp4"
+        copy = folders / f"{state.next_chunk}.mp4"
         copy.write_bytes(path.read_bytes())
         seen.append((len(frames_of(copy)), state.stream["file_frames"][0]))
         return original(self, state)
@@ -260,6 +268,15 @@ def test_a_kept_state_never_stands_for_frames_that_the_growing_file_has_not(roll
     rollout(length=LENGTH, stream=stream())
     assert [states for _, states in seen] == [21, 45, 69]
     assert all(there >= counted for there, counted in seen)
+    folder = folders / "output" / "video"
+    whole = frames_of(folder / "take_00001_.mp4")
+    (folders / "4.mp4").replace(folder / "take_00001_.mp4")
+    (folder / "take_00001_.state.safetensors").unlink()
+    kept = "video/take_00001_.history/chunk_000002.state.safetensors [output]"
+    state = node("AdaStateLoadState")(file=kept, chunk=4).args[0]
+    rollout(length=LENGTH, resume=state, stream=stream(join=True))
+    joined = frames_of(folder / "take_00002_.mp4")
+    assert len(joined) == LENGTH and torch.equal(joined[:45], whole[:45])
 
 
 def test_an_interrupted_run_keeps_its_history(rollout, stream, folders, monkeypatch, node):
@@ -267,7 +284,7 @@ def test_an_interrupted_run_keeps_its_history(rollout, stream, folders, monkeypa
 
     def velocity(self, x, timestep, attention):
         calls.append(1)
-        if len(calls) == 3 * 4 + 2:
+        if len(calls) == 2 * 4 + 1:
             comfy.model_management.interrupt_current_processing()
             comfy.model_management.throw_exception_if_processing_interrupted()
         return original(self, x, timestep, attention)
