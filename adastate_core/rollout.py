@@ -179,6 +179,11 @@ class Rollout:
         return self._emitted
 
     @property
+    def generated(self) -> int:
+        """Chunks that were generated since frame 0."""
+        return self._next_chunk
+
+    @property
     def kept_latents(self) -> torch.Tensor | None:
         """All latents since frame 0 [B, C, T, h, w], if they were kept all along."""
         return torch.cat(self._kept, dim=2) if self._kept else None

@@ -18,6 +18,7 @@ from .rollout import RolloutState
 FORMAT = "adastate.rollout"
 VERSION = 1
 OPTIONAL = ("hidden", "latents", "recent", "noisy")
+_UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, AttributeError, OverflowError, ValueError)
 
 
 def save_state(state: RolloutState, path: Path | str) -> Path:
@@ -66,6 +67,23 @@ def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     return json.loads(metadata["state"])
 
 
+def _explained(path: Path, error: Exception) -> ValueError:
+    if isinstance(error, ValueError) and str(error).startswith(path.name):
+        return error
+    return ValueError(f"{path.name} cannot be read as a rollout state: {error}")
+
+
+def state_chunk(path: Path | str) -> int:
+    """After how many generated chunks a state that `save_state` wrote was taken, without reading it all. ValueError as
+    `load_state`."""
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return int(_read_header(path, file.metadata())["next_chunk"])
+    except _UNREADABLE as error:
+        raise _explained(path, error) from error
+
+
 def load_state(path: Path | str) -> RolloutState:
     """Read a state that `save_state` wrote. ValueError, naming the file and the reason, for anything else."""
     path = Path(path)
@@ -87,10 +105,8 @@ def load_state(path: Path | str) -> RolloutState:
             stream=header["stream"] | streamed,
             absorption=header.get("absorption", {}) | absorbed,
         )
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(path.name):
-            raise
-        raise ValueError(f"{path.name} cannot be read as a rollout state: {error}") from error
+    except _UNREADABLE as error:
+        raise _explained(path, error) from error
     if reason := _damage(state):
         raise ValueError(f"{path.name} is damaged ({reason}); use another state, or make it again")
     return state

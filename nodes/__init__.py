@@ -17,7 +17,20 @@ class AdaStateExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import absorption, analysis, anchors, demo, metrics, models, prompts, rollout, sampler, state, stream
+            from . import (
+                absorption,
+                analysis,
+                anchors,
+                demo,
+                metrics,
+                models,
+                prompts,
+                rollout,
+                sampler,
+                start,
+                state,
+                stream,
+            )
         except Exception:
             # The host reports a failed import in one line; the reason is in the traceback.
             log.error("ComfyUI-AdaState could not be loaded:\n%s", traceback.format_exc())
@@ -30,6 +43,7 @@ class AdaStateExtension(ComfyExtension):
             *rollout.NODES,
             *sampler.NODES,
             *stream.NODES,
+            *start.NODES,
             *state.NODES,
             *absorption.NODES,
             *analysis.NODES,

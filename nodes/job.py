@@ -313,7 +313,9 @@ class Job:
             "prompts": self._prompt_report(),
             "files": [target.path.name for target in output.targets] if output else [],
             "warnings": self.warnings,
-        } | ({"absorption": absorption} if absorption else {})
+            **({"history": output.history.kept} if output and output.history else {}),
+            **({"absorption": absorption} if absorption else {}),
+        }
 
     def _prompt_report(self) -> list[dict[str, Any]]:
         """Where the prompt changes: the latent frame, the text if it is known, and how."""

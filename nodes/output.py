@@ -16,6 +16,7 @@ import torch
 
 from ..adastate_core.rollout import Chunk, Rollout, RolloutState
 from ..adastate_core.rollout_file import save_state
+from ..adastate_core.state_history import StateHistory, history_folder
 from ..adastate_core.streaming import VideoStream
 from ..adastate_core.vae_stream import pictures_of
 from ..adastate_core.video_sink import VideoSink
@@ -44,6 +45,17 @@ class StreamSettings:
     autosave_seconds: float = 60.0
     join: bool = False
     latent_space: str = "auto"
+    history_chunks: int = 0
+    history_states: int = 8
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A state that waits for its video to be whole, and what for."""
+
+    state: RolloutState = field(repr=False)
+    autosave: bool
+    keep: bool
 
 
 class StreamOutput:
@@ -67,7 +79,10 @@ class StreamOutput:
             self._discard()
             raise
         self.stream = VideoStream(job.decoder, sinks, [target.name for target in self.targets], before)
-        self._due: RolloutState | None = None
+        every = settings.history_chunks
+        folder = history_folder(self.state_path)
+        self.history = StateHistory(folder, every, settings.history_states) if every else None
+        self._due: _Due | None = None
         self._saved = time.monotonic()
 
     def _discard(self) -> None:
@@ -120,7 +135,7 @@ class StreamOutput:
         return self.targets[0].path.with_suffix(STATE_SUFFIX)
 
     def step(self, chunk: Chunk, rollout: Rollout) -> torch.Tensor:
-        """Decode and write a chunk; saves the state when it is due.
+        """Decode and write a chunk; saves the state when it is due, for a resume or to keep it.
 
         A growing file keeps its newest frame back until the next one comes, so a state is taken after one chunk and
         written after the next: what it calls written then survives a kill.
@@ -130,20 +145,29 @@ class StreamOutput:
         except BaseException:
             rollout.put_back(chunk.latents)
             raise
-        if self._due is not None:
-            due, self._due = self._due, None
-            self._write(lambda: due)
+        self._write_due()
         every = self.settings.autosave_seconds
-        if every > 0 and time.monotonic() - self._saved >= every:
-            self._due = rollout.snapshot(self.snapshot())
+        autosave = every > 0 and time.monotonic() - self._saved >= every
+        keep = self.history is not None and self.history.wants(rollout.generated)
+        if autosave or keep:
+            self._due = _Due(rollout.snapshot(self.snapshot()), autosave, keep)
         return pictures
+
+    def _write_due(self, autosave: bool = True) -> None:
+        due, self._due = self._due, None
+        if due is None:
+            return
+        if due.keep:
+            self._try(lambda: self.history.keep(due.state), "history")
+        if due.autosave and autosave:
+            self._write(lambda: due.state)
 
     def snapshot(self) -> dict[str, Any]:
         """What a state keeps of these files."""
         return self.stream.snapshot() | {"run_id": self.run_id}
 
     def finish(self, rollout: Rollout, whole: bool) -> None:
-        """Finish the files; after an early end, or where a state was saved on the way, save the last one.
+        """Finish the files; after an early end, or where states were saved on the way, save the last one.
 
         A run that wrote nothing leaves nothing.
         """
@@ -152,17 +176,25 @@ class StreamOutput:
         finally:
             if not self.stream.frames:
                 self._discard()
-            elif not whole or self.state_path.exists():
-                soft_empty_cache()
-                self._write(lambda: rollout.snapshot(self.snapshot()))
+            else:
+                self._write_due(autosave=False)
+                if not whole or self.history is not None or self.state_path.exists():
+                    soft_empty_cache()
+                    self._write(lambda: rollout.snapshot(self.snapshot()))
 
     def _write(self, state: Callable[[], RolloutState]) -> None:
-        """Write `<video>.state.safetensors`; a failure is logged, never raised, so that the video goes on."""
-        try:
-            save_state(state(), self.state_path)
+        """Write `<video>.state.safetensors`."""
+        if self._try(lambda: save_state(state(), self.state_path), self.state_path.name):
             self._saved = time.monotonic()
+
+    def _try(self, write: Callable[[], object], where: str) -> bool:
+        """Whether `write` went well; a failure is logged, never raised, so that the video goes on."""
+        try:
+            write()
         except Exception as error:  # noqa: BLE001
-            log.error("the rollout's state could not be saved to %s: %s", self.state_path.name, error)
+            log.error("a state of %s could not be saved to %s: %s", self.targets[0].name, where, error)
+            return False
+        return True
 
 
 def check_streamable(state: RolloutState, decoder: HostDecoder) -> None:

@@ -105,7 +105,7 @@ def _inputs() -> list[io.Input]:
         io.Latent.Input(
             "start_latent",
             optional=True,
-            tooltip="Pictures or a video to go on from (VAE Encode): they become the first frames.",
+            tooltip="Pictures, a video (Continue Video, VAE Encode) or latents to go on from: they become the first frames.",
         ),
         api.State.Input(
             "resume", optional=True, tooltip="A rollout to go on from, from another rollout or Load Rollout State."

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..adastate_core.rollout import RolloutState
 from ..adastate_core.rollout_file import load_state, save_state
+from ..adastate_core.state_history import state_at
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.codec import HostDecoder
-from .host.files import STATE_SUFFIX, check_prefix, check_saved, saved_files, saved_fingerprint, saved_path, write_new
+from .host.files import STATE_SUFFIX, check_prefix, check_saved, fingerprint, saved_files, saved_path, write_new
 from .host.model import wan_to_vae_space
 from .stream import latent_space_widget
 
@@ -57,23 +59,51 @@ class LoadStateNode(io.ComfyNode):
                     io.Combo,
                     "file",
                     options=saved_files(STATE_SUFFIX) or [""],
-                    tooltip="A saved state: newest first; '<video>.state.safetensors' are the streams' own.",
-                )
+                    tooltip="A saved state: newest first; '<video>.state.safetensors' are the streams' own, those in "
+                    "'<video>.history' were kept on the way.",
+                ),
+                widget(
+                    io.Int,
+                    "chunk",
+                    default=-1,
+                    min=-1,
+                    max=2**30,
+                    optional=True,
+                    tooltip="The state after so many generated chunks, or the nearest before, from the history that the stream "
+                    "kept of this file's video (history_chunks). -1 = the file itself.",
+                ),
             ],
             outputs=[api.State.Output("state", display_name="STATE", tooltip="Connect to a rollout's resume.")],
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
-        return check_saved(file, "state file")
+    def validate_inputs(cls, file: str | None = None, chunk: int | None = None) -> bool | str:
+        if chunk is not None and chunk < -1:
+            return f"chunk is {chunk}; it must be at least -1"
+        if (reason := check_saved(file, "state file")) is not True or file is None or chunk is None:
+            return reason
+        try:
+            cls._path(file, chunk)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str | None) -> str:
-        return saved_fingerprint(file, "state file")
+    def fingerprint_inputs(cls, file: str, chunk: int = -1) -> str:
+        return fingerprint(cls._path(file, chunk))
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(load_state(saved_path(file, "state file")))
+    def execute(cls, file: str, chunk: int = -1) -> io.NodeOutput:
+        if (reason := cls.validate_inputs(file, chunk)) is not True:  # linked values are not known any earlier
+            raise ValueError(reason)
+        path = cls._path(file, chunk)
+        state = load_state(path)
+        return io.NodeOutput(state, ui=ui.PreviewText(f"{path.name}: after {state.next_chunk} chunks\n{state!r}"))
+
+    @staticmethod
+    def _path(file: str, chunk: int) -> Path:
+        path = saved_path(file, "state file")
+        return path if chunk < 0 else state_at(path, chunk)
 
 
 class DecodeStateNode(io.ComfyNode):

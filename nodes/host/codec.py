@@ -29,6 +29,31 @@ def check_vae(vae: Any) -> None:
         )
 
 
+def check_encoder(vae: Any) -> None:
+    """ValueError, naming what was given, unless `vae` is a full Wan 2.1 VAE."""
+    check_vae(vae)
+    if type(vae.first_stage_model).__name__ == _TINY:
+        raise ValueError(
+            "the vae is a tiny VAE, which decodes only; encoding needs a full Wan 2.1 VAE: load wan_2.1_vae, or the demo's"
+        )
+
+
+def encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures [4 n + 1, H, W, 3] in 0..1 to a latent [1, 16, n + 1, H / 8, W / 8] in VAE space, float32, as VAE Encode.
+
+    ValueError if the VAE makes another number of latent frames of them.
+    """
+    check_encoder(vae)
+    latents = vae.encode(pictures[..., :3])
+    frames, count = (len(pictures) - 1) // 4 + 1, len(pictures)
+    if latents.ndim != 5 or latents.shape[2] != frames:
+        raise ValueError(
+            f"the vae made a latent {list(latents.shape)} of {count} frames, where a Wan 2.1 VAE makes {frames} latent frames; "
+            "load wan_2.1_vae, or the demo's"
+        )
+    return latents
+
+
 class HostDecoder:
     """One stream of latents to pictures through the host's VAE, in its dtype, on its device.
 

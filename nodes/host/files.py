@@ -123,7 +123,11 @@ def check_saved(name: str | None, what: str) -> bool | str:
 
 def saved_fingerprint(name: str, what: str) -> str:
     """Changes when the file that `name` stands for does."""
-    path = saved_path(name, what)
+    return fingerprint(saved_path(name, what))
+
+
+def fingerprint(path: Path) -> str:
+    """Changes when the file does."""
     return f"{path.name}:{path.stat().st_mtime_ns}:{path.stat().st_size}"
 
 

@@ -43,13 +43,18 @@ CONTRACT = {
     "AdaStateSampler": (["chunk_frames", "window_frames", "positions", "anchor?"], ["SAMPLER"]),
     "AdaStateNoise": (["seed", "chunk_frames"], ["NOISE"]),
     "AdaStateStreamOutput": (
-        ["vae", "filename_prefix", "fps", "codec", "quality", "preview", "autosave_seconds?", "join?", "latent_space?"],
+        ["vae", "filename_prefix", "fps", "codec", "quality", "preview", "autosave_seconds?", "join?", "latent_space?",
+         "history_chunks?", "history_states?"],
         ["ADASTATE_STREAM"],
     ),
     "AdaStateDecode": (["latent", "vae", "frames_per_call?", "latent_space?"], ["IMAGE"]),
     "AdaStateRenderVideo": (["latent", "vae", "filename_prefix", "fps", "codec", "quality", "latent_space?"], ["VIDEO"]),
     "AdaStateSaveState": (["state", "filename_prefix"], ["STRING"]),
-    "AdaStateLoadState": (["file"], ["ADASTATE_STATE"]),
+    "AdaStateLoadState": (["file", "chunk?"], ["ADASTATE_STATE"]),
+    "AdaStateContinueVideo": (
+        ["vae", "width", "height", "frames", "crop", "video?", "image?", "fps?", "upscale_method?"],
+        ["LATENT", "IMAGE", "INT"],
+    ),
     "AdaStateDecodeState": (["state", "vae", "latent_space?"], ["IMAGE"]),
     "AdaStateAttentionShare": (
         ["model", "positive", "width", "height", "windows", "seed", "anchor?"],
@@ -152,6 +157,8 @@ def test_bad_numbers_are_said_before_anything_is_loaded(node, inputs, message):
         ({"codec": "gif"}, "codec is 'gif'; it must be one of h264"),
         ({"quality": 99}, "quality is 99"),
         ({"autosave_seconds": -1.0}, "autosave_seconds is -1.0"),
+        ({"history_chunks": -1}, "history_chunks is -1; it must be at least 0"),
+        ({"history_states": 0}, "history_states is 0; it must be at least 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -159,7 +166,7 @@ def test_bad_stream_settings(node, inputs, message):
     good = {"filename_prefix": "a/b", "fps": 16.0, "codec": "h264", "quality": 18, "autosave_seconds": 60.0}
     assert node("AdaStateStreamOutput").validate(**good) is True
     assert message in node("AdaStateStreamOutput").validate(**(good | inputs))
-    if "autosave_seconds" not in inputs:
+    if not inputs.keys() & {"autosave_seconds", "history_chunks", "history_states"}:
         good.pop("autosave_seconds")
         assert message in node("AdaStateRenderVideo").validate(**(good | inputs))
 

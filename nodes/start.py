@@ -1,0 +1,133 @@
+"""What a rollout may start from besides noise: pictures, and the end of a video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .host import codec
+from .host.api import io, schema, widget
+from .host.pictures import CROPS, SCALERS, scaled, video_tail
+from .job import check_size
+
+MAX_FRAMES = 1025
+
+
+class ContinueVideoNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateContinueVideo",
+            display_name="Continue Video",
+            category="AdaState",
+            description="Encodes a picture, or the end of a video of any length and size, for a rollout to go on from.",
+            search_aliases=["image to video", "video to video", "i2v", "v2v", "extend video", "AdaState"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="The full Wan 2.1 VAE that belongs to the model."),
+                widget(io.Int, "width", default=832, min=16, max=8192, step=16, tooltip="Width of the rollout."),
+                widget(io.Int, "height", default=480, min=16, max=8192, step=16, tooltip="Height of the rollout."),
+                widget(
+                    io.Int,
+                    "frames",
+                    default=13,
+                    min=1,
+                    max=MAX_FRAMES,
+                    step=4,
+                    tooltip="Frames to take from the end, 4n + 1 (else the oldest are left out); of a shorter video what there "
+                    "is. More show the model more of the motion.",
+                ),
+                widget(
+                    io.Combo,
+                    "crop",
+                    options=list(CROPS),
+                    default=CROPS[0],
+                    tooltip="Where the shape differs: center cuts off what is too much, disabled stretches.",
+                ),
+                io.Video.Input(
+                    "video", optional=True, tooltip="A video to go on from; of a file the end alone is held in memory."
+                ),
+                io.Image.Input("image", optional=True, tooltip="A picture, or frames in order, instead of a video."),
+                widget(
+                    io.Float,
+                    "fps",
+                    default=16.0,
+                    min=0.0,
+                    max=240.0,
+                    step=0.001,
+                    optional=True,
+                    tooltip="Takes a video's frames at this many a second, so that motion keeps its pace; Wan 2.1 makes 16. "
+                    "0 = every frame as it is. Not used for image.",
+                ),
+                widget(
+                    io.Combo,
+                    "upscale_method",
+                    options=list(SCALERS),
+                    default=SCALERS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="How frames are scaled, as in Upscale Image; of the right size they are not touched.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("latent", display_name="LATENT", tooltip="Connect to a rollout's start_latent."),
+                io.Image.Output("pictures", display_name="IMAGE", tooltip="The frames that were taken, scaled."),
+                io.Int.Output(
+                    "frame_count",
+                    display_name="FRAMES",
+                    tooltip="How many frames LATENT stands for; the rollout's length counts them, so it must be larger.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        width: int | None = None,
+        height: int | None = None,
+        frames: int | None = None,
+        crop: str | None = None,
+        fps: float | None = None,
+        upscale_method: str | None = None,
+    ) -> bool | str:
+        """The first thing wrong, in a sentence; linked inputs arrive as None."""
+        if reason := check_size(width, height):
+            return reason
+        if frames is not None and not 1 <= frames <= MAX_FRAMES:
+            return f"frames is {frames}; it must be between 1 and {MAX_FRAMES}"
+        if fps is not None and fps != 0 and not 1 <= fps <= 240:
+            return f"fps is {fps}; it must be 0 or between 1 and 240"
+        for name, value, known in (("crop", crop, CROPS), ("upscale_method", upscale_method, SCALERS)):
+            if value is not None and value not in known:
+                return f"{name} is {value!r}; it must be one of {', '.join(known)}"
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        vae: Any,
+        width: int,
+        height: int,
+        frames: int,
+        crop: str,
+        video: Any = None,
+        image: torch.Tensor | None = None,
+        fps: float = 16.0,
+        upscale_method: str = SCALERS[0],
+    ) -> io.NodeOutput:
+        if (reason := cls.validate_inputs(width, height, frames, crop, fps, upscale_method)) is not True:
+            raise ValueError(reason)
+        if (video is None) == (image is None):
+            what = "neither video nor image is" if video is None else "both video and image are"
+            raise ValueError(f"{what} connected; connect one of them, the one to go on from")
+        codec.check_encoder(vae)
+        wanted = frames - (frames - 1) % 4
+        found = image[-wanted:, ..., :3] if video is None else video_tail(video, wanted, fps)
+        if not len(found):
+            raise ValueError("image holds no picture; connect one with pictures in it")
+        kept = len(found) - (len(found) - 1) % 4
+        pictures = scaled(found[-kept:], width, height, upscale_method, crop)
+        return io.NodeOutput({"samples": codec.encode(vae, pictures)}, pictures, kept)
+
+
+NODES = [ContinueVideoNode]
