@@ -77,7 +77,7 @@ class SelfForcing:
     def attend(self, layer, q, k, v):
         n, cache = q.shape[1] // self.tokens, self.cache[layer]
         if self.start + n > self.end[layer]:
-            self.make_room(layer, n)
+            self.make_room(layer)
             cache += [None] * n
             self.end[layer] = self.start + n
         cache[-n:] = self.split(k, v)
@@ -86,14 +86,14 @@ class SelfForcing:
             positions[-n:] = self.cut_positions(positions, n)
         return self.attention(q, positions[-n:], read, positions)
 
-    def make_room(self, layer, n, merge=True):
-        """The oldest behind the sink go until `n` frames have room."""
+    def make_room(self, layer):
+        """The oldest behind the sink go until a whole block has room."""
         cache = self.cache[layer]
-        over = len(cache) + n - self.size
+        over = len(cache) + self.frames - self.size
         if over > 0:
             gone = cache[self.sink : self.sink + over]
             del cache[self.sink : self.sink + over]
-            if merge and not self.again:
+            if not self.again:
                 self.evicted(layer, gone)
 
     def split(self, k, v):
@@ -140,7 +140,7 @@ class SelfForcing:
 
     def flush(self):
         for layer, cache in enumerate(self.cache):
-            self.make_room(layer, self.frames)
+            self.make_room(layer)
             del cache[self.sink : max(self.sink, len(cache) - 2)]
 
     def recache(self):
@@ -148,7 +148,7 @@ class SelfForcing:
         cache has frames, pass once more at t=0, block by block. What the next block pushes out was merged before."""
         back, latents = self.start, torch.cat(self.out, 2)
         for layer, cache in enumerate(self.cache):
-            self.make_room(layer, self.frames)
+            self.make_room(layer)
             del cache[self.sink :]
         first = max(self.sink, back - self.size - self.memories)
         self.again, self.start, self.end = True, first, [first] * len(self.end)
@@ -156,7 +156,7 @@ class SelfForcing:
             self.clean_pass(block)
             self.start += block.shape[2]
         for layer in range(len(self.cache)):
-            self.make_room(layer, self.frames)
+            self.make_room(layer)
         self.again = False
         assert self.start == back
 
@@ -312,7 +312,8 @@ class Adaptive(SelfForcing):
 
     def moved(self, old, to):
         end = self.start + self.frames
-        if old and self.freeze_frame and self.start >= self.freeze_frame:
+        now = self.now if self.again else self.start
+        if old and self.freeze_frame and now >= self.freeze_frame:
             to = old
         elif old:
             to = [
@@ -323,12 +324,15 @@ class Adaptive(SelfForcing):
         return [] if crossed else to
 
     def recache(self):
+        """The same over the newest S + W + F latents, the last hidden state going along; a frozen one stays."""
         back, latents = self.start, torch.cat(self.out, 2)
         self.cache, hidden = [[] for _ in self.cache], self.out_hidden
+        self.again, self.now = True, back
         self.start = max(0, back - self.S - self.W - self.frames)
         for block in latents[:, :, self.start :].split(self.frames, 2):
             self.clean_pass(torch.cat([hidden, block], 2))
             self.start += block.shape[2]
+        self.again = False
         assert self.start == back
 
     def roll(self, chunks):
@@ -381,6 +385,29 @@ class RollingForcing(SelfForcing):
             if step[oldest] == last:
                 self.clean_pass(self.out[-1])
         return torch.cat(self.out, 2)
+
+
+class Changes:
+    """Prompts of a slow loop: `rows` of (first latent frame, context, transition, chunks of a soft one)."""
+
+    def __init__(self, rows):
+        self.rows, self.now, self.since = rows, 0, 0
+
+    def __call__(self, loop):
+        middle = loop.start + loop.frames / 2
+        which = max([0, *(i for i, row in enumerate(self.rows) if row[0] < middle)])
+        changed = which != self.now
+        if changed:
+            self.now, self.since = which, loop.start
+        _, context, transition, chunks = self.rows[which]
+        share = ((loop.start - self.since) / loop.frames + 1) / (chunks + 1)
+        if which and transition == "soft" and share < 1:
+            context = (1 - share) * self.rows[which - 1][1] + share * context
+        loop.model.set_context(context)
+        if changed and loop.start:
+            loop.cut = transition == "rope cut"
+            if transition in ("recache", "flush"):
+                getattr(loop, transition)()
 
 
 SYSTEMS = {
