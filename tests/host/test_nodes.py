@@ -17,6 +17,7 @@ CONTRACT = {
     "AdaStateAnchorStatic": (["sink_frames"], ["ADASTATE_ANCHOR"]),
     "AdaStateAnchorEMA": (["sink_frames", "decay"], ["ADASTATE_ANCHOR"]),
     "AdaStateAnchorAdaptive": (["state_frames", "state_after_past?"], ["ADASTATE_ANCHOR"]),
+    "AdaStateAnchorDeep": (["sink_frames", "recent_frames", "budget_frames", "shift_selected?"], ["ADASTATE_ANCHOR"]),
     "AdaStateLoadModel": (["file", "weight_dtype", "preset?"], ["MODEL"]),
     "AdaStateModelPreset": (["model", "preset"], ["MODEL", "STRING"]),
     "AdaStateInspectCheckpoint": (["file", "width?", "height?", "length?"], ["STRING"]),
