@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorMemory, AnchorReplay, AnchorStatic
+from ..adastate_core.anchors import (
+    Anchor,
+    AnchorAdaptive,
+    AnchorDeep,
+    AnchorEMA,
+    AnchorMemory,
+    AnchorReplay,
+    AnchorStatic,
+)
 from .host import api
 from .host.api import io, schema, widget
 
@@ -259,6 +267,67 @@ class AnchorAdaptiveNode(io.ComfyNode):
         return io.NodeOutput(AnchorAdaptive(state_frames, state_after_past, strength, freeze, reset))
 
 
+class AnchorDeepNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateAnchorDeep",
+            display_name="Anchor: Deep Sink",
+            category=CATEGORY,
+            description="A sink of half the window, and of the frames between it and the newest only the tokens that those "
+            "attend to most (Deep Forcing, arXiv 2512.05081). Needs no training; made for Self-Forcing weights with "
+            "window_frames at 8.",
+            search_aliases=["Deep Forcing", "sink", "compression", "token pruning"],
+            inputs=[
+                widget(
+                    io.Int,
+                    "sink_frames",
+                    default=10,
+                    min=1,
+                    max=64,
+                    tooltip="How many of the first latent frames are kept for good; the paper's choice is 10, and 10 to 15 did well.",
+                ),
+                widget(
+                    io.Int,
+                    "recent_frames",
+                    default=4,
+                    min=1,
+                    max=64,
+                    tooltip="Newest latent frames that are kept whole and say which tokens matter; counts the chunk being made.",
+                ),
+                widget(
+                    io.Int,
+                    "budget_frames",
+                    default=16,
+                    min=2,
+                    max=192,
+                    tooltip="What a chunk looks at after a cut, in latent frames: sink, recent frames (the chunk is among them) "
+                    "and chosen tokens worth the rest.",
+                ),
+                widget(
+                    io.Boolean,
+                    "shift_selected",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where chosen tokens stand in time: on, between sink and recent frames, as in the paper; off, where "
+                    "they were in the video, as in the authors' published code.",
+                ),
+            ],
+            outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],
+        )
+
+    @classmethod
+    def validate_inputs(cls, sink_frames: int, recent_frames: int, budget_frames: int) -> bool | str:
+        return _reason(lambda: AnchorDeep(sink_frames, recent_frames, budget_frames))
+
+    @classmethod
+    def execute(
+        cls, sink_frames: int, recent_frames: int, budget_frames: int, shift_selected: bool = True
+    ) -> io.NodeOutput:
+        return io.NodeOutput(AnchorDeep(sink_frames, recent_frames, budget_frames, shift_selected))
+
+
 def _reason(build: object) -> bool | str:
     """True, or the sentence with which building the policy fails. Linked inputs arrive as None and pass."""
     try:
@@ -276,5 +345,6 @@ NODES = [
     AnchorEMANode,
     AnchorMemoryNode,
     AnchorReplayNode,
+    AnchorDeepNode,
     AnchorAdaptiveNode,
 ]

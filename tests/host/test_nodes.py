@@ -22,6 +22,7 @@ CONTRACT = {
         ["state_frames", "state_after_past?", "strength?", "freeze_seconds?", "reset_seconds?"],
         ["ADASTATE_ANCHOR"],
     ),
+    "AdaStateAnchorDeep": (["sink_frames", "recent_frames", "budget_frames", "shift_selected?"], ["ADASTATE_ANCHOR"]),
     "AdaStateLoadModel": (["file", "weight_dtype", "preset?"], ["MODEL"]),
     "AdaStateModelPreset": (["model", "preset"], ["MODEL", "STRING"]),
     "AdaStateInspectCheckpoint": (["file", "width?", "height?", "length?"], ["STRING"]),
