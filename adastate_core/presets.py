@@ -120,6 +120,7 @@ PRESETS: dict[str, Preset] = {
             "rolling_forcing", "Rolling Forcing", "arXiv 2509.25161",
             timesteps=(1000.0, 800.0, 600.0, 400.0, 200.0), window_frames=3, positions="packed",
             anchor=AnchorStatic(3), blocks=5, files=("rolling_forcing_dmd.pt", "chunkwise/longvideo.pt"),
+            note="its own clean pass sees 18 past frames and no anchor; here it sees what the noisy pass sees",
         ),
         Preset(
             "reward_forcing", "Reward Forcing", "arXiv 2512.04678",
@@ -132,6 +133,7 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "memrope", "MemRoPE, on Self-Forcing or LongLive weights", "Kim et al. 2026",
             window_frames=4, positions="packed", anchor=AnchorMemory(3),
+            note="its own memories begin a chunk later: until then two more frames stay in their place",
         ),
         Preset(
             "rolling_sink", "Rolling Sink, on Self-Forcing weights", "arXiv 2602.07775",

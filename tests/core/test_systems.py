@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 import torch
+from slow_changes import Adaptive
 from slow_rollout import gaussian, rotate
 from slow_systems import (
     SYSTEMS,
-    Adaptive,
     InfinityRope,
     LongLive,
     MemRope,

@@ -6,9 +6,8 @@ from functools import cache
 
 import pytest
 import torch
+from slow_changes import Adaptive, Changes
 from slow_systems import (
-    Adaptive,
-    Changes,
     InfinityRope,
     LongLive,
     MemRope,
