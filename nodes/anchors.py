@@ -155,7 +155,7 @@ class AnchorDeepNode(io.ComfyNode):
                     default=10,
                     min=1,
                     max=64,
-                    tooltip="How many of the first latent frames are kept for good; the paper's choice is 10, and 10 to 15 did well.",
+                    tooltip="How many of the first latent frames are kept for good; the paper has 10, and 10 to 15 did well.",
                 ),
                 widget(
                     io.Int,
