@@ -55,7 +55,7 @@ def motion(video: torch.Tensor) -> torch.Tensor:
 def flicker(series: torch.Tensor, period: int) -> float:
     """Share, 0..1, of the variation of a series [n] that has this period and its overtones; n is cut to whole periods.
 
-    NaN for fewer than two periods or a period below 2. White noise has about 1 / period of it there.
+    NaN for fewer than two periods or a period below 2. White noise has one over the number of periods there, in the mean.
     """
     whole = len(series) // max(period, 1)
     if period < 2 or whole < 2:

@@ -79,6 +79,9 @@ def test_flicker_is_the_share_at_the_chunks_period():
     noise = torch.rand(131, generator=torch.Generator().manual_seed(0))
     for period in (2, 5, 12, 65):
         assert flicker(noise, period) == pytest.approx(share_at(noise.tolist(), period), rel=1e-4)
+    long = torch.rand(40, 1200, generator=torch.Generator().manual_seed(1))
+    shares = [flicker(row, 12) for row in long]
+    assert sum(shares) / len(shares) == pytest.approx(1 / 100, rel=0.15), "one over the number of periods"
     assert math.isnan(flicker(noise, 66)) and math.isnan(flicker(noise, 1)) and math.isnan(flicker(noise[:0], 12))
 
 

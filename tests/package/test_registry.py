@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 try:
@@ -66,3 +69,27 @@ def test_the_style_check_refuses_in_the_pack_what_the_scan_would(line, rule, pla
         [*ruff, "--stdin-filename", place, "-"], input=line + "\n", capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 1 and f" {rule} " in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="the workflow asks git")
+def test_only_another_version_is_published(tmp_path):
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text())
+    steps = workflow["jobs"]["publish"]["steps"]
+    script = next(step["run"] for step in steps if step.get("id") == "version")
+    text = (ROOT / "pyproject.toml").read_text()
+    here = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*here, "init", "-q"], check=True)
+    found, before = [], "0" * 40
+    for number, content in enumerate(
+        (text, text + "# more\n", re.sub(r'(?m)^version = ".*"', 'version = "99.0.0"', text))
+    ):
+        (tmp_path / "pyproject.toml").write_text(content)
+        subprocess.run([*here, "add", "-A"], check=True)
+        subprocess.run([*here, "commit", "-qm", str(number)], check=True)
+        answers = tmp_path.with_name(f"answers{number}")
+        answers.touch()
+        env = os.environ | {"BEFORE": before, "GITHUB_OUTPUT": str(answers)}
+        subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=env, check=True, capture_output=True)
+        found.append(answers.read_text().strip())
+        before = subprocess.run([*here, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert found == ["changed=true", "", "changed=true"]
