@@ -2,14 +2,14 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { nodeOf } from "./js/graph.js";
+import { ROLLOUT, nodeOf } from "./js/graph.js";
 import { Runs } from "./js/runs.js";
 import { TEXTS } from "./js/texts.js";
 import { View } from "./js/view.js";
 
 const WIDGET = "adastate_live";
 const runs = new Runs();
-const views = new WeakMap(); // node -> View
+const views = new WeakMap(); // node -> its view and widget
 
 const rootGraph = () => app.rootGraph ?? app.graph?.rootGraph ?? app.graph;
 
@@ -28,37 +28,43 @@ async function stop(run) {
   show(run);
 }
 
-function viewOf(node) {
-  if (!views.has(node)) {
-    const view = new View(stop);
-    const widget = node.addDOMWidget(WIDGET, "adastate_live", view.element, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => View.HEIGHT,
-      getMaxHeight: () => View.HEIGHT,
-      getValue: () => "",
-      setValue: () => {},
-    });
-    widget.serialize = false;
-    const removed = node.onRemoved;
-    node.onRemoved = function (...args) {
-      view.end();
-      return removed?.apply(this, args);
-    };
-    const [width, height] = node.computeSize();
-    node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
-    views.set(node, view);
-  }
-  return views.get(node);
+/** Give a rollout node its place for a view; it takes no room until there is a run. */
+function prepare(node) {
+  const view = new View(stop);
+  const widget = node.addDOMWidget(WIDGET, "adastate_live", view.element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => (view.run ? View.HEIGHT : 0),
+    getMaxHeight: () => (view.run ? View.HEIGHT : 0),
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false;
+  widget.hidden = true;
+  const removed = node.onRemoved;
+  node.onRemoved = function (...args) {
+    view.end();
+    return removed?.apply(this, args);
+  };
+  views.set(node, { view, widget });
+}
+
+/** Make room for the view of a node's first run. */
+function unfold(node, widget) {
+  widget.hidden = false;
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
 }
 
 /** Show a run on its node, if that is in the graph that is open. */
 function show(run) {
   const node = nodeOf(rootGraph(), run.ids);
   if (!node) return;
-  const view = viewOf(node);
+  if (!views.has(node)) prepare(node);
+  const { view, widget } = views.get(node);
   const shown = view.run;
   if (!shown || shown === run || run.running || !shown.running) view.show(run);
+  if (!shown) unfold(node, widget);
   node.graph?.setDirtyCanvas?.(true, false);
 }
 
@@ -129,6 +135,10 @@ app.registerExtension({
   },
   setup() {
     whenConnected(catchUp);
+  },
+  nodeCreated(node) {
+    // now, because Nodes 2.0 draws the widgets that a node has when it is made
+    if (node.comfyClass === ROLLOUT) prepare(node);
   },
   afterConfigureGraph() {
     showAll();

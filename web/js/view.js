@@ -15,13 +15,14 @@ const make = (tag, className, attributes = {}) => {
 };
 
 export class View {
-  static HEIGHT = 330;
+  static HEIGHT = 350;
 
   /** `stop(run)` asks the server to stop it. */
   constructor(stop) {
     this.run = null;
     this.chosen = null; // the number of a chunk, or null to follow the newest
     this.element = make("div", "adastate-live", { role: "region", "aria-label": TEXTS.view, tabindex: "-1" });
+    this.element.style.display = "none"; // until there is a run
     const stage = make("div", "adastate-stage");
     this.image = make("img", "adastate-preview", { alt: TEXTS.preview, draggable: "false" });
     this.empty = make("div", "adastate-empty");
@@ -56,6 +57,7 @@ export class View {
   show(run) {
     if (this.run !== run) this.chosen = null;
     this.run = run;
+    this.element.style.display = "";
     this.draw();
   }
 
@@ -103,7 +105,8 @@ export class View {
     this.prompt.textContent = several ? TEXTS.prompt(now.prompt, now.prompt_text) : "";
     this.prompt.title = this.prompt.textContent;
     this.prompt.style.display = several ? "" : "none";
-    const place = (chunk) => chunk.frames / newest.frames_total;
+    const [from, to] = [chunks[0].frames, newest.frames];
+    const place = (chunk) => (to > from ? (chunk.frames - from) / (to - from) : 1);
     const measured = chunks.filter((chunk) => chunk.meters);
     for (const curve of this.curves) {
       const points = measured.map((chunk) => [place(chunk), chunk.meters[curve.name] ?? 0]);
