@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from .host.api import ComfyExtension, io
 from .host.files import add_own_models
+from .host.live_routes import add_routes
 
 log = logging.getLogger("adastate")
 
@@ -36,6 +37,7 @@ class AdaStateExtension(ComfyExtension):
             log.error("ComfyUI-AdaState could not be loaded:\n%s", traceback.format_exc())
             raise
         add_own_models()
+        add_routes()
         return [
             *models.NODES,
             *anchors.NODES,

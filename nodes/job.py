@@ -24,7 +24,9 @@ from .host import model as host_model
 from .host.checkpoints import rollout_defaults
 from .host.codec import HostDecoder
 from .host.files import Target
+from .host.live import LiveRun
 from .host.progress import Progress
+from .live import chunk_facts, stop_note
 from .output import StreamOutput, StreamSettings, check_streamable
 
 log = logging.getLogger("adastate")
@@ -230,32 +232,49 @@ class Job:
             rollout.attention.absorber.origin = self.request.absorption.solved_for or self.origin
         return rollout
 
-    def run(self) -> Result:
-        """Load, roll, decode; on any end the files are finished, and after a failure the state is saved beside them."""
-        request, progress = self.request, Progress()
+    def run(self, view: LiveRun | None = None) -> Result:
+        """Load, roll, decode; on any end the files are finished, and after a failure the state is saved beside them.
+
+        `view` is shown each chunk, and may ask to stop: the run then ends after the chunk under way, with what there is.
+        """
+        request, progress, view = self.request, Progress(), view or LiveRun(None)
         rollout = self.rollout(progress)
         progress.expect(rollout.passes(request.latent_length))
         output = StreamOutput(self, request.stream) if request.stream else None
         made: list[Chunk] = []
         start = time.perf_counter()
+        view.started()
         try:
             for chunk in rollout.chunks(request.latent_length, self.given):
                 made.append(chunk if self._holds_latents else replace(chunk, latents=chunk.latents[:, :, :0].clone()))
-                if output:
-                    pictures = output.step(chunk, rollout)
-                    if request.stream.preview:
-                        progress.preview(pictures[0, -1])
-                else:
+                pictures = output.step(chunk, rollout)[0] if output else None
+                if output and request.stream.preview and not view.has_page:
+                    progress.preview(pictures[-1])
+                elif not output:
                     progress.preview_latent(request.model, chunk.latents)
+                if view.watched:
+                    shown = pictures if output and request.stream.preview else None
+                    view.chunk(chunk_facts(self, len(made) - 1, chunk, rollout), shown)
+                if view.stopped:
+                    break
         finally:
             if output:
                 output.finish(rollout, whole=rollout.emitted >= request.latent_length)
         seconds = time.perf_counter() - start
         state = rollout.snapshot(output.snapshot() if output else {})
-        report = self._report(rollout, state, made, seconds, output)
+        stopped = self._stopped(rollout)
+        report = self._report(rollout, state, made, seconds, output) | stopped
         if self.decoder:
             report["decoder"] = self.decoder.describe()
         return Result(self._latents(rollout, made), state, report, output.targets if output else [])
+
+    def _stopped(self, rollout: Rollout) -> dict[str, Any]:
+        """The report's entry of a rollout that was stopped before its length."""
+        if rollout.emitted >= self.request.latent_length:
+            return {}
+        frames, asked = pictures_of(rollout.emitted), pictures_of(self.request.latent_length)
+        self.warnings.append(stop_note(frames, asked))
+        return {"stopped": {"frame": frames, "of": asked}}
 
     @property
     def _holds_latents(self) -> bool:

@@ -9,9 +9,10 @@ from ..adastate_core.cache_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedule import Schedule
 from .absorption import AbsorptionRequest
-from .host import api
+from .host import api, rerun
 from .host.api import ExecutionBlocker, io, schema, ui, widget
 from .host.files import save_metadata
+from .host.live import live_run
 from .job import Job, Request, check_size, report_text
 
 MAX_LENGTH = 2**24
@@ -195,6 +196,10 @@ class RolloutNode(io.ComfyNode):
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return rerun.fingerprint(inputs)
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -237,7 +242,9 @@ class RolloutNode(io.ComfyNode):
             absorption=absorption,
             metadata=save_metadata(cls.hidden) if stream is not None else {},
         )  # fmt: skip
-        result = Job(request).run()
+        with live_run(cls.hidden) as (view, end):
+            result = Job(request).run(view)
+            end.files, end.short = [target.path for target in result.videos], "stopped" in result.report
         text = report_text(result.report)
         shown: dict[str, Any] = {"adastate_report": [text]}
         if result.videos:

@@ -1,0 +1,216 @@
+"""What is shown of a rollout while it runs, and the wish to stop it.
+
+Every rollout is listed here, so that it can be stopped. Numbers and pictures are made only for a prompt whose client has an
+open socket; without one nothing more happens than that question, once a chunk. Events go to that client alone:
+
+adastate.chunk      numbers and meters of a chunk
+adastate.pictures   JPEGs of a chunk's frames, as data URLs
+adastate.end        the rollout is over
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import rerun
+from .live_history import History
+from .live_pictures import Encoder
+from .rerun import Place
+
+ENDED_RUNS = 8  # how many finished ones a page can still ask for
+_SPEED_CHUNKS = 8
+_lock = threading.Lock()
+_runs: OrderedDict[Place, LiveRun] = OrderedDict()
+# clients that run the pack's page: it shows the pictures, so the host's own preview is not wanted there
+_pages: set[str] = set()
+
+
+def prompt_server() -> Any:
+    """The host's server, or None in a process that has none."""
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
+
+
+def display_id(node_id: str) -> str:
+    """The node of the drawn graph that stands for an executed one (they differ where a node was expanded)."""
+    try:
+        from comfy_execution.progress import get_progress_state
+
+        return str(get_progress_state().dynprompt.get_display_node_id(node_id))
+    except Exception:  # noqa: BLE001  another host's registry, or none: the id itself is right for every plain graph
+        return node_id
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with None for NaN and infinity, which JSON has no words for."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+
+
+class LiveRun:
+    """One rollout of one node of one prompt, for whoever watches it."""
+
+    def __init__(self, place: Place | None, workflow: str = "") -> None:
+        server = prompt_server() if place is not None else None
+        self.place, self.workflow = place, workflow
+        self.client = getattr(server, "client_id", None)
+        self.display = display_id(place.node_id) if place is not None else ""
+        self.history, self.running, self.stopped = History(), True, False
+        self._encoder: Encoder | None = None
+        self._times: list[tuple[float, float]] = []
+        self.started()
+
+    @property
+    def watched(self) -> bool:
+        """Whether the prompt's client is there to see anything."""
+        server = prompt_server()
+        return self.client is not None and server is not None and self.client in server.sockets
+
+    @property
+    def has_page(self) -> bool:
+        """Whether who watches is the pack's own page, which shows the pictures itself."""
+        return self.client in _pages and self.watched
+
+    def stop(self) -> None:
+        """Ask the rollout to end after the chunk under way."""
+        self.stopped = True
+
+    def started(self) -> None:
+        """Models are loaded; speed counts from here."""
+        self._times = [(time.perf_counter(), 0.0)]
+
+    def chunk(self, facts: dict[str, Any], pictures: torch.Tensor | None) -> None:
+        """Show a finished chunk: its numbers (`seconds` and `seconds_total` of video among them), and its decoded frames
+        [t, H, W, 3] in 0..1 if there are any."""
+        facts = self._timed(facts)
+        if pictures is None:
+            self._show(facts, None)
+            return
+        if self._encoder is None:
+            self._encoder = Encoder(self._show, self._show_pictures)
+        self._encoder.offer(facts, pictures)
+
+    def _timed(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """With the speed over the newest chunks (seconds of video a second) and the seconds that are left."""
+        now, made = time.perf_counter(), facts["seconds_made"]
+        self._times = [*self._times[-_SPEED_CHUNKS:], (now, made)]
+        (then, before), left = self._times[0], facts["seconds_total"] - facts["seconds"]
+        speed = (made - before) / (now - then) if now > then else 0.0
+        return facts | {"speed": round(speed, 4), "seconds_left": round(left / speed, 2) if speed > 0 else None}
+
+    def _show(self, facts: dict[str, Any], meters: dict[str, float] | None) -> None:
+        numbers = finite(facts) | {"meters": None if meters is None else finite(meters)}
+        self.history.add(numbers)
+        self._send("adastate.chunk", numbers)
+
+    def _show_pictures(self, chunk: int, pictures: list[dict[str, Any]]) -> None:
+        self.history.add_pictures(chunk, pictures)
+        self._send("adastate.pictures", {"chunk": chunk, "pictures": pictures})
+
+    def end(self, outcome: str) -> None:
+        """The rollout is over: "done", "stopped" or "failed"; told after the last pictures."""
+        self.running = False
+
+        def tell() -> None:
+            self.history.outcome = outcome
+            self._send("adastate.end", {"outcome": outcome})
+
+        if self._encoder is not None:
+            self._encoder.close(tell)
+        else:
+            tell()
+
+    def ids(self) -> dict[str, Any]:
+        """What tells this run from others."""
+        return {
+            "prompt_id": self.place.prompt_id,
+            "node_id": self.place.node_id,
+            "display_node": self.display,
+            "workflow": self.workflow,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able: who it is and how far it is."""
+        return self.ids() | {
+            "running": self.running,
+            "stopping": self.running and self.stopped,
+            "outcome": self.history.outcome,
+            "newest": self.history.newest,
+        }
+
+    def _send(self, event: str, data: dict[str, Any]) -> None:
+        if self.watched:
+            prompt_server().send_sync(event, self.ids() | data, self.client)
+
+
+class RunEnd:
+    """What a rollout tells at its end: its files, and whether it is shorter than asked for."""
+
+    def __init__(self) -> None:
+        self.files: list[Path] = []
+        self.short = False
+
+
+@contextmanager
+def live_run(hidden: Any = None) -> Iterator[tuple[LiveRun, RunEnd]]:
+    """List a rollout for the time that it runs; `hidden` are the node's hidden values."""
+    info = getattr(hidden, "extra_pnginfo", None) or {}
+    workflow = info.get("workflow") if isinstance(info, dict) else None
+    run = LiveRun(rerun.executing(), str((workflow or {}).get("id") or ""))
+    end, outcome = RunEnd(), "failed"
+    _list(run)
+    try:
+        yield run, end
+        outcome = "stopped" if end.short else "done"
+        rerun.finished(run.place, end.files, end.short)
+    finally:
+        run.end(outcome)
+        _tidy(run)
+
+
+def _list(run: LiveRun) -> None:
+    if run.place is not None:
+        with _lock:
+            _runs[run.place] = run
+            _runs.move_to_end(run.place)
+
+
+def _tidy(run: LiveRun) -> None:
+    """Drop an ended run that nobody saw anything of, and the oldest of the others."""
+    with _lock:
+        if run.history.newest is None and _runs.get(run.place) is run:
+            del _runs[run.place]
+        ended = [place for place, each in _runs.items() if not each.running]
+        for place in ended[: max(0, len(ended) - ENDED_RUNS)]:
+            del _runs[place]
+
+
+def runs(client: str | None = None) -> list[LiveRun]:
+    """Those running and the newest ended ones, oldest first; of one client if it is named."""
+    with _lock:
+        return [run for run in _runs.values() if client is None or run.client == client]
+
+
+def find(prompt_id: str, node_id: str) -> LiveRun | None:
+    """The run of a node, by its own id or by that of the drawn node that stands for it."""
+    with _lock:
+        exact = _runs.get(Place(prompt_id, node_id))
+        if exact is not None:
+            return exact
+        shown = [run for run in _runs.values() if run.place.prompt_id == prompt_id and run.display == node_id]
+        return shown[-1] if shown else None
+
+
+def page_opened(client: str) -> None:
+    """A client said that it runs the pack's page."""
+    if len(_pages) < 1024:
+        _pages.add(client)

@@ -1,0 +1,59 @@
+"""What a page that comes late can ask for: the numbers and one thumbnail of at most 240 chunks, and the newest pictures."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+MOST_CHUNKS = 240
+NEWEST_PICTURES = 24
+
+
+class History:
+    """Bounded: when it is full every second chunk is dropped, so that what stays is spread over the whole run."""
+
+    def __init__(self, most: int = MOST_CHUNKS) -> None:
+        self.outcome: str | None = None
+        self._most, self._stride = most, 1
+        self._chunks: dict[int, dict[str, Any]] = {}
+        self._pictures: deque[dict[str, Any]] = deque(maxlen=NEWEST_PICTURES)
+        self._lock = threading.Lock()
+
+    @property
+    def newest(self) -> dict[str, Any] | None:
+        """The numbers of the newest chunk."""
+        with self._lock:
+            return dict(self._chunks[max(self._chunks)]) if self._chunks else None
+
+    def add(self, numbers: dict[str, Any]) -> None:
+        """Numbers of a chunk; `numbers["chunk"]` counts from 0."""
+        with self._lock:
+            entry = self._chunks.setdefault(numbers["chunk"], {})
+            entry |= numbers
+            self._thin()
+
+    def add_pictures(self, chunk: int, pictures: list[dict[str, Any]]) -> None:
+        """Pictures {"frame", "url"} of a chunk; the last one is its thumbnail."""
+        with self._lock:
+            if pictures and chunk in self._chunks:
+                self._chunks[chunk]["thumbnail"] = pictures[-1]["url"]
+            self._pictures.extend({"chunk": chunk} | picture for picture in pictures)
+
+    def _thin(self) -> None:
+        """The newest chunk always stays; the one it follows goes if its number is not among those that are kept."""
+        newest = max(self._chunks)
+        while True:
+            for chunk in [n for n in self._chunks if n % self._stride and n != newest]:
+                del self._chunks[chunk]
+            if len(self._chunks) <= self._most:
+                return
+            self._stride *= 2
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: `chunks` in order, each with a `thumbnail` if there is one, and the newest `pictures`."""
+        with self._lock:
+            return {
+                "chunks": [dict(self._chunks[n]) for n in sorted(self._chunks)],
+                "pictures": list(self._pictures),
+            }

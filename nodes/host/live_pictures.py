@@ -1,0 +1,131 @@
+"""Small pictures and meters of decoded frames, made in a thread of their own that never holds a rollout up."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image
+
+from ...adastate_core.live_meters import LiveMeters
+from ...adastate_core.video_sink import to_bytes
+
+log = logging.getLogger("adastate")
+A_SECOND = 4  # pictures, on average
+A_CHUNK = 12  # pictures at most
+WIDTH = 320
+QUALITY = 75
+_MEASURED = 3  # frames of a chunk that meters are taken of
+_METER_SIDE = 160
+
+Facts = dict[str, Any]
+
+
+class Encoder:
+    """A thread with room for one waiting chunk. A chunk that comes while another waits takes its place.
+
+    `show(facts, meters)` is called for every chunk, with meters None for one that was dropped; `show_pictures(chunk,
+    [{"frame", "url"}])` for those that bring pictures.
+    """
+
+    def __init__(
+        self,
+        show: Callable[[Facts, dict[str, float] | None], None],
+        show_pictures: Callable[[int, list[dict[str, Any]]], None],
+    ) -> None:
+        self._show, self._show_pictures = show, show_pictures
+        self._changed, self._closing = threading.Condition(), False
+        self._waiting: tuple[Facts, torch.Tensor] | None = None
+        self._after: Callable[[], None] | None = None
+        self._meters, self._allowed, self._asked = LiveMeters(), float(A_SECOND), time.monotonic()
+        threading.Thread(target=self._work, name="adastate-live", daemon=True).start()
+
+    def offer(self, facts: Facts, pictures: torch.Tensor) -> None:
+        """Hand over a chunk's facts (`chunk`, `first_frame` among them) and frames [t, H, W, 3] in 0..1, never written to."""
+        with self._changed:
+            dropped, self._waiting = self._waiting, (facts, pictures)
+            self._changed.notify()
+        if dropped is not None:
+            self._show(dropped[0], None)
+
+    def close(self, after: Callable[[], None]) -> None:
+        """End the thread once what waits is done, and call `after` there."""
+        with self._changed:
+            self._after, self._closing = after, True
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
+                taken, self._waiting = self._waiting, None
+            if taken is None:
+                self._after()
+                return
+            try:
+                self._make(*taken)
+            except Exception as error:  # noqa: BLE001  a preview is never worth a rollout
+                log.warning("a chunk's preview could not be made: %s", error)
+                self._show(taken[0], None)
+
+    def _make(self, facts: Facts, pictures: torch.Tensor) -> None:
+        frames = _Frames(pictures)
+        measured = spread(len(pictures), _MEASURED)
+        pairs = [(frames.small(i - 1) if i else None, frames.small(i)) for i in measured]
+        self._show(facts, {name: round(value, 5) for name, value in self._meters.measure(pairs).items()})
+        chosen = spread(len(pictures), self._allowance())
+        if chosen:
+            made = [{"frame": facts["first_frame"] + i, "url": as_url(frames.picture(i))} for i in chosen]
+            self._show_pictures(facts["chunk"], made)
+
+    def _allowance(self) -> int:
+        """How many pictures may be made now."""
+        now = time.monotonic()
+        self._allowed = min(A_CHUNK, self._allowed + A_SECOND * (now - self._asked))
+        self._asked = now
+        taken = int(self._allowed)
+        self._allowed -= taken
+        return taken
+
+
+class _Frames:
+    """Frames of [t, H, W, 3] at the sizes that are wanted, each made once."""
+
+    def __init__(self, pictures: torch.Tensor) -> None:
+        self._pictures, self._made = pictures, {}
+
+    def picture(self, index: int) -> Image.Image:
+        """At most 320 pixels wide."""
+        if index not in self._made:
+            image = Image.fromarray(to_bytes(self._pictures[index]).numpy())
+            if image.width > WIDTH:
+                size = (WIDTH, max(1, round(image.height * WIDTH / image.width)))
+                image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+            self._made[index] = image
+        return self._made[index]
+
+    def small(self, index: int) -> numpy.ndarray:
+        """For the meters: [h, w, 3] uint8, no side longer than 160."""
+        image = self.picture(index)
+        factor = -(-max(image.size) // _METER_SIDE)
+        return numpy.asarray(image.reduce(factor) if factor > 1 else image)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of 0..count-1, evenly, the last one among them."""
+    wanted = min(count, wanted)
+    return [(i + 1) * count // wanted - 1 for i in range(wanted)]
+
+
+def as_url(image: Image.Image) -> str:
+    """A JPEG as a data URL."""
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

@@ -1,0 +1,115 @@
+"""What is kept and made of a running rollout: bounded history, a thread that drops what is late, changed fingerprints."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from adastate_pack.nodes.host import live, rerun
+from adastate_pack.nodes.host.live_history import History
+from adastate_pack.nodes.host.live_pictures import Encoder, spread
+from comfy_execution.utils import CurrentNodeContext
+
+
+def facts(chunk: int) -> dict:
+    return {"chunk": chunk, "first_frame": 12 * chunk}
+
+
+@pytest.mark.parametrize("count", [5, 240, 241, 5000])
+def test_history_is_bounded_and_spread_over_the_whole_run(count):
+    history = History()
+    for chunk in range(count):
+        history.add(facts(chunk))
+        history.add_pictures(chunk, [{"frame": 12 * chunk, "url": f"data:{chunk}"}])
+    told = history.describe()
+    numbers = [entry["chunk"] for entry in told["chunks"]]
+    assert len(numbers) == min(count, len(numbers)) <= 240 and len(numbers) > min(count, 240) / 2 - 1
+    assert numbers[0] == 0 and numbers[-1] == count - 1 and len(told["pictures"]) <= 24
+    steps = {b - a for a, b in zip(numbers[:-1], numbers[1:-1], strict=False)}
+    assert len(steps) <= 1
+    assert all(entry["thumbnail"] == f"data:{entry['chunk']}" for entry in told["chunks"])
+
+
+def test_a_late_chunk_gives_way_to_a_newer_one_and_the_end_comes_last():
+    busy, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    shown, pictured = [], []
+
+    def show(told: dict, meters: dict | None) -> None:
+        shown.append((told["chunk"], meters is not None))
+        if told["chunk"] == 0:
+            busy.set()
+            go_on.wait(10)
+
+    encoder = Encoder(show, lambda chunk, pictures: pictured.append((chunk, [p["frame"] for p in pictures])))
+    frames = torch.rand(12, 16, 16, 3)
+    encoder.offer(facts(0), frames)
+    assert busy.wait(10)
+    for chunk in (1, 2, 3):
+        encoder.offer(facts(chunk), frames)
+    encoder.close(ended.set)
+    assert not ended.is_set()
+    go_on.set()
+    assert ended.wait(10)
+    assert shown == [(0, True), (1, False), (2, False), (3, True)]
+    assert pictured[0] == (0, [2, 5, 8, 11])
+
+
+def test_frames_that_cannot_be_shown_do_not_end_the_thread():
+    ended, shown = threading.Event(), []
+    encoder = Encoder(lambda told, meters: shown.append((told["chunk"], meters)), lambda chunk, pictures: None)
+    encoder.offer(facts(0), torch.rand(2, 2))
+    encoder.close(ended.set)
+    assert ended.wait(10) and shown == [(0, None)]
+
+
+def test_spread_takes_the_last_and_no_more_than_there_are():
+    assert spread(12, 4) == [2, 5, 8, 11] and spread(3, 12) == [0, 1, 2] and spread(9, 1) == [8] and spread(9, 0) == []
+
+
+def test_a_fingerprint_changes_once_for_a_short_or_deleted_result(tmp_path):
+    def asked(node: str = "5", **inputs) -> str:
+        with CurrentNodeContext("prompt", node, 0):
+            return rerun.fingerprint({"seed": 1} | inputs)
+
+    place, file = rerun.Place("prompt", "5"), tmp_path / "video.mp4"
+    file.touch()
+    assert asked() == "" == asked(seed=2)
+    asked()
+    rerun.finished(place, [file], short=True)
+    short = asked()
+    assert short and asked() == short and asked(seed=2) == "" == asked("6")
+    asked()
+    rerun.finished(place, [file], short=False)
+    assert asked() == short
+    file.unlink()
+    gone = asked()
+    assert gone not in ("", short) and asked() == gone
+
+
+def test_a_rollout_outside_the_executor_is_neither_listed_nor_shown():
+    assert rerun.executing() is None and rerun.fingerprint({"seed": 1}) == ""
+    with live.live_run() as (run, _):
+        assert not run.watched and live.runs() == []
+
+
+def test_a_run_can_be_found_and_stopped_while_it_runs():
+    with CurrentNodeContext("prompt", "7", 0), live.live_run() as (run, end):
+        assert live.find("prompt", "7") is run and not run.stopped
+        run.stop()
+        end.short = True
+        assert run.stopped and run.summary()["stopping"]
+    assert live.find("prompt", "7") is None and run.history.outcome == "stopped"
+
+
+def test_a_stopped_rollout_returns_what_there_is(rollout, monkeypatch):
+    monkeypatch.setattr(live.LiveRun, "chunk", lambda run, *_: None)
+    monkeypatch.setattr(live.LiveRun, "watched", property(lambda run: run.stop() or False))
+    short = rollout(length=33).args
+    monkeypatch.undo()
+    whole = rollout(length=33).args
+    made = short[0]["samples"]
+    assert made.shape[2] == 3 and made.equal(whole[0]["samples"][:, :, :3])
+    assert '"stopped": {\n  "frame": 9,\n  "of": 33' in short[2]
+    resumed = rollout(length=33, resume=short[1]).args
+    assert resumed[0]["samples"].equal(whole[0]["samples"])

@@ -1,0 +1,146 @@
+/** The pack's page: shows a rollout on its node while it runs. Helpers in js/ do nothing by being imported. */
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { ROLLOUT, nodeOf } from "./js/graph.js";
+import { Runs } from "./js/runs.js";
+import { TEXTS } from "./js/texts.js";
+import { View } from "./js/view.js";
+
+const WIDGET = "adastate_live";
+const runs = new Runs();
+const views = new WeakMap(); // node -> its view and widget
+
+const rootGraph = () => app.rootGraph ?? app.graph?.rootGraph ?? app.graph;
+
+function complain(detail) {
+  app.extensionManager?.toast?.add({ severity: "warn", summary: TEXTS.stopFailed, detail, life: 6000 });
+}
+
+async function stop(run) {
+  const answer = await api.fetchApi("/adastate/stop", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(run.ids),
+  });
+  if (answer.ok) run.stopping = run.running;
+  else complain((await answer.json().catch(() => null))?.error?.message ?? answer.statusText);
+  show(run);
+}
+
+/** Give a rollout node its place for a view; it takes no room until there is a run. */
+function prepare(node) {
+  const view = new View(stop);
+  const widget = node.addDOMWidget(WIDGET, "adastate_live", view.element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => (view.run ? View.HEIGHT : 0),
+    getMaxHeight: () => (view.run ? View.HEIGHT : 0),
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false;
+  widget.hidden = true;
+  const removed = node.onRemoved;
+  node.onRemoved = function (...args) {
+    view.end();
+    return removed?.apply(this, args);
+  };
+  views.set(node, { view, widget });
+}
+
+/** Make room for the view of a node's first run. */
+function unfold(node, widget) {
+  widget.hidden = false;
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+}
+
+/** Show a run on its node, if that is in the graph that is open. */
+function show(run) {
+  const node = nodeOf(rootGraph(), run.ids);
+  if (!node) return;
+  if (!views.has(node)) prepare(node);
+  const { view, widget } = views.get(node);
+  const shown = view.run;
+  if (!shown || shown === run || run.running || !shown.running) view.show(run);
+  if (!shown) unfold(node, widget);
+  node.graph?.setDirtyCanvas?.(true, false);
+}
+
+/** Draw every run again: another graph is open, and its nodes are new. */
+function showAll() {
+  for (const run of runs) show(run);
+}
+
+async function known(summary) {
+  const path = [summary.prompt_id, summary.node_id].map(encodeURIComponent).join("/");
+  const answer = await api.fetchApi(`/adastate/runs/${path}`);
+  if (!answer.ok) return;
+  const run = runs.get(summary);
+  run.merge(await answer.json());
+  show(run);
+}
+
+/** Ask the server for what this client missed. */
+async function catchUp() {
+  if (!api.clientId) return;
+  const answer = await api.fetchApi(`/adastate/runs?page=1&client_id=${encodeURIComponent(api.clientId)}`);
+  if (!answer.ok) return;
+  const told = (await answer.json()).runs;
+  const alive = new Set(told.map((summary) => summary.prompt_id));
+  for (const run of runs) if (run.running && !alive.has(run.ids.prompt_id)) run.end("failed");
+  for (const summary of told) if (summary.newest) await known(summary);
+  showAll();
+}
+
+function listen() {
+  api.addEventListener("adastate.chunk", ({ detail }) => {
+    const run = runs.get(detail);
+    run.addChunk(detail);
+    show(run);
+  });
+  api.addEventListener("adastate.pictures", ({ detail }) => {
+    const run = runs.get(detail);
+    run.addPictures(detail.chunk, detail.pictures);
+    show(run);
+  });
+  api.addEventListener("adastate.end", ({ detail }) => {
+    const run = runs.get(detail);
+    run.end(detail.outcome);
+    show(run);
+  });
+  api.addEventListener("reconnected", catchUp);
+}
+
+/** The server tells a page its client id by the first status message. */
+function whenConnected(work) {
+  if (api.clientId) return work();
+  const wait = () => {
+    if (!api.clientId) return;
+    api.removeEventListener("status", wait);
+    work();
+  };
+  api.addEventListener("status", wait);
+}
+
+app.registerExtension({
+  name: "adastate.live",
+  init() {
+    const style = document.createElement("link");
+    style.rel = "stylesheet";
+    style.href = new URL("./css/adastate.css", import.meta.url).href;
+    document.head.append(style);
+    listen();
+  },
+  setup() {
+    whenConnected(catchUp);
+  },
+  nodeCreated(node) {
+    // now, because Nodes 2.0 draws the widgets that a node has when it is made
+    if (node.comfyClass === ROLLOUT) prepare(node);
+  },
+  afterConfigureGraph() {
+    showAll();
+  },
+});

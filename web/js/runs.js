@@ -1,0 +1,87 @@
+/** What this page knows of rollouts, by prompt and node. Bounded, whatever their length. */
+
+const MOST_CHUNKS = 240;
+const NEWEST_PICTURES = 24;
+const CHUNKS_WITH_PICTURES = 60;
+const MOST_RUNS = 24;
+
+export const keyOf = (ids) => `${ids.prompt_id} ${ids.node_id}`;
+
+export class Run {
+  constructor(ids) {
+    this.ids = { prompt_id: ids.prompt_id, node_id: ids.node_id, display_node: ids.display_node, workflow: ids.workflow };
+    this.chunks = new Map(); // number -> { numbers and meters, thumbnail, pictures }
+    this.pictures = []; // the newest ones
+    this.running = true;
+    this.stopping = false;
+    this.outcome = null;
+    this.stride = 1;
+  }
+
+  get newest() {
+    return this.chunks.size ? this.chunks.get(Math.max(...this.chunks.keys())) : null;
+  }
+
+  /** Chunks in order. */
+  get inOrder() {
+    return [...this.chunks.values()].sort((a, b) => a.chunk - b.chunk);
+  }
+
+  addChunk(numbers) {
+    this.chunks.set(numbers.chunk, { pictures: [], ...this.chunks.get(numbers.chunk), ...numbers });
+    const newest = Math.max(...this.chunks.keys());
+    while (this.chunks.size > MOST_CHUNKS) {
+      this.stride *= 2;
+      for (const number of [...this.chunks.keys()]) if (number % this.stride && number !== newest) this.chunks.delete(number);
+    }
+    for (const number of [...this.chunks.keys()]) {
+      if (number % this.stride && number < newest) this.chunks.delete(number);
+      else if (number <= newest - CHUNKS_WITH_PICTURES) this.chunks.get(number).pictures = [];
+    }
+  }
+
+  addPictures(chunk, pictures) {
+    const known = new Set(this.pictures.map((picture) => picture.frame));
+    for (const picture of pictures) if (!known.has(picture.frame)) this.pictures.push({ ...picture, chunk });
+    this.pictures.sort((a, b) => a.frame - b.frame);
+    this.pictures = this.pictures.slice(-NEWEST_PICTURES);
+    const entry = this.chunks.get(chunk);
+    if (entry && pictures.length) {
+      entry.thumbnail = pictures[pictures.length - 1].url;
+      entry.pictures = pictures;
+    }
+  }
+
+  /** What GET /adastate/runs/{prompt}/{node} said. */
+  merge(told) {
+    for (const chunk of told.chunks) this.addChunk(chunk);
+    const byChunk = new Map();
+    for (const picture of told.pictures) byChunk.set(picture.chunk, [...(byChunk.get(picture.chunk) ?? []), picture]);
+    for (const [chunk, pictures] of byChunk) this.addPictures(chunk, pictures);
+    this.stopping = told.stopping;
+    if (!told.running) this.end(told.outcome);
+  }
+
+  end(outcome) {
+    this.running = false;
+    this.stopping = false;
+    this.outcome = outcome ?? this.outcome ?? "failed";
+  }
+}
+
+export class Runs {
+  constructor() {
+    this.all = new Map(); // oldest first
+  }
+
+  get(ids) {
+    const key = keyOf(ids);
+    if (!this.all.has(key)) this.all.set(key, new Run(ids));
+    while (this.all.size > MOST_RUNS) this.all.delete(this.all.keys().next().value);
+    return this.all.get(key);
+  }
+
+  [Symbol.iterator]() {
+    return this.all.values();
+  }
+}
