@@ -256,7 +256,5 @@ def test_other_tiny_vaes_and_spaces_are_refused(light, node):
 
 def test_the_input_is_the_same_on_every_node():
     for name in ("AdaStateStreamOutput", "AdaStateDecode", "AdaStateRenderVideo", "AdaStateDecodeState"):
-        last = NODES[name].define_schema().inputs[-1]
-        assert (last.id, last.options, last.default, last.optional) == (
-            "latent_space", ["auto", "vae", "model"], "auto", True,
-        )  # fmt: skip
+        found = next(i for i in NODES[name].define_schema().inputs if i.id == "latent_space")
+        assert (found.options, found.default, found.optional) == (["auto", "vae", "model"], "auto", True)
