@@ -8,6 +8,7 @@ import { TEXTS } from "./js/texts.js";
 import { View } from "./js/view.js";
 
 const WIDGET = "adastate_live";
+const PLAYERS = new Set(["video-preview", "$$comfy_animation_preview"]);
 const runs = new Runs();
 const views = new WeakMap(); // node -> its view and widget
 
@@ -26,6 +27,22 @@ async function stop(run) {
   if (answer.ok) run.stopping = run.running;
   else complain((await answer.json().catch(() => null))?.error?.message ?? answer.statusText);
   show(run);
+}
+
+/**
+ * Keep the host's players of a node's output out of the prompts that are queued later: as an input of their own they would
+ * make the host run a finished rollout again.
+ */
+function keepPlayersOut(node) {
+  const add = node.addDOMWidget;
+  node.addDOMWidget = function (name, type, element, options = {}) {
+    const widget = add.call(this, name, type, element, PLAYERS.has(name) ? { ...options, serialize: false } : options);
+    if (PLAYERS.has(name)) {
+      widget.serialize = false;
+      setTimeout(() => this.graph?.setDirtyCanvas?.(true, true), 500); // the node grows as it is drawn, and is drawn too small
+    }
+    return widget;
+  };
 }
 
 /** Give a rollout node its place for a view; it takes no room until there is a run. */
@@ -138,7 +155,9 @@ app.registerExtension({
   },
   nodeCreated(node) {
     // now, because Nodes 2.0 draws the widgets that a node has when it is made
-    if (node.comfyClass === ROLLOUT) prepare(node);
+    if (node.comfyClass !== ROLLOUT) return;
+    keepPlayersOut(node);
+    prepare(node);
   },
   afterConfigureGraph() {
     showAll();

@@ -22,9 +22,11 @@ class History:
 
     @property
     def newest(self) -> dict[str, Any] | None:
-        """The numbers of the newest chunk."""
+        """The numbers of the newest chunk, without its thumbnail."""
         with self._lock:
-            return dict(self._chunks[max(self._chunks)]) if self._chunks else None
+            if not self._chunks:
+                return None
+            return {key: value for key, value in self._chunks[max(self._chunks)].items() if key != "thumbnail"}
 
     def add(self, numbers: dict[str, Any]) -> None:
         """Numbers of a chunk; `numbers["chunk"]` counts from 0."""

@@ -41,10 +41,9 @@ def folders(host) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def artefacts(tmp_path_factory) -> Path:
-    """Where screenshots go."""
-    named = os.environ.get("ADASTATE_ARTEFACTS")
-    folder = Path(named).absolute() if named else tmp_path_factory.mktemp("screenshots")
+def artefacts() -> Path:
+    """Where screenshots go, to be looked at."""
+    folder = Path(os.environ.get("ADASTATE_ARTEFACTS") or ROOT / ".cache" / "screenshots").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

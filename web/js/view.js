@@ -89,7 +89,8 @@ export class View {
     }
     this.image.alt = chosen ? TEXTS.previewOf(chosen.chunk) : TEXTS.preview;
     this.image.style.display = pictures.length ? "" : "none";
-    this.empty.style.display = pictures.length || this.run.pictures.length || !this.run.newest ? "none" : "";
+    const without = !pictures.length && !this.run.pictures.length && this.run.newest?.meters === null;
+    this.empty.style.display = without ? "" : "none";
     if (pictures.length) this.player.play(pictures, this.run.newest?.fps ?? 16);
   }
 
