@@ -24,6 +24,7 @@ from tools.setup_host import SetupError, say
 
 SIDE = 512  # the cards are square
 GRID = 2
+LARGEST = 32_000  # bytes of a picture, if quality 70 gets it there
 
 
 def frame_grid(video: Path) -> Image.Image:
@@ -103,7 +104,11 @@ def main(arguments: list[str]) -> int:
 
 def write(name: str, video: Path) -> None:
     """The picture of one workflow."""
-    frame_grid(video).save(WORKFLOWS / f"{name}.jpg", quality=90)
+    path, sheet = WORKFLOWS / f"{name}.jpg", frame_grid(video)
+    for quality in (90, 80, 70):
+        sheet.save(path, quality=quality, optimize=True)
+        if path.stat().st_size <= LARGEST:
+            break
     say(f"workflows/{name}.jpg")
 
 
