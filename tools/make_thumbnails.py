@@ -30,7 +30,8 @@ LARGEST = 32_000  # bytes of a picture, if quality 70 gets it there
 def frame_grid(video: Path) -> Image.Image:
     """Frames spread over the whole video, row by row; small ones are enlarged without smoothing.
 
-    Of a wide video, such as a comparison, whole frames one below the other.
+    Of a wide video, such as a comparison of four, whole frames one below the other; of one that is hardly wider than high the
+    middle; of those in between, such as a comparison of two, whole frames with a border.
     """
     with av.open(str(video)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
@@ -47,7 +48,7 @@ def frame_grid(video: Path) -> Image.Image:
         return sheet
     for i in range(count):
         frame = frames[i * (len(frames) - 1) // (count - 1)]
-        side = min(frame.size)
+        side = max(frame.size) if frame.width >= 1.2 * frame.height else min(frame.size)
         left, top = (frame.width - side) // 2, (frame.height - side) // 2
         square = frame.crop((left, top, left + side, top + side))
         smooth = Image.Resampling.LANCZOS if side > cell else Image.Resampling.NEAREST

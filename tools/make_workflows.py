@@ -180,7 +180,7 @@ def known_names() -> list[str]:
     return sorted({path.stem for path in API.glob("*.json")} | {PREFIX + name for name in SYSTEMS})
 
 
-def make(page: Page, name: str, owners: dict[str, str], versions: dict[str, str]) -> tuple[str, str]:
+def make(page: Page, name: str, object_info: dict[str, Any], versions: dict[str, str]) -> tuple[str, str]:
     """The texts of workflows/<name>.json and of workflows/api/<name>.json."""
     wanted = layout_of(name)
     system = name.removeprefix(PREFIX)
@@ -198,8 +198,26 @@ def make(page: Page, name: str, owners: dict[str, str], versions: dict[str, str]
     saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.workflows.adastate"))
     whole = json.loads(page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
     check_kept(name, api, whole)
-    texts = (with_packs(saved, owners, versions), dict(sorted(whole.items(), key=lambda node: int(node[0]))))
+    texts = (with_packs(saved, owners_of(object_info), versions), completed(api, whole, object_info))
     return tuple(json.dumps(text, indent=2) + "\n" for text in texts)
+
+
+def completed(api: dict[str, Any], whole: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """The API prompt with what it leaves out taken from the front end's (`whole`), inputs in the order of the nodes."""
+    found = {}
+    for number in sorted(whole, key=int):
+        node = whole[number]
+        kinds = {
+            key: kind[0] for group in object_info[node["class_type"]]["input"].values() for key, kind in group.items()
+        }
+        inputs = node["inputs"] | api[number]["inputs"]
+        known = [key for key in kinds if key in inputs]  # widgets that the front end adds by itself come last
+        ordered = {key: inputs[key] for key in known} | inputs
+        for key, value in ordered.items():  # JavaScript has one kind of number
+            if kinds.get(key) == "FLOAT" and type(value) is int:
+                ordered[key] = float(value)
+        found[number] = {"class_type": node["class_type"], "inputs": ordered, "_meta": node["_meta"]}
+    return found
 
 
 def check_kept(name: str, api: dict[str, Any], whole: dict[str, Any]) -> None:
@@ -224,14 +242,14 @@ def main(arguments: list[str]) -> int:
             running_host(Path(folder)) as server,
             running_browser() as browser,
         ):
-            owners = owners_of(server.request("/object_info"))
+            object_info = server.request("/object_info")
             version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
             host_version = server.request("/system_stats")["system"]["comfyui_version"]
             versions = {"adastate": version[1], "comfy-core": host_version}
             for name in names:
                 page = browser.new_page()
                 open_page(page, server.port)
-                shown, prompt = make(page, name, owners, versions)
+                shown, prompt = make(page, name, object_info, versions)
                 (WORKFLOWS / f"{name}.json").write_text(shown, encoding="utf-8")
                 (API / f"{name}.json").write_text(prompt, encoding="utf-8")
                 page.close()

@@ -102,9 +102,10 @@ On another day put *Load Rollout State* in the first rollout's place.""",
 Each line is a time and what the video shows from then on. `{soft}` blends the words over some chunks, `{cut}` changes them \
 and nothing else; a line that names no transition takes the one below.
 
-*Preview as Text* shows the timeline as it was read.
+*Preview Any* shows the timeline as it was read.
 
-*Demo Prompt Timeline* is for the tiny demo model; real checkpoints take *Prompt Timeline*, with a CLIP.""",
+*Demo Prompt Timeline* is for the tiny demo model, which holds on to its ground and follows in balloon and lantern; real \
+checkpoints take *Prompt Timeline*, with a CLIP.""",
         groups={
             "Model and prompts": [[1, 2, 3]],
             "What was read": [[6]],
