@@ -88,7 +88,7 @@ def test_systems_name_the_files_to_download_and_only_safe_ones():
         assert "wan_2.1_vae.safetensors" in [file["name"] for _, file in offered]
         for directory, file in offered:
             assert file["directory"] == directory and file["url"].endswith(f"/{file['name']}")
-            assert file["name"].endswith(".safetensors") and "/resolve/" in file["url"] and file["url"] in note
+            assert file["name"].endswith(".safetensors") and "/resolve/" in file["url"] and file["name"] in note
 
 
 def test_every_system_opens_as_its_twin_says(open_front_end):
