@@ -73,7 +73,8 @@ _ARRANGE = """(layout) => {
         const node = graph.getNodeById(id);
         const room = layout.room[id] ?? 0;
         const fitting = 10 * Math.ceil(node.computeSize()[1] / 10);
-        const height = node.type === "PreviewImage" ? fitting + room : fitting;  // it does not always grow by itself
+        const grows = !["PreviewImage", "PreviewAny"].includes(node.type);  // these do not always do so by themselves
+        const height = grows ? fitting : fitting + room;
         node.setSize([WIDTH, height]);
         node.pos = [x, y];
         if (layout.models[id]) node.properties.models = layout.models[id];
