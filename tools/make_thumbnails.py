@@ -24,12 +24,14 @@ from tools.setup_host import SetupError, say
 
 SIDE = 512  # the cards are square
 GRID = 2
+LARGEST = 32_000  # bytes of a picture, if quality 70 gets it there
 
 
 def frame_grid(video: Path) -> Image.Image:
     """Frames spread over the whole video, row by row; small ones are enlarged without smoothing.
 
-    Of a wide video, such as a comparison, whole frames one below the other.
+    Of a wide video, such as a comparison of four, whole frames one below the other; of one that is hardly wider than high the
+    middle; of those in between, such as a comparison of two, whole frames with a border.
     """
     with av.open(str(video)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
@@ -46,7 +48,7 @@ def frame_grid(video: Path) -> Image.Image:
         return sheet
     for i in range(count):
         frame = frames[i * (len(frames) - 1) // (count - 1)]
-        side = min(frame.size)
+        side = max(frame.size) if frame.width >= 1.2 * frame.height else min(frame.size)
         left, top = (frame.width - side) // 2, (frame.height - side) // 2
         square = frame.crop((left, top, left + side, top + side))
         smooth = Image.Resampling.LANCZOS if side > cell else Image.Resampling.NEAREST
@@ -103,7 +105,11 @@ def main(arguments: list[str]) -> int:
 
 def write(name: str, video: Path) -> None:
     """The picture of one workflow."""
-    frame_grid(video).save(WORKFLOWS / f"{name}.jpg", quality=90)
+    path, sheet = WORKFLOWS / f"{name}.jpg", frame_grid(video)
+    for quality in (90, 80, 70):
+        sheet.save(path, quality=quality, optimize=True)
+        if path.stat().st_size <= LARGEST:
+            break
     say(f"workflows/{name}.jpg")
 
 

@@ -1,10 +1,13 @@
 """Make workflows/<name>.json, what users drag in, from workflows/api/<name>.json with the host's own front end.
 
+The API file is written again with every input that it leaves out at its default, so that both say the same. Those of the
+systems are not written by hand: system_workflows.py describes them.
+
     python -m tools.make_workflows              # all of them, from the checkout's root
     python -m tools.make_workflows long_video
 
 Needs what the browser tests need: playwright, and a Chromium on PATH or named by CHROMIUM. The same API file and the
-same host give the same bytes. How a graph is laid out and explained stands in LAYOUTS.
+same host give the same bytes. How a graph is laid out and explained stands in workflow_layouts.py.
 """
 
 from __future__ import annotations
@@ -19,17 +22,19 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.host_client import PACK_NAME, Server
 from tools.setup_host import ROOT, SetupError, ensure_ready, say
+from tools.system_workflows import PREFIX, SYSTEMS, graph, layout
+from tools.workflow_layouts import FEATURES, Layout
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 WORKFLOWS = ROOT / "workflows"
+API = WORKFLOWS / "api"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # No screen, no sandbox (it is not to be had as root), and no calls to the browser maker's hosts.
 BROWSER_FLAGS = [
@@ -44,97 +49,10 @@ BROWSER_FLAGS = [
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Titled groups of columns of node ids, left to right, and a note above the first; `room` is kept free below a node."""
-
-    note: str
-    groups: dict[str, list[list[int]]]
-    room: dict[int, int] = field(default_factory=dict)
-
-
-LAYOUTS = {
-    "long_video": Layout(
-        note="""\
-### Long video at constant memory
-Each chunk is decoded and written to the mp4 as soon as it is made, so memory stays the same however large **length** is.
-
-Stop it whenever you like: the file plays, and the state saved beside it can be resumed.
-
-*Demo Prompt* is for the tiny demo model; real checkpoints take *CLIP Text Encode*.""",
-        groups={"Model and prompt": [[1, 2, 3]], "Roll out and write": [[4], [5]]},
-        room={5: 340},
-    ),
-    "hidden_state": Layout(
-        note="""\
-### The hidden state
-The adaptive anchor denoises a hidden latent with every chunk. The model looks back to it; it is never shown.
-
-*Decode Hidden State* makes a picture of it as it is after the last chunk. Other anchors have none: bypass that node \
-when you try them.
-
-It needs weights that were trained with it. On others it acts like one more frame.""",
-        groups={
-            "Model, prompt, anchor": [[1, 2, 3, 4]],
-            "Roll out": [[5]],
-            "What is seen and what is not": [[6, 8], [7, 9]],
-            "What is looked at": [[10], [11]],
-        },
-        room={6: 330, 7: 370, 9: 240, 11: 340},
-    ),
-    "absorption": Layout(
-        note="""\
-### Half the layers without their history
-With a long **window_frames** most of the cache is history. After the warm-up half the layers drop theirs, and a correction \
-solved in closed form stands in for it (ISPA).
-
-The report shows what each layer would lose before and after, which were switched (shaded), and how the corrections age.
-
-Turn **absorb** off on *ISPA Cache Absorption* to see the same without a correction.""",
-        groups={
-            "Model, prompt, settings": [[1, 2, 3], [4]],
-            "Roll out and write": [[5], [6]],
-            "What it did": [[7], [8]],
-        },
-        room={6: 340, 8: 340},
-    ),
-    "anchor_comparison": Layout(
-        note="""\
-### Four anchors side by side
-The same prompt, seed and noise with four things to look back to: a hidden state, the first frame, a running mean, nothing. \
-All read equally many cached frames: where there is no anchor the window is one frame longer.
-
-The demo's weights were trained with the state, so the other three only show what the machinery does. The fair comparison, \
-each trained with its own anchor, is in the model card.""",
-        groups={
-            "Model, prompt, anchors": [[1, 2, 3], [4, 5, 6, 7]],
-            "Adaptive": [[8, 9]],
-            "Static": [[10, 11]],
-            "EMA": [[12, 13]],
-            "None": [[14, 15]],
-            "Side by side": [[16], [17]],
-        },
-        room={9: 340, 11: 340, 13: 340, 15: 340, 17: 370},
-    ),
-    "save_and_resume": Layout(
-        note="""\
-### Save and resume
-The second rollout goes on from the state of the first. Its **length** counts from the very first frame. *join* copies \
-the first file in front, so the second file holds the whole video.
-
-On another day put *Load Rollout State* in the first rollout's place.""",
-        groups={
-            "Model and prompt": [[1, 2, 3]],
-            "First part": [[4], [5]],
-            "Keep its state, go on from it": [[6, 7], [8]],
-        },
-        room={5: 340, 8: 340},
-    ),
-}
-
 # Sets the sizes and places of the loaded graph and adds the note; litegraph's title bar lies above a node's pos.
 _ARRANGE = """(layout) => {
-  const TITLE = 30, GAP_X = 60, GAP_Y = 40, PAD = 20, FOOT = 40, HEAD = 60, WIDTH = 320, NOTE = 260;
+  const TITLE = 30, GAP_X = 60, GAP_Y = 40, PAD = 20, FOOT = 40, HEAD = 60, WIDTH = 320;
+  const NOTE = layout.noteHeight;
   const graph = app.graph;
   for (const node of graph.nodes)
     for (const widget of node.widgets ?? [])
@@ -143,7 +61,7 @@ _ARRANGE = """(layout) => {
   graph.add(note);
   note.title = "About this workflow";
   note.widgets[0].value = layout.note;
-  note.setSize([WIDTH, NOTE]);
+  note.setSize([layout.groups[0][1].length * (WIDTH + GAP_X) - GAP_X, NOTE]);
   note.pos = [PAD, TITLE];
   let x = PAD, top = TITLE + NOTE + GAP_Y, lowest = 0;
   for (const [title, columns] of layout.groups) {
@@ -155,9 +73,11 @@ _ARRANGE = """(layout) => {
         const node = graph.getNodeById(id);
         const room = layout.room[id] ?? 0;
         const fitting = 10 * Math.ceil(node.computeSize()[1] / 10);
-        const height = node.type === "PreviewImage" ? fitting + room : fitting;  // it does not always grow by itself
+        const grows = !["PreviewImage", "PreviewAny"].includes(node.type);  // these do not always do so by themselves
+        const height = grows ? fitting : fitting + room;
         node.setSize([WIDTH, height]);
         node.pos = [x, y];
+        if (layout.models[id]) node.properties.models = layout.models[id];
         const end = y + fitting + room;
         bottom = Math.max(bottom, end);
         y = end + GAP_Y + TITLE;
@@ -247,27 +167,71 @@ def owners_of(object_info: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def make(page: Page, name: str, owners: dict[str, str], versions: dict[str, str]) -> str:
-    """The text of workflows/<name>.json."""
-    if name not in LAYOUTS:
-        raise SetupError(f"{name} has no entry in LAYOUTS of tools/make_workflows.py; write its note and groups there")
-    layout = LAYOUTS[name]
-    api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+def layout_of(name: str) -> Layout:
+    """How a workflow is laid out; SetupError if nothing says so."""
+    if name in FEATURES:
+        return FEATURES[name]
+    if name.removeprefix(PREFIX) in SYSTEMS:
+        return layout(name.removeprefix(PREFIX))
+    raise SetupError(f"{name} has no entry in tools/workflow_layouts.py; write its note and groups there")
+
+
+def known_names() -> list[str]:
+    """The workflows whose API file is written by hand, and those of the systems."""
+    return sorted({path.stem for path in API.glob("*.json")} | {PREFIX + name for name in SYSTEMS})
+
+
+def make(page: Page, name: str, object_info: dict[str, Any], versions: dict[str, str]) -> tuple[str, str]:
+    """The texts of workflows/<name>.json and of workflows/api/<name>.json."""
+    wanted = layout_of(name)
+    system = name.removeprefix(PREFIX)
+    api = graph(system) if system in SYSTEMS else json.loads((API / f"{name}.json").read_text(encoding="utf-8"))
     page.evaluate("([api, name]) => app.loadApiJson(api, name)", [api, name])
     page.wait_for_function("(n) => app.graph.nodes.length === n", arg=len(api))
     arranged = {
-        "note": layout.note,
-        "groups": list(layout.groups.items()),
-        "room": {str(node): pixels for node, pixels in layout.room.items()},
+        "note": wanted.note,
+        "noteHeight": wanted.note_height,
+        "groups": list(wanted.groups.items()),
+        "room": {str(node): pixels for node, pixels in wanted.room.items()},
+        "models": {str(node): files for node, files in wanted.models.items()},
     }
-    graph = json.loads(page.evaluate(_ARRANGE, arranged))
-    graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.workflows.adastate"))
-    return json.dumps(with_packs(graph, owners, versions), indent=2) + "\n"
+    saved = json.loads(page.evaluate(_ARRANGE, arranged))
+    saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.workflows.adastate"))
+    whole = json.loads(page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
+    check_kept(name, api, whole)
+    texts = (with_packs(saved, owners_of(object_info), versions), completed(api, whole, object_info))
+    return tuple(json.dumps(text, indent=2) + "\n" for text in texts)
+
+
+def completed(api: dict[str, Any], whole: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """The API prompt with what it leaves out taken from the front end's (`whole`), inputs in the order of the nodes."""
+    found = {}
+    for number in sorted(whole, key=int):
+        node = whole[number]
+        kinds = {
+            key: kind[0] for group in object_info[node["class_type"]]["input"].values() for key, kind in group.items()
+        }
+        inputs = node["inputs"] | api[number]["inputs"]
+        known = [key for key in kinds if key in inputs]  # widgets that the front end adds by itself come last
+        ordered = {key: inputs[key] for key in known} | inputs
+        for key, value in ordered.items():  # JavaScript has one kind of number
+            if kinds.get(key) == "FLOAT" and type(value) is int:
+                ordered[key] = float(value)
+        found[number] = {"class_type": node["class_type"], "inputs": ordered, "_meta": node["_meta"]}
+    return found
+
+
+def check_kept(name: str, api: dict[str, Any], whole: dict[str, Any]) -> None:
+    """SetupError if the front end lost or changed an input of the API prompt, as it does with a name it does not know."""
+    for node, described in api.items():
+        for key, value in described["inputs"].items():
+            if whole.get(node, {}).get("inputs", {}).get(key) != value:
+                raise SetupError(f"{name}: the front end does not keep input {key} of node {node}")
 
 
 def main(arguments: list[str]) -> int:
     """Make the workflows named, or all."""
-    known = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+    known = known_names()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=", ".join(known))
     names = parser.parse_args(arguments).names or known
@@ -279,14 +243,16 @@ def main(arguments: list[str]) -> int:
             running_host(Path(folder)) as server,
             running_browser() as browser,
         ):
-            owners = owners_of(server.request("/object_info"))
+            object_info = server.request("/object_info")
             version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
             host_version = server.request("/system_stats")["system"]["comfyui_version"]
             versions = {"adastate": version[1], "comfy-core": host_version}
             for name in names:
                 page = browser.new_page()
                 open_page(page, server.port)
-                (WORKFLOWS / f"{name}.json").write_text(make(page, name, owners, versions), encoding="utf-8")
+                shown, prompt = make(page, name, object_info, versions)
+                (WORKFLOWS / f"{name}.json").write_text(shown, encoding="utf-8")
+                (API / f"{name}.json").write_text(prompt, encoding="utf-8")
                 page.close()
                 say(f"workflows/{name}.json")
     except SetupError as error:

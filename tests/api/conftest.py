@@ -10,7 +10,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
+from PIL import Image
 
 from tools.host_client import Server
 from tools.setup_host import Host
@@ -64,6 +67,16 @@ class Client:
             time.sleep(0.2)
         raise AssertionError(f"no answer within {seconds} s; log: {self.server.log.read_text()[-2000:]}")
 
+    def folder_of(self, file: dict) -> Path:
+        """Where a file that a node shows lies."""
+        kinds = {"output": self.output, "temp": self.folder / "base" / "temp"}
+        return kinds[file["type"]] / file["subfolder"]
+
+    def image_of(self, file: dict) -> np.ndarray:
+        """A picture that a node shows, [H, W, 3] uint8."""
+        with Image.open(self.folder_of(file) / file["filename"]) as image:
+            return np.asarray(image.convert("RGB"))
+
     def run(self, prompt: dict) -> dict:
         entry = self.wait(self.queue(prompt))
         assert entry["status"]["status_str"] == "success", error_of(entry).get("exception_message")
@@ -85,6 +98,12 @@ def workflow(name: str, **changes) -> dict:
         node, field = key.removeprefix("n").split("__")
         prompt[node]["inputs"][field] = value
     return prompt
+
+
+def frames_of(path: Path) -> list[np.ndarray]:
+    """The frames of a video file, each [H, W, 3] uint8."""
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 def report_of(outputs: dict, node: str = "5") -> dict:

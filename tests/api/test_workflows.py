@@ -9,12 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from conftest import ROOT, error_of, report_of, workflow
-
-
-def frames_of(path: Path) -> list[np.ndarray]:
-    with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+from conftest import ROOT, error_of, frames_of, report_of, workflow
 
 
 def newest(folder: Path, pattern: str) -> Path:

@@ -1,0 +1,235 @@
+"""How the shipped workflows of single features are laid out and explained; those of systems are in system_workflows.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Titled groups of columns of node ids, left to right, and a note above the first; `room` is kept free below a node.
+
+    `models`, by node id, is what the front end can offer to download when a file is missing (`properties.models`).
+    """
+
+    note: str
+    groups: dict[str, list[list[int]]]
+    room: dict[int, int] = field(default_factory=dict)
+    note_height: int = 260
+    models: dict[int, list[dict[str, str]]] = field(default_factory=dict)
+
+
+FEATURES = {
+    "long_video": Layout(
+        note="""\
+### Long video at constant memory
+Each chunk is decoded and written to the mp4 as soon as it is made, so memory stays the same however large **length** is.
+
+Stop it whenever you like: the file plays, and the state saved beside it can be resumed.
+
+*Demo Prompt* is for the tiny demo model; real checkpoints take *CLIP Text Encode*.""",
+        groups={"Model and prompt": [[1, 2, 3]], "Roll out and write": [[4], [5]]},
+        room={5: 340},
+    ),
+    "hidden_state": Layout(
+        note="""\
+### The hidden state
+The adaptive anchor denoises a hidden latent with every chunk. The model looks back to it; it is never shown.
+
+*Decode Hidden State* makes a picture of it as it is after the last chunk. Other anchors have none: bypass that node \
+when you try them.
+
+It needs weights that were trained with it. On others it acts like one more frame.""",
+        groups={
+            "Model, prompt, anchor": [[1, 2, 3, 4]],
+            "Roll out": [[5]],
+            "What is seen and what is not": [[6, 8], [7, 9]],
+            "What is looked at": [[10], [11]],
+        },
+        room={6: 330, 7: 370, 9: 240, 11: 340},
+    ),
+    "absorption": Layout(
+        note="""\
+### Half the layers without their history
+With a long **window_frames** most of the cache is history. After the warm-up half the layers drop theirs, and a correction \
+solved in closed form stands in for it (ISPA).
+
+The report shows what each layer would lose before and after, which were switched (shaded), and how the corrections age.
+
+Turn **absorb** off on *ISPA Cache Absorption* to see the same without a correction.""",
+        groups={
+            "Model, prompt, settings": [[1, 2, 3], [4]],
+            "Roll out and write": [[5], [6]],
+            "What it did": [[7], [8]],
+        },
+        room={6: 340, 8: 340},
+    ),
+    "anchor_comparison": Layout(
+        note="""\
+### Four anchors side by side
+The same prompt, seed and noise with four things to look back to: a hidden state, the first frame, a running mean, nothing. \
+All read equally many cached frames: where there is no anchor the window is one frame longer.
+
+The demo's weights were trained with the state, so the other three only show what the machinery does. The fair comparison, \
+each trained with its own anchor, is in the model card.""",
+        groups={
+            "Model, prompt, anchors": [[1, 2, 3], [4, 5, 6, 7]],
+            "Adaptive": [[8, 9]],
+            "Static": [[10, 11]],
+            "EMA": [[12, 13]],
+            "None": [[14, 15]],
+            "Side by side": [[16], [17]],
+        },
+        room={9: 340, 11: 340, 13: 340, 15: 340, 17: 370},
+    ),
+    "save_and_resume": Layout(
+        note="""\
+### Save and resume
+The second rollout goes on from the state of the first. Its **length** counts from the very first frame. *join* copies \
+the first file in front, so the second file holds the whole video.
+
+On another day put *Load Rollout State* in the first rollout's place.""",
+        groups={
+            "Model and prompt": [[1, 2, 3]],
+            "First part": [[4], [5]],
+            "Keep its state, go on from it": [[6, 7], [8]],
+        },
+        room={5: 340, 8: 340},
+    ),
+    "prompt_timeline": Layout(
+        note="""\
+### Prompts over time
+Each line is a time and what the video shows from then on. `{soft}` blends the words over some chunks, `{cut}` changes them \
+and nothing else; a line that names no transition takes the one below.
+
+*Preview Any* shows the timeline as it was read.
+
+*Demo Prompt Timeline* is for the tiny demo model, which holds on to its ground and follows in balloon and lantern; real \
+checkpoints take *Prompt Timeline*, with a CLIP.""",
+        groups={
+            "Model and prompts": [[1, 2, 3]],
+            "What was read": [[6]],
+            "Roll out and write": [[4], [5]],
+        },
+        room={3: 120, 5: 340, 6: 160},
+    ),
+    "start_from_picture": Layout(
+        note="""\
+### A video from a picture
+*Continue Video* scales a picture to the rollout's size and encodes it; as *start_latent* it becomes the first frame.
+
+The picture is made by the first group, so that nothing has to be there. Put *Load Image* in the place of *ImageFromBatch* for \
+your own.
+
+Needs the full VAE: a tiny one only decodes.""",
+        groups={
+            "Model and a picture": [[1, 2, 3], [4, 5, 6, 7]],
+            "Encode it, go on from it": [[8, 9], [10], [11]],
+        },
+        room={7: 240, 11: 340},
+    ),
+    "continue_video": Layout(
+        note="""\
+### Go on from any video
+*Continue Video* takes the last frames of a video and encodes them; the second rollout goes on from there with words and seed of \
+its own. Its **length** counts the frames taken.
+
+The last group leaves these frames out and puts both parts into one video. Put *Load Video* in the first rollout's place for \
+your own, at the model's size.
+
+With a rollout's state at hand, *resume* has no seam at all: workflow *save_and_resume*.""",
+        groups={
+            "Model and prompt": [[1, 2, 3]],
+            "A video": [[4], [5]],
+            "Its end, and what follows": [[6, 7], [8], [9]],
+            "Both in one": [[10, 11, 12], [13, 14], [15]],
+        },
+        room={5: 340, 9: 340, 15: 370},
+        note_height=340,
+    ),
+    "redo_from_chunk": Layout(
+        note="""\
+### Make a part again
+Both takes go on from the same state: one with the words and the seed as they were, one with others. *join* copies the frames \
+before it in front.
+
+On another day: **history_chunks** on *Stream To Video* keeps states beside the video. Choose its file in *Load Rollout State*, \
+set **chunk** to the last good one, and connect it to *resume* in the place of the first rollout's STATE.""",
+        groups={
+            "Model and prompt": [[1, 2, 3]],
+            "What is good": [[4], [5]],
+            "As it came": [[6], [7]],
+            "Made again": [[8, 9], [10]],
+            "Side by side": [[11], [12]],
+        },
+        room={5: 340, 7: 340, 10: 340, 12: 370},
+        note_height=320,
+    ),
+    "inspect_and_plan": Layout(
+        note="""\
+### What a file is and what it will take
+*Inspect Checkpoint* reads a file's header only. *Plan Rollout Memory* counts the bytes of a rollout exactly, for your device, \
+before anything is loaded: set size and window there first.
+
+The rollout's REPORT says what was planned and what was used.""",
+        groups={
+            "Model and prompt": [[1, 2, 3]],
+            "The file": [[4], [5]],
+            "The plan": [[6], [7]],
+            "Roll out and compare": [[8], [9], [10]],
+        },
+        room={4: 240, 5: 300, 6: 240, 7: 300, 9: 340, 10: 700},
+    ),
+    "sampler": Layout(
+        note="""\
+### The rollout as a sampler
+For graphs that are built around *SamplerCustomAdvanced*: guider, sigmas, noise and latent are the host's own nodes.
+
+*ModelSamplingSD3* with shift 5 and 4 simple steps give the levels of Self-Forcing. *AdaState Noise* makes the video the same as \
+that of *AdaState Rollout* with this seed.
+
+No resume, no stream: the whole latent is held. For long videos take *AdaState Rollout*.""",
+        groups={
+            "Model and prompt": [[1, 2, 3]],
+            "What the sampler needs": [[4, 5, 6], [7, 8, 9]],
+            "Sample and write": [[10, 11], [12]],
+        },
+        room={11: 330, 12: 370},
+        note_height=320,
+    ),
+    "small_cache": Layout(
+        note="""\
+### A long window in less memory
+Twice the same video with a window of 18: the past in the model's own format, and in 8 bits with a scale each (**cache_dtype** \
+int8), held in host memory (**cache_device**).
+
+The REPORT has both sizes; names with `host_` lie in host memory. 8 bits change the video a little; where they lie changes \
+nothing.
+
+Both inputs are among the rollout's advanced ones.""",
+        groups={
+            "Model and prompt": [[1, 2, 3]],
+            "As the model has it": [[4], [5]],
+            "8 bits in host memory": [[6], [7]],
+            "Side by side": [[8, 10], [9]],
+        },
+        room={5: 340, 7: 340, 9: 370, 10: 400},
+        note_height=320,
+    ),
+    "video_metrics": Layout(
+        note="""\
+### Measure a video
+Same prompt, same seed, a window of 9 and of 1. *Video Metrics* measures the second by chunk and compares it with the first: \
+drift of the colours, contrast, motion, flicker, PSNR and SSIM.
+
+Any two videos of one size can be connected; without **reference** the first six plots stay.""",
+        groups={
+            "Model and prompt": [[1, 2, 3]],
+            "Long window": [[4], [5]],
+            "Short window": [[6], [7]],
+            "Measured": [[8, 9], [10]],
+            "Side by side": [[11], [12]],
+        },
+        room={5: 340, 7: 340, 9: 340, 10: 600, 12: 370},
+    ),
+}
