@@ -107,7 +107,7 @@ def test_sampler_makes_the_video_of_the_rollout(client):
     sampled = workflow("sampler", n9__length=33)
     rolled = sampled | {"10": workflow("long_video", n5__length=33)["5"]}  # in the sampler's place
     del rolled["10"]["inputs"]["stream"]
-    rolled["10"]["inputs"] |= {"keep_latents": True, "seed": sampled["7"]["inputs"]["seed"]}
+    rolled["10"]["inputs"] |= {"keep_latents": True, "seed": sampled["7"]["inputs"]["seed"], "sigmas": ["6", 0]}
     outputs, expected = client.run(sampled), client.run(rolled)
     assert report_of(expected, "10")["frames"] == 33
     assert distance(video_of(client, outputs, "12"), video_of(client, expected, "12")) == 0
