@@ -185,8 +185,8 @@ The rollout's REPORT says what was planned and what was used.""",
 ### The rollout as a sampler
 For graphs that are built around *SamplerCustomAdvanced*: guider, sigmas, noise and latent are the host's own nodes.
 
-*ModelSamplingSD3* with shift 5 and 4 simple steps give the levels of Self-Forcing. *AdaState Noise* makes the video the same as \
-that of *AdaState Rollout* with this seed.
+*ModelSamplingSD3* with shift 5 and 4 simple steps give the levels of Self-Forcing. With *AdaState Noise* the video is that of \
+*AdaState Rollout* with the same seed and *sigmas*.
 
 No resume, no stream: the whole latent is held. For long videos take *AdaState Rollout*.""",
         groups={
