@@ -16,15 +16,19 @@ COMFYUI_PYTHON names that interpreter where it is not found (looked for: .venv, 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree
 from pathlib import Path
+from typing import IO
 
 from tools.host_client import Server, run_prompt, server_command
 from tools.setup_host import CACHE, ROOT, Host, SetupError, duration, ensure_ready, say
@@ -32,6 +36,8 @@ from tools.setup_host import CACHE, ROOT, Host, SetupError, duration, ensure_rea
 DEMO = ROOT / "workflows" / "api" / "long_video.json"
 BASE = CACHE / "base"  # the server's models, custom_nodes, input, temp and user folders
 OUTPUT = ROOT / "output"
+# where two layers run at a time: the longest first, so that both lanes end together
+SLOWEST = ["web", "training", "api", "core", "host"]
 LAYERS = ["core", "training", "runpy", "host", "api", "web"]  # run in this order, then whatever else is in tests/
 TEST_MODULES = {"pytest": "pytest", "ruff": "ruff", "websocket": "websocket-client"}
 
@@ -123,9 +129,9 @@ def serve(arguments: list[str]) -> int:
     return run_child([*command, *flags], host, host.path)
 
 
-def run_child(command: list[str], host: Host, folder: Path = ROOT) -> int:
-    """Run a program in the foreground, ended with this one; returns its exit status."""
-    process = subprocess.Popen(command, cwd=folder, env=host.env())
+def run_child(command: list[str], host: Host, folder: Path = ROOT, said: IO[bytes] | None = None) -> int:
+    """Run a program, ended with this one; returns its exit status. What it says goes to the screen, or into `said`."""
+    process = subprocess.Popen(command, cwd=folder, env=host.env(), stdout=said, stderr=said and subprocess.STDOUT)
     try:
         return process.wait()
     except KeyboardInterrupt:  # it got the Ctrl-C as well: let it end in its own way
@@ -155,16 +161,29 @@ def junit_counts(file: Path) -> tuple[int, int, int] | None:
     return total - failures - errors - skipped, failures + errors, skipped
 
 
-def run_layer(name: str, host: Host, arguments: list[str]) -> tuple[bool, tuple[int, int, int], str]:
-    """One pytest process for one folder of tests; returns success, counts and a line about it."""
+def run_layer(
+    name: str, host: Host, arguments: list[str], aside: bool = False
+) -> tuple[bool, tuple[int, int, int], str]:
+    """One pytest process for one folder of tests; returns success, counts and a line about it.
+
+    `aside`: others run at the same time, so what it says is shown when it has ended.
+    """
     report = CACHE / f"junit-{name}.xml"
     report.unlink(missing_ok=True)
     started = time.monotonic()
-    say(f"== tests/{name}")
+    if not aside:
+        say(f"== tests/{name}")
     # From inside the folder: pytest puts the current folder on sys.path, and the checkout must never be there
     # together with the host, whose `nodes` and `tests` have the same names.
     command = [str(host.python), "-m", "pytest", f"--junitxml={report}", *arguments]
-    code = run_child(command, host, ROOT / "tests" / name)
+    if aside:
+        with tempfile.TemporaryFile() as said:
+            code = run_child(command, host, ROOT / "tests" / name, said)
+            said.seek(0)
+            text = said.read().decode(errors="replace")
+        say(f"== tests/{name}\n{text.rstrip()}")
+    else:
+        code = run_child(command, host, ROOT / "tests" / name)
     counts = junit_counts(report) or (0, 0, 0)
     good = code == 0 or (code == 5 and bool(arguments))  # 5: nothing selected, which is all right with a -k
     line = "{} passed, {} failed, {} skipped".format(*counts)
@@ -187,7 +206,18 @@ def test(arguments: list[str]) -> int:
     checks = (["check"], ["format", "--check"])
     apart = [".", "--extend-exclude", ".cache"]  # the unpacked host; .gitignore says so too, but only to a git checkout
     bad_style = any([run_child([str(host.python), "-m", "ruff", *each, *apart], host) for each in checks])
-    results = [run_layer(name, host, arguments) for name in names]
+    lanes = min(2, os.cpu_count() or 1, len(names))
+    if lanes > 1:
+        say(f"== tests: {', '.join(names)}; {lanes} at a time, each shown when it has ended")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        first = sorted(names, key=lambda name: SLOWEST.index(name) if name in SLOWEST else len(SLOWEST))
+        with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
+            ended = dict(
+                zip(first, pool.map(lambda name: run_layer(name, host, arguments, aside=True), first), strict=True)
+            )
+        results = [ended[name] for name in names]
+    else:
+        results = [run_layer(name, host, arguments) for name in names]
     say(f"\n{'style:':10} {'failed' if bad_style else 'passed'}")
     for _, _, line in results:
         say(line)
