@@ -315,7 +315,7 @@ class DeepLayer(LayerSlots):
         self.anchor[slot] = Slot(frame)
 
     def blend_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor, weight: float) -> None:
-        raise NotImplementedError("a deep sink is never blended")
+        raise TypeError("a deep sink is never blended")
 
     def hand_over(self, ring: int, receiver: Receiver) -> None:
         receiver(self.window[ring].frame, None, *self._leaving(ring))

@@ -374,9 +374,9 @@ class Rollout:
                 x = renoised(x0, noises[step + 1], sigmas[step + 1])
         self._checkpoint(len(sigmas), x0)
         self._require_finite(x0)
-        self._commit(x0, frames)
+        content = self._commit(x0, frames)
         self._next_chunk += 1
-        return x0[:, :, self.spec.anchor.state_frames :].cpu()
+        return content
 
     def _generate_rolling(self, length: int) -> torch.Tensor:
         """Passes over the window of chunks until its oldest is finished; that one's latents [B, C, F, h, w] on the CPU."""
@@ -398,10 +398,10 @@ class Rollout:
             finished, blocks = rolling.advanced(blocks, x0, sigmas, seed)
         self._checkpoint(1, finished)
         self._require_finite(x0)
-        self._commit(finished, frames)
+        content = self._commit(finished, frames)
         self._blocks = tuple(rolling.Block(b.chunk, b.step, b.x.cpu()) for b in blocks)
         self._next_chunk += 1
-        return finished.cpu()
+        return content
 
     def _clean_pass(self, x0: torch.Tensor, content_frames: int, anchor: Anchor) -> None:
         """One pass over [state | content] at the context's timestep, whose keys and values are cached afterwards."""
@@ -412,14 +412,16 @@ class Rollout:
         self._require_finite(self.model.velocity(x0.to(self.model.device), timestep, self.attention))
         self.attention.commit(anchor, self._next_frame, content_frames)
 
-    def _commit(self, x0: torch.Tensor, content_frames: int) -> None:
-        """The clean pass of a chunk and its commit: the only place where the past moves on."""
+    def _commit(self, x0: torch.Tensor, content_frames: int) -> torch.Tensor:
+        """The clean pass of a chunk and its commit: the only place where the past moves on. Its content on the CPU."""
         states = self.spec.anchor.state_frames
         self._clean_pass(x0, content_frames, self.spec.anchor)
         self._next_frame += content_frames
-        self._recent = torch.cat([self._recent, x0[:, :, states:].cpu()], 2)[:, :, -self.spec.recent_frames :]
+        content = x0[:, :, states:].cpu()
+        self._recent = torch.cat([self._recent, content], 2)[:, :, -self.spec.recent_frames :]
         if states:
             self._hidden = x0[:, :, :states].cpu()
+        return content
 
     def _emit(self, length: int, start: float, given: bool) -> Chunk:
         """Let out at most a chunk of what is pending, and no more than `length` still asks for."""
@@ -430,14 +432,18 @@ class Rollout:
             self._kept.append(out)
         return Chunk(max(self._next_chunk - 1, 0), first, out, self._hidden, time.perf_counter() - start, given)
 
-    def passes(self, length: int) -> int:
-        """Forwards of the model that are left until `length` latent frames, but for those of a changing prompt."""
-        chunks = max(1, -(-(length - self._next_frame) // self.spec.chunk_frames))
+    def passes(self, length: int, given: int = 0) -> int:
+        """Forwards of the model that are left until `length` latent frames, of which `given` are there before; without
+        those of a changing prompt."""
+        taken, left = -(-given // self.spec.chunk_frames), length - given - self._next_frame
+        chunks = max(0, -(-left // self.spec.chunk_frames))
+        if not chunks:
+            return taken
         if self.spec.blocks > 1:
-            return 2 * chunks + (0 if self._blocks else self.spec.blocks - 1)
+            return taken + 2 * chunks + (0 if self._blocks else self.spec.blocks - 1)
         schedule = self.settings.schedule
         first = len(schedule.for_chunk(self._next_chunk))
-        return first + 1 + (chunks - 1) * (len(schedule.sigmas) + 1)
+        return taken + first + 1 + (chunks - 1) * (len(schedule.sigmas) + 1)
 
     def _checkpoint(self, step: int, x0: torch.Tensor | None) -> None:
         if self.on_step is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -28,8 +27,6 @@ from .host.live import LiveRun
 from .host.progress import Progress
 from .live import chunk_facts, stop_note
 from .output import StreamOutput, StreamSettings, check_streamable
-
-log = logging.getLogger("adastate")
 
 
 def check_size(width: int | None, height: int | None) -> str | None:
@@ -239,7 +236,7 @@ class Job:
         """
         request, progress, view = self.request, Progress(), view or LiveRun(None)
         rollout = self.rollout(progress)
-        progress.expect(rollout.passes(request.latent_length))
+        progress.expect(rollout.passes(request.latent_length, 0 if self.given is None else self.given.shape[2]))
         output = StreamOutput(self, request.stream) if request.stream else None
         made: list[Chunk] = []
         start = time.perf_counter()
@@ -264,8 +261,6 @@ class Job:
         state = rollout.snapshot(output.snapshot() if output else {})
         stopped = self._stopped(rollout)
         report = self._report(rollout, state, made, seconds, output) | stopped
-        if self.decoder:
-            report["decoder"] = self.decoder.describe()
         return Result(self._latents(rollout, made), state, report, output.targets if output else [])
 
     def _stopped(self, rollout: Rollout) -> dict[str, Any]:
@@ -332,6 +327,7 @@ class Job:
             "prompts": self._prompt_report(),
             "files": [target.path.name for target in output.targets] if output else [],
             "warnings": self.warnings,
+            **({"decoder": self.decoder.describe()} if self.decoder else {}),
             **({"history": output.history.kept} if output and output.history else {}),
             **({"absorption": absorption} if absorption else {}),
         }
