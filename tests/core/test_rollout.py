@@ -381,3 +381,14 @@ def test_schedules():
     for steps, shift in itertools.product((0, -1), (5.0,)):
         with pytest.raises(ValueError, match="steps"):
             Schedule.shifted(steps, shift)
+
+
+@pytest.mark.parametrize("given", [0, 1, 5])
+def test_passes_foretell_every_step(given):
+    model, seen = TinyModel(), []
+    spec = spec_for(model)
+    rollout = Rollout(model, spec, Settings(7, SCHEDULE), on_step=lambda *step: seen.append(step))
+    expected = rollout.passes(14, given)
+    list(rollout.chunks(14, torch.zeros(1, 4, given, H, W_PIXELS) if given else None))
+    assert len(seen) == expected
+    assert rollout.passes(14) == 0
