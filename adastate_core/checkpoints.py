@@ -11,7 +11,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 PARTS = ("generator_ema", "ema", "generator", "model_ema", "model", "state_dict")
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "base_model.model.", "model.", "module.")
 INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 HEAD_CHANNELS = 128
@@ -28,6 +28,8 @@ TIME_CHANNELS = 256
 PATCH = 2
 OUT_CHANNELS = 16
 MOST_NESTED = 8
+LORA_PART = "generator_lora"
+IS_A_LORA = "is a LoRA and no model: load the model that it belongs to, and put Load Causal LoRA behind it"
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 
 
@@ -91,13 +93,13 @@ class Checkpoint:
             yield name, self._read(name)
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Look into a file. CheckpointError for anything that cannot be read safely."""
+def open_checkpoint(path: Path | str, parts: Sequence[str] = PARTS) -> Checkpoint:
+    """Look into a file; of the models in it the first of `parts`. CheckpointError for what cannot be read safely."""
     path = Path(path)
     try:
         if path.suffix.lower() in TORCH_SUFFIXES:
-            return _open_torch(path)
-        return _open_safetensors(path)
+            return _open_torch(path, parts)
+        return _open_safetensors(path, parts)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -112,9 +114,9 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _open_safetensors(path: Path) -> Checkpoint:
+def _open_safetensors(path: Path, parts: Sequence[str]) -> Checkpoint:
     metadata, entries = _header(path)
-    part, chosen = _choose({name: name for name in entries})
+    part, chosen = _choose({name: name for name in entries}, parts)
     shapes = {plain: entries[name][1] for plain, name in chosen.items()}
     dtypes = {plain: entries[name][0] for plain, name in chosen.items()}
     opened: list[Any] = []
@@ -162,7 +164,7 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, tu
     return metadata, entries
 
 
-def _open_torch(path: Path) -> Checkpoint:
+def _open_torch(path: Path, parts: Sequence[str]) -> Checkpoint:
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     part = ""
     for _ in range(MOST_NESTED):
@@ -170,10 +172,12 @@ def _open_torch(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path.name} holds a {type(content).__name__} and not named weights")
         if any(isinstance(value, torch.Tensor) for value in content.values()):
             break
-        inner = next((name for name in PARTS if isinstance(content.get(name), dict)), None)
+        inner = next((name for name in parts if isinstance(content.get(name), dict)), None)
+        if inner is None and LORA_PART in content:
+            raise CheckpointError(f"{path.name} {IS_A_LORA}")
         if inner is None:
             raise CheckpointError(
-                f"{path.name} holds no weights; a checkpoint has {', '.join(PARTS[:3])} or plain weights"
+                f"{path.name} holds no weights; a checkpoint has {', '.join(parts[:3])} or plain weights"
             )
         part, content = inner, content[inner]
     else:
@@ -185,7 +189,7 @@ def _open_torch(path: Path) -> Checkpoint:
     }
     if odd := next((name for name, value in flat.items() if not _is_whole(value)), None):
         raise CheckpointError(f"{path.name} holds {odd} as something else than a plain tensor with all its numbers")
-    inner, chosen = _choose(flat)
+    inner, chosen = _choose(flat, parts)
     shapes = {name: tuple(t.shape) for name, t in chosen.items()}
     dtypes = {name: t.dtype for name, t in chosen.items()}
     return Checkpoint(path, shapes, dtypes, {}, part or inner, lambda name: chosen[name])
@@ -198,9 +202,9 @@ def _is_whole(tensor: torch.Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
-def _choose(entries: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _choose(entries: Mapping[str, Any], parts: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """(the model taken, its entries by plain name) from flat names, which may hold several models."""
-    for part in PARTS:
+    for part in parts:
         mine = {n.removeprefix(f"{part}."): v for n, v in entries.items() if n.startswith(f"{part}.")}
         if mine and any(plain_name(n).startswith("blocks.") for n in mine):
             return part, {plain_name(n): v for n, v in mine.items()}
@@ -209,6 +213,8 @@ def _choose(entries: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def geometry_of(shapes: Mapping[str, tuple[int, ...]], file: str = "the file") -> WanGeometry:
     """Sizes from the weights' shapes; CheckpointError for what is missing or does not fit together."""
+    if any(".lora_" in name for name in shapes):
+        raise CheckpointError(f"{file} {IS_A_LORA}")
     needed = ("patch_embedding.weight", "text_embedding.0.weight", "head.head.weight", "blocks.0.ffn.0.weight")
     if absent := [name for name in needed if name not in shapes]:
         raise CheckpointError(f"{file} is not a Wan transformer: it has no {absent[0]}")

@@ -114,7 +114,7 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "longlive", "LongLive", "arXiv 2509.22622",
             window_frames=6, anchor=AnchorStatic(3), files=("longlive_base.pt", "lora.pt"), trained_frames=240,
-            note="longlive_base.pt wants its LoRA (rank 256): put LoraLoaderModelOnly between the loader and the rollout",
+            note="longlive_base.pt wants its LoRA (rank 256): put Load Causal LoRA between the loader and the rollout",
         ),
         Preset(
             "rolling_forcing", "Rolling Forcing", "arXiv 2509.25161",

@@ -11,11 +11,14 @@ from .defaults import asked_numbers
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.checkpoints import (
+    KIND,
+    LORAS,
     WEIGHT_DTYPES,
     checkpoint_files,
     checkpoint_path,
     file_fingerprint,
     load_causal,
+    with_lora,
     with_preset,
 )
 from .inspection import inspect_file, plan_text
@@ -38,11 +41,11 @@ def _file_input() -> io.Input:
     )
 
 
-def _check_file(file: str | None) -> bool | str:
+def _check_file(file: str | None, kind: str = KIND) -> bool | str:
     if file is None:
         return True
     try:
-        checkpoint_path(file)
+        checkpoint_path(file, kind)
     except ValueError as error:
         return str(error)
     return True
@@ -89,6 +92,51 @@ class LoadModelNode(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, weight_dtype: str, preset: str = "auto") -> io.NodeOutput:
         return io.NodeOutput(load_causal(file, weight_dtype, preset))
+
+
+class LoadLoraNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateLoadLora",
+            display_name="Load Causal LoRA",
+            category=CATEGORY,
+            description="Puts a causal model's LoRA onto it, in the trainers' own layout too (LongLive's lora.pt).",
+            search_aliases=["longlive lora", "peft", "lora.pt"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model from any loader."),
+                widget(
+                    io.Combo,
+                    "file",
+                    options=checkpoint_files(LORAS) or [""],
+                    tooltip="A LoRA in models/loras with Wan's module names: safetensors, or a trainer's .pt, which is read "
+                    "without running any code in it.",
+                ),
+                widget(
+                    io.Float,
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="How much of it; 1: as it was trained. LongLive's base model needs all of it.",
+                ),
+            ],
+            outputs=[io.Model.Output("with_lora", display_name="MODEL", tooltip="The model with the LoRA.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None) -> bool | str:
+        return _check_file(file, LORAS)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None, strength: float = 1.0, **_: Any) -> str:
+        return f"{file_fingerprint(file, LORAS)} {strength}"
+
+    @classmethod
+    def execute(cls, model: Any, file: str, strength: float = 1.0) -> io.NodeOutput:
+        return io.NodeOutput(with_lora(model, file, strength))
 
 
 class ModelPresetNode(io.ComfyNode):
@@ -249,4 +297,4 @@ class PlanNode(io.ComfyNode):
         return io.NodeOutput(text, numbers, ui=ui.PreviewText(text))
 
 
-NODES = [LoadModelNode, ModelPresetNode, InspectCheckpointNode, PlanNode]
+NODES = [LoadModelNode, LoadLoraNode, ModelPresetNode, InspectCheckpointNode, PlanNode]

@@ -9,18 +9,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import comfy.lora
 import comfy.sd
 import folder_paths
 import torch
 
 from ...adastate_core.checkpoints import Checkpoint, open_checkpoint, own_metadata
+from ...adastate_core.lora_file import open_lora
 from ...adastate_core.presets import preset as named_preset
 from ...adastate_core.presets import recognised
 from .model import check_model, fingerprint
 
 DEFAULTS_KEY = "adastate_defaults"
 QUANTIZATION_KEY = "_quantization_metadata"
-KIND = "diffusion_models"
+KIND, LORAS = "diffusion_models", "loras"
+_WANTED = {KIND: "causal Wan 2.1 checkpoint", LORAS: "LoRA"}
 # what the host's own loader offers, by its words
 WEIGHT_DTYPES = {
     "default": {},
@@ -62,27 +65,29 @@ def _settings(path: str, changed: int) -> dict[str, Any] | None:
         return None
 
 
-def checkpoint_files() -> list[str]:
-    """Files that may hold a transformer, by the host's lists."""
+def checkpoint_files(kind: str = KIND) -> list[str]:
+    """Files that may hold weights, by the host's lists; `kind` is one of its model folders."""
     known = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
-    return [name for name in folder_paths.get_filename_list(KIND) if name.lower().endswith(known)]
+    return [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(known)]
 
 
-def checkpoint_path(file: str) -> Path:
+def checkpoint_path(file: str, kind: str = KIND) -> Path:
     """Where a listed file is; ValueError for any other name."""
+    wanted = _WANTED[kind]
     if not file:
-        raise ValueError(f"no file is chosen; put a causal Wan 2.1 checkpoint into models/{KIND} and refresh the page")
-    if file not in checkpoint_files():
+        raise ValueError(f"no file is chosen; put a {wanted} into models/{kind} and refresh the page")
+    if file not in checkpoint_files(kind):
         raise ValueError(
-            f"{file!r} is not among the files in models/{KIND}; put the checkpoint there, or refresh the page to see new files"
+            f"{file!r} is not among the files in models/{kind}; put the {wanted.split()[-1]} there, or refresh the page to see "
+            "new files"
         )
-    return Path(folder_paths.get_full_path_or_raise(KIND, file))
+    return Path(folder_paths.get_full_path_or_raise(kind, file))
 
 
-def file_fingerprint(file: str | None) -> str:
+def file_fingerprint(file: str | None, kind: str = KIND) -> str:
     """Changes when the file does; empty for a name that is not (yet) known."""
     try:
-        return str(checkpoint_path(file).stat().st_mtime_ns) if file else ""
+        return str(checkpoint_path(file, kind).stat().st_mtime_ns) if file else ""
     except (ValueError, OSError):
         return ""
 
@@ -130,4 +135,15 @@ def with_preset(patcher: Any, name: str) -> Any:
     """A clone of a MODEL that is to be rolled out by the preset's rules."""
     clone = patcher.clone()
     clone.model_options[DEFAULTS_KEY] = named_preset(name).settings()
+    return clone
+
+
+def with_lora(patcher: Any, file: str, strength: float) -> Any:
+    """A clone of a MODEL with a LoRA's update at this strength. ValueError for a file that is none, or another model's."""
+    lora = open_lora(checkpoint_path(file, LORAS))
+    weights = patcher.model.diffusion_model.state_dict()
+    lora.check({name: tuple(weight.shape) for name, weight in weights.items()})
+    names = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    clone = patcher.clone()
+    clone.add_patches(comfy.lora.load_lora(dict(lora.tensors()), names), strength)
     return clone

@@ -338,3 +338,58 @@ def test_the_page_of_presets_says_what_they_are():
         rows.append("| " + " | ".join(cells) + " |")
     text = (PACK / "web" / "docs" / "AdaStateModelPreset.md").read_text()
     assert "\n".join(rows) in text, "\n" + "\n".join(rows)
+
+
+@pytest.fixture
+def loras(folders):
+    """An empty folder of LoRAs that the host looks into first."""
+    folder = Path(folders) / "loras"
+    folder.mkdir()
+    paths = folder_paths.folder_names_and_paths["loras"][0]
+    paths.insert(0, str(folder))
+    folder_paths.filename_list_cache.clear()
+    yield folder
+    paths.remove(str(folder))
+    folder_paths.filename_list_cache.clear()
+
+
+def test_longlives_lora_rolls_out_like_weights_with_the_update_added(models, loras, wan_state, rollout, node):
+    """Rank 8 on every linear layer of the blocks, in the layout of its lora.pt; added by hand on the other side."""
+    generator = torch.Generator().manual_seed(3)
+    lora, merged = {}, dict(wan_state)
+    for name, weight in wan_state.items():
+        if name.startswith("blocks.") and name.endswith(".weight") and weight.ndim == 2:
+            down, up = (
+                torch.randn(shape, generator=generator) * 0.05 for shape in ((8, weight.shape[1]), (weight.shape[0], 8))
+            )
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            lora |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+            merged[name] = weight + 0.5 * (up @ down)
+    torch.save({"generator_lora": lora, "step": 1}, loras / "lora.pt")
+    folder_paths.filename_list_cache.clear()
+    load_lora = node("AdaStateLoadLora")
+    assert load_lora.validate(file="lora.pt") is True
+    base = load(written(models, "base.pt", {"generator": renamed(wan_state, "model.")}), preset="longlive")
+    with_lora = load_lora(model=base, file="lora.pt", strength=0.5).args[0]
+    ours = rollout(model=with_lora, length=33, **AUTO)
+    theirs = rollout(model=load(written(models, "merged.safetensors", merged), preset="longlive"), length=33, **AUTO)
+    plain = rollout(model=base, length=33, **AUTO)
+    assert report_of(ours)["settings"]["preset"] == "longlive"
+    torch.testing.assert_close(latents_of(ours), latents_of(theirs), atol=1e-4, rtol=0)
+    assert (latents_of(ours) - latents_of(plain)).abs().max() > 1e-2
+
+
+def test_a_lora_that_does_not_fit_is_refused(loras, wan_state, model, node):
+    load_lora = node("AdaStateLoadLora")
+    assert "'gone.pt' is not among the files in models/loras" in load_lora.validate(file="gone.pt")
+    pair = {"blocks.7.ffn.0.lora_A.weight": torch.zeros(2, 128), "blocks.7.ffn.0.lora_B.weight": torch.zeros(192, 2)}
+    save_file(pair, loras / "other.safetensors")
+    folder_paths.filename_list_cache.clear()
+    with pytest.raises(
+        ValueError, match="other.safetensors is a LoRA of another model: this one has no blocks.7.ffn.0"
+    ):
+        load_lora(model=model, file="other.safetensors")
+    save_file(wan_state, loras / "whole.safetensors")
+    folder_paths.filename_list_cache.clear()
+    with pytest.raises(ValueError, match="whole.safetensors is no LoRA"):
+        load_lora(model=model, file="whole.safetensors")

@@ -24,6 +24,7 @@ CONTRACT = {
     ),
     "AdaStateAnchorDeep": (["sink_frames", "recent_frames", "budget_frames", "shift_selected?"], ["ADASTATE_ANCHOR"]),
     "AdaStateLoadModel": (["file", "weight_dtype", "preset?"], ["MODEL"]),
+    "AdaStateLoadLora": (["model", "file", "strength?"], ["MODEL"]),
     "AdaStateModelPreset": (["model", "preset"], ["MODEL", "STRING"]),
     "AdaStateInspectCheckpoint": (["file", "width?", "height?", "length?"], ["STRING"]),
     "AdaStatePlan": (
