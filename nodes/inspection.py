@@ -22,11 +22,18 @@ GIB = 2**30
 
 
 def _spec(
-    resolved: Resolved, geometry: ModelGeometry, width: int, height: int, dtype: torch.dtype, batch: int = 1
+    resolved: Resolved,
+    geometry: ModelGeometry,
+    width: int,
+    height: int,
+    dtype: torch.dtype,
+    batch: int = 1,
+    **cache: Any,
 ) -> RolloutSpec:
     return RolloutSpec(
         geometry, batch, height // 8, width // 8, resolved.numbers["chunk_frames"], resolved.numbers["window_frames"],
         resolved.anchor, resolved.numbers["positions"], dtype, **resolved.spec_options(len(resolved.schedule.sigmas)),
+        **cache,
     )  # fmt: skip
 
 
@@ -84,16 +91,23 @@ def plan_text(
     asked: dict[str, Any],
     anchor: Anchor | None,
     vae: Any,
+    cache: dict[str, Any],
 ) -> tuple[str, str]:
-    """(words, JSON) of what a rollout of a MODEL would take. ValueError for a model or size that cannot be rolled out."""
+    """(words, JSON) of what a rollout of a MODEL would take; `cache` holds a spec's cache_dtype, cache_device, absorption.
+
+    ValueError for a model or size that cannot be rolled out.
+    """
     _require_size(width, height)
     host_model.check_model(model)
     resolved = resolve(rollout_defaults(model), asked, anchor)
-    spec = _spec(resolved, host_model.geometry_of(model), width, height, host_model.compute_dtype(model), batch)
+    spec = _spec(
+        resolved, host_model.geometry_of(model), width, height, host_model.compute_dtype(model), batch, **cache
+    )
     vae_bytes = HostDecoder(vae).cache_bytes(batch, height // 8, width // 8) if vae is not None else 0
     plan, free = spec.plan(TEXT_TOKENS, vae_bytes), host_model.available_bytes(model)
     try:
         host_model.check_memory(plan, free)
+        host_model.check_host_memory(plan)
         verdict, fits = f"fits: {_size(free)} could be free on the device", True
     except ValueError as error:
         verdict, fits = str(error), False
@@ -101,13 +115,14 @@ def plan_text(
     kept = batch * 16 * latents * (height // 8) * (width // 8) * 4
     lines = [f"{name}: {_size(count)}" for name, count in plan.bytes().items() if count]
     lines += [
-        f"keys and values in all: {_size(plan.kv_bytes)}, the same at any length",
+        f"keys and values in all: {_size(plan.kv_bytes)} on the device, the same at any length",
         f"in host memory, with keep_latents: {_size(kept)} for {latents} latent frames",
         verdict,
         *resolved.warnings(latents),
     ]
     numbers = {
-        "plan_bytes": plan.bytes(), "kv_bytes": plan.kv_bytes, "total_bytes": plan.total_bytes, "free_bytes": free,
+        "plan_bytes": plan.bytes(), "kv_bytes": plan.kv_bytes, "host_bytes": plan.host_bytes, "total_bytes": plan.total_bytes,
+        "free_bytes": free,
         "fits": fits, "kept_latents_bytes": kept, "settings": resolved.numbers, "anchor": resolved.anchor.describe(),
         "warnings": resolved.warnings(latents),
     }  # fmt: skip

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..adastate_core.anchors import Anchor
+from ..adastate_core.cache_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.presets import PRESETS
 from ..adastate_core.rope import POSITION_MODES
+from .absorption import AbsorptionRequest
 from .defaults import asked_numbers
 from .host import api
 from .host.api import io, schema, ui, widget
@@ -23,6 +25,7 @@ from .host.checkpoints import (
 )
 from .inspection import inspect_file, plan_text
 from .job import check_size
+from .rollout import RolloutNode
 
 CATEGORY = "AdaState/models"
 _PRESET_TOOLTIP = (
@@ -218,6 +221,7 @@ class InspectCheckpointNode(io.ComfyNode):
 class PlanNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        shared = {i.id: i for i in RolloutNode.define_schema().inputs}
         return schema(
             node_id="AdaStatePlan",
             display_name="Plan Rollout Memory",
@@ -262,6 +266,9 @@ class PlanNode(io.ComfyNode):
                 ),
                 api.Anchor.Input("anchor", optional=True, tooltip="As in the rollout; empty: what the model wants."),
                 io.Vae.Input("vae", optional=True, tooltip="With a stream: the decoder, whose own cache counts too."),
+                shared["absorption"],
+                shared["cache_dtype"],
+                shared["cache_device"],
             ],
             outputs=[
                 io.String.Output("text", display_name="TEXT", tooltip="The plan in words."),
@@ -291,9 +298,15 @@ class PlanNode(io.ComfyNode):
         positions: str = "auto",
         anchor: Anchor | None = None,
         vae: Any = None,
+        absorption: AbsorptionRequest | None = None,
+        cache_dtype: str = CACHE_DTYPES[0],
+        cache_device: str = CACHE_DEVICES[0],
     ) -> io.NodeOutput:
         asked = asked_numbers(chunk_frames, window_frames, positions)
-        text, numbers = plan_text(model, width, height, length, batch_size, asked, anchor, vae)
+        cache = {"cache_dtype": cache_dtype, "cache_device": cache_device}
+        if absorption is not None:
+            cache["absorption"] = absorption.settings
+        text, numbers = plan_text(model, width, height, length, batch_size, asked, anchor, vae, cache)
         return io.NodeOutput(text, numbers, ui=ui.PreviewText(text))
 
 

@@ -18,6 +18,7 @@ from adastate_pack.nodes.host import model as adapter
 from adastate_pack.nodes.host.checkpoints import rollout_defaults
 from conftest import HostNode, random_wan
 from safetensors.torch import save_file
+from test_absorption import DEFAULTS
 from test_models import models, report_of, written  # noqa: F401
 
 
@@ -236,3 +237,23 @@ def test_a_plan_that_does_not_fit_says_what_would(model, monkeypatch, rollout):
 def test_a_plan_is_made_anew_at_every_run(node):
     fingerprint = node("AdaStatePlan").node.fingerprint_inputs(model=None, width=32, height=32, length=9)
     assert fingerprint != fingerprint
+
+
+@pytest.mark.parametrize("cache_device", ["gpu", "host memory"])
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
+def test_a_plan_with_another_cache_is_what_the_rollout_plans_and_uses(model, rollout, cache_dtype, cache_device):
+    cache = {"cache_dtype": cache_dtype, "cache_device": cache_device, "window_frames": 9}
+    text, numbers = planned(model, **cache)
+    report = report_of(rollout(model=model, length=33, **cache))
+    assert numbers["plan_bytes"] == {**report["plan_bytes"], "text_kv": numbers["plan_bytes"]["text_kv"]}
+    assert numbers["kv_bytes"] == report["kv_bytes_used"] and numbers["host_bytes"] == report["host_kv_bytes_used"]
+    assert ("host_k: " in text) == (cache_device != "gpu")
+
+
+def test_a_plan_counts_what_an_absorption_collects(model, rollout):
+    absorption = HostNode("AdaStateAbsorption")(**(DEFAULTS | {"scope": "layer"})).args[0]
+    more = {"absorption": absorption, "window_frames": 9}
+    plain, numbers = planned(model, window_frames=9)[1], planned(model, **more)[1]
+    report = report_of(rollout(model=model, length=33, **more))
+    assert numbers["plan_bytes"]["absorption"] == report["plan_bytes"]["absorption"] > 0
+    assert numbers["total_bytes"] - plain["total_bytes"] == numbers["plan_bytes"]["absorption"]

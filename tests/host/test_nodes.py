@@ -30,7 +30,7 @@ CONTRACT = {
     "AdaStatePlan": (
         [
             "model", "width", "height", "length", "batch_size?", "chunk_frames?", "window_frames?", "positions?", "anchor?",
-            "vae?",
+            "vae?", "absorption?", "cache_dtype?", "cache_device?",
         ],
         ["STRING", "STRING"],
     ),
