@@ -4,7 +4,7 @@
     python benchmarks/absorption.py --model 1.3b --layers 4 --width 832 --height 480 --window 45 [--fp8]
 
 All rollouts take turns in one process, chunk by chunk, so that a ratio compares chunks of the same moment. What it does to
-the pictures is in benchmarks/absorption_quality.py.
+the pictures is in training/absorption_quality.py.
 """
 
 from __future__ import annotations

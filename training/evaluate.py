@@ -209,12 +209,13 @@ def main() -> None:
         results |= {c.name: evaluation.results(c, lengths, streams) for c in contenders}
         parts += [f"## {streams} streams, to {max(lengths)} times the training horizon", ""]
         parts += rolled_table(results, config["compared"]) + [""]
-    memories = {c.name: evaluation.memory(c) for c in contenders}
-    parts += ["## Recall of the lantern's colour, by gap in chunks", "", *recall_table(memories), ""]
+    if config["recall_streams"]:
+        memories = {c.name: evaluation.memory(c) for c in contenders}
+        parts += ["## Recall of the lantern's colour, by gap in chunks", "", *recall_table(memories), ""]
+        log.info("mean recall: %s", {n: statistics.mean(m["own"].values()) for n, m in memories.items()})
     told = [f"- {c.name}: {c.weights}{' + ' + c.lora if c.lora else ''}; A + W + F = {c.frames}" for c in contenders]
     Path(run.folder, "comparison.md").write_text("\n".join(parts + told) + "\n")
     log.info("%s", "\n".join(parts))
-    log.info("mean recall: %s", {n: statistics.mean(m["own"].values()) for n, m in memories.items()})
 
 
 if __name__ == "__main__":
