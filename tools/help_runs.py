@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,20 +113,41 @@ class Stage:
 
     def crop(self, name: str, ids: Sequence[int], graph: Graph | None = None, run: bool = True) -> Image.Image:
         """Nodes of a workflow in the real page, once it has run there; of `graph` instead if one is given (its ids are numbers)."""
-        page = self.browser.new_page(viewport={"width": 1700, "height": 1500}, device_scale_factor=2)
-        try:
-            open_page(page, self.server.port)
-            self._load(page, name, graph)
+        with self._opened(name, graph) as page:
             if run:
                 page.evaluate("() => app.queuePrompt(0)")
                 self._wait_idle(page)
             page.wait_for_timeout(_DRAWN)
-            clip = page.evaluate(_SHOW, list(ids))
+            return _taken(page, page.evaluate(_SHOW, list(ids)))
+
+    def watched(self, name: str, number: int, chunks: int) -> Image.Image:
+        """What a rollout node of a workflow shows of its run when it has made so many chunks."""
+        with self._opened(name) as page:
+            page.evaluate("() => app.queuePrompt(0)")
+            strip = "document.querySelectorAll('.adastate-strip button')"
+            page.wait_for_function(f"(n) => {strip}.length >= n", arg=chunks, timeout=300_000)
+            page.evaluate(_SHOW, [number])
             page.wait_for_timeout(700)
-            taken = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+            taken = _taken(page, page.locator(".adastate-live").bounding_box())
+            page.evaluate("() => app.api.interrupt()")
+            self._wait_idle(page)
+            return taken
+
+    @contextlib.contextmanager
+    def _opened(self, name: str, graph: Graph | None = None) -> Iterator[Page]:
+        """The real page with the workflow, or with `graph`."""
+        page = self.browser.new_page(viewport={"width": 1700, "height": 1500}, device_scale_factor=2)
+        try:
+            open_page(page, self.server.port)
+            if graph is None:
+                text = (WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")
+                page.evaluate("(text) => app.loadGraphData(JSON.parse(text))", text)
+            else:
+                page.evaluate("([graph, name]) => app.loadApiJson(graph, name)", [graph, name])
+            page.wait_for_timeout(500)
+            yield page
         finally:
             page.close()
-        return narrowed(taken)
 
     def _wait_idle(self, page: Page, seconds: int = 300) -> None:
         for _ in range(2 * seconds):
@@ -134,12 +156,11 @@ class Stage:
                 return
         raise SetupError(f"a graph did not end within {seconds} s; the host's log is {self.server.log}", code=1)
 
-    def _load(self, page: Page, name: str, graph: Graph | None) -> None:
-        if graph is None:
-            page.evaluate("(text) => app.loadGraphData(JSON.parse(text))", (WORKFLOWS / f"{name}.json").read_text())
-        else:
-            page.evaluate("([graph, name]) => app.loadApiJson(graph, name)", [graph, name])
-        page.wait_for_timeout(500)
+
+def _taken(page: Page, clip: dict[str, float]) -> Image.Image:
+    """A part of the page, once it is drawn."""
+    page.wait_for_timeout(700)
+    return narrowed(Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB"))
 
 
 def narrowed(picture: Image.Image) -> Image.Image:

@@ -249,10 +249,10 @@ PICTURES: dict[str, Callable[[Stage], Image.Image]] = {
     "AdaStateLoadModel.png": crop("inspect_and_plan", 1, run=False),
     "AdaStateInspectCheckpoint.png": functools.partial(text, "5"),
     "AdaStatePlan.png": functools.partial(text, "7"),
-    "AdaStateRollout.png": crop("long_video", 5),
+    "AdaStateRollout.jpg": lambda stage: stage.watched("long_video", 5, 14),
     "AdaStateStreamOutput.png": crop("long_video", 4, run=False),
     "AdaStateSampler.png": crop("sampler", 7, 8, 9, 10, run=False),
-    "AdaStateRenderVideo.png": crop("sampler", 11, 12),
+    "AdaStateRenderVideo.jpg": crop("sampler", 11, 12),
     "AdaStateSaveState.png": crop("save_and_resume", 6),
 }
 
