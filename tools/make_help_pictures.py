@@ -90,9 +90,9 @@ def hidden_state(stage: Stage) -> Image.Image:
     return strip(rows, captions)
 
 
-def absorbed(length: int = 193) -> Graph:
-    """The absorption workflow, its correction saved, and two more rollouts: with all history, and without a correction."""
-    graph = workflow("absorption", n6__length=length)
+def absorbed() -> Graph:
+    """The absorption workflow, shorter, and its correction saved."""
+    graph = workflow("absorption", n6__length=193)
     graph["9"] = node("AdaStateSaveAbsorption", state=["6", 1], filename_prefix="help/correction")
     return graph
 
@@ -120,13 +120,12 @@ def load_absorption(stage: Stage) -> Image.Image:
 
 
 def save_absorption(stage: Stage) -> Image.Image:
-    graph = absorbed()
-    return stage.crop("absorption", [9], {key: value for key, value in graph.items() if key not in ("7", "8")})
+    return written(stage.run(absorbed()).text("9"))
 
 
 def demo_prompt(stage: Stage) -> Image.Image:
     """Each ground with a balloon of another colour."""
-    scenes = (("meadow", "crimson"), ("desert", "gold"), ("snow", "violet"), ("city", "white"))
+    scenes = (("meadow", "crimson"), ("desert", "white"), ("snow", "gold"), ("city", "violet"))
     rows: dict[str, list[Image.Image]] = {"no lantern": [], "lantern": []}
     for lantern, row in rows.items():
         for terrain, balloon in scenes:
@@ -149,7 +148,7 @@ def timeline(stage: Stage) -> Image.Image:
 
 
 def prompt_at(stage: Stage) -> Image.Image:
-    """Three prompts as a chain of nodes, in the page."""
+    """Three prompts from a chain of nodes."""
     graph, before = workflow("prompt_timeline", n5__length=117), {}
     del graph["3"], graph["6"]
     for i, (seconds, balloon) in enumerate(((0.0, "crimson"), (2.5, "gold"), (5.0, "violet"))):
@@ -157,7 +156,7 @@ def prompt_at(stage: Stage) -> Image.Image:
         graph[str(20 + i)] = node("AdaStateDemoPrompt", **words)
         chain = {"transition": "recache", "blend_chunks": 3, "blend": "linear", **before}
         graph[str(30 + i)] = node("AdaStatePromptAt", positive=[str(20 + i), 0], seconds=seconds, **chain)
-        before = {"timeline": [str(30 + i), 0]}
+        before = {"prompts": [str(30 + i), 0]}
     graph["5"]["inputs"]["positive"] = ["32", 0]
     moments = (1, 2, 4, 6, 7)
     captions = ["1 s\n0: crimson", "2 s", "4 s\n2.5: gold", "6 s\n5: violet", "7 s"]
@@ -183,9 +182,19 @@ def continue_video(stage: Stage) -> Image.Image:
     return strip(rows)
 
 
+def first_part(stage: Stage) -> Run:
+    """The workflow's first rollout and its saved state."""
+    graph = workflow("save_and_resume")
+    return stage.run({key: graph[key] for key in ("1", "2", "3", "4", "5", "6")})
+
+
+def save_state(stage: Stage) -> Image.Image:
+    return written(first_part(stage).text("6"))
+
+
 def load_state(stage: Stage) -> Image.Image:
     """A video that was made in two runs, the second from the saved state."""
-    first = stage.run(workflow("save_and_resume", n8__length=165))
+    first = first_part(stage)
     graph = workflow("save_and_resume", n8__length=321)
     graph = {key: graph[key] for key in ("1", "2", "3", "7", "8")}
     graph["4"] = node("AdaStateLoadState", file=first.text("6").splitlines()[0], chunk=-1)
@@ -251,9 +260,9 @@ PICTURES: dict[str, Callable[[Stage], Image.Image]] = {
     "AdaStatePlan.png": functools.partial(text, "7"),
     "AdaStateRollout.jpg": lambda stage: stage.watched("long_video", 5, 14),
     "AdaStateStreamOutput.png": crop("long_video", 4, run=False),
-    "AdaStateSampler.png": crop("sampler", 7, 8, 9, 10, run=False),
+    "AdaStateSampler.png": crop("sampler", 7, 8, 9, 10, 11, run=False),
     "AdaStateRenderVideo.jpg": crop("sampler", 11, 12),
-    "AdaStateSaveState.png": crop("save_and_resume", 6),
+    "AdaStateSaveState.png": save_state,
 }
 
 
