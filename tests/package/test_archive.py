@@ -14,12 +14,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tools.build_archive import build, kept
 from tools.host_client import PACK_NAME, Server
 from tools.setup_host import Host
 
 ROOT = Path(__file__).resolve().parents[2]
+MOST_PICTURES = 1_500_000  # bytes of the help pages' pictures: everybody who installs the pack loads them
 MOST_BYTES = 50_000_000  # no limit of the registry is known; this is what an installation should not take longer than
 
 
@@ -69,6 +71,20 @@ def test_the_archive_holds_the_pack_and_nothing_else(archive, pack):
     for folder in ("nodes", "adastate_core"):
         assert stems(pack / folder, "**/*.py") == stems(ROOT / folder, "**/*.py")
     assert archive.stat().st_size < MOST_BYTES
+
+
+def test_the_help_pages_pictures_are_in_the_archive(pack):
+    docs, shown = pack / "web" / "docs", set()
+    for page in docs.glob("*.md"):
+        found = re.findall(r"!\[.+?\]\((images/[^)]+)\)", page.read_text(encoding="utf-8"))
+        assert found, f"{page.name} has no picture"
+        shown.update(docs / name for name in found)
+    assert shown == set((docs / "images").iterdir()), "each picture is there, and none that no page shows"
+    for path in shown:
+        with Image.open(path) as picture:
+            assert picture.width <= 640
+            picture.load()
+    assert sum(path.stat().st_size for path in shown) < MOST_PICTURES
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import urllib.request
 
 import pytest
@@ -33,12 +34,25 @@ def test_pages_are_served_and_name_every_input_and_output(nodes, host):
         assert not missing, f"{name}.md does not explain {missing}"
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_begins_with_a_picture(name, host):
+    text = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    opening = text.partition("\n## ")[0]
+    ((described, file),) = re.findall(r"!\[([^]]*)\]\((images/[^)]+)\)", opening)
+    assert len(described) > 20, "an alt text says what is seen"
+    with urllib.request.urlopen(f"http://127.0.0.1:{host.port}/extensions/ComfyUI-AdaState/docs/{file}") as answer:
+        assert answer.headers["Content-Type"].startswith("image/") and answer.read(2) in (b"\xff\xd8", b"\x89P")
+
+
 def test_the_front_end_shows_a_page(open_front_end, artefacts):
     page = open_front_end("classic")
     page.open_template("long_video")
     page.tab.evaluate("() => app.canvas.selectItems(app.graph.nodes.filter((n) => n.type === 'AdaStateStreamOutput'))")
     page.tab.get_by_test_id("info-button").click()
     page.tab.get_by_role("heading", name="Stream To Video").wait_for(timeout=20_000)
+    picture = page.tab.locator(".node-help-content img").first
+    assert picture.get_attribute("src") == "/extensions/ComfyUI-AdaState/docs/images/AdaStateStreamOutput.png"
+    page.tab.wait_for_function("(img) => img.complete && img.naturalWidth > 0", arg=picture.element_handle())
     page.screenshot(artefacts / "help.png")
     # It asks for a translation first, and takes the page itself when there is none.
     assert [text for text in page.complaints if "/en.md" not in text] == []
