@@ -137,13 +137,7 @@ def demo_prompt(stage: Stage) -> Image.Image:
 
 def timeline(stage: Stage) -> Image.Image:
     run = stage.run(workflow("prompt_timeline"))
-    said = {
-        2: "from 0:00\ncrimson",
-        3.5: "",
-        6.5: "0:04 {soft}\nlantern",
-        7.5: "",
-        9.5: "0:08 {cut}\ngold, no\nlantern",
-    }
+    said = {2: "from 0:00\ncrimson", 4.5: "0:04 {soft}\nlantern", 7: "", 9.5: "0:08 {cut}\ngold, no\nlantern", 12: ""}
     return strip({"": run.at("5", list(said))}, [f"{second:g} s\n{text}" for second, text in said.items()])
 
 
