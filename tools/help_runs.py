@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 Graph = dict[str, dict[str, Any]]
-WIDE = 640  # pixels of the widest picture; the help panel shows about two thirds of that
+WIDE = 640  # pixels of the widest picture; the help panel opens with less than half of that, so letters are large
 FPS = 16
 _DRAWN = 4000  # milliseconds that a page gets to draw what it was sent
 PAPER, INK = "#1b1b1f", "#e6e6e6"
@@ -172,7 +172,7 @@ def narrowed(picture: Image.Image) -> Image.Image:
 
 def written(text: str) -> Image.Image:
     """A node's text as it came, its long lines broken."""
-    font, lines = ImageFont.load_default(18), []
+    font, lines = ImageFont.load_default(24), []
     for line in text.splitlines():
         lines.append("")
         for word in line.split(" "):
@@ -181,8 +181,8 @@ def written(text: str) -> Image.Image:
                 lines.append(word)
             else:
                 lines[-1] = longer
-    sheet = Image.new("RGB", (WIDE, 24 * len(lines) + 24), PAPER)
-    ImageDraw.Draw(sheet).multiline_text((16, 10), "\n".join(lines), fill=INK, font=font, spacing=6)
+    sheet = Image.new("RGB", (WIDE, 32 * len(lines) + 24), PAPER)
+    ImageDraw.Draw(sheet).multiline_text((16, 10), "\n".join(lines), fill=INK, font=font, spacing=8)
     return sheet
 
 
@@ -190,9 +190,9 @@ def strip(rows: dict[str, list[Image.Image]], captions: Sequence[str] = ()) -> I
     """Rows of frames under their titles ("" for none), and a caption (it may have several lines) under each column."""
     columns = max(map(len, rows.values()))
     cell, gap = min(WIDE // columns, 160), 2
-    title_font, font = ImageFont.load_default(20), ImageFont.load_default(18 if columns < 6 else 16)
-    head = {title: 30 if title else 0 for title in rows}
-    foot = 8 + 22 * max((caption.count("\n") + 1 for caption in captions), default=0) if captions else 0
+    title_font, font = ImageFont.load_default(26), ImageFont.load_default(24)
+    head = {title: 36 if title else 0 for title in rows}
+    foot = 8 + 28 * max((caption.count("\n") + 1 for caption in captions), default=0) if captions else 0
     sheet = Image.new("RGB", (columns * cell, sum(head.values()) + len(rows) * (cell + gap) + foot), PAPER)
     draw, y = ImageDraw.Draw(sheet), 0
     for title, frames in rows.items():
@@ -203,5 +203,5 @@ def strip(rows: dict[str, list[Image.Image]], captions: Sequence[str] = ()) -> I
             sheet.paste(frame.resize((cell - gap, cell), smooth), (i * cell, y))
         y += cell + gap
     for i, caption in enumerate(captions):
-        draw.multiline_text((i * cell + 4, y + 2), caption, fill=INK, font=font, spacing=4)
+        draw.multiline_text((i * cell + 4, y + 2), caption, fill=INK, font=font, spacing=5)
     return sheet

@@ -137,30 +137,24 @@ def demo_prompt(stage: Stage) -> Image.Image:
 
 def timeline(stage: Stage) -> Image.Image:
     run = stage.run(workflow("prompt_timeline"))
-    said = {
-        2: "from 0:00\ncrimson",
-        3.5: "",
-        6.5: "0:04 {soft}\nlantern",
-        7.5: "",
-        9.5: "0:08 {cut}\ngold, no\nlantern",
-    }
+    said = {2: "from 0:00\ncrimson", 4.5: "0:04 {soft}\nlantern", 7: "", 9.5: "0:08 {cut}\ngold, no\nlantern", 12: ""}
     return strip({"": run.at("5", list(said))}, [f"{second:g} s\n{text}" for second, text in said.items()])
 
 
 def prompt_at(stage: Stage) -> Image.Image:
     """Three prompts from a chain of nodes."""
-    graph, before = workflow("prompt_timeline", n5__length=117), {}
+    graph, before = workflow("prompt_timeline", n5__length=129), {}
     del graph["3"], graph["6"]
-    for i, (seconds, balloon) in enumerate(((0.0, "crimson"), (2.5, "gold"), (5.0, "violet"))):
-        words = {"terrain": "snow", "pace": "slow", "balloon": balloon, "lantern": "no lantern"}
+    for i, (seconds, lantern) in enumerate(((0.0, "no lantern"), (3.0, "lantern"), (6.0, "no lantern"))):
+        words = {"terrain": "snow", "pace": "slow", "balloon": "crimson", "lantern": lantern}
         graph[str(20 + i)] = node("AdaStateDemoPrompt", **words)
         chain = {"transition": "recache", "blend_chunks": 3, "blend": "linear", **before}
         graph[str(30 + i)] = node("AdaStatePromptAt", positive=[str(20 + i), 0], seconds=seconds, **chain)
         before = {"prompts": [str(30 + i), 0]}
     graph["5"]["inputs"]["positive"] = ["32", 0]
-    moments = (1, 2, 4, 6, 7)
-    captions = ["1 s\n0: crimson", "2 s", "4 s\n2.5: gold", "6 s\n5: violet", "7 s"]
-    return strip({"": stage.run(graph).at("5", moments)}, captions)
+    said = {1.5: "from 0\nno lantern", 3.8: "from 3\nlantern", 5.2: "", 6.8: "from 6\nno lantern", 8: ""}
+    run = stage.run(graph)
+    return strip({"": run.at("5", list(said))}, [f"{second:g} s\n{text}" for second, text in said.items()])
 
 
 def compare(stage: Stage) -> Image.Image:
