@@ -4,7 +4,8 @@
 
 A correction belongs to one video, so every stream is rolled out by itself. The first contender is the full history that the
 others are compared with. With `change_at` every stream goes on with the next stream's words from that latent frame.
-Measurements are kept in the run's folder; the table goes to `folder/quality.md`, plots beside it.
+Measurements are kept in the run's folder; the table goes to `folder/quality.md`, plots of the contenders that `plotted` names (all
+without it) beside it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .sheets import decoded, draw_sheet
 from .world import CHUNK_LATENTS, Scene
 
 TO_FULL = ("PSNR to full, dB", "SSIM to full")
+SAME = 100.0  # dB, of equal pictures
 FLICKER = "flicker at the chunk's rate"
 SHOWN = ("balloon off its colour, dE", "balloon found", "sky off its colours, dE", "flow error, px a frame", "seam")
 
@@ -120,12 +122,15 @@ def _file_name(contender: Contender) -> str:
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Means with 95 % intervals over streams, a line a contender and segment."""
+    """Means with 95 % intervals over streams, a line a contender and segment where its pictures are not the full history's."""
+    reference = next(iter(results))
     first = next(iter(next(iter(results.values()))["rows"].values()))[0]
     columns = [name for name in (*TO_FULL, FLICKER, *SHOWN) if name in first]
     lines = ["| what | until | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
     for name, found in results.items():
         for segment, rows in found["rows"].items():
+            if name != reference and all(row[TO_FULL[0]] >= SAME for row in rows):
+                continue
             cells = ["{:.2f} ({:.2f} to {:.2f})".format(*interval([row[column] for row in rows])) for column in columns]
             lines.append(f"| {name} | {segment} | " + " | ".join(cells) + " |")
     return lines
@@ -146,34 +151,38 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    others = {name: found for name, found in list(results.items())[1:]}
-    segments = list(next(iter(results.values()))["psnr"])
-    figure, panels = pyplot.subplots(1, len(segments) + 2, figsize=(4 * len(segments) + 9, 3.6), layout="constrained")
-    for panel, segment in zip(panels, segments, strict=False):
-        for name, found in others.items():
-            curve = torch.tensor(found["psnr"][segment]).mean(0)
-            panel.plot(curve, label=name, linewidth=1)
-        panel.set_title(f"until {segment}", fontsize=9, loc="left")
-        panel.set_xlabel("picture", fontsize=8)
-    panels[0].set_ylabel("PSNR to full history, dB", fontsize=8)
-    panels[0].legend(fontsize=6, frameon=False)
-    for name, found in others.items():
+    curves = {
+        segment: {name: torch.tensor(found["psnr"][segment]).mean(0) for name, found in results.items()}
+        for segment in next(iter(results.values()))["psnr"]
+    }
+    curves = {segment: each for segment, each in curves.items() if any(bool((c < SAME).any()) for c in each.values())}
+    figure, panels = pyplot.subplots(1, len(curves) + 2, figsize=(3.6 * len(curves) + 8, 4), layout="constrained")
+    colours = {name: f"C{i}" for i, name in enumerate(results)}
+    for panel, (segment, each) in zip(panels, curves.items(), strict=False):
+        for name, curve in each.items():
+            panel.plot(curve.where(curve < SAME, torch.nan), color=colours[name], label=name, linewidth=1.2)
+        _name(panel, f"5 s until {segment}: PSNR to full history, dB", "picture")
+    for name, found in results.items():
         reports = [r for r in found["reports"] if r.get("residuals")]
+        line = {"color": colours[name], "marker": "o", "markersize": 3, "linewidth": 1.2}
         if reports:
             after = torch.tensor([[e["after"] for e in r["residuals"]] for r in reports]).mean(0)
-            panels[-2].plot(after, marker="o", markersize=3, linewidth=1, label=name)
+            panels[-2].plot(after, **line)
         if any(r["monitor"] for r in reports):
-            frames, shares = watched(reports)
-            panels[-1].plot(frames, shares, marker="o", markersize=3, linewidth=1, label=name)
-    for panel, title, unit in (
-        (panels[-2], "left after absorbing, of full attention's energy", "layer"),
-        (panels[-1], "left later on, of what is missing", "latent frame"),
-    ):
-        panel.set_title(title, fontsize=9, loc="left")
-        panel.set_xlabel(unit, fontsize=8)
+            panels[-1].plot(*watched(reports), **line)
+    _name(panels[-2], "left after absorbing, of full attention's energy", "layer")
+    _name(panels[-1], "left later on, of what is missing", "latent frame")
+    for panel in panels[-2:]:
         panel.set_yscale("log")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _name(panel: Any, title: str, unit: str) -> None:
+    panel.set_title(title, fontsize=9, loc="left")
+    panel.set_xlabel(unit, fontsize=8)
 
 
 @torch.no_grad()
@@ -184,9 +193,10 @@ def main() -> None:
     contenders = [quality.reference, *(Contender(**entry) for entry in run.config["contenders"][1:])]
     results = {contender.name: quality.measured(contender) for contender in contenders}
     lines = [f"# Absorption: {run.config['streams']} streams, against the full history of the same seed", ""]
-    lines += [*table(results), ""]
+    lines += [*table(results), "", "Segments in which every picture is the full history's are left out.", ""]
     Path(run.folder, "quality.md").write_text("\n".join(lines))
-    draw(results, run.folder / "quality.png")
+    shown = run.config.get("plotted") or [contender.name for contender in contenders[1:]]
+    draw({name: results[name] for name in shown}, run.folder / "quality.png")
     log.info("%s", "\n".join(lines))
 
 
