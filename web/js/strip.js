@@ -53,6 +53,10 @@ export class Strip {
       button.title = label;
       button.setAttribute("aria-label", label);
     }
+    this.picture(button, chunk);
+  }
+
+  picture(button, chunk) {
     const url = chunk.thumbnail ? `url("${chunk.thumbnail}")` : "";
     if (button.style.backgroundImage !== url) button.style.backgroundImage = url;
   }
