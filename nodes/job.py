@@ -240,7 +240,7 @@ class Job:
         output = StreamOutput(self, request.stream) if request.stream else None
         made: list[Chunk] = []
         start = time.perf_counter()
-        view.started(run_facts(self))
+        view.started(run_facts(self, output.run_id if output else None))
         try:
             for chunk in rollout.chunks(request.latent_length, self.given):
                 made.append(chunk if self._holds_latents else replace(chunk, latents=chunk.latents[:, :, :0].clone()))

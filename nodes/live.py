@@ -21,8 +21,11 @@ STATE_SIDE = 20  # latents: a picture of the hidden state is at most 160 pixels 
 _MOST_PROMPTS, _LONGEST_TEXT = 240, 500
 
 
-def run_facts(job: Job) -> dict[str, Any]:
-    """JSON-able: what is known of a run before its first chunk. Of prompts the first 240, of each at most 500 characters."""
+def run_facts(job: Job, stream: str | None) -> dict[str, Any]:
+    """JSON-able: what is known of a run before its first chunk. Of prompts the first 240, of each at most 500 characters.
+
+    `stream` is the id of the run's stream, if it has one; `continues` that of the stream whose state it goes on from.
+    """
     request, prompts = job.request, []
     if isinstance(request.positive, Prompts):
         prompts = [
@@ -35,7 +38,8 @@ def run_facts(job: Job) -> dict[str, Any]:
         "fps": job.fps,
         "first_frame": pictures_of(request.resume.emitted) if request.resume else 0,
         "history_chunks": request.stream.history_chunks if request.stream else 0,
-        "streamed": request.stream is not None,
+        "stream": stream,
+        "continues": request.resume.stream.get("run_id") if request.resume else None,
         "prompts": prompts,
     }
 

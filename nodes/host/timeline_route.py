@@ -4,9 +4,10 @@ POST /adastate/timeline   {"text"}      -> {"text", "entries", "grammar"}
 POST /adastate/timeline   {"entries"}   -> the same, with the entries written as "grammar", or as the first that can
 
 Entries are {"seconds", "text", "transition", "line", "column"}; a transition is null where the prompt names none. Further keys
-of the body: "fps" (prompts must fall on different latent frames), "duration" (seconds, as on Prompt Timeline) and "words":
-true (the words of the demo model). What cannot be read or written is answered with 400 and {"error": {"message", "line",
-"column"}}; line and column count from 1 and are null where the fault is in no place of a text.
+of the body: "fps" (prompts must fall on different latent frames), "duration" (seconds, as on Prompt Timeline) and "words": true
+(the words of the demo model). What is no timeline is answered with {"error": {"message", "line", "column"}}, and 200, since
+asking is how a page finds out; line and column count from 1 and are null where the fault is in no place of a text. A body
+that asks nothing is refused with 400.
 """
 
 from __future__ import annotations
@@ -29,30 +30,28 @@ async def timeline(request: web.Request) -> web.Response:
     """The route."""
     try:
         asked = await request.json()
-        if not isinstance(asked, dict):
-            raise ValueError(BODY)
-        return web.json_response(answer(asked))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        return _refused(BODY)
-    except TimelineError as error:
-        return _refused(str(error), error.line, error.column)
+        asked = None
+    if not isinstance(asked, dict) or not (
+        isinstance(asked.get("text"), str) or isinstance(asked.get("entries"), list)
+    ):
+        return web.json_response({"error": {"message": BODY, "line": None, "column": None}}, status=400)
+    try:
+        return web.json_response(answer(asked))
     except ValueError as error:
-        return _refused(str(error))
-
-
-def _refused(message: str, line: int | None = None, column: int | None = None) -> web.Response:
-    return web.json_response({"error": {"message": message, "line": line, "column": column}}, status=400)
+        line, column = (error.line, error.column) if isinstance(error, TimelineError) else (None, None)
+        return web.json_response({"error": {"message": str(error), "line": line, "column": column}})
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
     """What the route says to a body; ValueError (TimelineError with a place) for one that it cannot answer."""
     fps, duration = _number(asked, "fps"), _number(asked, "duration")
-    text, words = asked.get("text"), bool(asked.get("words"))
+    words = bool(asked.get("words"))
     if "entries" in asked:
         return _written(_entries(asked["entries"]), asked.get("grammar"), words, fps, duration)
-    if not isinstance(text, str) or len(text) > LONGEST_TEXT:
-        raise ValueError(BODY)
-    return _read(text, words, fps, duration)
+    if len(asked["text"]) > LONGEST_TEXT:
+        raise ValueError(f"the text has {len(asked['text'])} characters; at most {LONGEST_TEXT} are read")
+    return _read(asked["text"], words, fps, duration)
 
 
 def _number(asked: dict[str, Any], name: str) -> float | None:
@@ -88,10 +87,8 @@ def _check_frames(entries: tuple[TimedText, ...], fps: float) -> None:
             )
 
 
-def _entries(given: Any) -> list[TimedText]:
+def _entries(given: list[Any]) -> list[TimedText]:
     """The entries of a body, in order of time."""
-    if not isinstance(given, list):
-        raise ValueError(BODY)
     read = []
     for number, entry in enumerate(given, 1):
         seconds, text = (entry.get("seconds"), entry.get("text")) if isinstance(entry, dict) else (None, None)

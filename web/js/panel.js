@@ -51,25 +51,26 @@ export class Panel {
     this.player = new Player(this.image);
     this.caption = make("div", "adastate-caption");
     const stage = make("div", "adastate-side", {}, make("div", "adastate-stage", {}, this.image), this.caption);
-    const row = (name, className, title, hint, ...lane) => {
+    const row = (name, title, hint, ...lane) => {
       const gutter = make("div", "adastate-gutter", hint ? { title: hint } : {}, title);
-      return make("div", `adastate-track ${className}`, { "data-row": name }, gutter, make("div", "adastate-lane", {}, ...lane));
+      return make("div", "adastate-track", { "data-row": name }, gutter, make("div", "adastate-lane", {}, ...lane));
     };
     this.ruler = new Ruler();
     this.film = new Film("adastate-film-chunks");
     this.hidden = new Film("adastate-film-hidden");
     this.strip = new TimeStrip((number) => this.choose(number));
     this.before = make("div", "adastate-before", { title: TEXTS.before });
-    this.hiddenRow = row("hidden", "", TEXTS.rows.hidden, TEXTS.hiddenHint, this.hidden.element);
+    this.hiddenRow = row("hidden", TEXTS.rows.hidden, TEXTS.hiddenHint, this.hidden.element);
     this.curves = Object.entries(TEXTS.meters).map(([name, [title, hint]]) => new Curve(name, title, hint, TEXTS.meter));
     this.curves.forEach((curve) => curve.element.classList.add("adastate-track"));
     this.head = make("div", "adastate-playhead", { "aria-hidden": "true" });
-    this.switch = make("div", "adastate-switch", {}, make("span", "", {}, TEXTS.absorbed));
+    this.switch = make("div", "adastate-switch", { role: "img" }, make("span", "", {}, TEXTS.absorbed));
     this.overlay = make("div", "adastate-overlay", {}, this.switch, this.head);
-    const chunks = row("chunks", "", TEXTS.rows.chunks, "", this.before, this.film.element, this.strip.element);
+    const chunks = row("chunks", TEXTS.rows.chunks, "", this.film.element, this.before, this.strip.element);
+    this.promptsRow = row("prompts", TEXTS.rows.prompts, "", this.prompts.element);
     this.lane = chunks.lastElementChild;
-    this.tracks = make("div", "adastate-tracks", {}, row("ruler", "", "", "", this.ruler.element), chunks, this.hiddenRow,
-      row("prompts", "", TEXTS.rows.prompts, "", this.prompts.element), ...this.curves.map((curve) => curve.element), this.overlay);
+    this.tracks = make("div", "adastate-tracks", {}, row("ruler", "", "", this.ruler.element), chunks, this.hiddenRow,
+      ...this.curves.map((curve) => curve.element), this.promptsRow, this.overlay);
     return make("div", "adastate-body", {}, stage, make("div", "adastate-main", {}, this.tracks, this.prompts.editor));
   }
 
@@ -181,7 +182,9 @@ export class Panel {
     this.strip.draw(chunks, chunk ? this.chosen : null, axis);
     this.drawMeters(chunks, chunk, axis);
     this.drawMarks(chunks, chunk, axis);
-    this.prompts.draw(this.promptsOf(run), axis, Math.max(0.001, Math.round(4000 / this.fps) / 1000));
+    const prompts = this.promptsOf(run);
+    this.promptsRow.style.display = prompts.entries.length ? "" : "none";
+    this.prompts.draw(prompts, axis, Math.max(0.001, Math.round(4000 / this.fps) / 1000));
     this.drawNumbers(run, chunks, chunk);
     this.drawButtons(run, node, chunk);
   }
@@ -202,11 +205,12 @@ export class Panel {
     if (pictures.length) this.player.play(pictures, this.fps);
     this.width = this.image.naturalWidth;
     const aspect = this.width ? this.width / this.image.naturalHeight : 16 / 9;
-    const from = chunks.length ? chunks[0].first_frame / chunks[0].fps : 0;
-    const to = chunks.length ? chunks[chunks.length - 1].seconds : 0;
-    this.film.draw(filmOf(chunks), axis, from, to, aspect);
-    lay(this.before, axis, 0, from);
-    const states = chunks.filter((each) => each.hidden).map((each) => ({ seconds: each.first_frame / each.fps, url: each.hidden }));
+    const made = run ? [...this.host.runs.before(run), ...chunks] : [];
+    const from = made.length ? made[0].first_frame / made[0].fps : 0;
+    const to = made.length ? made[made.length - 1].seconds : 0;
+    this.film.draw(filmOf(made), axis, from, to, aspect);
+    lay(this.before, axis, 0, chunks.length ? chunks[0].first_frame / chunks[0].fps : 0);
+    const states = made.filter((each) => each.hidden).map((each) => ({ seconds: each.first_frame / each.fps, url: each.hidden }));
     this.hiddenRow.style.display = states.length ? "" : "none";
     if (states.length) this.hidden.draw(states, axis, states[0].seconds, to, aspect);
   }
@@ -229,7 +233,7 @@ export class Panel {
     this.switch.style.display = switched ? "" : "none";
     if (!switched) return;
     this.switch.style.left = `${axis.at(switched.seconds).toFixed(3)}%`;
-    this.switch.title = TEXTS.absorbedHint(switched.seconds);
+    this.switch.setAttribute("aria-label", TEXTS.absorbedHint(switched.seconds));
   }
 
   /** The entries to show: the node's, to be edited, else those of the run. */

@@ -59,8 +59,12 @@ export class PromptRow {
   draw({ entries, editable, error, note }, axis, step) {
     Object.assign(this, { entries, editable, axis, step });
     this.chosen = Math.max(0, Math.min(this.chosen, entries.length - 1));
+    const fault = error ? TEXTS.timelineError(error) : "";
     this.error.hidden = !error;
-    say(this.error, error ? TEXTS.timelineError(error) : "");
+    if (this.error.textContent !== fault) {
+      this.error.textContent = fault;
+      if (fault) this.error.scrollIntoView?.({ block: "nearest" });
+    }
     say(this.note, note);
     this.drawMarks();
     this.drawEditor();

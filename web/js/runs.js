@@ -86,6 +86,14 @@ export class Runs {
     return this.all.get(key);
   }
 
+  /** Chunks that runs before made of the video that this one goes on with, in order, as far as this page knows them. */
+  before(run) {
+    const from = run.about?.continues;
+    const earlier = from ? [...this.all.values()].find((each) => each !== run && each.about?.stream === from) : null;
+    if (!earlier) return [];
+    return [...this.before(earlier), ...earlier.inOrder].filter((chunk) => chunk.frames <= run.about.first_frame);
+  }
+
   [Symbol.iterator]() {
     return this.all.values();
   }

@@ -41,10 +41,10 @@ export class Ruler {
 
   draw(axis) {
     const step = STEPS.find((each) => (each / axis.total) * axis.pixels >= TICK_ROOM) ?? STEPS[STEPS.length - 1];
-    const ticks = Array.from({ length: Math.min(400, Math.floor(axis.total / step) + 1) }, (_, index) => index * step);
+    const ticks = Array.from({ length: Math.min(400, Math.floor(axis.total / step) + 1) }, (_, index) => index * step)
+      .filter((at) => axis.at(at) < 96); // where its words have room
     repeat(this.element, ticks, () => make("span", "adastate-tick"), (tick, at) => {
       tick.style.left = `${axis.at(at).toFixed(3)}%`;
-      tick.classList.toggle("adastate-tick-last", axis.at(at) > 96);
       const text = TEXTS.clock(at, step);
       if (tick.textContent !== text) tick.textContent = text;
     });
