@@ -25,22 +25,26 @@ function placeBeside(node, size) {
   return place;
 }
 
-/** The node that loads a state for `node`: the one that is there if it serves no other, else another. */
-function loaderFor(node) {
-  const there = feedingOf(node, "resume", LOADER);
-  if (there && (there.outputs[0].links ?? []).length === 1) return there;
-  const loader = window.LiteGraph.createNode(LOADER);
-  node.graph.add(loader);
+/** The node that loads a state for `node` alone, or null. */
+function loaderOf(node) {
+  const loader = feedingOf(node, "resume", LOADER);
+  return loader && (loader.outputs[0].links ?? []).length === 1 ? loader : null;
+}
+
+/** Put a node into the graph, filled already: Nodes 2.0 draws it as it is then. */
+function addLoader(node, loader) {
   loader.pos = placeBeside(node, loader.size);
+  node.graph.add(loader);
   loader.connect(0, node, node.findInputSlot("resume"));
-  return loader;
 }
 
 /** Let `node` go on from a state, and its stream write one whole video. */
 function resumeFrom(node, file, chunk) {
-  const loader = loaderFor(node);
+  const there = loaderOf(node);
+  const loader = there ?? window.LiteGraph.createNode(LOADER);
   setValue(loader, "file", file);
   setValue(loader, "chunk", chunk);
+  if (!there) addLoader(node, loader);
   const start = node.findInputSlot("start_latent");
   if (start >= 0 && node.inputs[start].link != null) node.disconnectInput(start); // a state goes on by itself
   const stream = feedingOf(node, "stream", STREAM);

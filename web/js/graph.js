@@ -48,7 +48,7 @@ export function setValue(node, name, value) {
   const widget = node.widgets?.find((each) => each.name === name);
   if (!widget) throw new Error(name);
   const choices = widget.options?.values;
-  if (widget.type === "combo" && Array.isArray(choices) && !choices.includes(value)) widget.options.values = [value, ...choices];
+  if (widget.type === "combo" && Array.isArray(choices) && !choices.includes(value)) choices.unshift(value);
   widget.value = value;
   widget.callback?.(value);
   node.graph?.setDirtyCanvas?.(true, true);

@@ -141,7 +141,7 @@ export class Panel {
   }
 
   choose(number) {
-    this.chosen = number === this.chosen ? null : number;
+    this.chosen = number;
     this.draw();
   }
 
@@ -245,7 +245,7 @@ export class Panel {
       return { entries, editable: entries.length > 0, error, note };
     }
     const told = run?.about?.prompts ?? [];
-    return { entries: told, editable: false, error: null, note: TEXTS.promptsFixed };
+    return { entries: told, editable: false, error: null, note: told.length ? TEXTS.promptsFixed : TEXTS.promptsNone };
   }
 
   drawNumbers(run, chunks, chunk) {

@@ -59,7 +59,7 @@ export class PromptRow {
   draw({ entries, editable, error, note }, axis, step) {
     Object.assign(this, { entries, editable, axis, step });
     this.chosen = Math.max(0, Math.min(this.chosen, entries.length - 1));
-    const fault = error ? TEXTS.timelineError(error) : "";
+    const fault = error?.message ?? "";
     this.error.hidden = !error;
     if (this.error.textContent !== fault) {
       this.error.textContent = fault;

@@ -40,9 +40,13 @@ export class Strip {
     const button = document.createElement("button");
     button.type = "button";
     button.dataset.chunk = String(number);
-    button.addEventListener("click", () => this.choose(number));
+    button.addEventListener("click", () => this.click(number));
     this.buttons.set(number, button);
     return button;
+  }
+
+  click(number) {
+    this.choose(number);
   }
 
   update(button, chunk, chosen, focusable) {

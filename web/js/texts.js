@@ -50,7 +50,6 @@ export const TEXTS = {
     const whole = `${Math.floor(at / 60)}:${String(Math.floor(at % 60)).padStart(2, "0")}`;
     return step < 1 ? `${whole}${(at % 1).toFixed(1).slice(1)}` : whole;
   },
-  notMade: "Nothing is made here yet",
   before: "Made by the run before this one",
 
   extendBy: "Extend by",
@@ -92,6 +91,6 @@ export const TEXTS = {
   promptRemoveHint: "This prompt; the one before goes on in its place",
   promptsOf: (title, id) => `Writes the text of ${title} #${id}`,
   promptsFixed: "These are the prompts of the run. Connect Prompt Timeline or Demo Prompt Timeline to positive to edit them here",
+  promptsNone: "Connect Prompt Timeline or Demo Prompt Timeline to positive to edit prompts over time here",
   comments: "Lines that begin with // are lost when a prompt is changed here",
-  timelineError: ({ message }) => message,
 };

@@ -70,14 +70,14 @@ export class Film {
     }
     repeat(this.element, cells, () => make("div", "adastate-cell"), (element, { from, to, url }) => {
       lay(element, axis, from, to);
-      if (element.dataset.url === url) return;
-      element.dataset.url = url;
+      if (element.shown === url) return;
+      element.shown = url;
       element.style.backgroundImage = `url("${url}")`;
     });
   }
 }
 
-/** The chunks as clear buttons over a film, each as wide as its time. */
+/** The chunks as clear buttons over a film, each as wide as its time; a click on the chosen one, or Escape, chooses none. */
 export class TimeStrip extends Strip {
   constructor(choose) {
     super(choose);
@@ -88,6 +88,15 @@ export class TimeStrip extends Strip {
   draw(chunks, chosen, axis) {
     this.axis = axis;
     super.draw(chunks, chosen);
+  }
+
+  click(number) {
+    this.choose(this.buttons.get(number).getAttribute("aria-pressed") === "true" ? null : number);
+  }
+
+  key(event) {
+    if (event.key === "Escape") this.choose(null);
+    else super.key(event);
   }
 
   picture(button, chunk) {
