@@ -189,3 +189,31 @@ def test_prompts_are_edited_both_ways(renderer, open_front_end, artefacts):
     page.tab.wait_for_function(f"() => ({node_text})().split('\\n').length === 3")
     assert json.dumps(page.prompt()).count("4.25s {cut} desert, gold balloon") == 1
     assert page.complaints == []
+
+
+def test_several_rollouts_of_a_graph_can_be_chosen(open_front_end, artefacts):
+    page = open_front_end("classic")
+    page.open_template("save_and_resume")
+    tab = Tab(page)
+    choice = tab.element.get_by_label("Rollout", exact=True)
+    page.tab.wait_for_function("() => document.querySelectorAll('.adastate-run option').length === 2")
+    names = choice.locator("option").all_inner_texts()
+    assert len(set(names)) == 2 and all(name.endswith("not run yet") for name in names)
+    page.tab.evaluate(
+        """() => { for (const node of app.graph.nodes.filter((node) => node.type === "AdaStateRollout"))
+          node.widgets.find((widget) => widget.name === "length").value =
+            node.inputs.find((input) => input.name === "resume").link != null ? 45 : 33; }"""
+    )
+    page.tab.evaluate("() => app.queuePrompt(0)")
+    page.tab.wait_for_function(
+        "() => [...document.querySelectorAll('.adastate-run option')].filter((o) => o.text.endsWith('done')).length === 2",
+        timeout=90_000,
+    )
+    made = set()
+    for value in choice.locator("option").evaluate_all("(options) => options.map((option) => option.value)"):
+        choice.select_option(value)
+        page.tab.wait_for_timeout(300)
+        made.add(tab.element.locator(".adastate-numbers").inner_text().split(" · ")[0])
+    assert made == {"2.1 of 2.1 s", "2.8 of 2.8 s"}
+    page.screenshot(artefacts / "panel_classic_several.png")
+    assert page.complaints == []

@@ -26,7 +26,9 @@ export class Panel {
     this.empty = make("div", "adastate-nothing", {}, TEXTS.nothing);
     this.content = make("div", "adastate-content", {}, this.makeHead(), this.makeBody());
     this.element.append(this.empty, this.content);
-    this.element.addEventListener("keydown", (event) => event.stopPropagation()); // the canvas has keys of its own
+    this.element.addEventListener("keydown", (event) => {
+      if (!event.ctrlKey && !event.metaKey) event.stopPropagation(); // plain letters are the canvas's own keys
+    });
     this.sizes = new ResizeObserver(() => this.changed());
   }
 
@@ -176,24 +178,26 @@ export class Panel {
     this.element.dataset.outcome = run ? run.outcome ?? (run.stopping ? "stopping" : "running") : "none";
     const chunks = run?.inOrder ?? [];
     const chunk = run?.chunks.get(this.chosen) ?? null;
-    const axis = new Axis(this.total(run, node), this.lane.clientWidth);
+    const prompts = this.promptsOf(run);
+    const axis = new Axis(this.total(run, node, prompts.entries), this.lane.clientWidth);
     this.ruler.draw(axis);
     this.drawPictures(run, chunks, chunk, axis);
     this.strip.draw(chunks, chunk ? this.chosen : null, axis);
     this.drawMeters(chunks, chunk, axis);
     this.drawMarks(chunks, chunk, axis);
-    const prompts = this.promptsOf(run);
     this.promptsRow.style.display = prompts.entries.length ? "" : "none";
     this.prompts.draw(prompts, axis, Math.max(0.001, Math.round(4000 / this.fps) / 1000));
     this.drawNumbers(run, chunks, chunk);
     this.drawButtons(run, node, chunk);
   }
 
-  /** Seconds along the axis. */
-  total(run, node) {
+  /** Seconds along the axis: the video as it was asked for, or as it was kept, with room for prompts that lie behind its end. */
+  total(run, node, entries) {
     const about = run?.about;
-    if (run?.newest) return Math.max(run.newest.seconds_total, run.outcome === "stopped" ? run.newest.seconds : 0);
-    return (about?.length ?? Number(valueOf(node, "length")) ?? 81) / (about?.fps ?? this.fps);
+    let seconds = (about?.length ?? (Number(valueOf(node, "length")) || 81)) / (about?.fps ?? this.fps);
+    if (run?.newest) seconds = run.outcome === "stopped" ? run.newest.seconds : run.newest.seconds_total;
+    const last = entries[entries.length - 1]?.seconds ?? 0;
+    return last < seconds ? seconds : 1.15 * last;
   }
 
   drawPictures(run, chunks, chunk, axis) {
