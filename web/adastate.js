@@ -167,7 +167,7 @@ app.registerExtension({
     },
   ],
   init() {
-    for (const name of ["adastate", "panel"]) {
+    for (const name of ["adastate", "panel", "prompts"]) {
       const style = document.createElement("link");
       style.rel = "stylesheet";
       style.href = new URL(`./css/${name}.css`, import.meta.url).href;

@@ -288,9 +288,10 @@ export class Panel {
 
   /** Fill and queue, then follow the run that comes of it. */
   async act(work) {
+    const { key } = this.choice;
     try {
       this.said = await work();
-      this.saidOf = this.choice.key;
+      this.saidOf = key;
       this.picked = null;
     } catch (error) {
       this.host.complain(TEXTS.actionFailed, error.message);

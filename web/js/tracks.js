@@ -4,7 +4,7 @@ import { make } from "./dom.js";
 import { Strip } from "./strip.js";
 import { TEXTS } from "./texts.js";
 
-const STEPS = [0.25, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600];
+const STEPS = [0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600];
 const TICK_ROOM = 64; // pixels
 
 /** Seconds of video along a width. */
