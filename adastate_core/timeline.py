@@ -182,6 +182,19 @@ def _read(source: _Source, duration: Fraction | None) -> list[_Prompt]:
     return [source.prompt(source.skip(0), 0, len(source.text))]
 
 
+def grammar_of(text: str) -> str | None:
+    """Which grammar the first mark of a text belongs to: "bars", "marks" or "lines"; None for a text without marks.
+
+    Raises TimelineError for a first mark that belongs to none.
+    """
+    source = _Source(text)
+    if _LINE.search(source.text):
+        return "lines"
+    if bracket := _BRACKET.search(source.text):
+        return "marks" if _Head(source, bracket.start()).closing == ":" else "bars"
+    return "bars" if "|" in source.text else None
+
+
 class _Head:
     """What a bracket opens with: a time, perhaps an end, a transition, and then `:` (a mark) or `]` (a length)."""
 

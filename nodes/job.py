@@ -25,7 +25,7 @@ from .host.codec import HostDecoder
 from .host.files import Target
 from .host.live import LiveRun
 from .host.progress import Progress
-from .live import chunk_facts, stop_note
+from .live import chunk_facts, hidden_picture, run_facts, stop_note
 from .output import StreamOutput, StreamSettings, check_streamable
 
 
@@ -240,7 +240,7 @@ class Job:
         output = StreamOutput(self, request.stream) if request.stream else None
         made: list[Chunk] = []
         start = time.perf_counter()
-        view.started()
+        view.started(run_facts(self, output.run_id if output else None))
         try:
             for chunk in rollout.chunks(request.latent_length, self.given):
                 made.append(chunk if self._holds_latents else replace(chunk, latents=chunk.latents[:, :, :0].clone()))
@@ -250,18 +250,26 @@ class Job:
                 elif not output:
                     progress.preview_latent(request.model, chunk.latents)
                 if view.watched:
-                    shown = pictures if output and request.stream.preview else None
-                    view.chunk(chunk_facts(self, len(made) - 1, chunk, rollout), shown)
+                    self._show(view, len(made) - 1, chunk, rollout, pictures)
                 if view.stopped:
                     break
         finally:
             if output:
                 output.finish(rollout, whole=rollout.emitted >= request.latent_length)
+                view.saved = output.saved()
         seconds = time.perf_counter() - start
         state = rollout.snapshot(output.snapshot() if output else {})
         stopped = self._stopped(rollout)
         report = self._report(rollout, state, made, seconds, output) | stopped
         return Result(self._latents(rollout, made), state, report, output.targets if output else [])
+
+    def _show(self, view: LiveRun, number: int, chunk: Chunk, rollout: Rollout, pictures: torch.Tensor | None) -> None:
+        """Show a chunk to who watches, and the hidden state after it where the anchor has one and a decoder is at hand."""
+        shown = pictures if pictures is not None and self.request.stream.preview else None
+        hidden = None
+        if shown is not None and chunk.hidden is not None:
+            hidden = view.hidden_state(lambda: hidden_picture(self, chunk.hidden))
+        view.chunk(chunk_facts(self, number, chunk, rollout), shown, hidden)
 
     def _stopped(self, rollout: Rollout) -> dict[str, Any]:
         """The report's entry of a rollout that was stopped before its length."""

@@ -4,12 +4,57 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..adastate_core.absorption.absorber import PHASES
 from ..adastate_core.prompts import Prompts
 from ..adastate_core.rollout import Chunk, Rollout
 from ..adastate_core.vae_stream import pictures_of
+from .host import model as host_model
+from .host.codec import HostDecoder
 
 if TYPE_CHECKING:
     from .job import Job
+
+
+STATE_SIDE = 20  # latents: a picture of the hidden state is at most 160 pixels wide and high
+_MOST_PROMPTS, _LONGEST_TEXT = 240, 500
+
+
+def run_facts(job: Job, stream: str | None) -> dict[str, Any]:
+    """JSON-able: what is known of a run before its first chunk. Of prompts the first 240, of each at most 500 characters.
+
+    `stream` is the id of the run's stream, if it has one; `continues` that of the stream whose state it goes on from.
+    """
+    request, prompts = job.request, []
+    if isinstance(request.positive, Prompts):
+        prompts = [
+            {"seconds": entry.seconds, "text": entry.text[:_LONGEST_TEXT], "transition": entry.transition}
+            for entry in request.positive.entries[:_MOST_PROMPTS]
+        ]
+    return {
+        "seed": request.seed,
+        "length": request.length,
+        "fps": job.fps,
+        "first_frame": pictures_of(request.resume.emitted) if request.resume else 0,
+        "history_chunks": request.stream.history_chunks if request.stream else 0,
+        "stream": stream,
+        "continues": request.resume.stream.get("run_id") if request.resume else None,
+        "prompts": prompts,
+    }
+
+
+def hidden_picture(job: Job, hidden: torch.Tensor) -> torch.Tensor:
+    """The newest frame of item 0 of a hidden state [B, 16, S, h, w] (model space) as a small picture [h, w, 3] in 0..1.
+
+    Large latents are averaged down before they are decoded, which costs little whatever the size of the video.
+    """
+    latent = host_model.to_vae_space(job.request.model, hidden[:1, :, -1:])
+    factor = -(-max(latent.shape[3:]) // STATE_SIDE)
+    if factor > 1:
+        latent = torch.nn.functional.avg_pool2d(latent[:, :, 0].float(), factor, ceil_mode=True)[:, :, None]
+    decoder = HostDecoder(job.request.stream.vae, latent_space=job.request.stream.latent_space)
+    return decoder.step(latent)[0, -1]
 
 
 def chunk_facts(job: Job, number: int, chunk: Chunk, rollout: Rollout) -> dict[str, Any]:
@@ -35,6 +80,8 @@ def chunk_facts(job: Job, number: int, chunk: Chunk, rollout: Rollout) -> dict[s
         "seconds": frames / fps,
         "seconds_made": (frames - before) / fps,
         "seconds_total": pictures_of(request.latent_length) / fps,
+        "generated": rollout.generated,
+        "absorbed": rollout.attention.absorber is not None and rollout.attention.absorber.phase == PHASES[1],
         "kv_bytes": rollout.cache.nbytes + rollout.cache.host_nbytes,
         "prompt": prompt,
         "prompt_text": text,

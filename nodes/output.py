@@ -182,6 +182,14 @@ class StreamOutput:
                     soft_empty_cache()
                     self._write(lambda: rollout.snapshot(self.snapshot()))
 
+    def saved(self) -> dict[str, Any]:
+        """JSON-able: the last state's name as Load Rollout State lists it, or None, and after which chunks others are kept."""
+        if not self.stream.frames:
+            return {"state": None, "kept": []}
+        name = self.targets[0].name.removesuffix(".mp4") + STATE_SUFFIX
+        kept = self.history.kept if self.history is not None else []
+        return {"state": f"{name} [output]" if self.state_path.is_file() else None, "kept": kept}
+
     def _write(self, state: Callable[[], RolloutState]) -> None:
         """Write `<video>.state.safetensors`."""
         if self._try(lambda: save_state(state(), self.state_path), self.state_path.name):

@@ -1,8 +1,9 @@
-/** The pack's page: shows a rollout on its node while it runs. Helpers in js/ do nothing by being imported. */
+/** The pack's page: shows a rollout on its node while it runs, and its timeline in a tab of the bottom panel. Helpers in js/ do nothing by being imported. */
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { ROLLOUT, nodeOf } from "./js/graph.js";
+import { Panel } from "./js/panel.js";
 import { Runs } from "./js/runs.js";
 import { TEXTS } from "./js/texts.js";
 import { View } from "./js/view.js";
@@ -14,8 +15,16 @@ const views = new WeakMap(); // node -> its view and widget
 
 const rootGraph = () => app.rootGraph ?? app.graph?.rootGraph ?? app.graph;
 
-function complain(detail) {
-  app.extensionManager?.toast?.add({ severity: "warn", summary: TEXTS.stopFailed, detail, life: 6000 });
+const panel = new Panel({
+  runs,
+  graph: rootGraph,
+  nodeOf: (run) => nodeOf(rootGraph(), run.ids),
+  stop,
+  complain,
+});
+
+function complain(summary, detail) {
+  app.extensionManager?.toast?.add({ severity: "warn", summary, detail, life: 6000 });
 }
 
 async function stop(run) {
@@ -25,7 +34,7 @@ async function stop(run) {
     body: JSON.stringify(run.ids),
   });
   if (answer.ok) run.stopping = run.running;
-  else complain((await answer.json().catch(() => null))?.error?.message ?? answer.statusText);
+  else complain(TEXTS.stopFailed, (await answer.json().catch(() => null))?.error?.message ?? answer.statusText);
   show(run);
 }
 
@@ -75,6 +84,7 @@ function unfold(node, widget) {
 
 /** Show a run on its node, if that is in the graph that is open. */
 function show(run) {
+  panel.look();
   const node = nodeOf(rootGraph(), run.ids);
   if (!node) return;
   if (!views.has(node)) prepare(node);
@@ -112,6 +122,10 @@ async function catchUp() {
 }
 
 function listen() {
+  api.addEventListener("adastate.start", ({ detail }) => {
+    runs.get(detail).about = detail.about;
+    panel.look();
+  });
   api.addEventListener("adastate.chunk", ({ detail }) => {
     const run = runs.get(detail);
     run.addChunk(detail);
@@ -119,12 +133,12 @@ function listen() {
   });
   api.addEventListener("adastate.pictures", ({ detail }) => {
     const run = runs.get(detail);
-    run.addPictures(detail.chunk, detail.pictures);
+    run.addPictures(detail.chunk, detail.pictures, detail.hidden);
     show(run);
   });
   api.addEventListener("adastate.end", ({ detail }) => {
     const run = runs.get(detail);
-    run.end(detail.outcome);
+    run.end(detail.outcome, detail.saved);
     show(run);
   });
   api.addEventListener("reconnected", catchUp);
@@ -143,11 +157,22 @@ function whenConnected(work) {
 
 app.registerExtension({
   name: "adastate.live",
+  bottomPanelTabs: [
+    {
+      id: "adastate",
+      title: TEXTS.tab,
+      type: "custom",
+      render: (element) => panel.mount(element),
+      destroy: () => panel.unmount(),
+    },
+  ],
   init() {
-    const style = document.createElement("link");
-    style.rel = "stylesheet";
-    style.href = new URL("./css/adastate.css", import.meta.url).href;
-    document.head.append(style);
+    for (const name of ["adastate", "panel", "prompts"]) {
+      const style = document.createElement("link");
+      style.rel = "stylesheet";
+      style.href = new URL(`./css/${name}.css`, import.meta.url).href;
+      document.head.append(style);
+    }
     listen();
   },
   setup() {

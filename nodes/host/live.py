@@ -3,19 +3,21 @@
 Every rollout is listed here, so that it can be stopped. Numbers and pictures are made only for a prompt whose client has an
 open socket; without one nothing more happens than that question, once a chunk. Events go to that client alone:
 
+adastate.start      the rollout begins: its seed, length and prompts
 adastate.chunk      numbers and meters of a chunk
-adastate.pictures   JPEGs of a chunk's frames, as data URLs
-adastate.end        the rollout is over
+adastate.pictures   JPEGs of a chunk's frames, and perhaps one of its hidden state, as data URLs
+adastate.end        the rollout is over: how, and what it saved
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,10 @@ from .live_history import History
 from .live_pictures import Encoder
 from .rerun import Place
 
+log = logging.getLogger("adastate")
 ENDED_RUNS = 8  # how many finished ones a page can still ask for
 _SPEED_CHUNKS = 8
+_STATE_SHARE = 0.01  # of a run's time that may go into pictures of its hidden state
 _lock = threading.Lock()
 _runs: OrderedDict[Place, LiveRun] = OrderedDict()
 # clients that run the pack's page: it shows the pictures, so the host's own preview is not wanted there
@@ -65,6 +69,9 @@ class LiveRun:
         self.client = getattr(server, "client_id", None)
         self.display = display_id(place.node_id) if place is not None else ""
         self.history, self.running, self.stopped = History(), True, False
+        self.about: dict[str, Any] = {}
+        self.saved: dict[str, Any] = {}
+        self._drawing = 0.0
         self._encoder: Encoder | None = None
         self._times: list[tuple[float, float]] = []
         self.started()
@@ -84,20 +91,37 @@ class LiveRun:
         """Ask the rollout to end after the chunk under way."""
         self.stopped = True
 
-    def started(self) -> None:
-        """Models are loaded; speed counts from here."""
-        self._times = [(time.perf_counter(), 0.0)]
+    def started(self, about: dict[str, Any] | None = None) -> None:
+        """Models are loaded; speed counts from here. `about` is what is known of the run before its first chunk, JSON-able."""
+        self._begun = time.perf_counter()
+        self._times = [(self._begun, 0.0)]
+        if about is not None:
+            self.about = about
+            self._send("adastate.start", {"about": about})
 
-    def chunk(self, facts: dict[str, Any], pictures: torch.Tensor | None) -> None:
+    def hidden_state(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """The picture [h, w, 3] that `draw` makes, or None while such pictures have had their share of the run's time."""
+        now = time.perf_counter()
+        if self._drawing > _STATE_SHARE * (now - self._begun):
+            return None
+        try:
+            return draw()
+        except Exception as error:  # noqa: BLE001  a preview is never worth a rollout
+            log.warning("a hidden state's preview could not be made: %s", error)
+            return None
+        finally:
+            self._drawing += time.perf_counter() - now
+
+    def chunk(self, facts: dict[str, Any], pictures: torch.Tensor | None, hidden: torch.Tensor | None = None) -> None:
         """Show a finished chunk: its numbers (`seconds` and `seconds_total` of video among them), and its decoded frames
-        [t, H, W, 3] in 0..1 if there are any."""
+        [t, H, W, 3] in 0..1 if there are any, with a picture [h, w, 3] of the hidden state after it if one was made."""
         facts = self._timed(facts)
         if pictures is None:
             self._show(facts, None)
             return
         if self._encoder is None:
             self._encoder = Encoder(self._show, self._show_pictures)
-        self._encoder.offer(facts, pictures)
+        self._encoder.offer(facts, pictures, hidden)
 
     def _timed(self, facts: dict[str, Any]) -> dict[str, Any]:
         """With the speed over the newest chunks (seconds of video a second) and the seconds that are left."""
@@ -112,9 +136,9 @@ class LiveRun:
         self.history.add(numbers)
         self._send("adastate.chunk", numbers)
 
-    def _show_pictures(self, chunk: int, pictures: list[dict[str, Any]]) -> None:
-        self.history.add_pictures(chunk, pictures)
-        self._send("adastate.pictures", {"chunk": chunk, "pictures": pictures})
+    def _show_pictures(self, chunk: int, pictures: list[dict[str, Any]], hidden: str | None = None) -> None:
+        self.history.add_pictures(chunk, pictures, hidden)
+        self._send("adastate.pictures", {"chunk": chunk, "pictures": pictures, "hidden": hidden})
 
     def end(self, outcome: str) -> None:
         """The rollout is over: "done", "stopped" or "failed"; told after the last pictures."""
@@ -122,7 +146,7 @@ class LiveRun:
 
         def tell() -> None:
             self.history.outcome = outcome
-            self._send("adastate.end", {"outcome": outcome})
+            self._send("adastate.end", {"outcome": outcome, "saved": self.saved})
 
         if self._encoder is not None:
             self._encoder.close(tell)
@@ -145,6 +169,8 @@ class LiveRun:
             "stopping": self.running and self.stopped,
             "outcome": self.history.outcome,
             "newest": self.history.newest,
+            "about": self.about,
+            "saved": self.saved,
         }
 
     def _send(self, event: str, data: dict[str, Any]) -> None:

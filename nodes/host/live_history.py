@@ -1,4 +1,4 @@
-"""What a page that comes late can ask for: the numbers and one thumbnail of at most 240 chunks, and the newest pictures."""
+"""What a page that comes late can ask for: the numbers and thumbnails of at most 240 chunks, and the newest pictures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 MOST_CHUNKS = 240
 NEWEST_PICTURES = 24
+_PICTURES = ("thumbnail", "hidden")
 
 
 class History:
@@ -22,11 +23,11 @@ class History:
 
     @property
     def newest(self) -> dict[str, Any] | None:
-        """The numbers of the newest chunk, without its thumbnail."""
+        """The numbers of the newest chunk, without its thumbnails."""
         with self._lock:
             if not self._chunks:
                 return None
-            return {key: value for key, value in self._chunks[max(self._chunks)].items() if key != "thumbnail"}
+            return {key: value for key, value in self._chunks[max(self._chunks)].items() if key not in _PICTURES}
 
     def add(self, numbers: dict[str, Any]) -> None:
         """Numbers of a chunk; `numbers["chunk"]` counts from 0."""
@@ -35,9 +36,11 @@ class History:
             entry |= numbers
             self._thin()
 
-    def add_pictures(self, chunk: int, pictures: list[dict[str, Any]]) -> None:
-        """Pictures {"frame", "url"} of a chunk; the last one is its thumbnail."""
+    def add_pictures(self, chunk: int, pictures: list[dict[str, Any]], hidden: str | None = None) -> None:
+        """Pictures {"frame", "url"} of a chunk; the last one is its thumbnail. `hidden` is one of its hidden state."""
         with self._lock:
+            if hidden and chunk in self._chunks:
+                self._chunks[chunk]["hidden"] = hidden
             if pictures and chunk in self._chunks:
                 self._chunks[chunk]["thumbnail"] = pictures[-1]["url"]
             self._pictures.extend({"chunk": chunk} | picture for picture in pictures)
@@ -53,7 +56,7 @@ class History:
             self._stride *= 2
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: `chunks` in order, each with a `thumbnail` if there is one, and the newest `pictures`."""
+        """JSON-able: `chunks` in order, each with a `thumbnail` and a `hidden` if there are, and the newest `pictures`."""
         with self._lock:
             return {
                 "chunks": [dict(self._chunks[n]) for n in sorted(self._chunks)],

@@ -32,25 +32,26 @@ class Encoder:
     """A thread with room for one waiting chunk. A chunk that comes while another waits takes its place.
 
     `show(facts, meters)` is called for every chunk, with meters None for one that was dropped; `show_pictures(chunk,
-    [{"frame", "url"}])` for those that bring pictures.
+    [{"frame", "url"}], hidden)` for those that bring pictures, with the hidden state's as a URL or None.
     """
 
     def __init__(
         self,
         show: Callable[[Facts, dict[str, float] | None], None],
-        show_pictures: Callable[[int, list[dict[str, Any]]], None],
+        show_pictures: Callable[[int, list[dict[str, Any]], str | None], None],
     ) -> None:
         self._show, self._show_pictures = show, show_pictures
         self._changed, self._closing = threading.Condition(), False
-        self._waiting: tuple[Facts, torch.Tensor] | None = None
+        self._waiting: tuple[Facts, torch.Tensor, torch.Tensor | None] | None = None
         self._after: Callable[[], None] | None = None
         self._meters, self._allowed, self._asked = LiveMeters(), float(A_SECOND), time.monotonic()
         threading.Thread(target=self._work, name="adastate-live", daemon=True).start()
 
-    def offer(self, facts: Facts, pictures: torch.Tensor) -> None:
-        """Hand over a chunk's facts (`chunk`, `first_frame` among them) and frames [t, H, W, 3] in 0..1, never written to."""
+    def offer(self, facts: Facts, pictures: torch.Tensor, hidden: torch.Tensor | None = None) -> None:
+        """Hand over a chunk's facts (`chunk`, `first_frame` among them), frames [t, H, W, 3] in 0..1, never written to, and
+        perhaps a picture [h, w, 3] of the hidden state."""
         with self._changed:
-            dropped, self._waiting = self._waiting, (facts, pictures)
+            dropped, self._waiting = self._waiting, (facts, pictures, hidden)
             self._changed.notify()
         if dropped is not None:
             self._show(dropped[0], None)
@@ -75,15 +76,16 @@ class Encoder:
                 log.warning("a chunk's preview could not be made: %s", error)
                 self._show(taken[0], None)
 
-    def _make(self, facts: Facts, pictures: torch.Tensor) -> None:
+    def _make(self, facts: Facts, pictures: torch.Tensor, hidden: torch.Tensor | None) -> None:
         frames = _Frames(pictures)
         measured = spread(len(pictures), _MEASURED)
         pairs = [(frames.small(i - 1) if i else None, frames.small(i)) for i in measured]
         self._show(facts, {name: round(value, 5) for name, value in self._meters.measure(pairs).items()})
         chosen = spread(len(pictures), self._allowance())
-        if chosen:
+        state = None if hidden is None else as_url(_Frames(hidden[None]).picture(0))
+        if chosen or state:
             made = [{"frame": facts["first_frame"] + i, "url": as_url(frames.picture(i))} for i in chosen]
-            self._show_pictures(facts["chunk"], made)
+            self._show_pictures(facts["chunk"], made, state)
 
     def _allowance(self) -> int:
         """How many pictures may be made now."""

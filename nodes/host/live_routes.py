@@ -2,6 +2,7 @@
 
 GET  /adastate/runs                          every rollout under way and the newest ended ones; ?client_id= for one client's
 GET  /adastate/runs/{prompt_id}/{node_id}    one of them with its chunks and newest pictures
+POST /adastate/timeline                      reads a prompt timeline, or writes one: see timeline_route.py
 POST /adastate/stop                          {"prompt_id", "node_id"}: end it after the chunk under way and keep what there is
 """
 
@@ -12,12 +13,14 @@ import json
 from aiohttp import web
 
 from . import live
+from .timeline_route import timeline
 
 
 def add_routes() -> None:
     """Register the routes with the host's server, if there is one."""
     server = live.prompt_server()
     if server is not None:
+        server.routes.post("/adastate/timeline")(timeline)
         server.routes.get("/adastate/runs")(list_runs)
         server.routes.get("/adastate/runs/{prompt_id}/{node_id}")(show_run)
         server.routes.post("/adastate/stop")(stop_run)

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import urllib.request
+import uuid
 from pathlib import Path
 
 import av
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.host_client import Server
+from tools.host_client import Events, Server
 from tools.setup_host import Host
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,3 +116,13 @@ def client(tmp_path_factory):
     running = Client(tmp_path_factory.mktemp("server"))
     yield running
     running.stop()
+
+
+@pytest.fixture
+def watcher(client):
+    """A client of its own with an open socket."""
+    name = uuid.uuid4().hex
+    events = Events(client.server.port, name)
+    events.name = name
+    yield events
+    events.close()

@@ -20,16 +20,6 @@ from tools.host_client import Events
 LENGTH, CHUNKS = 97, 9  # enough to be stopped on the way, short enough to be finished
 
 
-@pytest.fixture
-def watcher(client):
-    """A client of its own with an open socket."""
-    name = uuid.uuid4().hex
-    events = Events(client.server.port, name)
-    events.name = name
-    yield events
-    events.close()
-
-
 def streamed(prefix: str, length: int = LENGTH, **changes) -> dict:
     """The long video with its state saved at the end."""
     prompt = workflow("long_video", n5__length=length, n4__filename_prefix=f"live/{prefix}", **changes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import threading
+import time
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from adastate_pack.nodes.host import live, rerun
 from adastate_pack.nodes.host.live_history import History
 from adastate_pack.nodes.host.live_pictures import Encoder, spread
 from comfy_execution.utils import CurrentNodeContext
+from PIL import Image
 
 
 def facts(chunk: int) -> dict:
@@ -41,7 +45,7 @@ def test_a_late_chunk_gives_way_to_a_newer_one_and_the_end_comes_last():
             busy.set()
             go_on.wait(10)
 
-    encoder = Encoder(show, lambda chunk, pictures: pictured.append((chunk, [p["frame"] for p in pictures])))
+    encoder = Encoder(show, lambda chunk, pictures, _: pictured.append((chunk, [p["frame"] for p in pictures])))
     frames = torch.rand(12, 16, 16, 3)
     encoder.offer(facts(0), frames)
     assert busy.wait(10)
@@ -57,7 +61,7 @@ def test_a_late_chunk_gives_way_to_a_newer_one_and_the_end_comes_last():
 
 def test_frames_that_cannot_be_shown_do_not_end_the_thread():
     ended, shown = threading.Event(), []
-    encoder = Encoder(lambda told, meters: shown.append((told["chunk"], meters)), lambda chunk, pictures: None)
+    encoder = Encoder(lambda told, meters: shown.append((told["chunk"], meters)), lambda *_: None)
     encoder.offer(facts(0), torch.rand(2, 2))
     encoder.close(ended.set)
     assert ended.wait(10) and shown == [(0, None)]
@@ -113,3 +117,34 @@ def test_a_stopped_rollout_returns_what_there_is(rollout, monkeypatch):
     assert '"stopped": {\n  "frame": 9,\n  "of": 33' in short[2]
     resumed = rollout(length=33, resume=short[1]).args
     assert resumed[0]["samples"].equal(whole[0]["samples"])
+
+
+def test_a_hidden_state_is_shown_beside_its_chunk():
+    ended, shown = threading.Event(), []
+    encoder = Encoder(lambda *_: None, lambda *told: shown.append(told))
+    encoder.offer(facts(0), torch.rand(4, 16, 16, 3), torch.rand(8, 12, 3))
+    encoder.close(ended.set)
+    assert ended.wait(10)
+    [(chunk, pictures, hidden)] = shown
+    image = Image.open(io.BytesIO(base64.b64decode(hidden.partition(",")[2])))
+    assert (chunk, image.size, len(pictures)) == (0, (12, 8), 4)
+    history = History()
+    history.add(facts(0))
+    history.add_pictures(0, pictures, hidden)
+    assert history.describe()["chunks"][0]["hidden"] == hidden and "hidden" not in history.newest
+
+
+def test_pictures_of_a_hidden_state_keep_to_their_share_of_the_time():
+    run, made = live.LiveRun(None), []
+
+    def draw() -> torch.Tensor:
+        time.sleep(0.02)
+        made.append(1)
+        return torch.zeros(2, 2, 3)
+
+    assert run.hidden_state(draw) is not None
+    assert run.hidden_state(draw) is None and len(made) == 1  # 0.02 s of a run that has lasted no longer
+    run._begun -= 100
+    assert run.hidden_state(draw) is not None
+    run._begun -= 100
+    assert run.hidden_state(lambda: 1 / 0) is None

@@ -16,6 +16,8 @@ export class Run {
     this.stopping = false;
     this.outcome = null;
     this.stride = 1;
+    this.about = null; // seed, length, fps, prompts: what was known before the first chunk
+    this.saved = { state: null, kept: [] }; // the state's file as Load Rollout State names it; chunks that others are kept after
   }
 
   get newest() {
@@ -40,12 +42,13 @@ export class Run {
     }
   }
 
-  addPictures(chunk, pictures) {
+  addPictures(chunk, pictures, hidden = null) {
     const known = new Set(this.pictures.map((picture) => picture.frame));
     for (const picture of pictures) if (!known.has(picture.frame)) this.pictures.push({ ...picture, chunk });
     this.pictures.sort((a, b) => a.frame - b.frame);
     this.pictures = this.pictures.slice(-NEWEST_PICTURES);
     const entry = this.chunks.get(chunk);
+    if (entry && hidden) entry.hidden = hidden;
     if (entry && pictures.length) {
       entry.thumbnail = pictures[pictures.length - 1].url;
       entry.pictures = pictures;
@@ -59,10 +62,12 @@ export class Run {
     for (const picture of told.pictures) byChunk.set(picture.chunk, [...(byChunk.get(picture.chunk) ?? []), picture]);
     for (const [chunk, pictures] of byChunk) this.addPictures(chunk, pictures);
     this.stopping = told.stopping;
-    if (!told.running) this.end(told.outcome);
+    this.about = told.about ?? this.about;
+    if (!told.running) this.end(told.outcome, told.saved);
   }
 
-  end(outcome) {
+  end(outcome, saved) {
+    this.saved = saved ?? this.saved;
     this.running = false;
     this.stopping = false;
     this.outcome = outcome ?? this.outcome ?? "failed";
@@ -79,6 +84,14 @@ export class Runs {
     if (!this.all.has(key)) this.all.set(key, new Run(ids));
     while (this.all.size > MOST_RUNS) this.all.delete(this.all.keys().next().value);
     return this.all.get(key);
+  }
+
+  /** Chunks that runs before made of the video that this one goes on with, in order, as far as this page knows them. */
+  before(run) {
+    const from = run.about?.continues;
+    const earlier = from ? [...this.all.values()].find((each) => each !== run && each.about?.stream === from) : null;
+    if (!earlier) return [];
+    return [...this.before(earlier), ...earlier.inOrder].filter((chunk) => chunk.frames <= run.about.first_frame);
   }
 
   [Symbol.iterator]() {

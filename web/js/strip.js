@@ -40,9 +40,13 @@ export class Strip {
     const button = document.createElement("button");
     button.type = "button";
     button.dataset.chunk = String(number);
-    button.addEventListener("click", () => this.choose(number));
+    button.addEventListener("click", () => this.click(number));
     this.buttons.set(number, button);
     return button;
+  }
+
+  click(number) {
+    this.choose(number);
   }
 
   update(button, chunk, chosen, focusable) {
@@ -53,6 +57,10 @@ export class Strip {
       button.title = label;
       button.setAttribute("aria-label", label);
     }
+    this.picture(button, chunk);
+  }
+
+  picture(button, chunk) {
     const url = chunk.thumbnail ? `url("${chunk.thumbnail}")` : "";
     if (button.style.backgroundImage !== url) button.style.backgroundImage = url;
   }

@@ -1,18 +1,12 @@
 /** What a rollout node shows of its run: a playing preview, numbers, four curves, the chunks, and a button to stop it. */
 
 import { Curve } from "./curve.js";
+import { make, makeButton } from "./dom.js";
 import { Player } from "./player.js";
 import { Strip } from "./strip.js";
 import { TEXTS } from "./texts.js";
 
 const LOOP = 12; // pictures that are looped while following
-
-const make = (tag, className, attributes = {}) => {
-  const element = document.createElement(tag);
-  element.className = className;
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  return element;
-};
 
 export class View {
   static HEIGHT = 350;
@@ -36,8 +30,8 @@ export class View {
     this.curves = Object.entries(TEXTS.meters).map(([name, [title, hint]]) => new Curve(name, title, hint, TEXTS.meter));
     meters.append(...this.curves.map((curve) => curve.element));
     this.strip = new Strip((number) => this.choose(number));
-    this.stopButton = this.button("adastate-stop", TEXTS.stop, TEXTS.stopHint, () => stop(this.run));
-    this.followButton = this.button("adastate-follow", TEXTS.follow, TEXTS.followHint, () => this.choose(null));
+    this.stopButton = makeButton("adastate-stop", TEXTS.stop, TEXTS.stopHint, () => stop(this.run));
+    this.followButton = makeButton("adastate-follow", TEXTS.follow, TEXTS.followHint, () => this.choose(null));
     this.outcome = make("span", "adastate-outcome", { role: "status", "aria-live": "polite" });
     const row = make("div", "adastate-row");
     row.append(this.stopButton, this.followButton, this.outcome);
@@ -45,13 +39,6 @@ export class View {
     // the canvas and the node would take these for dragging and for their own keys
     for (const name of ["pointerdown", "mousedown", "dblclick", "keydown", "contextmenu"])
       this.element.addEventListener(name, (event) => event.stopPropagation());
-  }
-
-  button(className, text, hint, click) {
-    const button = make("button", className, { type: "button", title: hint });
-    button.textContent = text;
-    button.addEventListener("click", click);
-    return button;
   }
 
   show(run) {

@@ -1,0 +1,219 @@
+"""The bottom panel's tab in a real browser: a run on its timeline, going on with it, and prompts edited both ways."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import av
+import numpy as np
+import pytest
+from test_live import LONG, end_all, newest, start
+
+OPEN = "() => app.extensionManager.command.execute('Workspace.ToggleBottomPanelTab.adastate')"
+SET = """([type, name, value]) => {
+  const node = app.graph.nodes.find((node) => node.type === type);
+  const widget = node.widgets.find((widget) => widget.name === name);
+  widget.value = value;
+  widget.callback?.(value);
+}"""
+GET = """([type, name]) => {
+  const node = app.graph.nodes.find((node) => node.type === type);
+  return node.widgets.find((widget) => widget.name === name).value;
+}"""
+
+
+class Tab:
+    """The tab of the bottom panel, opened."""
+
+    def __init__(self, page):
+        self.page = page
+        page.tab.evaluate(OPEN)
+        self.element = page.tab.locator(".adastate-panel")
+        self.element.wait_for()
+
+    def button(self, name: str):
+        return self.element.get_by_role("button", name=name, exact=True)
+
+    @property
+    def chunks(self):
+        return self.element.locator(".adastate-chunks button")
+
+    @property
+    def marks(self):
+        return self.element.locator(".adastate-mark")
+
+    def until(self, outcome: str, seconds: float = 90) -> None:
+        self.page.tab.wait_for_selector(f'.adastate-panel[data-outcome="{outcome}"]', timeout=1000 * seconds)
+
+    def until_chunks(self, count: int) -> None:
+        self.page.tab.wait_for_function(
+            "(n) => document.querySelectorAll('.adastate-chunks button').length >= n", arg=count, timeout=90_000
+        )
+
+    def choose(self, chunk: int) -> None:
+        self.chunks.nth(chunk).click()
+
+    def run_again(self, name: str, host) -> None:
+        """Press a button that queues, and wait until what comes of it is over."""
+        before = len(host.request("/history"))
+        self.button(name).click()
+        end = time.monotonic() + 120
+        while len(host.request("/history")) == before:
+            assert time.monotonic() < end, "nothing was run"
+            self.page.tab.wait_for_timeout(300)
+
+
+def frames_of(path) -> list[np.ndarray]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def video(host, folders, node: str = "5") -> list[np.ndarray]:
+    entry = newest(host)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    file = entry["outputs"][node]["images"][0]
+    return frames_of(folders["output"] / file["subfolder"] / file["filename"])
+
+
+@pytest.mark.parametrize("renderer", ["classic", "vue"])
+def test_a_run_on_the_timeline_is_stopped_and_extended(renderer, open_front_end, host, folders, artefacts):
+    page = open_front_end(renderer)
+    page.open_template("long_video")
+    tab = Tab(page)
+    assert tab.button("Extend").is_disabled() and tab.button("Stop and keep").is_disabled()
+    start(page, LONG)
+    tab.until("running")
+    tab.until_chunks(6)
+    assert "of 75.1 s" in tab.element.locator(".adastate-numbers").inner_text()
+    assert tab.element.locator(".adastate-film-chunks .adastate-cell").count() >= 1
+    page.screenshot(artefacts / f"panel_{renderer}_running.png")
+    tab.choose(0)
+    page.tab.keyboard.press("ArrowRight")
+    assert (
+        tab.element.locator('.adastate-chunks button[aria-pressed="true"]').get_attribute("title").startswith("Chunk 2")
+    )
+    assert "history_chunks" not in tab.button("Redo from here with a new seed").get_attribute("title")
+
+    tab.button("Stop and keep").click()
+    tab.until("stopped")
+    page.tab.wait_for_timeout(500)
+    assert tab.button("Redo from here with a new seed").is_disabled()
+    assert "history_chunks" in tab.button("Redo from here with a new seed").get_attribute("title")
+    first = video(host, folders)
+    tab.element.get_by_label("Seconds of video to add").fill("2")
+    tab.run_again("Extend", host)
+    tab.until("done")
+    whole = video(host, folders)
+    assert len(whole) == len(first) + 32
+    prompt = page.prompt()
+    loader = next(node for node in prompt.values() if node["class_type"] == "AdaStateLoadState")
+    assert loader["inputs"]["file"].endswith(".state.safetensors [output]") and loader["inputs"]["chunk"] == -1
+    assert prompt["4"]["inputs"]["join"] is True and prompt["5"]["inputs"]["length"] == len(whole)
+    page.screenshot(artefacts / f"panel_{renderer}_extended.png")
+    assert page.complaints == []
+
+
+def test_a_chunk_is_made_again_with_a_new_seed(open_front_end, host, folders, artefacts):
+    page = open_front_end("classic")
+    page.open_template("long_video")
+    page.tab.evaluate(SET, ["AdaStateStreamOutput", "history_chunks", 2])
+    tab = Tab(page)
+    start(page, 93)
+    tab.until("done")
+    page.tab.wait_for_timeout(500)
+    first = video(host, folders)
+    seed = page.tab.evaluate(GET, ["AdaStateRollout", "seed"])
+    tab.choose(4)
+    redo = tab.button("Redo from here with a new seed")
+    assert "chunk 5 and all behind it" in redo.get_attribute("title")
+    page.screenshot(artefacts / "panel_classic_redo.png")
+    tab.run_again("Redo from here with a new seed", host)
+    again = video(host, folders)
+    assert len(first) == len(again) == 93
+    assert page.tab.evaluate(GET, ["AdaStateRollout", "seed"]) != seed
+    kept = 9 + 12 * 3  # frames of four chunks
+    assert all((a == b).all() for a, b in zip(first[:kept], again[:kept], strict=True))
+    assert any((a != b).any() for a, b in zip(first[kept:], again[kept:], strict=True))
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("renderer", ["classic", "vue"])
+def test_prompts_are_edited_both_ways(renderer, open_front_end, artefacts):
+    page = open_front_end(renderer)
+    page.open_template("prompt_timeline")
+    tab = Tab(page)
+    text = page.tab.evaluate(GET, ["AdaStateDemoTimeline", "text"])
+    page.tab.wait_for_function("() => document.querySelectorAll('.adastate-mark').length > 1")
+    count = tab.marks.count()
+    start(page, 193)
+    tab.until("running")
+    tab.until_chunks(10)
+    page.screenshot(artefacts / f"panel_{renderer}_prompts.png")
+    end_all(page)
+
+    tab.marks.nth(1).click()
+    words = tab.element.get_by_label("Prompt", exact=True)
+    words.fill("snow, gold balloon")
+    node_text = "() => app.graph.nodes.find((node) => node.type === 'AdaStateDemoTimeline').widgets[0].value"
+    page.tab.wait_for_function(f"() => ({node_text})().includes('snow, gold balloon')")
+    changed = page.tab.evaluate(GET, ["AdaStateDemoTimeline", "text"])
+    assert changed.count("{") == text.count("{") and len(changed.splitlines()) == count
+    assert page.prompt()["3"]["inputs"]["text"] == changed
+
+    words.fill("a purple cow")
+    error = tab.element.get_by_role("alert")
+    error.wait_for()
+    assert "line 2, column " in error.inner_text()
+    assert page.tab.evaluate(GET, ["AdaStateDemoTimeline", "text"]) == changed
+    page.screenshot(artefacts / f"panel_{renderer}_error.png")
+
+    page.tab.evaluate(SET, ["AdaStateDemoTimeline", "text", "0:00 meadow\n2s {cut} desert, gold balloon\n8s snow"])
+    page.tab.wait_for_function("() => document.querySelectorAll('.adastate-mark').length === 3")
+    error.wait_for(state="hidden")
+    box = tab.marks.nth(1).bounding_box()
+    lane = tab.element.locator(".adastate-prompts").bounding_box()
+    second = lane["width"] / (193 / 16)
+    page.tab.mouse.move(box["x"] + 10, box["y"] + 8)
+    page.tab.mouse.down()
+    page.tab.mouse.move(box["x"] + 10 + 2 * second, box["y"] + 8, steps=5)
+    page.tab.mouse.up()
+    page.tab.wait_for_function(f"() => ({node_text})().includes('4s {{cut}} desert, gold balloon')")
+    tab.marks.nth(1).focus()
+    page.tab.keyboard.press("Shift+ArrowRight")
+    page.tab.wait_for_function(f"() => ({node_text})().includes('4.25s {{cut}}')")
+    tab.button("Add").click()
+    page.tab.wait_for_function("() => document.querySelectorAll('.adastate-mark').length === 4")
+    tab.button("Remove").click()
+    page.tab.wait_for_function("() => document.querySelectorAll('.adastate-mark').length === 3")
+    page.tab.wait_for_function(f"() => ({node_text})().split('\\n').length === 3")
+    assert json.dumps(page.prompt()).count("4.25s {cut} desert, gold balloon") == 1
+    assert page.complaints == []
+
+
+def test_several_rollouts_of_a_graph_can_be_chosen(open_front_end, artefacts):
+    page = open_front_end("classic")
+    page.open_template("save_and_resume")
+    tab = Tab(page)
+    choice = tab.element.get_by_label("Rollout", exact=True)
+    page.tab.wait_for_function("() => document.querySelectorAll('.adastate-run option').length === 2")
+    names = choice.locator("option").all_inner_texts()
+    assert len(set(names)) == 2 and all(name.endswith("not run yet") for name in names)
+    page.tab.evaluate(
+        """() => { for (const node of app.graph.nodes.filter((node) => node.type === "AdaStateRollout"))
+          node.widgets.find((widget) => widget.name === "length").value =
+            node.inputs.find((input) => input.name === "resume").link != null ? 45 : 33; }"""
+    )
+    page.tab.evaluate("() => app.queuePrompt(0)")
+    page.tab.wait_for_function(
+        "() => [...document.querySelectorAll('.adastate-run option')].filter((o) => o.text.endsWith('done')).length === 2",
+        timeout=90_000,
+    )
+    made = set()
+    for value in choice.locator("option").evaluate_all("(options) => options.map((option) => option.value)"):
+        choice.select_option(value)
+        page.tab.wait_for_timeout(300)
+        made.add(tab.element.locator(".adastate-numbers").inner_text().split(" · ")[0])
+    assert made == {"2.1 of 2.1 s", "2.8 of 2.8 s"}
+    page.screenshot(artefacts / "panel_classic_several.png")
+    assert page.complaints == []
