@@ -44,9 +44,9 @@ def measure(arguments: argparse.Namespace) -> None:
     import comfy.sd
     from adastate_pack.adastate_core.demo_words import prompt
     from adastate_pack.adastate_core.rollout import RolloutSpec
+    from adastate_pack.nodes.defaults import FALLBACK, checkpoint_anchor
     from adastate_pack.nodes.host.checkpoints import rollout_defaults
     from adastate_pack.nodes.host.model import HostModel
-    from adastate_pack.nodes.job import FALLBACK, checkpoint_anchor
 
     model = comfy.sd.load_diffusion_model(str(WEIGHTS))
     words = {"terrain": "meadow", "pace": "steady", "balloon": "crimson", "lantern": "no lantern"}

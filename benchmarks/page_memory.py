@@ -3,8 +3,8 @@
     python3 run.py bench page_memory
     python benchmarks/page_memory.py --chunks 2000 --size 32 --steps 1
 
-Needs playwright and a Chromium, as the browser tests do. The page is the host's own front end with the workflow open and its
-preview playing. Pictures are small and steps few, so that chunks come fast: what counts is their number.
+Needs playwright and a Chromium, as the browser tests do. The page is the host's own front end with the workflow open, its preview
+playing and the tab with its timeline open. Pictures are small and steps few, so that chunks come fast: what counts is their number.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _OPEN = """async ([name, inputs]) => {
   await app.loadGraphData(await answer.json(), true, true, name);
   const node = app.graph.nodes.find((node) => node.type === "AdaStateRollout");
   for (const widget of node.widgets) if (widget.name in inputs) widget.value = inputs[widget.name];
+  await app.extensionManager.command.execute("Workspace.ToggleBottomPanelTab.adastate");
   await app.queuePrompt(0);
 }"""
 

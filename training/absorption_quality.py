@@ -4,8 +4,8 @@
 
 A correction belongs to one video, so every stream is rolled out by itself. The first contender is the full history that the
 others are compared with. With `change_at` every stream goes on with the next stream's words from that latent frame.
-Measurements are kept in the run's folder; the table goes to `folder/quality.md`, plots of the contenders that `plotted` names (all
-without it) beside it.
+Measurements are kept in the run's folder; the table goes to `folder/quality.md`, with differences of the pairs in `compared`; plots
+of the contenders that `plotted` names (all without it) beside it.
 """
 
 from __future__ import annotations
@@ -136,6 +136,19 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def differences(results: dict[str, dict[str, Any]], compared: list[list[str]]) -> list[str]:
+    """For each pair in `compared` the one's nearness to the full history minus the other's, stream by stream."""
+    lines = ["| what | until | " + " | ".join(TO_FULL) + " |", "| --- " * (len(TO_FULL) + 2) + "|"]
+    for one, other in compared:
+        for segment, rows in results[one]["rows"].items():
+            pairs = list(zip(rows, results[other]["rows"][segment], strict=True))
+            if all(a[TO_FULL[0]] >= SAME and b[TO_FULL[0]] >= SAME for a, b in pairs):
+                continue
+            cells = ["{:+.2f} ({:+.2f} to {:+.2f})".format(*interval([a[c] - b[c] for a, b in pairs])) for c in TO_FULL]
+            lines.append(f"| {one}, minus {other} | {segment} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def watched(reports: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """(latent frames, share of the missing energy that the corrections left there), a mean over streams and layers."""
     shares: dict[int, list[float]] = {}
@@ -156,24 +169,27 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         for segment in next(iter(results.values()))["psnr"]
     }
     curves = {segment: each for segment, each in curves.items() if any(bool((c < SAME).any()) for c in each.values())}
-    figure, panels = pyplot.subplots(1, len(curves) + 2, figsize=(3.6 * len(curves) + 8, 4), layout="constrained")
+    reports = {name: [r for r in found["reports"] if r.get("residuals")] for name, found in results.items()}
+    monitored = {name: each for name, each in reports.items() if any(r["monitor"] for r in each)}
+    count = len(curves) + 1 + bool(monitored)
+    figure, panels = pyplot.subplots(1, count, figsize=(3.6 * count + 1, 4), layout="constrained", squeeze=False)
+    *panels, layers, later = panels[0] if monitored else [*panels[0], None]
     colours = {name: f"C{i}" for i, name in enumerate(results)}
-    for panel, (segment, each) in zip(panels, curves.items(), strict=False):
+    for panel, (segment, each) in zip(panels, curves.items(), strict=True):
         for name, curve in each.items():
             panel.plot(curve.where(curve < SAME, torch.nan), color=colours[name], label=name, linewidth=1.2)
         _name(panel, f"5 s until {segment}: PSNR to full history, dB", "picture")
-    for name, found in results.items():
-        reports = [r for r in found["reports"] if r.get("residuals")]
-        line = {"color": colours[name], "marker": "o", "markersize": 3, "linewidth": 1.2}
-        if reports:
-            after = torch.tensor([[e["after"] for e in r["residuals"]] for r in reports]).mean(0)
-            panels[-2].plot(after, **line)
-        if any(r["monitor"] for r in reports):
-            panels[-1].plot(*watched(reports), **line)
-    _name(panels[-2], "left after absorbing, of full attention's energy", "layer")
-    _name(panels[-1], "left later on, of what is missing", "latent frame")
-    for panel in panels[-2:]:
-        panel.set_yscale("log")
+    dots = {"marker": "o", "markersize": 3, "linewidth": 1.2}
+    for name, each in reports.items():
+        if each:
+            after = torch.tensor([[e["after"] for e in r["residuals"]] for r in each]).mean(0)
+            layers.plot(after, color=colours[name], **dots)
+    _name(layers, "left after absorbing, of full attention's energy", "layer")
+    layers.set_yscale("log")
+    for name, each in monitored.items():
+        later.plot(*watched(each), color=colours[name], **dots)
+        _name(later, "left later on, of what is missing", "latent frame")
+        later.set_yscale("log")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.savefig(path, dpi=100)
@@ -194,6 +210,8 @@ def main() -> None:
     results = {contender.name: quality.measured(contender) for contender in contenders}
     lines = [f"# Absorption: {run.config['streams']} streams, against the full history of the same seed", ""]
     lines += [*table(results), "", "Segments in which every picture is the full history's are left out.", ""]
+    if compared := run.config.get("compared"):
+        lines += ["Differences, stream by stream:", "", *differences(results, compared), ""]
     Path(run.folder, "quality.md").write_text("\n".join(lines))
     shown = run.config.get("plotted") or [contender.name for contender in contenders[1:]]
     draw({name: results[name] for name in shown}, run.folder / "quality.png")

@@ -32,7 +32,7 @@ from .rerun import Place
 log = logging.getLogger("adastate")
 ENDED_RUNS = 8  # how many finished ones a page can still ask for
 _SPEED_CHUNKS = 8
-_STATE_SHARE = 0.01  # of a run's time that may go into pictures of its hidden state
+_STATE_SHARE = 0.004  # of a run's time that may go into pictures of its hidden state
 _lock = threading.Lock()
 _runs: OrderedDict[Place, LiveRun] = OrderedDict()
 # clients that run the pack's page: it shows the pictures, so the host's own preview is not wanted there

@@ -86,6 +86,13 @@ def test_measurements_are_not_made_twice(folder):
     kept.write_text(before)
 
 
+def test_differences_are_taken_stream_by_stream():
+    rows = {name: {"rows": {"4 s": [{"PSNR to full, dB": p, "SSIM to full": 0.5} for p in psnr]}} for name, psnr in
+            {"a": (20.0, 30.0), "b": (19.0, 28.0), "same": (100.0, 100.0)}.items()}  # fmt: skip
+    lines = absorption_quality.differences(rows, [["a", "b"], ["same", "same"]])
+    assert lines[2:] == ["| a, minus b | 4 s | +1.50 (+1.00 to +2.00) | +0.00 (+0.00 to +0.00) |"]
+
+
 def test_flicker_is_the_share_of_motion_at_the_chunks_rate():
     moves = torch.zeros(121)
     moves[::12] = 1.0
