@@ -1,4 +1,4 @@
-"""What watching costs: the demo rollout with and without a client that watches, in turns, on one server.
+"""What watching costs: the demo rollout without preview, with nobody and with a client that watches, in turns, on one server.
 
 python3 run.py bench live_preview
 """
@@ -17,12 +17,16 @@ import time
 import uuid
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from host import PACK, write_table
 
 from tools.host_client import Events, Server
 from tools.setup_host import Host
+
+HOW = ("preview off", "preview on, nobody watches", "preview on, a client watches")
 
 
 class Watcher:
@@ -50,8 +54,10 @@ class Watcher:
         self._events.close()
 
 
-def run(server: Server, prompt: dict, client: str | None) -> float:
-    """Seconds of the rollout itself, as its report says."""
+def run(server: Server, prompt: dict, client: str | None) -> tuple[float, float]:
+    """(seconds of the rollout itself, as its report says; seconds of processor time the server took for the prompt)."""
+    process = psutil.Process(server.process.pid)
+    before = process.cpu_times()
     body = {"prompt": prompt} | ({"client_id": client} if client else {})
     prompt_id = server.request("/prompt", body)["prompt_id"]
     while not (entry := server.request(f"/history/{prompt_id}").get(prompt_id)):
@@ -59,7 +65,9 @@ def run(server: Server, prompt: dict, client: str | None) -> float:
         time.sleep(0.5)
     if entry["status"]["status_str"] != "success":
         raise SystemExit(f"the rollout failed: {entry['status']['messages'][-1]}")
-    return json.loads(entry["outputs"]["5"]["adastate_report"][0])["seconds"]
+    after = process.cpu_times()
+    taken = after.user + after.system - before.user - before.system
+    return json.loads(entry["outputs"]["5"]["adastate_report"][0])["seconds"], taken
 
 
 def main() -> None:
@@ -77,45 +85,46 @@ def main() -> None:
             measure(server, arguments.length, arguments.repeats)
 
 
+def cells(how: str, taken: list[tuple[float, float]], alone: list[tuple[float, float]]) -> list[str]:
+    """One line of the table."""
+    line = [how]
+    for mine, base in zip(zip(*taken, strict=True), zip(*alone, strict=True), strict=True):
+        ratio = statistics.median(a / b for a, b in zip(mine, base, strict=True))
+        line += [f"{statistics.median(mine):.2f}", f"{ratio:.3f}"]
+    return line
+
+
 def measure(server: Server, length: int, repeats: int) -> None:
-    """Pairs of runs whose order goes back and forth, each pair with a seed of its own; write results/live-preview.md."""
+    """Rounds of runs in an order that goes back and forth, each round with a seed of its own; write results/live-preview.md."""
     demo = json.loads((PACK / "workflows" / "api" / "long_video.json").read_text(encoding="utf-8"))
-    times: dict[str, list[float]] = {"alone": [], "watched": []}
+    times: dict[str, list[tuple[float, float]]] = {how: [] for how in HOW}
     told = []
-    for turn in range(-1, repeats):  # the first pair warms up
-        for how in ("alone", "watched") if turn % 2 else ("watched", "alone"):
+    for turn in range(-1, repeats):  # the first round warms up
+        for number, how in enumerate(HOW if turn % 2 else HOW[::-1]):
             prompt = copy.deepcopy(demo)
             prompt["5"]["inputs"] |= {"length": length if turn >= 0 else 33, "seed": turn + 10}
-            prompt["4"]["inputs"]["filename_prefix"] = f"live/{how}{turn}"
-            watcher = Watcher(server) if how == "watched" else None
-            seconds = run(server, prompt, watcher.name if watcher else None)
+            prompt["4"]["inputs"] |= {"filename_prefix": f"live/{turn}_{number}", "preview": how != HOW[0]}
+            watcher = Watcher(server) if how == HOW[2] else None
+            taken = run(server, prompt, watcher.name if watcher else None)
             if watcher:
                 watcher.close()
             if turn >= 0:
-                times[how].append(seconds)
+                times[how].append(taken)
                 if watcher:
                     told.append((watcher.chunks, watcher.pictures, watcher.bytes))
-    ratio = statistics.median(a / b for a, b in zip(times["watched"], times["alone"], strict=True))
     chunks, pictures, sent = (statistics.median(column) for column in zip(*told, strict=True))
-    table = [
-        ["nobody watches", f"{statistics.median(times['alone']):.2f}", "1.000", "", ""],
-        [
-            "a client watches",
-            f"{statistics.median(times['watched']):.2f}",
-            f"{ratio:.3f}",
-            f"{chunks:.0f}",
-            f"{pictures:.0f}",
-        ],
-    ]
+    table = [cells(how, times[how], times[HOW[0]]) for how in HOW]
     write_table(
         "live-preview",
-        f"The demo rollout of {length} frames with and without a client that watches",
-        ["how", "s (median)", "ratio", "chunk events", "pictures"],
+        f"The demo rollout of {length} frames, watched and not",
+        ["how", "s (median)", "ratio", "processor s (median)", "ratio"],
         table,
         [
-            f"{repeats} pairs in turns on one server, each pair with a seed of its own; the ratio is the median of the pairs'.",
+            f"{repeats} rounds in turns on one server, a seed each; ratios: medians of those to the round's first row.",
             "Seconds are the rollout's own, from its report: denoising, decoding and writing the video.",
-            f"Pictures took {sent / 1024:.0f} KiB as messages.",
+            "Processor seconds are the whole server's, on all threads, for the prompt: what watching costs wherever it runs. They "
+            "depend less on what else the machine does.",
+            f"A watched run sent {chunks:.0f} events of chunks and {pictures:.0f} pictures, {sent / 1024:.0f} KiB in all.",
         ],
     )
 
