@@ -64,8 +64,9 @@ def stems(folder: Path, pattern: str) -> set[str]:
 def test_the_archive_holds_the_pack_and_nothing_else(archive, pack):
     tops = {path.name for path in pack.iterdir()}
     code = {"__init__.py", "nodes", "adastate_core"}
-    data = {"models", "workflows", "web", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md"}
-    assert tops == code | data
+    data = {"models", "workflows", "web", "locales"}
+    about = {"pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md"}
+    assert tops == code | data | about
     assert stems(pack / "web" / "docs", "*.md") == stems(ROOT / "web" / "docs", "*.md") != set()
     assert stems(pack / "workflows", "*.json") == stems(ROOT / "workflows", "*.json") != set()
     for folder in ("nodes", "adastate_core"):
