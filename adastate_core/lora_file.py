@@ -47,7 +47,7 @@ class LoraFile:
                 )
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights under the host's names, one after the other; `alpha` too where the file has it."""
+        """The weights under the host's names; `alpha` too where the file has it."""
         held = dict(self.checkpoint.tensors())
         for module, pair in self.pairs.items():
             for side, name in pair.items():

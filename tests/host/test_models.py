@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -25,17 +26,22 @@ from safetensors.torch import save_file
 AUTO = {"steps": 0, "shift": 0.0, "chunk_frames": 0, "window_frames": -1, "positions": "auto"}
 
 
-@pytest.fixture
-def models(folders):
-    """An empty folder of diffusion models that the host looks into first."""
-    folder = Path(folders) / "models"
+@contextlib.contextmanager
+def first_folder(folder, kind):
+    """An empty folder that the host looks into first for models of this kind."""
     folder.mkdir()
-    paths = folder_paths.folder_names_and_paths["diffusion_models"][0]
+    paths = folder_paths.folder_names_and_paths[kind][0]
     paths.insert(0, str(folder))
     folder_paths.filename_list_cache.clear()
     yield folder
     paths.remove(str(folder))
     folder_paths.filename_list_cache.clear()
+
+
+@pytest.fixture
+def models(folders):
+    with first_folder(Path(folders) / "models", "diffusion_models") as folder:
+        yield folder
 
 
 def written(models, name, content, metadata=None):
@@ -342,15 +348,8 @@ def test_the_page_of_presets_says_what_they_are():
 
 @pytest.fixture
 def loras(folders):
-    """An empty folder of LoRAs that the host looks into first."""
-    folder = Path(folders) / "loras"
-    folder.mkdir()
-    paths = folder_paths.folder_names_and_paths["loras"][0]
-    paths.insert(0, str(folder))
-    folder_paths.filename_list_cache.clear()
-    yield folder
-    paths.remove(str(folder))
-    folder_paths.filename_list_cache.clear()
+    with first_folder(Path(folders) / "loras", "loras") as folder:
+        yield folder
 
 
 def test_longlives_lora_rolls_out_like_weights_with_the_update_added(models, loras, wan_state, rollout, node):

@@ -30,10 +30,6 @@ export class Timeline {
     this.asked++; // what is still under way comes too late
   }
 
-  get editable() {
-    return this.node !== null && this.grammar !== undefined;
-  }
-
   options(fps) {
     const duration = valueOf(this.node, "duration") || null;
     return { fps, words: isDemo(this.node), ...(duration ? { duration } : {}) };
