@@ -420,7 +420,7 @@ class Rollout:
         content = x0[:, :, states:].cpu()
         self._recent = torch.cat([self._recent, content], 2)[:, :, -self.spec.recent_frames :]
         if states:
-            self._hidden = x0[:, :, :states].cpu()
+            self._hidden = x0[:, :, :states].cpu().clone()
         return content
 
     def _emit(self, length: int, start: float, given: bool) -> Chunk:

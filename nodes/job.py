@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,6 +68,22 @@ class Request:
     @property
     def latent_length(self) -> int:
         return (self.length - 1) // 4 + 1
+
+
+@dataclass
+class Made:
+    """What is remembered of each chunk while a rollout runs: the seconds that it took, and its latents if they are wanted."""
+
+    count: int = 0
+    seconds: list[float] = field(default_factory=list)
+    latents: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, chunk: Chunk, keep: bool) -> None:
+        self.count += 1
+        if not chunk.given:
+            self.seconds.append(chunk.seconds)
+        if keep:
+            self.latents.append(chunk.latents)
 
 
 @dataclass
@@ -238,19 +254,19 @@ class Job:
         rollout = self.rollout(progress)
         progress.expect(rollout.passes(request.latent_length, 0 if self.given is None else self.given.shape[2]))
         output = StreamOutput(self, request.stream) if request.stream else None
-        made: list[Chunk] = []
+        made = Made()
         start = time.perf_counter()
         view.started(run_facts(self, output.run_id if output else None))
         try:
             for chunk in rollout.chunks(request.latent_length, self.given):
-                made.append(chunk if self._holds_latents else replace(chunk, latents=chunk.latents[:, :, :0].clone()))
+                made.add(chunk, self._holds_latents)
                 pictures = output.step(chunk, rollout)[0] if output else None
                 if output and request.stream.preview and not view.has_page:
                     progress.preview(pictures[-1])
                 elif not output:
                     progress.preview_latent(request.model, chunk.latents)
                 if view.watched:
-                    self._show(view, len(made) - 1, chunk, rollout, pictures)
+                    self._show(view, made.count - 1, chunk, rollout, pictures)
                 if view.stopped:
                     break
         finally:
@@ -291,24 +307,24 @@ class Job:
         else:
             self.model.load(self.plan)
 
-    def _latents(self, rollout: Rollout, made: list[Chunk]) -> torch.Tensor | None:
+    def _latents(self, rollout: Rollout, made: Made) -> torch.Tensor | None:
         """All latents since frame 0 if they were kept all along, else those of this run; in VAE space."""
         if not self._holds_latents:
             return None
         latents = rollout.kept_latents
         if latents is None:
-            latents = torch.cat([chunk.latents for chunk in made], dim=2)
+            latents = torch.cat(made.latents, dim=2)
             if self.request.keep_latents and self.request.resume is not None:
                 self.warnings.append("the resumed state had not kept its latents, so LATENT holds this run's only")
         return host_model.to_vae_space(self.request.model, latents)
 
     def _report(
-        self, rollout: Rollout, state: RolloutState, made: list[Chunk], seconds: float, output: StreamOutput | None
+        self, rollout: Rollout, state: RolloutState, made: Made, seconds: float, output: StreamOutput | None
     ) -> dict[str, Any]:
         before = self.request.resume.emitted if self.request.resume else 0
         frames = pictures_of(rollout.emitted) - pictures_of(before)
         fps = self.fps
-        times = sorted(chunk.seconds for chunk in made if not chunk.given)
+        times = sorted(made.seconds)
         absorption = self._absorption_report(rollout)
         if self.request.sigmas is not None:
             self.warnings.append("sigmas is connected, so steps and shift were not used")
@@ -319,7 +335,7 @@ class Job:
             "host_kv_bytes_used": rollout.cache.host_nbytes,
             "text_kv_bytes_used": rollout.cache.text_nbytes,
             "state_bytes": state.nbytes,
-            "chunks": len(made),
+            "chunks": made.count,
             "frames": frames,
             "frames_total": pictures_of(rollout.emitted),
             "video_seconds": frames / fps,

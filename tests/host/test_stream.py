@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import av
@@ -10,6 +11,7 @@ import comfy.model_management
 import pytest
 import torch
 from adastate_pack.adastate_core.anchors import AnchorAdaptive
+from adastate_pack.adastate_core.rollout import Rollout
 from adastate_pack.adastate_core.rollout_file import load_state
 from adastate_pack.adastate_core.vae_stream import VaeStream, cache_bytes, pictures_of
 from adastate_pack.nodes import stream as stream_nodes
@@ -204,6 +206,23 @@ def test_a_stream_holds_the_frames_of_the_rollout(rollout, stream, vae, folders)
     with av.open(str(path)) as container:
         keyframes = [i for i, p in enumerate(q for q in container.demux(video=0) if q.dts is not None) if p.is_keyframe]
     assert keyframes == [0, 9, 21, 33]
+
+
+def test_a_stream_holds_nothing_of_the_chunks_that_are_done(rollout, stream, monkeypatch):
+    held, most = [], []
+    chunks = Rollout.chunks
+
+    def watched(self, *arguments):
+        for chunk in chunks(self, *arguments):
+            held.extend(weakref.ref(tensor) for tensor in (chunk.latents, chunk.hidden))
+            yield chunk
+            del chunk
+            most.append(sum(tensor() is not None for tensor in held))
+
+    monkeypatch.setattr(Rollout, "chunks", watched)
+    report = json.loads(rollout(length=93, anchor=AnchorAdaptive(1), stream=stream(), keep_latents=False).args[2])
+    assert report["chunks"] == len(most) == 8
+    assert max(most) == most[1] <= 4
 
 
 @pytest.mark.parametrize("cut", [17, 25, 33])
