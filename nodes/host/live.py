@@ -32,7 +32,8 @@ from .rerun import Place
 log = logging.getLogger("adastate")
 ENDED_RUNS = 8  # how many finished ones a page can still ask for
 _SPEED_CHUNKS = 8
-_STATE_SHARE = 0.004  # of a run's time that may go into pictures of its hidden state
+# of a run's time that may go into pictures of its hidden state, and the seconds that time unwatched can save up for them
+_STATE_SHARE, _STATE_SAVED = 0.003, 0.1
 _lock = threading.Lock()
 _runs: OrderedDict[Place, LiveRun] = OrderedDict()
 # clients that run the pack's page: it shows the pictures, so the host's own preview is not wanted there
@@ -71,7 +72,6 @@ class LiveRun:
         self.history, self.running, self.stopped = History(), True, False
         self.about: dict[str, Any] = {}
         self.saved: dict[str, Any] = {}
-        self._drawing = 0.0
         self._encoder: Encoder | None = None
         self._times: list[tuple[float, float]] = []
         self.started()
@@ -95,6 +95,7 @@ class LiveRun:
         """Models are loaded; speed counts from here. `about` is what is known of the run before its first chunk, JSON-able."""
         self._begun = time.perf_counter()
         self._times = [(self._begun, 0.0)]
+        self._allowed, self._asked = 0.0, self._begun
         if about is not None:
             self.about = about
             self._send("adastate.start", {"about": about})
@@ -102,7 +103,9 @@ class LiveRun:
     def hidden_state(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """The picture [h, w, 3] that `draw` makes, or None while such pictures have had their share of the run's time."""
         now = time.perf_counter()
-        if self._drawing > _STATE_SHARE * (now - self._begun):
+        self._allowed = min(_STATE_SAVED, self._allowed + _STATE_SHARE * (now - self._asked))
+        self._asked = now
+        if self._allowed < 0:
             return None
         try:
             return draw()
@@ -110,7 +113,7 @@ class LiveRun:
             log.warning("a hidden state's preview could not be made: %s", error)
             return None
         finally:
-            self._drawing += time.perf_counter() - now
+            self._allowed -= time.perf_counter() - now
 
     def chunk(self, facts: dict[str, Any], pictures: torch.Tensor | None, hidden: torch.Tensor | None = None) -> None:
         """Show a finished chunk: its numbers (`seconds` and `seconds_total` of video among them), and its decoded frames

@@ -24,6 +24,7 @@ WIDTH = 320
 QUALITY = 75
 _MEASURED = 3  # frames of a chunk that meters are taken of
 _METER_SIDE = 160
+_AT_ONCE = 2**20  # values that are turned into bytes together: fewer calls for small frames, no copies of large ones
 
 Facts = dict[str, Any]
 
@@ -77,12 +78,11 @@ class Encoder:
                 self._show(taken[0], None)
 
     def _make(self, facts: Facts, pictures: torch.Tensor, hidden: torch.Tensor | None) -> None:
-        frames = _Frames(pictures)
-        measured = spread(len(pictures), _MEASURED)
+        measured, chosen = spread(len(pictures), _MEASURED), spread(len(pictures), self._allowance())
+        frames = _Frames(pictures, {*measured, *chosen, *(i - 1 for i in measured if i)})
         pairs = [(frames.small(i - 1) if i else None, frames.small(i)) for i in measured]
         self._show(facts, {name: round(value, 5) for name, value in self._meters.measure(pairs).items()})
-        chosen = spread(len(pictures), self._allowance())
-        state = None if hidden is None else as_url(_Frames(hidden[None]).picture(0))
+        state = None if hidden is None else as_url(_Frames(hidden[None], {0}).picture(0))
         if chosen or state:
             made = [{"frame": facts["first_frame"] + i, "url": as_url(frames.picture(i))} for i in chosen]
             self._show_pictures(facts["chunk"], made, state)
@@ -98,19 +98,24 @@ class Encoder:
 
 
 class _Frames:
-    """Frames of [t, H, W, 3] at the sizes that are wanted, each made once."""
+    """Some frames of [t, H, W, 3], at the sizes that are wanted."""
 
-    def __init__(self, pictures: torch.Tensor) -> None:
-        self._pictures, self._made = pictures, {}
+    def __init__(self, pictures: torch.Tensor, wanted: set[int]) -> None:
+        indices, self._made = sorted(wanted), {}
+        step = max(1, _AT_ONCE // pictures[0].numel())
+        for some in (indices[i : i + step] for i in range(0, len(indices), step)):
+            for index, frame in zip(some, to_bytes(pictures[some]).numpy(), strict=True):
+                self._made[index] = self._fitting(Image.fromarray(frame))
+
+    @staticmethod
+    def _fitting(image: Image.Image) -> Image.Image:
+        if image.width <= WIDTH:
+            return image
+        size = (WIDTH, max(1, round(image.height * WIDTH / image.width)))
+        return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
 
     def picture(self, index: int) -> Image.Image:
         """At most 320 pixels wide."""
-        if index not in self._made:
-            image = Image.fromarray(to_bytes(self._pictures[index]).numpy())
-            if image.width > WIDTH:
-                size = (WIDTH, max(1, round(image.height * WIDTH / image.width)))
-                image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
-            self._made[index] = image
         return self._made[index]
 
     def small(self, index: int) -> numpy.ndarray:
