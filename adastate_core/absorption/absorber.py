@@ -28,6 +28,8 @@ from .moments import Moments
 from .settings import AbsorptionSettings
 from .solve import Correction, Fit, Solution, fit, residual
 
+# measurements that are kept; beyond that every second instant is forgotten
+MOST_WATCHED = 2048
 PHASES = ("warming", "switched", "nothing to absorb")
 
 
@@ -97,7 +99,8 @@ class Absorber:
         if self.phase == PHASES[0]:
             self._collecting = not self._given and bool(self._parts(self.cache.layers[0], 0)[1])
         else:
-            due = self.chunks_since % self.settings.monitor_chunks == self.settings.monitor_chunks - 1
+            left = self.settings.monitor_chunks - self.chunks_since % self.settings.monitor_chunks
+            due = left <= self.settings.measured_chunks
             self._collecting = due and any(len(history) for history in self.histories.values())
 
     def _parts(self, layer: LayerSlots, current_frames: int) -> tuple[list[slice], list[slice]]:
@@ -139,8 +142,10 @@ class Absorber:
                 self._solve()
         elif self.phase == PHASES[1]:
             if self._collecting:
-                self._measure(next_frame)
+                self.collector.finish_chunk()
             self.chunks_since += 1
+            if self._collecting and self.chunks_since % self.settings.monitor_chunks == 0:
+                self._measure(next_frame)
         self._collecting = False
 
     def _solve(self) -> None:
@@ -208,22 +213,34 @@ class Absorber:
                 cache.hand_over(index - cache.window_start, self.histories[layer].push)
 
     def _measure(self, next_frame: int) -> None:
-        """Residuals of the corrections on the chunk that has just been made, and new ones where they are asked for."""
-        self.collector.finish_chunk()
-        for i in self.collector.seen:
-            old, parts = self.solution.fits[i], self.collector
-            whole = parts.seen[i].copy()
-            whole.merge(parts.held_out[i])
-            now = residual(whole, old.correction)
+        """Residuals of the corrections on the chunk that has just been made, and better ones where they are asked for."""
+        parts = self.collector
+        for i in parts.seen:
+            old, newest = self.solution.fits[i], parts.held_out[i]
+            if parts.chunks == 1:
+                newest = newest.copy()
+                newest.merge(parts.seen[i])
+            now = residual(newest, old.correction)
             entry = {"frame": next_frame, "layer": i, "residual": now, "solved_at": old.residual, "refreshed": False}
-            entry["discrepancy"] = float(whole.missing_energy) / max(float(whole.full_energy), 1e-30)
+            entry["discrepancy"] = float(newest.missing_energy) / max(float(newest.full_energy), 1e-30)
             wanted = self.settings.refresh == "always" or now > self.settings.drift * old.residual
             if self.settings.refresh != "never" and wanted:
-                self.solution.fits[i] = fit(parts.seen[i], parts.held_out[i], self.settings.ridges, self._rank)
-                self._set_correction(i, self.solution.fits[i].correction)
-                entry["refreshed"] = True
+                entry["refreshed"] = self._refresh(i)
             self.watched.append(entry)
+        if len(self.watched) > MOST_WATCHED:
+            kept = set(sorted({entry["frame"] for entry in self.watched})[::-2])
+            self.watched = [entry for entry in self.watched if entry["frame"] in kept]
         self.collector = self._collector(self.histories)
+
+    def _refresh(self, layer: int) -> bool:
+        """Solve a layer anew; False if what it has does as well on the rows held out."""
+        seen, held_out = self.collector.seen[layer], self.collector.held_out[layer]
+        new = fit(seen, held_out, self.settings.ridges, self._rank)
+        if residual(held_out, self.solution.fits[layer].correction) <= new.residual:
+            return False
+        self.solution.fits[layer] = new
+        self._set_correction(layer, new.correction)
+        return True
 
     def report(self) -> dict[str, Any]:
         """JSON-able: phase, chosen layers, residuals by layer, bytes, seconds of solve and switch, what was watched."""

@@ -11,6 +11,8 @@ REFRESHES = ("never", "drift", "always")
 SELECTIONS = ("residual", "discrepancy", "explained")
 # tried from the right: doing nothing wins ties (measured: small ridges overfit badly)
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
+# a correction that is solved anew on a single chunk knows that chunk alone, and its held-out tokens lie beside those fitted
+REFRESH_CHUNKS = 4
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class AbsorptionSettings:
     frames (fewer by what the anchor holds), the newest `local_window_frames` and the chunk being made. `ridge`: a
     number, or None to choose from RIDGES on held-out rows. `absorb` off is the paper's No Absorb: the same as an
     infinite ridge. `monitor_layers` of the switched layers (-1: all) keep their history in host memory, and every
-    `monitor_chunks` chunks their residual is measured again; with `refresh` "always" they are then solved anew, with
-    "drift" where the residual is more than `drift` times what it was when they were solved.
+    `monitor_chunks` chunks their residual is measured again; with `refresh` "always" they are then solved anew on the newest
+    REFRESH_CHUNKS of those chunks, with "drift" where the residual is more than `drift` times what it was when they were
+    solved. The last chunk is held out, and on it the new correction has to be better than the old one and than none.
     """
 
     ratio: float = 0.5
@@ -73,6 +76,11 @@ class AbsorptionSettings:
     def layers(self, count: int) -> int:
         """K, how many of `count` layers are switched."""
         return math.floor(self.ratio * count + 1e-9)
+
+    @property
+    def measured_chunks(self) -> int:
+        """How many of every `monitor_chunks` chunks are collected: those at the end."""
+        return 1 if self.refresh == "never" else min(REFRESH_CHUNKS, self.monitor_chunks)
 
     @property
     def ridges(self) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ import torch
 from test_rollout import SCHEDULE, roll, spec_for
 from tiny_model import TinyModel
 
+from adastate_core.absorption import absorber as absorber_module
 from adastate_core.absorption.absorber import Absorber, choose
 from adastate_core.absorption.collector import Collector
 from adastate_core.absorption.moments import Moments
@@ -283,6 +284,49 @@ def test_the_runs_correction_is_the_fit_on_what_its_layers_gave(anchor):
     assert len(recorder.rows[0]) == history_chunks * (len(SCHEDULE.sigmas) + 1)
 
 
+def test_a_correction_solved_anew_is_the_fit_on_the_newest_chunks(monkeypatch):
+    model, added, fits = TinyModel(), [], []
+    spec = absorbed_spec(model, ratio=1.0, ridge=0.3, monitor_layers=-1, monitor_chunks=6, refresh="always")
+    rollout = Rollout(model, spec, Settings(7, SCHEDULE))
+    absorber = rollout.attention.absorber
+    add, refresh = Collector.add, Absorber._refresh
+
+    def recorded(collector, layer, local, full):
+        if absorber.phase == "switched" and layer == 0:
+            added.append((rollout._next_chunk, local.flatten(0, 1).clone(), full.flatten(0, 1).clone()))
+        add(collector, layer, local, full)
+
+    def better(self, layer):
+        standing = self.solution.fits[layer].correction
+        taken = refresh(self, layer)
+        if layer == 0:
+            fits.append((taken, standing, self.solution.fits[0].correction))
+        return taken
+
+    monkeypatch.setattr(Collector, "add", recorded)
+    monkeypatch.setattr(Absorber, "_refresh", better)
+    for _ in rollout.chunks(12 + 6 * 3):
+        pass
+    chunks = sorted({chunk for chunk, _, _ in added})
+    assert len(chunks) == 4 and chunks[-1] - chunks[0] == 3 and len(fits) == 1
+    local, full = (torch.cat([entry[i] for entry in added]) for i in (1, 2))
+    newest = [entry[1:] for entry in added if entry[0] == chunks[-1]]
+    held_local, held_full = (torch.cat([entry[i] for entry in newest]).double() for i in (0, 1))
+    seen_local, seen_full = (torch.cat([e[i] for e in added if e[0] != chunks[-1]]) for i in (1, 2))
+
+    def error(matrix, constant):
+        return (held_full - held_local - held_local @ matrix - constant).square().sum()
+
+    [(taken, standing, now)] = fits
+    heads = model.geometry.heads
+    trial = direct_fit(seen_local, seen_full, heads, 0.3)
+    old = error(torch.block_diag(*standing.whole().double()), standing.constant.double())
+    assert taken == bool(error(torch.block_diag(*trial[0]), trial[1]) < old)
+    expected = direct_fit(local, full, heads, 0.3) if taken else (standing.whole().double(), standing.constant.double())
+    torch.testing.assert_close(now.whole().double(), expected[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(now.constant.double(), expected[1], atol=2e-3, rtol=2e-3)
+
+
 @pytest.mark.parametrize("anchor", ANCHORS, ids=lambda a: a.kind)
 @pytest.mark.parametrize("stop", [6, 9, 12, 21])
 def test_a_resumed_run_goes_on_bit_for_bit(anchor, stop, tmp_path):
@@ -328,6 +372,17 @@ def test_watching_changes_nothing_and_refreshing_does():
     assert torch.equal(refreshed[:, :, :18], plain_run[:, :, :18]) and not torch.equal(refreshed, plain_run)
     assert all(e["refreshed"] for e in again.attention.absorber.report()["monitor"])
     assert again.attention.absorber.report()["history_bytes_in_host_memory"] > 0
+
+
+def test_what_the_monitor_remembers_is_bounded_and_its_newest_stay(monkeypatch):
+    model = TinyModel()
+    monkeypatch.setattr(absorber_module, "MOST_WATCHED", 6)
+    _, rollout, _ = roll(model, absorbed_spec(model, ratio=1.0, monitor_layers=-1, monitor_chunks=1), 60)
+    entries = rollout.attention.absorber.report()["monitor"]
+    layers = model.geometry.layers
+    frames = [entry["frame"] for entry in entries]
+    assert len(entries) <= 6 and frames == sorted(frames) and frames[-1] == 60
+    assert all(frames.count(frame) == layers for frame in frames)
 
 
 def test_the_monitors_full_attention_is_that_of_a_cache_that_forgot_nothing():
