@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import urllib.parse
 import urllib.request
 
@@ -13,7 +14,7 @@ _SET_LENGTH = """(length) => {
   const node = app.graph.nodes.find((node) => node.type === "AdaStateRollout");
   node.widgets.find((widget) => widget.name === "length").value = length;
 }"""
-_IDLE = "async () => { const q = await (await app.api.fetchApi('/queue')).json(); return !q.queue_running.length; }"
+_RUNNING = "async () => (await (await app.api.fetchApi('/queue')).json()).queue_running.length"
 _SOURCES = """() => new Promise((done) => {
   const seen = new Set();
   const end = Date.now() + 15000;
@@ -48,7 +49,14 @@ def wait_for_chunks(page, count: int) -> None:
 def end_all(page) -> None:
     """Stop whatever still runs, so that the next test finds an idle server."""
     page.tab.evaluate("() => app.api.fetchApi('/interrupt', { method: 'POST' })")
-    page.tab.wait_for_function(_IDLE, timeout=60_000)
+    wait_idle(page)
+
+
+def wait_idle(page, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while page.tab.evaluate(_RUNNING):
+        assert time.monotonic() < end, "the server is still busy"
+        page.tab.wait_for_timeout(200)
 
 
 @pytest.mark.parametrize("renderer", ["classic", "vue"])
@@ -81,7 +89,7 @@ def test_a_run_is_watched_stopped_kept_and_run_again(renderer, open_front_end, h
     page.tab.get_by_role("button", name="Stop and keep").click()
     shown(page, "stopped")
     assert page.tab.get_by_role("button", name="Stop and keep").is_disabled()
-    page.tab.wait_for_function(_IDLE, timeout=60_000)
+    wait_idle(page)
     outputs = newest(host)["outputs"]["5"]
     file = outputs["images"][0]
     with av.open(str(folders["output"] / file["subfolder"] / file["filename"])) as container:

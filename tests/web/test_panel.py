@@ -8,7 +8,7 @@ import time
 import av
 import numpy as np
 import pytest
-from test_live import LONG, end_all, newest, start
+from test_live import LONG, end_all, newest, start, wait_idle
 
 OPEN = "() => app.extensionManager.command.execute('Workspace.ToggleBottomPanelTab.adastate')"
 SET = """([type, name, value]) => {
@@ -111,6 +111,47 @@ def test_a_run_on_the_timeline_is_stopped_and_extended(renderer, open_front_end,
     assert loader["inputs"]["file"].endswith(".state.safetensors [output]") and loader["inputs"]["chunk"] == -1
     assert prompt["4"]["inputs"]["join"] is True and prompt["5"]["inputs"]["length"] == len(whole)
     page.screenshot(artefacts / f"panel_{renderer}_extended.png")
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("renderer", ["classic", "vue"])
+def test_a_page_that_is_reloaded_finds_the_run_on_its_timeline(renderer, open_front_end, artefacts):
+    page = open_front_end(renderer)
+    page.open_template("long_video")
+    tab = Tab(page)
+    start(page, LONG)
+    tab.until("running")
+    tab.until_chunks(4)
+    page.tab.wait_for_timeout(1500)  # the front end keeps the open workflow for a reload with a delay
+    page.tab.reload()
+    page.tab.wait_for_selector('.adastate-live[data-outcome="running"]', timeout=90_000, state="attached")
+    if not tab.element.is_visible():
+        tab = Tab(page)
+    tab.until("running")
+    before = tab.chunks.count()
+    assert before >= 4 and tab.chunks.first.get_attribute("title").startswith("Chunk 1")
+    tab.until_chunks(before + 2)
+    assert tab.element.locator(".adastate-film-chunks .adastate-cell").count() >= 1
+    page.screenshot(artefacts / f"panel_{renderer}_reloaded.png")
+    tab.button("Stop and keep").click()
+    tab.until("stopped")
+    wait_idle(page)
+    assert page.complaints == []
+
+
+def test_the_switch_of_an_absorption_is_marked_where_it_happened(open_front_end, artefacts):
+    page = open_front_end("classic")
+    page.open_template("absorption")
+    tab = Tab(page)
+    start(page, 141)
+    tab.until("done")
+    mark = tab.element.locator(".adastate-switch")
+    mark.wait_for(state="visible")
+    # the workflow's 24 latent frames of warm-up are 93 pictures, 8 chunks
+    assert mark.get_attribute("aria-label").startswith("From 5.8 s on")
+    edge = tab.chunks.nth(8).bounding_box()["x"]
+    assert abs(mark.bounding_box()["x"] - edge) <= 3
+    page.screenshot(artefacts / "panel_classic_absorption.png")
     assert page.complaints == []
 
 
