@@ -142,7 +142,7 @@ class AbsorptionNode(io.ComfyNode):
                 ),
                 widget(
                     io.Float, "drift", default=1.5, min=0.0, max=100.0, step=0.1, optional=True, advanced=True,
-                    tooltip="It has drifted if the error is this many times what it was when it was solved.",
+                    tooltip="It has drifted if the error is this many times what it was at the switch.",
                 ),
             ],
             outputs=[api.Absorption.Output("absorption", display_name="ABSORPTION", tooltip="For a rollout.")],

@@ -72,6 +72,8 @@ class Absorber:
         self.corrections: dict[int, Correction] = {}
         self.histories: dict[int, HostHistory] = {}
         self.watched: list[dict[str, Any]] = []
+        # of the layers that are watched, when they were switched: what drift is counted from
+        self.first_residuals: dict[int, float] = {}
         self.seconds = 0.0
         # the prompt and seed of this run, and those of the run that solved
         self.origin: dict[str, Any] = {}
@@ -164,7 +166,7 @@ class Absorber:
         self.solved_for = dict(self.origin)
         held = self.cache.layers[0]
         self._switch(sum(slot.frame < self.pinned for slot in held.window.values()), moved=True)
-        self.collector = self._collector(self.histories)
+        self._collect_on()
         self.seconds = time.perf_counter() - start
 
     def _switch(self, pinned: int, moved: bool) -> None:
@@ -221,16 +223,24 @@ class Absorber:
                 newest = newest.copy()
                 newest.merge(parts.seen[i])
             now = residual(newest, old.correction)
+            first = self.first_residuals.setdefault(i, old.residual)
             entry = {"frame": next_frame, "layer": i, "residual": now, "solved_at": old.residual, "refreshed": False}
             entry["discrepancy"] = float(newest.missing_energy) / max(float(newest.full_energy), 1e-30)
-            wanted = self.settings.refresh == "always" or now > self.settings.drift * old.residual
+            wanted = self.settings.refresh == "always" or now > self.settings.drift * first
             if self.settings.refresh != "never" and wanted:
                 entry["refreshed"] = self._refresh(i)
             self.watched.append(entry)
         if len(self.watched) > MOST_WATCHED:
             kept = set(sorted({entry["frame"] for entry in self.watched})[::-2])
             self.watched = [entry for entry in self.watched if entry["frame"] in kept]
-        self.collector = self._collector(self.histories)
+        self._collect_on()
+
+    def _collect_on(self) -> None:
+        """What later measurements start from: all that was collected if corrections are solved anew, else nothing."""
+        if self.settings.refresh != "never" and self.collector.chunks:
+            self.collector.keep(self.histories)
+        else:
+            self.collector = self._collector(self.histories)
 
     def _refresh(self, layer: int) -> bool:
         """Solve a layer anew; False if what it has does as well on the rows held out."""

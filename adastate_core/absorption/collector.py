@@ -54,6 +54,11 @@ class Collector:
         self.chunks += 1
         self._current = {}
 
+    def keep(self, layers: Iterable[int]) -> None:
+        """Forget all other layers; these have been collected so far."""
+        self.layers = tuple(layers)
+        self.seen, self.held_out = ({i: kind[i] for i in self.layers} for kind in (self.seen, self.held_out))
+
     def _empty(self) -> Moments:
         return Moments.empty(self.width, self.blocks, self.device)
 

@@ -69,6 +69,7 @@ def absorber_state(absorber: Absorber) -> dict[str, Any]:
         state["pinned"] = absorber.cache.plan.layers[first].pinned_frames
         state |= {"chunks_since": absorber.chunks_since, "watched": absorber.watched, "seconds": absorber.seconds}
         state["solved_for"] = absorber.solved_for
+        state["first_residuals"] = sorted(absorber.first_residuals.items())
         state |= {f"collector.{k}": v for k, v in absorber.collector.state().items()}
         state |= {f"solution.{k}": v for k, v in solution_state(absorber.solution).items()}
         for i, history in absorber.histories.items():
@@ -91,6 +92,7 @@ def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
             absorber.solution = solution_from(saved, absorber.settings, len(plan.layers), plan.width, absorber.heads)
             absorber.resume_switched(int(state["pinned"]), int(state["chunks_since"]), list(state["watched"]))
             absorber.seconds, absorber.solved_for = float(state["seconds"]), dict(state["solved_for"])
+            absorber.first_residuals = {int(i): float(one) for i, one in state.get("first_residuals", [])}
             absorber.collector.restore({"chunks": 0} | under("collector.", state))
             for i, history in absorber.histories.items():
                 history.restore(state, f"history.{i}", (plan.batch, plan.tokens, plan.width), plan.dtype)

@@ -11,7 +11,7 @@ REFRESHES = ("never", "drift", "always")
 SELECTIONS = ("residual", "discrepancy", "explained")
 # tried from the right: doing nothing wins ties (measured: small ridges overfit badly)
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
-# a correction that is solved anew on a single chunk knows that chunk alone, and its held-out tokens lie beside those fitted
+# a correction that is solved anew sees the newest chunks, not one alone, beside all that were collected before
 REFRESH_CHUNKS = 4
 
 
@@ -23,9 +23,10 @@ class AbsorptionSettings:
     frames (fewer by what the anchor holds), the newest `local_window_frames` and the chunk being made. `ridge`: a
     number, or None to choose from RIDGES on held-out rows. `absorb` off is the paper's No Absorb: the same as an
     infinite ridge. `monitor_layers` of the switched layers (-1: all) keep their history in host memory, and every
-    `monitor_chunks` chunks their residual is measured again; with `refresh` "always" they are then solved anew on the newest
-    REFRESH_CHUNKS of those chunks, with "drift" where the residual is more than `drift` times what it was when they were
-    solved. The last chunk is held out, and on it the new correction has to be better than the old one and than none.
+    `monitor_chunks` chunks their residual is measured again. With `refresh` "always" they are then solved anew, with "drift"
+    where the residual is more than `drift` times what it was at the switch: on all that has been collected, the newest
+    REFRESH_CHUNKS of those chunks among it. The last chunk is held out: there the new correction has to be better than
+    the old one and than none.
     """
 
     ratio: float = 0.5
