@@ -1,0 +1,145 @@
+"""What a watching page costs, told apart from a machine's moods: one rollout that is watched and not, a few chunks at a time.
+
+    python3 run.py bench watching
+    python benchmarks/watching.py --pairs 60
+
+The shipped workflow's own nodes run in this process. What is watched goes the whole way (meters, pictures, the hidden state's,
+JSON, a socket that somebody reads) but for the host's own web server, which `live_preview.py` has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from host import PACK, load_pack, write_table
+from live_preview import interval
+
+WORKFLOW = PACK / "workflows" / "api" / "long_video.json"
+_SKIPPED = 8  # chunks, until the window is full and all is warm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=100, help="of stretches, one watched and one not")
+    parser.add_argument("--stretch", type=int, default=4, help="chunks")
+    parser.add_argument("--size", type=int, default=64, help="width and height in pixels")
+    arguments = parser.parse_args()
+    load_pack()
+    import folder_paths
+
+    folder_paths.add_model_folder_path("diffusion_models", str(PACK / "models" / "diffusion_models"), is_default=True)
+    folder_paths.add_model_folder_path("vae", str(PACK / "models" / "vae"), is_default=True)
+    with tempfile.TemporaryDirectory() as folder:
+        folder_paths.set_output_directory(folder)
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run the graph; write results/watching.md."""
+    chunks = _SKIPPED + 2 * arguments.pairs * arguments.stretch + 1
+    reader, writer = socket.socketpair()
+    threading.Thread(target=_read, args=(reader,), daemon=True).start()
+    marks, sent = watch(arguments.stretch, writer)
+    run_graph({"width": arguments.size, "height": arguments.size, "length": 12 * chunks - 3})
+    writer.close()
+    rows = []
+    for name, column in (("wall time", 0), ("processor time, all threads", 1)):
+        spans = [(b[column] - a[column], a[2]) for a, b in zip(marks[_SKIPPED:], marks[_SKIPPED + 1 :], strict=False)]
+        stretches = [
+            (sum(s for s, _ in spans[i : i + arguments.stretch]), spans[i][1])
+            for i in range(0, len(spans) - arguments.stretch + 1, arguments.stretch)
+        ]
+        pairs = [dict((on, s) for s, on in stretches[i : i + 2]) for i in range(0, len(stretches) - 1, 2)]
+        ratios = sorted(pair[True] / pair[False] for pair in pairs)
+        low, high = interval(ratios)
+        alone = statistics.median(pair[False] for pair in pairs) / arguments.stretch
+        rows.append([name, f"{1000 * alone:.0f}", f"{statistics.median(ratios):.4f}", f"{low:.4f} to {high:.4f}"])
+    write_table(
+        "watching",
+        f"One rollout of {chunks} chunks, watched and not, {arguments.stretch} chunks at a time",
+        ["of a chunk", "unwatched, ms", "watched / unwatched", "in 95 of 100 cases"],
+        rows,
+        [
+            f"{arguments.size}x{arguments.size} pixels, everything else as in the workflow long_video; medians of "
+            f"{len(ratios)} pairs of neighbouring stretches, watched first in every second pair.",
+            f"{len(sent)} events, {sum(sent) / 1024:.0f} KiB; without the host's web server, which live-preview.md has.",
+        ],
+    )
+
+
+def watch(stretch: int, writer: socket.socket) -> tuple[list[tuple[float, float, bool]], list[int]]:
+    """Let rollouts be watched in turns: (time, processor time, watched from here on) as each chunk is done; bytes of events."""
+    from adastate_pack.nodes.host import live
+
+    marks: list[tuple[float, float, bool]] = []
+    sent: list[int] = []
+
+    class InTurns(live.LiveRun):
+        """Watched, unwatched, unwatched, watched, ..."""
+
+        has_page = True
+
+        @property
+        def watched(self) -> bool:
+            turn = max(0, len(marks) - _SKIPPED) // stretch
+            on = turn % 4 in (0, 3)
+            marks.append((time.perf_counter(), time.process_time(), on))
+            return on
+
+        def _send(self, event: str, data: dict[str, Any]) -> None:
+            message = json.dumps({"type": event, "data": self.ids() | data}).encode()
+            sent.append(len(message))
+            writer.sendall(message)
+
+        def ids(self) -> dict[str, Any]:
+            return {"prompt_id": "bench", "node_id": "5", "display_node": "5", "workflow": ""}
+
+    live.LiveRun = InTurns
+    live._STATE_SHARE /= (
+        2  # unwatched time earns such pictures too; here it is half of all, and they fall on the other half
+    )
+    return marks, sent
+
+
+def run_graph(inputs: dict[str, Any]) -> None:
+    """Run the nodes of the shipped workflow one after the other, with other inputs of the rollout."""
+    import nodes as host_nodes
+
+    extension = asyncio.run(sys.modules["adastate_pack"].comfy_entrypoint())
+    ours = {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
+    graph, outputs = json.loads(WORKFLOW.read_text(encoding="utf-8")), {}
+    for name in sorted(graph, key=int):  # the file's nodes are in the order of their links
+        kind = graph[name]["class_type"]
+        given = graph[name]["inputs"] | (inputs if kind == "AdaStateRollout" else {})
+        given = {key: outputs[value[0]][value[1]] if isinstance(value, list) else value for key, value in given.items()}
+        with torch.inference_mode():
+            if kind in ours:
+                clone = ours[kind].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+                clone.hidden = SimpleNamespace(prompt=None, extra_pnginfo=None, unique_id=name, dynprompt=None)
+                outputs[name] = clone.execute(**given).result
+            else:
+                node = host_nodes.NODE_CLASS_MAPPINGS[kind]
+                outputs[name] = getattr(node(), node.FUNCTION)(**given)
+
+
+def _read(reader: socket.socket) -> None:
+    while reader.recv(1 << 16):
+        pass
+
+
+if __name__ == "__main__":
+    main()
