@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import statistics
 import sys
@@ -72,8 +73,8 @@ def run(server: Server, prompt: dict, client: str | None) -> tuple[float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=513, help="video frames")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--length", type=int, default=129, help="video frames")
+    parser.add_argument("--repeats", type=int, default=25)
     arguments = parser.parse_args()
     if not Path(os.environ.get("COMFYUI_PATH", ""), "comfy").is_dir():
         raise SystemExit("benchmarks need the host: run them as `python3 run.py bench NAME`, or set COMFYUI_PATH.")
@@ -89,9 +90,20 @@ def cells(how: str, taken: list[tuple[float, float]], alone: list[tuple[float, f
     """One line of the table."""
     line = [how]
     for mine, base in zip(zip(*taken, strict=True), zip(*alone, strict=True), strict=True):
-        ratio = statistics.median(a / b for a, b in zip(mine, base, strict=True))
-        line += [f"{statistics.median(mine):.2f}", f"{ratio:.3f}"]
+        ratios = sorted(a / b for a, b in zip(mine, base, strict=True))
+        low, high = interval(ratios)
+        line += [f"{statistics.median(mine):.2f}", f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})"]
     return line
+
+
+def interval(ordered: list[float]) -> tuple[float, float]:
+    """Between which two of these the median of all such values lies in at least 95 of 100 cases (as in a sign test)."""
+    count, outside, cut = len(ordered), 0.0, 0
+    while cut < (count - 1) // 2 and outside + math.comb(count, cut) / 2**count <= 0.025:
+        outside += math.comb(count, cut) / 2**count
+        cut += 1
+    cut = max(cut - 1, 0)
+    return ordered[cut], ordered[-1 - cut]
 
 
 def measure(server: Server, length: int, repeats: int) -> None:
@@ -120,7 +132,9 @@ def measure(server: Server, length: int, repeats: int) -> None:
         ["how", "s (median)", "ratio", "processor s (median)", "ratio"],
         table,
         [
-            f"{repeats} rounds in turns on one server, a seed each; ratios: medians of those to the round's first row.",
+            f"{repeats} rounds in turns on one server, a seed each; ratios: medians of those to the round's first row, with the "
+            "interval that holds such a median in 95 of 100 cases (for six rounds and more). Rounds are short and many, since a "
+            "machine's speed changes from minute to minute.",
             "Seconds are the rollout's own, from its report: denoising, decoding and writing the video.",
             "Processor seconds are the whole server's, on all threads, for the prompt: what watching costs wherever it runs. They "
             "depend less on what else the machine does.",
