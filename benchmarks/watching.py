@@ -3,8 +3,8 @@
     python3 run.py bench watching
     python benchmarks/watching.py --pairs 60
 
-The shipped workflow's own nodes run in this process. What is watched goes the whole way (meters, pictures, the hidden state's,
-JSON, a socket that somebody reads) but for the host's own web server, which `live_preview.py` has.
+The shipped workflow's own nodes run in this process, beside the host's own web server, as in the host. What is watched goes the
+whole way: meters, pictures, the hidden state's, JSON, the web server, a socket that another process reads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import socket
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -28,6 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from host import PACK, load_pack, write_table
 from live_preview import interval
 
+from tools.host_client import Events, free_port
+
+CLIENT = "page"
 WORKFLOW = PACK / "workflows" / "api" / "long_video.json"
 _SKIPPED = 8  # chunks, until the window is full and all is warm
 
@@ -45,17 +48,17 @@ def main() -> None:
     folder_paths.add_model_folder_path("vae", str(PACK / "models" / "vae"), is_default=True)
     with tempfile.TemporaryDirectory() as folder:
         folder_paths.set_output_directory(folder)
+        folder_paths.set_user_directory(folder)
         measure(arguments)
 
 
 def measure(arguments: argparse.Namespace) -> None:
     """Run the graph; write results/watching.md."""
     chunks = _SKIPPED + 2 * arguments.pairs * arguments.stretch + 1
-    reader, writer = socket.socketpair()
-    threading.Thread(target=_read, args=(reader,), daemon=True).start()
-    marks, sent = watch(arguments.stretch, writer)
+    server, client, taken = start_server()
+    marks = watch(arguments.stretch, server)
     run_graph({"width": arguments.size, "height": arguments.size, "length": 12 * chunks - 3})
-    writer.close()
+    client.terminate()
     rows = []
     for name, column in (("wall time", 0), ("processor time, all threads", 1)):
         spans = [(b[column] - a[column], a[2]) for a, b in zip(marks[_SKIPPED:], marks[_SKIPPED + 1 :], strict=False)]
@@ -76,17 +79,54 @@ def measure(arguments: argparse.Namespace) -> None:
         [
             f"{arguments.size}x{arguments.size} pixels, everything else as in the workflow long_video; medians of "
             f"{len(ratios)} pairs of neighbouring stretches, watched first in every second pair.",
-            f"{len(sent)} events, {sum(sent) / 1024:.0f} KiB; without the host's web server, which live-preview.md has.",
+            f"{taken.value} messages went through the host's web server to a client in another process.",
         ],
     )
 
 
-def watch(stretch: int, writer: socket.socket) -> tuple[list[tuple[float, float, bool]], list[int]]:
-    """Let rollouts be watched in turns: (time, processor time, watched from here on) as each chunk is done; bytes of events."""
+def start_server() -> tuple[Any, Any, Any]:
+    """The host's web server in a thread of this process, a process that reads what it sends to one client, and how many
+    messages that has taken."""
+    import utils.install_util  # noqa: F401  first, as in the host's main: its nodes hide this package behind one of that name
+    import server as host_server  # isort: skip
+
+    loop, port = asyncio.new_event_loop(), free_port()
+    asyncio.set_event_loop(loop)
+    server = host_server.PromptServer(loop)
+    server.app.add_routes(server.routes)
+    server.client_id = CLIENT
+
+    async def serve() -> None:
+        await server.start("127.0.0.1", port, verbose=False)
+        await server.publish_loop()
+
+    threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True).start()
+    processes = multiprocessing.get_context("spawn")
+    taken = processes.Value("i", 0)
+    client = processes.Process(target=listen, args=(port, taken), daemon=True)
+    client.start()
+    while CLIENT not in server.sockets:
+        time.sleep(0.1)
+    return server, client, taken
+
+
+def listen(port: int, taken: Any) -> None:
+    """Take what comes, as a page does."""
+    while True:
+        try:
+            events = Events(port, CLIENT)
+            break
+        except OSError:
+            time.sleep(0.2)
+    while True:
+        taken.value += len(events.read(timeout=0.2))
+
+
+def watch(stretch: int, server: Any) -> list[tuple[float, float, bool]]:
+    """Let rollouts be watched in turns: (time, processor time, watched from here on) as each chunk is done."""
     from adastate_pack.nodes.host import live
 
     marks: list[tuple[float, float, bool]] = []
-    sent: list[int] = []
 
     class InTurns(live.LiveRun):
         """Watched, unwatched, unwatched, watched, ..."""
@@ -101,22 +141,19 @@ def watch(stretch: int, writer: socket.socket) -> tuple[list[tuple[float, float,
             return on
 
         def _send(self, event: str, data: dict[str, Any]) -> None:
-            message = json.dumps({"type": event, "data": self.ids() | data}).encode()
-            sent.append(len(message))
-            writer.sendall(message)
-
-        def ids(self) -> dict[str, Any]:
-            return {"prompt_id": "bench", "node_id": "5", "display_node": "5", "workflow": ""}
+            server.send_sync(event, self.ids() | data, self.client)
 
     live.LiveRun = InTurns
     live._STATE_SHARE /= (
         2  # unwatched time earns such pictures too; here it is half of all, and they fall on the other half
     )
-    return marks, sent
+    return marks
 
 
 def run_graph(inputs: dict[str, Any]) -> None:
     """Run the nodes of the shipped workflow one after the other, with other inputs of the rollout."""
+    from comfy_execution.utils import CurrentNodeContext
+
     import nodes as host_nodes
 
     extension = asyncio.run(sys.modules["adastate_pack"].comfy_entrypoint())
@@ -126,7 +163,7 @@ def run_graph(inputs: dict[str, Any]) -> None:
         kind = graph[name]["class_type"]
         given = graph[name]["inputs"] | (inputs if kind == "AdaStateRollout" else {})
         given = {key: outputs[value[0]][value[1]] if isinstance(value, list) else value for key, value in given.items()}
-        with torch.inference_mode():
+        with torch.inference_mode(), CurrentNodeContext("watching", name, 0):
             if kind in ours:
                 clone = ours[kind].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
                 clone.hidden = SimpleNamespace(prompt=None, extra_pnginfo=None, unique_id=name, dynprompt=None)
@@ -134,11 +171,6 @@ def run_graph(inputs: dict[str, Any]) -> None:
             else:
                 node = host_nodes.NODE_CLASS_MAPPINGS[kind]
                 outputs[name] = getattr(node(), node.FUNCTION)(**given)
-
-
-def _read(reader: socket.socket) -> None:
-    while reader.recv(1 << 16):
-        pass
 
 
 if __name__ == "__main__":
