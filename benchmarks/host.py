@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -92,6 +93,16 @@ def synchronise() -> None:
     """Wait for the device, so that a clock means something."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def interval(ordered: list[float]) -> tuple[float, float]:
+    """Between which two of these the median of all such values lies in at least 95 of 100 cases (as in a sign test)."""
+    count, outside, cut = len(ordered), 0.0, 0
+    while cut < (count - 1) // 2 and outside + math.comb(count, cut) / 2**count <= 0.025:
+        outside += math.comb(count, cut) / 2**count
+        cut += 1
+    cut = max(cut - 1, 0)
+    return ordered[cut], ordered[-1 - cut]
 
 
 def write_table(name: str, title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import os
 import statistics
 import sys
@@ -22,7 +21,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from host import PACK, write_table
+from host import PACK, interval, write_table
 
 from tools.host_client import Events, Server
 from tools.setup_host import Host
@@ -94,16 +93,6 @@ def cells(how: str, taken: list[tuple[float, float]], alone: list[tuple[float, f
         low, high = interval(ratios)
         line += [f"{statistics.median(mine):.2f}", f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})"]
     return line
-
-
-def interval(ordered: list[float]) -> tuple[float, float]:
-    """Between which two of these the median of all such values lies in at least 95 of 100 cases (as in a sign test)."""
-    count, outside, cut = len(ordered), 0.0, 0
-    while cut < (count - 1) // 2 and outside + math.comb(count, cut) / 2**count <= 0.025:
-        outside += math.comb(count, cut) / 2**count
-        cut += 1
-    cut = max(cut - 1, 0)
-    return ordered[cut], ordered[-1 - cut]
 
 
 def measure(server: Server, length: int, repeats: int) -> None:

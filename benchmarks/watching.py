@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from host import PACK, load_pack, write_table
-from live_preview import interval
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+from host import PACK, interval, load_pack, write_table
 
 from tools.host_client import Events, free_port
 
@@ -61,15 +61,10 @@ def measure(arguments: argparse.Namespace) -> None:
     client.terminate()
     rows = []
     for name, column in (("wall time", 0), ("processor time, all threads", 1)):
-        spans = [(b[column] - a[column], a[2]) for a, b in zip(marks[_SKIPPED:], marks[_SKIPPED + 1 :], strict=False)]
-        stretches = [
-            (sum(s for s, _ in spans[i : i + arguments.stretch]), spans[i][1])
-            for i in range(0, len(spans) - arguments.stretch + 1, arguments.stretch)
-        ]
-        pairs = [dict((on, s) for s, on in stretches[i : i + 2]) for i in range(0, len(stretches) - 1, 2)]
-        ratios = sorted(pair[True] / pair[False] for pair in pairs)
+        pairs = paired(marks[_SKIPPED:], column, arguments.stretch)
+        ratios = sorted(watched / alone for watched, alone in pairs)
         low, high = interval(ratios)
-        alone = statistics.median(pair[False] for pair in pairs) / arguments.stretch
+        alone = statistics.median(alone for _, alone in pairs) / arguments.stretch
         rows.append([name, f"{1000 * alone:.0f}", f"{statistics.median(ratios):.4f}", f"{low:.4f} to {high:.4f}"])
     write_table(
         "watching",
@@ -82,6 +77,14 @@ def measure(arguments: argparse.Namespace) -> None:
             f"{taken.value} messages went through the host's web server to a client in another process.",
         ],
     )
+
+
+def paired(marks: list[tuple[float, float, bool]], column: int, stretch: int) -> list[tuple[float, float]]:
+    """(watched, unwatched) seconds of neighbouring stretches, by one of the clocks of `marks`."""
+    borders = marks[::stretch]
+    taken = [(after[column] - before[column], before[2]) for before, after in zip(borders, borders[1:], strict=False)]
+    turns = [dict((on, seconds) for seconds, on in taken[i : i + 2]) for i in range(0, len(taken) - 1, 2)]
+    return [(turn[True], turn[False]) for turn in turns]
 
 
 def start_server() -> tuple[Any, Any, Any]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from adastate_core.live_meters import LiveMeters, mean_lab
+from adastate_core.metrics import lab
 
 
 def flat(*colour: int) -> np.ndarray:
@@ -35,6 +38,19 @@ def test_colour_counts_from_the_first_chunk_and_motion_from_the_frame_before():
     assert second["colour"] == pytest.approx(100, abs=0.01)
     assert second["motion"] == pytest.approx(119 / 255 / 2, abs=1e-4)
     assert second["contrast"] == second["sharpness"] == 0
+
+
+@pytest.mark.parametrize("size", [(64, 64), (117, 160), (160, 90)])
+def test_the_colour_of_a_large_frame_is_nearly_that_of_all_its_pixels(size):
+    draw = np.random.default_rng(3)
+    frames = []
+    for _ in range(2):
+        picture = Image.fromarray(draw.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size[::-1], Image.BICUBIC)
+        frames.append(np.asarray(picture))
+    meters = LiveMeters()
+    found = [meters.measure([(None, frame)])["colour"] for frame in frames][1]
+    whole = [lab(torch.from_numpy(frame.copy()).double() / 255).mean((0, 1)) for frame in frames]
+    assert found == pytest.approx(float((whole[1] - whole[0]).norm()), abs=0.5) and found > 2
 
 
 def test_contrast_and_sharpness_of_stripes():
