@@ -17,18 +17,21 @@ from .schedule import TIMESTEPS, noise, renoised
 
 @dataclass(frozen=True)
 class Block:
-    """A chunk under way: its number, the step it takes next, and itself [B, C, F, h, w] float32 at that step's noise."""
+    """A chunk under way: its number, the step it takes next, and itself [B, C, F, h, w] float32 at that step's noise, on the
+    CPU between two chunks of the rollout and when it enters, on the model's device from its first pass on."""
 
     chunk: int
     step: int
     x: torch.Tensor
 
 
-def joined(blocks: Sequence[Block], sigmas: Sequence[float]) -> tuple[torch.Tensor, list[float], torch.Tensor]:
-    """(x [B, C, n * F, h, w], the timestep of every frame, sigmas [n * F, 1, 1]) of one pass, oldest first."""
+def joined(
+    blocks: Sequence[Block], sigmas: Sequence[float], device: torch.device
+) -> tuple[torch.Tensor, list[float], torch.Tensor]:
+    """(x [B, C, n * F, h, w], the timestep of every frame, sigmas [n * F, 1, 1]) of one pass, oldest first; on `device`."""
     levels = [sigmas[block.step] for block in blocks for _ in range(block.x.shape[2])]
-    x = torch.cat([block.x for block in blocks], dim=2)
-    return x, [TIMESTEPS * level for level in levels], torch.tensor(levels)[:, None, None]
+    x = torch.cat([block.x.to(device) for block in blocks], dim=2)
+    return x, [TIMESTEPS * level for level in levels], torch.tensor(levels).to(device)[:, None, None]
 
 
 def advanced(
