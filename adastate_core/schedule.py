@@ -7,12 +7,15 @@ The model predicts v = noise - x0, so x0 = x - sigma v; between steps x = (1 - s
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 TIMESTEPS = 1000.0
+MOST_STEPS = 100  # of a list made from a number of steps
+MOST_SIGMAS = 1000  # of a list as given
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,26 @@ class Schedule:
             Schedule(self.first_sigmas)
         if not self.sigmas:
             raise ValueError("the sigma list is empty; it needs at least one value above 0")
+        if len(self.sigmas) > MOST_SIGMAS:
+            raise ValueError(f"there are {len(self.sigmas)} sigmas; a chunk takes at most {MOST_SIGMAS} steps")
         if not all(0.0 < s <= 1.0 for s in self.sigmas) or any(
             a <= b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)
         ):
             raise ValueError(
-                f"sigmas are {[round(s, 4) for s in self.sigmas]}; they must fall strictly and lie in (0, 1], "
+                f"sigmas are {_listed(self.sigmas)}; they must fall strictly and lie in (0, 1], "
                 "with at most one 0 at the end: use a scheduler for flow matching (shift 5, 4 steps for Self-Forcing)"
             )
 
     @staticmethod
     def shifted(steps: int, shift: float) -> Schedule:
-        """t_j = 1 - j/steps, sigma_j = shift t_j / (1 + (shift - 1) t_j); ValueError outside steps >= 1, shift > 0."""
-        if steps < 1 or shift <= 0:
-            raise ValueError(f"steps is {steps} and shift {shift}; steps must be at least 1 and shift above 0")
+        """t_j = 1 - j/steps, sigma_j = shift t_j / (1 + (shift - 1) t_j).
+
+        ValueError outside 1 <= steps <= MOST_STEPS, 0 < shift < infinity.
+        """
+        if not (1 <= steps <= MOST_STEPS and 0 < shift < math.inf):
+            raise ValueError(
+                f"steps is {steps} and shift {shift}; steps must be between 1 and {MOST_STEPS} and shift above 0"
+            )
         times = [1 - j / steps for j in range(steps)]
         return Schedule(tuple(shift * t / (1 + (shift - 1) * t) for t in times))
 
@@ -58,12 +68,22 @@ class Schedule:
         return self.first_sigmas if chunk == 0 and self.first_sigmas else self.sigmas
 
     @staticmethod
-    def from_sigmas(sigmas: Sequence[float]) -> Schedule:
-        """From a SIGMAS list: descending, a last 0 is dropped, every other value is a step."""
-        values = [float(s) for s in sigmas]
+    def from_sigmas(sigmas: Sequence[float] | torch.Tensor) -> Schedule:
+        """From a SIGMAS list or tensor [n]: descending, a last 0 is dropped, every other value is a step."""
+        if isinstance(sigmas, torch.Tensor) and sigmas.ndim != 1:
+            raise ValueError(f"sigmas have the shape {list(sigmas.shape)}; they must be one list")
+        if len(sigmas) > MOST_SIGMAS + 1:
+            raise ValueError(f"there are {len(sigmas)} sigmas; a chunk takes at most {MOST_SIGMAS} steps and a last 0")
+        values = [float(s) for s in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas)]
         if values and values[-1] == 0.0:
             values = values[:-1]
         return Schedule(tuple(values))
+
+
+def _listed(sigmas: Sequence[float]) -> str:
+    """The first of them, for a sentence."""
+    first = ", ".join(str(round(s, 4)) for s in sigmas[:8])
+    return f"[{first}{', ...' if len(sigmas) > 8 else ''}]"
 
 
 def noise(seed: int, chunk: int, step: int, shape: Sequence[int], state: bool = False) -> torch.Tensor:

@@ -22,6 +22,7 @@ from .host.files import (
     saved_path,
     write_new,
 )
+from .host.node import Node
 from .plots import absorption_plot
 
 CATEGORY = "AdaState/absorption"
@@ -84,7 +85,7 @@ def parse_ridge(text: str) -> float | None:
     return value
 
 
-class AbsorptionNode(io.ComfyNode):
+class AbsorptionNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -157,7 +158,7 @@ class AbsorptionNode(io.ComfyNode):
         return AbsorptionSettings(ridge=parse_ridge(ridge), refresh=SCHEDULES[schedule], **numbers)
 
     @classmethod
-    def validate_inputs(
+    def check(
         cls,
         ratio: float | None = None,
         warmup_frames: int | None = None,
@@ -168,8 +169,7 @@ class AbsorptionNode(io.ComfyNode):
         rank: int | None = None,
         select: str | None = None,
         schedule: str | None = None,
-    ) -> bool | str:
-        """The first thing wrong; linked inputs arrive as None."""
+    ) -> str | None:
         given = {
             "ratio": ratio, "warmup_frames": warmup_frames, "local_window_frames": local_window_frames,
             "sink_frames": sink_frames, "ridge": ridge, "scope": scope, "rank": rank, "select": select,
@@ -180,14 +180,14 @@ class AbsorptionNode(io.ComfyNode):
             cls._settings(**({"ridge": "auto", "schedule": "once"} | known))
         except ValueError as error:
             return str(error)
-        return True
+        return None
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
         return io.NodeOutput(AbsorptionRequest(cls._settings(**inputs)))
 
 
-class SaveAbsorptionNode(io.ComfyNode):
+class SaveAbsorptionNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -206,8 +206,8 @@ class SaveAbsorptionNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
-        return check_prefix(filename_prefix) or True if filename_prefix is not None else True
+    def check(cls, filename_prefix: str | None = None) -> str | None:
+        return check_prefix(filename_prefix) if filename_prefix is not None else None
 
     @classmethod
     def execute(cls, state: RolloutState, filename_prefix: str) -> io.NodeOutput:
@@ -231,7 +231,7 @@ class SaveAbsorptionNode(io.ComfyNode):
         return io.NodeOutput(name, ui=ui.PreviewText(f"{name}\n{len(solution.chosen)} layers: {list(solution.chosen)}"))
 
 
-class LoadAbsorptionNode(io.ComfyNode):
+class LoadAbsorptionNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -251,7 +251,7 @@ class LoadAbsorptionNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
+    def check(cls, file: str | None = None) -> str | None:
         return check_saved(file, "absorption file")
 
     @classmethod
@@ -265,7 +265,7 @@ class LoadAbsorptionNode(io.ComfyNode):
         return io.NodeOutput(AbsorptionRequest(settings, path.name, belongs_to, state))
 
 
-class AbsorptionReportNode(io.ComfyNode):
+class AbsorptionReportNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -286,7 +286,7 @@ class AbsorptionReportNode(io.ComfyNode):
     def execute(cls, report: str) -> io.NodeOutput:
         try:
             absorption = json.loads(report)["absorption"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError("report is not the REPORT of a rollout with absorption; connect that output") from error
         return io.NodeOutput(absorption_plot(absorption), json.dumps(absorption, indent=1))
 

@@ -14,6 +14,7 @@ from ..adastate_core.video_sink import VideoSink
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.files import new_file, save_metadata
+from .host.node import Node, shown
 from .host.progress import Progress
 from .job import Job, Request, check_size
 from .plots import share_plot
@@ -25,14 +26,18 @@ MAX_WINDOWS = 8
 def parse_windows(text: str) -> list[int]:
     """Window sizes from "3, 6, 9"; ValueError in one sentence for anything else."""
     words = text.replace(",", " ").split()
-    if not words or len(words) > MAX_WINDOWS or not all(w.isdecimal() and 1 <= int(w) <= 512 for w in words):
+    if (
+        not words
+        or len(words) > MAX_WINDOWS
+        or not all(w.isdecimal() and len(w) < 9 and 1 <= int(w) <= 512 for w in words)
+    ):
         raise ValueError(
-            f"windows is {text!r}; give one to {MAX_WINDOWS} window sizes in latent frames, each 1 to 512, such as 3, 6, 9"
+            f"windows is {shown(text)}; give one to {MAX_WINDOWS} window sizes in latent frames, each 1 to 512, such as 3, 6, 9"
         )
     return list(dict.fromkeys(int(w) for w in words))
 
 
-class AttentionShareNode(io.ComfyNode):
+class AttentionShareNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -67,24 +72,18 @@ class AttentionShareNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, width: int | None = None, height: int | None = None, windows: str | None = None
-    ) -> bool | str:
-        if reason := check_size(width, height):
-            return reason
+    def check(cls, width: int | None = None, height: int | None = None, windows: str | None = None) -> str | None:
         if windows is not None:
             try:
                 parse_windows(windows)
             except ValueError as error:
                 return str(error)
-        return True
+        return check_size(width, height)
 
     @classmethod
     def execute(
         cls, model: Any, positive: Any, width: int, height: int, windows: str, seed: int, anchor: Anchor | None = None
     ) -> io.NodeOutput:
-        if (reason := cls.validate_inputs(width, height, windows)) is not True:
-            raise ValueError(reason)
         jobs = []
         for window in parse_windows(windows):
             request = Request(
@@ -99,7 +98,7 @@ class AttentionShareNode(io.ComfyNode):
         return io.NodeOutput(share_plot(found), json.dumps(share_table(found), indent=1))
 
 
-class CompareNode(io.ComfyNode):
+class CompareNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..adastate_core.anchors import (
@@ -15,6 +16,7 @@ from ..adastate_core.anchors import (
 )
 from .host import api
 from .host.api import io, schema, widget
+from .host.node import Node
 
 CATEGORY = "AdaState/anchors"
 _OUTPUT = "What the rollout looks back to beyond its window. Connect it to AdaState Rollout."
@@ -66,7 +68,7 @@ def latent_frames(seconds: float) -> int:
     return max(1, round(seconds * LATENT_FPS)) if seconds else 0
 
 
-class AnchorNoneNode(io.ComfyNode):
+class AnchorNoneNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -84,7 +86,7 @@ class AnchorNoneNode(io.ComfyNode):
         return io.NodeOutput(Anchor())
 
 
-class AnchorStaticNode(io.ComfyNode):
+class AnchorStaticNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -99,7 +101,7 @@ class AnchorStaticNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, sink_frames: int) -> bool | str:
+    def check(cls, sink_frames: int | None = None) -> str | None:
         return _reason(lambda: AnchorStatic(sink_frames))
 
     @classmethod
@@ -107,7 +109,7 @@ class AnchorStaticNode(io.ComfyNode):
         return io.NodeOutput(AnchorStatic(sink_frames))
 
 
-class AnchorEMANode(io.ComfyNode):
+class AnchorEMANode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -129,7 +131,7 @@ class AnchorEMANode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, sink_frames: int, decay: float) -> bool | str:
+    def check(cls, sink_frames: int | None = None, decay: float | None = None) -> str | None:
         return _reason(lambda: AnchorEMA(sink_frames, decay))
 
     @classmethod
@@ -137,7 +139,7 @@ class AnchorEMANode(io.ComfyNode):
         return io.NodeOutput(AnchorEMA(sink_frames, decay))
 
 
-class AnchorMemoryNode(io.ComfyNode):
+class AnchorMemoryNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -161,7 +163,9 @@ class AnchorMemoryNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, sink_frames: int, long_rate: float = 0.01, short_rate: float = 0.1) -> bool | str:
+    def check(
+        cls, sink_frames: int | None = None, long_rate: float | None = 0.01, short_rate: float | None = 0.1
+    ) -> str | None:
         return _reason(lambda: AnchorMemory(sink_frames, long_rate, short_rate))
 
     @classmethod
@@ -169,7 +173,7 @@ class AnchorMemoryNode(io.ComfyNode):
         return io.NodeOutput(AnchorMemory(sink_frames, long_rate, short_rate))
 
 
-class AnchorReplayNode(io.ComfyNode):
+class AnchorReplayNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -194,7 +198,7 @@ class AnchorReplayNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, first_frames: int) -> bool | str:
+    def check(cls, first_frames: int | None = None) -> str | None:
         return _reason(lambda: AnchorReplay(first_frames))
 
     @classmethod
@@ -202,7 +206,7 @@ class AnchorReplayNode(io.ComfyNode):
         return io.NodeOutput(AnchorReplay(first_frames))
 
 
-class AnchorAdaptiveNode(io.ComfyNode):
+class AnchorAdaptiveNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -246,12 +250,7 @@ class AnchorAdaptiveNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, state_frames: int, strength: float = 1.0, freeze_seconds: float = 0.0, reset_seconds: float = 0.0
-    ) -> bool | str:
-        for name, seconds in (("freeze_seconds", freeze_seconds), ("reset_seconds", reset_seconds)):
-            if (reason := _reason(lambda value=seconds: latent_frames(value))) is not True:
-                return f"{name}: {reason}"
+    def check(cls, state_frames: int | None = None, strength: float | None = 1.0) -> str | None:
         return _reason(lambda: AnchorAdaptive(state_frames, strength=strength))
 
     @classmethod
@@ -267,7 +266,7 @@ class AnchorAdaptiveNode(io.ComfyNode):
         return io.NodeOutput(AnchorAdaptive(state_frames, state_after_past, strength, freeze, reset))
 
 
-class AnchorDeepNode(io.ComfyNode):
+class AnchorDeepNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -318,7 +317,9 @@ class AnchorDeepNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, sink_frames: int, recent_frames: int, budget_frames: int) -> bool | str:
+    def check(
+        cls, sink_frames: int | None = None, recent_frames: int | None = None, budget_frames: int | None = None
+    ) -> str | None:
         return _reason(lambda: AnchorDeep(sink_frames, recent_frames, budget_frames))
 
     @classmethod
@@ -328,15 +329,15 @@ class AnchorDeepNode(io.ComfyNode):
         return io.NodeOutput(AnchorDeep(sink_frames, recent_frames, budget_frames, shift_selected))
 
 
-def _reason(build: object) -> bool | str:
-    """True, or the sentence with which building the policy fails. Linked inputs arrive as None and pass."""
+def _reason(build: Callable[[], object]) -> str | None:
+    """The sentence with which building the policy fails, or None. Linked inputs arrive as None and pass."""
     try:
         build()
     except ValueError as error:
         return str(error)
     except TypeError:
-        return True
-    return True
+        return None
+    return None
 
 
 NODES = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..adastate_core.demo_words import ANY, DEFAULTS, VOCABULARY, prompt
 from .host.api import io, schema, widget
+from .host.node import Node, shown
 
 _TOOLTIPS = {
     "terrain": "What the ground is.",
@@ -13,7 +14,7 @@ _TOOLTIPS = {
 }
 
 
-class DemoPromptNode(io.ComfyNode):
+class DemoPromptNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -35,14 +36,18 @@ class DemoPromptNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, terrain: str | None, pace: str | None, balloon: str | None, lantern: str | None
-    ) -> bool | str:
+    def check(
+        cls,
+        terrain: str | None = None,
+        pace: str | None = None,
+        balloon: str | None = None,
+        lantern: str | None = None,
+    ) -> str | None:
         for slot, word in zip(VOCABULARY, (terrain, pace, balloon, lantern), strict=True):
             allowed = (*VOCABULARY[slot], *(() if slot == "lantern" else (ANY,)))
             if word is not None and word not in allowed:
-                return f"{slot} is {word!r}; the demo model knows {', '.join(allowed)}"
-        return True
+                return f"{slot} is {shown(word)}; the demo model knows {', '.join(allowed)}"
+        return None
 
     @classmethod
     def execute(cls, terrain: str, pace: str, balloon: str, lantern: str) -> io.NodeOutput:

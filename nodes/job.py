@@ -24,17 +24,21 @@ from .host.checkpoints import rollout_defaults
 from .host.codec import HostDecoder
 from .host.files import Target
 from .host.live import LiveRun
+from .host.node import shown
 from .host.progress import Progress
 from .live import chunk_facts, hidden_picture, run_facts, stop_note
 from .output import StreamOutput, StreamSettings, check_streamable
+
+MAX_SIZE = 8192
 
 
 def check_size(width: int | None, height: int | None) -> str | None:
     """Why a picture cannot have this size, or None; linked numbers arrive as None."""
     for name, value in (("width", width), ("height", height)):
-        if value is not None and (value < 16 or value % 16):
-            nearest = max(16, round(value / 16) * 16)
-            return f"{name} is {value}; it must be a multiple of 16, at least 16: try {nearest}"
+        if value is not None and (value < 16 or value % 16 or value > MAX_SIZE):
+            nearest = round(min(max(value, 16), MAX_SIZE) / 16) * 16
+            bounds = "at least 16" if value <= MAX_SIZE else f"at most {MAX_SIZE}"
+            return f"{name} is {shown(value)}; it must be a multiple of 16, {bounds}: try {nearest}"
     return None
 
 

@@ -8,13 +8,14 @@ from typing import Any
 from ..adastate_core.metrics import measure_video, read_pictures
 from .analysis import CATEGORY
 from .host.api import io, schema, widget
+from .host.node import Node, shown
 from .host.progress import Progress
 from .plots import metrics_plot
 
 MAX_CHUNK, MAX_EVERY = 4096, 1024
 
 
-class VideoMetricsNode(io.ComfyNode):
+class VideoMetricsNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -57,16 +58,14 @@ class VideoMetricsNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, chunk_frames: int | None = None, every: int | None = None) -> bool | str:
+    def check(cls, chunk_frames: int | None = None, every: int | None = None) -> str | None:
         for name, value, most in (("chunk_frames", chunk_frames, MAX_CHUNK), ("every", every, MAX_EVERY)):
             if value is not None and not 1 <= value <= most:
-                return f"{name} is {value}; it must be a number of pictures between 1 and {most}"
-        return True
+                return f"{name} is {shown(value)}; it must be a number of pictures between 1 and {most}"
+        return None
 
     @classmethod
     def execute(cls, video: Any, reference: Any = None, chunk_frames: int = 12, every: int = 1) -> io.NodeOutput:
-        if (reason := cls.validate_inputs(chunk_frames, every)) is not True:
-            raise ValueError(reason)
         progress = Progress(-(-video.get_frame_count() // every))
         pictures = read_pictures(video.get_stream_source(), every)
         others = None if reference is None else read_pictures(reference.get_stream_source(), every, "reference")

@@ -23,6 +23,7 @@ from .host.checkpoints import (
     with_lora,
     with_preset,
 )
+from .host.node import Node
 from .inspection import inspect_file, plan_text
 from .job import check_size
 from .rollout import RolloutNode
@@ -44,17 +45,17 @@ def _file_input() -> io.Input:
     )
 
 
-def _check_file(file: str | None, kind: str = KIND) -> bool | str:
+def _check_file(file: str | None, kind: str = KIND) -> str | None:
     if file is None:
-        return True
+        return None
     try:
         checkpoint_path(file, kind)
     except ValueError as error:
         return str(error)
-    return True
+    return None
 
 
-class LoadModelNode(io.ComfyNode):
+class LoadModelNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -85,7 +86,7 @@ class LoadModelNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
+    def check(cls, file: str | None = None) -> str | None:
         return _check_file(file)
 
     @classmethod
@@ -97,7 +98,7 @@ class LoadModelNode(io.ComfyNode):
         return io.NodeOutput(load_causal(file, weight_dtype, preset))
 
 
-class LoadLoraNode(io.ComfyNode):
+class LoadLoraNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -130,7 +131,7 @@ class LoadLoraNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
+    def check(cls, file: str | None = None) -> str | None:
         return _check_file(file, LORAS)
 
     @classmethod
@@ -142,7 +143,7 @@ class LoadLoraNode(io.ComfyNode):
         return io.NodeOutput(with_lora(model, file, strength))
 
 
-class ModelPresetNode(io.ComfyNode):
+class ModelPresetNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -174,7 +175,7 @@ class ModelPresetNode(io.ComfyNode):
         return io.NodeOutput(with_preset(model, preset), text, ui=ui.PreviewText(text))
 
 
-class InspectCheckpointNode(io.ComfyNode):
+class InspectCheckpointNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -204,9 +205,8 @@ class InspectCheckpointNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None, width: int | None = 832, height: int | None = 480) -> bool | str:
-        reason = check_size(width, height)
-        return _check_file(file) if reason is None else reason
+    def check(cls, file: str | None = None, width: int | None = None, height: int | None = None) -> str | None:
+        return check_size(width, height) or _check_file(file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None, width: int = 832, height: int = 480, length: int = 81) -> str:
@@ -218,7 +218,7 @@ class InspectCheckpointNode(io.ComfyNode):
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
-class PlanNode(io.ComfyNode):
+class PlanNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         shared = {i.id: i for i in RolloutNode.define_schema().inputs}
@@ -277,8 +277,8 @@ class PlanNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None, height: int | None) -> bool | str:
-        return check_size(width, height) or True
+    def check(cls, width: int | None = None, height: int | None = None) -> str | None:
+        return check_size(width, height)
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> float:

@@ -19,6 +19,7 @@ from ..adastate_core.prompts import (
 )
 from .host import api
 from .host.api import io, schema, widget
+from .host.node import Node
 from .host.text import encode_texts
 
 CATEGORY = "AdaState/prompts"
@@ -86,14 +87,14 @@ def _outputs() -> list[io.Output]:
     ]
 
 
-def _reason(*checks: Callable[[], object]) -> bool | str:
-    """True, or the sentence with which the first of the checks fails."""
+def _reason(*checks: Callable[[], object]) -> str | None:
+    """The sentence with which the first of the checks fails, or None."""
     for check in checks:
         try:
             check()
         except ValueError as error:
             return str(error)
-    return True
+    return None
 
 
 def _check_change(
@@ -104,7 +105,7 @@ def _check_change(
     PromptAt(**({"seconds": 0.0, "conditioning": None} | {k: v for k, v in given.items() if v is not None}))
 
 
-class PromptTimelineNode(io.ComfyNode):
+class PromptTimelineNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -145,15 +146,15 @@ class PromptTimelineNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
+    def check(
         cls,
-        text: str | None,
+        text: str | None = None,
         shared: str | None = "",
         transition: str | None = "recache",
         blend_chunks: int | None = 3,
         blend: str | None = "linear",
         duration: float | None = 0.0,
-    ) -> bool | str:
+    ) -> str | None:
         def read() -> None:
             if text is not None and duration is not None:
                 parse_timeline(text, shared or "", _seconds_or_open(duration))
@@ -189,7 +190,7 @@ def _seconds_or_open(duration: float) -> float | None:
     return duration or None
 
 
-class PromptAtNode(io.ComfyNode):
+class PromptAtNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -219,14 +220,14 @@ class PromptAtNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
+    def check(
         cls,
-        seconds: float | None,
-        transition: str | None,
+        seconds: float | None = None,
+        transition: str | None = None,
         prompts: Any = _UNCONNECTED,
         blend_chunks: int | None = 3,
         blend: str | None = "linear",
-    ) -> bool | str:
+    ) -> str | None:
         def first() -> None:
             if prompts is _UNCONNECTED and seconds is not None:
                 _check_first(seconds)
@@ -258,7 +259,7 @@ def _check_first(seconds: float) -> None:
         )
 
 
-class DemoTimelineNode(io.ComfyNode):
+class DemoTimelineNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -277,13 +278,13 @@ class DemoTimelineNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
+    def check(
         cls,
-        text: str | None,
+        text: str | None = None,
         transition: str | None = "recache",
         blend_chunks: int | None = 3,
         blend: str | None = "linear",
-    ) -> bool | str:
+    ) -> str | None:
         return _reason(
             lambda: _check_change(transition, blend_chunks, blend),
             lambda: text is not None and words_over_time(text),

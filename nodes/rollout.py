@@ -7,12 +7,13 @@ from typing import Any
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.rope import POSITION_MODES
-from ..adastate_core.schedule import Schedule
+from ..adastate_core.schedule import MOST_STEPS, Schedule
 from .absorption import AbsorptionRequest
 from .host import api, rerun
 from .host.api import ExecutionBlocker, io, schema, ui, widget
 from .host.files import save_metadata
 from .host.live import live_run
+from .host.node import Node
 from .job import Job, Request, check_size, report_text
 
 MAX_LENGTH = 2**24
@@ -57,7 +58,7 @@ def _inputs() -> list[io.Input]:
             "steps",
             default=0,
             min=0,
-            max=100,
+            max=MOST_STEPS,
             tooltip="Denoising steps a chunk; 0 = what the checkpoint wants (4).",
         ),
         widget(
@@ -141,7 +142,7 @@ def _inputs() -> list[io.Input]:
     ]
 
 
-class RolloutNode(io.ComfyNode):
+class RolloutNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -161,39 +162,8 @@ class RolloutNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        width: int | None = None,
-        height: int | None = None,
-        length: int | None = None,
-        batch_size: int | None = None,
-        steps: int | None = None,
-        shift: float | None = None,
-        chunk_frames: int | None = None,
-        window_frames: int | None = None,
-        positions: str | None = None,
-        cache_dtype: str | None = None,
-        cache_device: str | None = None,
-    ) -> bool | str:
-        """The first thing wrong with the numbers, in a sentence; linked inputs arrive as None."""
-        if reason := check_size(width, height):
-            return reason
-        least = {"length": (length, 1), "batch_size": (batch_size, 1), "steps": (steps, 0), "shift": (shift, 0)}
-        least |= {"chunk_frames": (chunk_frames, 0), "window_frames": (window_frames, -1)}
-        for name, (value, low) in least.items():
-            if value is not None and value < low:
-                return f"{name} is {value}; it must be at least {low}"
-        if length is not None and length > MAX_LENGTH:
-            return f"length is {length}; it must be at most {MAX_LENGTH}"
-        choices = {
-            "positions": (positions, ("auto", *POSITION_MODES)),
-            "cache_dtype": (cache_dtype, CACHE_DTYPES),
-            "cache_device": (cache_device, CACHE_DEVICES),
-        }
-        for name, (value, known) in choices.items():
-            if value is not None and value not in known:
-                return f"{name} is {value!r}; it must be one of {', '.join(known)}"
-        return True
+    def check(cls, width: int | None = None, height: int | None = None) -> str | None:
+        return check_size(width, height)
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
@@ -224,15 +194,10 @@ class RolloutNode(io.ComfyNode):
         cache_dtype: str = CACHE_DTYPES[0],
         cache_device: str = CACHE_DEVICES[0],
     ) -> io.NodeOutput:
-        sizes = (width, height, length, batch_size, steps, shift, chunk_frames, window_frames, positions)
-        if (
-            reason := cls.validate_inputs(*sizes, cache_dtype, cache_device)
-        ) is not True:  # linked numbers are not known any earlier
-            raise ValueError(reason)
         request = Request(
             model, positive, width, height, length, batch_size, seed, steps, shift, chunk_frames, window_frames, positions,
             anchor=anchor,
-            sigmas=None if sigmas is None else Schedule.from_sigmas(sigmas.tolist()).sigmas,
+            sigmas=None if sigmas is None else Schedule.from_sigmas(sigmas).sigmas,
             start_latent=start_latent,
             resume=resume,
             stream=stream,

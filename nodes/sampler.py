@@ -17,6 +17,7 @@ from .host import model as host_model
 from .host import sampler as host_sampler
 from .host.api import io, schema, widget
 from .host.checkpoints import rollout_defaults
+from .host.node import Node
 from .host.progress import check_interrupt
 from .rollout import RolloutNode
 
@@ -74,7 +75,7 @@ class RolloutSampler(host_sampler.Sampler):
         """
         patcher, context = model_wrap.model_patcher, host_sampler.check_guider(model_wrap)
         host_sampler.check_latents(noise, latent_image, denoise_mask)
-        schedule = Schedule.from_sigmas(sigmas.tolist())
+        schedule = Schedule.from_sigmas(sigmas)
         model = host_sampler.GuidedModel(patcher, context, noise.shape[0], extra_args["model_options"])
         spec = self._spec(model, noise.shape)
         text_tokens = context.shape[1]
@@ -109,7 +110,7 @@ class RolloutSampler(host_sampler.Sampler):
         )
 
 
-class SamplerNode(io.ComfyNode):
+class SamplerNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         shared = {i.id: i for i in RolloutNode.define_schema().inputs}
@@ -128,18 +129,9 @@ class SamplerNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, chunk_frames: int | None = None, window_frames: int | None = None, positions: str | None = None
-    ) -> bool | str:
-        """The first thing wrong with the numbers, in a sentence; linked inputs arrive as None."""
-        return RolloutNode.validate_inputs(chunk_frames=chunk_frames, window_frames=window_frames, positions=positions)
-
-    @classmethod
     def execute(
         cls, chunk_frames: int, window_frames: int, positions: str, anchor: Anchor | None = None
     ) -> io.NodeOutput:
-        if (reason := cls.validate_inputs(chunk_frames, window_frames, positions)) is not True:
-            raise ValueError(reason)
         return io.NodeOutput(RolloutSampler(chunk_frames, window_frames, positions, anchor))
 
 
@@ -163,7 +155,7 @@ class RolloutNoise:
         return torch.cat(drawn, dim=2)[:, :, :frames]
 
 
-class NoiseNode(io.ComfyNode):
+class NoiseNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -195,15 +187,7 @@ class NoiseNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, seed: int | None = None, chunk_frames: int | None = None) -> bool | str:
-        if chunk_frames is not None and chunk_frames < 1:
-            return f"chunk_frames is {chunk_frames}; it must be at least 1"
-        return True
-
-    @classmethod
     def execute(cls, seed: int, chunk_frames: int) -> io.NodeOutput:
-        if (reason := cls.validate_inputs(seed, chunk_frames)) is not True:
-            raise ValueError(reason)
         return io.NodeOutput(RolloutNoise(seed, chunk_frames))
 
 

@@ -8,13 +8,14 @@ import torch
 
 from .host import codec
 from .host.api import io, schema, widget
+from .host.node import Node
 from .host.pictures import CROPS, SCALERS, scaled, video_tail
 from .job import check_size
 
 MAX_FRAMES = 1025
 
 
-class ContinueVideoNode(io.ComfyNode):
+class ContinueVideoNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -81,26 +82,10 @@ class ContinueVideoNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        width: int | None = None,
-        height: int | None = None,
-        frames: int | None = None,
-        crop: str | None = None,
-        fps: float | None = None,
-        upscale_method: str | None = None,
-    ) -> bool | str:
-        """The first thing wrong, in a sentence; linked inputs arrive as None."""
-        if reason := check_size(width, height):
-            return reason
-        if frames is not None and not 1 <= frames <= MAX_FRAMES:
-            return f"frames is {frames}; it must be between 1 and {MAX_FRAMES}"
-        if fps is not None and fps != 0 and not 1 <= fps <= 240:
+    def check(cls, width: int | None = None, height: int | None = None, fps: float | None = None) -> str | None:
+        if fps is not None and not (fps == 0 or 1 <= fps <= 240):
             return f"fps is {fps}; it must be 0 or between 1 and 240"
-        for name, value, known in (("crop", crop, CROPS), ("upscale_method", upscale_method, SCALERS)):
-            if value is not None and value not in known:
-                return f"{name} is {value!r}; it must be one of {', '.join(known)}"
-        return True
+        return check_size(width, height)
 
     @classmethod
     def execute(
@@ -115,8 +100,6 @@ class ContinueVideoNode(io.ComfyNode):
         fps: float = 16.0,
         upscale_method: str = SCALERS[0],
     ) -> io.NodeOutput:
-        if (reason := cls.validate_inputs(width, height, frames, crop, fps, upscale_method)) is not True:
-            raise ValueError(reason)
         if (video is None) == (image is None):
             what = "neither video nor image is" if video is None else "both video and image are"
             raise ValueError(f"{what} connected; connect one of them, the one to go on from")

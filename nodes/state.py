@@ -15,12 +15,14 @@ from .host.api import io, schema, ui, widget
 from .host.codec import HostDecoder
 from .host.files import STATE_SUFFIX, check_prefix, check_saved, fingerprint, saved_files, saved_path, write_new
 from .host.model import wan_to_vae_space
+from .host.node import Node, shown
 from .stream import latent_space_widget
 
 CATEGORY = "AdaState/state"
+MOST_CHUNKS = 2**30
 
 
-class SaveStateNode(io.ComfyNode):
+class SaveStateNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -37,8 +39,8 @@ class SaveStateNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
-        return check_prefix(filename_prefix) or True if filename_prefix is not None else True
+    def check(cls, filename_prefix: str | None = None) -> str | None:
+        return check_prefix(filename_prefix) if filename_prefix is not None else None
 
     @classmethod
     def execute(cls, state: RolloutState, filename_prefix: str) -> io.NodeOutput:
@@ -46,7 +48,7 @@ class SaveStateNode(io.ComfyNode):
         return io.NodeOutput(name, ui=ui.PreviewText(f"{name}\n{state!r}"))
 
 
-class LoadStateNode(io.ComfyNode):
+class LoadStateNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -67,7 +69,7 @@ class LoadStateNode(io.ComfyNode):
                     "chunk",
                     default=-1,
                     min=-1,
-                    max=2**30,
+                    max=MOST_CHUNKS,
                     optional=True,
                     tooltip="The state after so many generated chunks, or the nearest before, from the history that the stream "
                     "kept of this file's video (history_chunks). -1 = the file itself.",
@@ -77,16 +79,16 @@ class LoadStateNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None, chunk: int | None = None) -> bool | str:
-        if chunk is not None and chunk < -1:
-            return f"chunk is {chunk}; it must be at least -1"
-        if (reason := check_saved(file, "state file")) is not True or file is None or chunk is None:
+    def check(cls, file: str | None = None, chunk: int | None = None) -> str | None:
+        if chunk is not None and not -1 <= chunk <= MOST_CHUNKS:
+            return f"chunk is {shown(chunk)}; it must be between -1 (the file itself) and {MOST_CHUNKS}"
+        if (reason := check_saved(file, "state file")) or file is None or chunk is None:
             return reason
         try:
             cls._path(file, chunk)
         except ValueError as error:
             return str(error)
-        return True
+        return None
 
     @classmethod
     def fingerprint_inputs(cls, file: str, chunk: int = -1) -> str:
@@ -94,8 +96,6 @@ class LoadStateNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, chunk: int = -1) -> io.NodeOutput:
-        if (reason := cls.validate_inputs(file, chunk)) is not True:  # linked values are not known any earlier
-            raise ValueError(reason)
         path = cls._path(file, chunk)
         state = load_state(path)
         return io.NodeOutput(state, ui=ui.PreviewText(f"{path.name}: after {state.next_chunk} chunks\n{state!r}"))
@@ -106,7 +106,7 @@ class LoadStateNode(io.ComfyNode):
         return path if chunk < 0 else state_at(path, chunk)
 
 
-class DecodeStateNode(io.ComfyNode):
+class DecodeStateNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -13,6 +13,7 @@ from .host import api
 from .host.api import io, schema, ui, widget
 from .host.codec import LATENT_SPACES, HostDecoder
 from .host.files import check_prefix, new_file, save_metadata
+from .host.node import Node
 from .host.progress import Progress
 from .output import StreamSettings
 
@@ -73,20 +74,12 @@ def _history_widgets() -> list[io.Input]:
     ]
 
 
-def _check_file_widgets(filename_prefix: Any, fps: Any, codec: Any, quality: Any) -> bool | str:
-    """The first thing wrong, in a sentence; linked inputs arrive as None."""
-    if filename_prefix is not None and (reason := check_prefix(filename_prefix)):
-        return f"filename_prefix {reason}"
-    if fps is not None and not 1 <= fps <= 240:
-        return f"fps is {fps}; it must be between 1 and 240"
-    if codec is not None and codec not in CODECS:
-        return f"codec is {codec!r}; it must be one of {', '.join(CODECS)}"
-    if quality is not None and not 0 <= quality <= 51:
-        return f"quality is {quality}; it must be between 0 and 51"
-    return True
+def _check_prefix(filename_prefix: str | None) -> str | None:
+    reason = check_prefix(filename_prefix) if filename_prefix is not None else None
+    return reason and f"filename_prefix {reason}"
 
 
-class StreamOutputNode(io.ComfyNode):
+class StreamOutputNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -123,21 +116,8 @@ class StreamOutputNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        filename_prefix: str | None = None,
-        fps: float | None = None,
-        codec: str | None = None,
-        quality: int | None = None,
-        autosave_seconds: float | None = None,
-        history_chunks: int | None = None,
-        history_states: int | None = None,
-    ) -> bool | str:
-        least = {"autosave_seconds": (autosave_seconds, 0), "history_chunks": (history_chunks, 0)}
-        for name, (value, low) in (least | {"history_states": (history_states, 1)}).items():
-            if value is not None and value < low:
-                return f"{name} is {value}; it must be at least {low}"
-        return _check_file_widgets(filename_prefix, fps, codec, quality)
+    def check(cls, filename_prefix: str | None = None) -> str | None:
+        return _check_prefix(filename_prefix)
 
     @classmethod
     def execute(
@@ -154,9 +134,6 @@ class StreamOutputNode(io.ComfyNode):
         history_chunks: int = 0,
         history_states: int = 8,
     ) -> io.NodeOutput:
-        checked = (filename_prefix, fps, codec, quality, autosave_seconds, history_chunks, history_states)
-        if (reason := cls.validate_inputs(*checked)) is not True:  # linked numbers are not known any earlier
-            raise ValueError(reason)
         settings = StreamSettings(
             vae, filename_prefix, fps, codec, quality, preview, autosave_seconds, join, latent_space,
             history_chunks, history_states,
@@ -164,7 +141,7 @@ class StreamOutputNode(io.ComfyNode):
         return io.NodeOutput(settings)
 
 
-class DecodeNode(io.ComfyNode):
+class DecodeNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -209,7 +186,7 @@ class DecodeNode(io.ComfyNode):
         return io.NodeOutput(pictures)
 
 
-class RenderVideoNode(io.ComfyNode):
+class RenderVideoNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -228,14 +205,8 @@ class RenderVideoNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        filename_prefix: str | None = None,
-        fps: float | None = None,
-        codec: str | None = None,
-        quality: int | None = None,
-    ) -> bool | str:
-        return _check_file_widgets(filename_prefix, fps, codec, quality)
+    def check(cls, filename_prefix: str | None = None) -> str | None:
+        return _check_prefix(filename_prefix)
 
     @classmethod
     def execute(

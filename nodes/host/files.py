@@ -111,14 +111,14 @@ def saved_path(name: str, what: str) -> Path:
     return path
 
 
-def check_saved(name: str | None, what: str) -> bool | str:
-    """For validate_inputs: True, or why `name` stands for no saved file; a linked name arrives as None and passes."""
+def check_saved(name: str | None, what: str) -> str | None:
+    """Why `name` stands for no saved file, or None; a linked name arrives as None and passes."""
     try:
         if name is not None:
             saved_path(name, what)
     except ValueError as error:
         return str(error)
-    return True
+    return None
 
 
 def saved_fingerprint(name: str, what: str) -> str:

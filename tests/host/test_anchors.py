@@ -48,7 +48,9 @@ def test_bad_numbers(node):
     assert "first_frames is 0" in node("AdaStateAnchorReplay").validate(first_frames=0)
     adaptive = node("AdaStateAnchorAdaptive").validate
     assert "strength is 0" in adaptive(state_frames=1, strength=0)
-    assert "freeze_seconds: seconds is -1" in adaptive(state_frames=1, freeze_seconds=-1.0)
-    assert "reset_seconds: seconds is nan" in adaptive(state_frames=1, reset_seconds=float("nan"))
+    assert "freeze_seconds is -1.0; it must be between 0 and 86400" in adaptive(state_frames=1, freeze_seconds=-1.0)
+    assert "reset_seconds is nan; it must be a number between 0 and 86400" in adaptive(
+        state_frames=1, reset_seconds=float("nan")
+    )
     assert adaptive(state_frames=None, strength=None, freeze_seconds=None, reset_seconds=None) is True
     assert adaptive(state_frames=1) is True

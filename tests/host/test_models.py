@@ -214,7 +214,7 @@ def test_where_auto_looks(models, wan_state, rollout):
     assert asked["settings"]["preset"] == "memrope" and asked["settings"]["anchor"]["kind"] == "memory"
     none = used("longlive.safetensors", wan_state, preset="none")
     assert "preset" not in none["settings"] and none["settings"]["window_frames"] == 3
-    with pytest.raises(ValueError, match="preset 'best' is not known; known are self_forcing"):
+    with pytest.raises(ValueError, match="preset is 'best'; it must be one of auto, self_forcing"):
         used("longlive.safetensors", wan_state, preset="best")
     named = used("x.safetensors", wan_state, {"adastate": json.dumps({"preset": "longlive", "window_frames": 4})})
     assert named["settings"]["window_frames"] == 4 and named["settings"]["anchor"] == AnchorStatic(3).describe()

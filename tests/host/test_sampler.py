@@ -312,9 +312,9 @@ def test_linked_numbers_are_checked(node):
     assert sampler.validate(chunk_frames=0, window_frames=-1, positions="auto") is True
     assert "window_frames is -2" in sampler.validate(window_frames=-2)
     assert "must be one of auto" in sampler.validate(positions="odd")
-    with pytest.raises(ValueError, match="chunk_frames is -1; it must be at least 0"):
+    with pytest.raises(ValueError, match="chunk_frames is -1; it must be between 0 and 64"):
         sampler(chunk_frames=-1, window_frames=3, positions="auto")
-    with pytest.raises(ValueError, match="chunk_frames is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="chunk_frames is 0; it must be between 1 and 64"):
         node("AdaStateNoise")(seed=1, chunk_frames=0)
 
 

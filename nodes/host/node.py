@@ -1,0 +1,167 @@
+"""What every node of the pack is: its widgets are held to its own schema, wherever a value comes from.
+
+The host compares min and max of an input only where validate_inputs does not take it by name, options on some of its versions
+only, and NaN and what comes through a link never. Here all of it is compared when a prompt is queued, and again, links known,
+when the node runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .api import io
+
+ON_DISK = ("file",)  # combos that list what lies on disk: their nodes look there themselves
+LONGEST_WORDS = 200_000  # characters of a text of many lines
+LONGEST_LINE = 1_000  # of any other, and of a choice
+_PLAIN = {"int", "float", "str", "bool"}
+_MOST_CHARACTERS = 40  # of a value in a sentence
+_MOST_BITS = 64
+_KINDS = (io.Int.Input, io.Float.Input, io.Combo.Input, io.String.Input, io.Boolean.Input)
+
+
+class Node(io.ComfyNode):
+    """A node whose `execute` raises ValueError for what its schema or its `check` refuses, and is queued only without."""
+
+    @classmethod
+    def check(cls) -> str | None:
+        """What the schema cannot say, in a sentence, or None.
+
+        A node that has something to say takes inputs by name, each with a default; they have the type of their widget, and
+        their range is compared afterwards, so that a better sentence than the range's goes first. What is linked is None when
+        a prompt is queued.
+        """
+        return None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        execute = cls.__dict__.get("execute")
+        if execute is None or hasattr(execute.__func__, "holds"):  # the host clones classes for every call
+            return
+        widgets = functools.cache(lambda: _widgets(cls))
+        cls.validate_inputs = classmethod(_asked(cls, execute.__func__, widgets))
+        cls.execute = classmethod(_held(execute.__func__, widgets))
+
+
+def _widgets(node: type[Node]) -> dict[str, Any]:
+    """The inputs that have a widget, by name; of a socket the node knows what it takes."""
+    inputs = (each for each in node.define_schema().inputs if isinstance(each, _KINDS))
+    return {each.id: each for each in inputs if not getattr(each, "force_input", None)}
+
+
+def _asked(node: type[Node], execute: Callable[..., Any], widgets: Callable[[], dict[str, Any]]) -> Callable[..., Any]:
+    """validate_inputs with the names that are compared: the host repeats its answer for every input that it takes."""
+
+    def validate_inputs(cls: type[Node], **inputs: Any) -> bool | str:
+        """True, or what is wrong; linked inputs arrive as None and pass."""
+        return _fault(cls, widgets(), inputs) or True
+
+    taken = list(inspect.signature(execute).parameters.values())[1:]
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in taken):
+        names = [parameter.name for parameter in taken if parameter.annotation in _PLAIN]
+        names += [name for name in inspect.signature(node.check).parameters if name not in names]
+        keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+        validate_inputs.__signature__ = inspect.Signature([keyword(name) for name in ("cls", *names)])
+    return validate_inputs
+
+
+def _held(execute: Callable[..., Any], widgets: Callable[[], dict[str, Any]]) -> Callable[..., Any]:
+    """`execute` with its inputs compared first, and numbers of other libraries made plain ones."""
+    signature = inspect.signature(execute)
+    rest = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), "")
+
+    @functools.wraps(execute)
+    def held(cls: type[Node], *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(signature.bind(cls, *args, **kwargs).arguments)
+        arguments.pop("cls")
+        given = arguments.pop(rest, {}) | arguments
+        for name, value in given.items():
+            if value is None and name in widgets():
+                raise ValueError(f"{name} is empty; {_accepted(widgets()[name])}")
+        if reason := _fault(cls, widgets(), given):
+            raise ValueError(reason)
+        return execute(cls, **{name: _plain(widgets().get(name), value) for name, value in given.items()})
+
+    held.holds = True
+    return held
+
+
+def _fault(node: type[Node], widgets: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """The first thing wrong: a type or length, a range, what the node itself finds; of what it looks at, its own sentence first."""
+    known = [(name, given[name], widget) for name, widget in widgets.items() if given.get(name) is not None]
+    for name, value, widget in known:
+        if not _has_type(value, widget):
+            return f"{name} is {shown(value)}; {_accepted(widget)}"
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            return _out_of_range(name, value, widget)
+        if isinstance(value, str) and len(value) > (most := LONGEST_WORDS if _lines(widget) else LONGEST_LINE):
+            return f"{name} has {len(value)} characters; it may have {most}: shorten it"
+    names = inspect.signature(node.check).parameters
+    ranges = {name: _out_of_range(name, value, widget) for name, value, widget in known}
+    if reason := next((said for name, said in ranges.items() if said and name not in names), None):
+        return reason
+    own = node.check(**{name: _plain(widgets.get(name), given[name]) for name in names if name in given})
+    return own or next(filter(None, ranges.values()), None)
+
+
+def _has_type(value: Any, widget: Any) -> bool:
+    try:
+        if isinstance(widget, io.Int.Input):
+            return not isinstance(value, str) and operator.index(value) is not None
+        if isinstance(widget, io.Float.Input):
+            return not isinstance(value, str) and math.isfinite(float(value))
+        if isinstance(widget, io.Boolean.Input):
+            return not isinstance(value, str) and value in (0, 1)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of many numbers
+        return False
+    return isinstance(value, str)
+
+
+def _plain(widget: Any, value: Any) -> Any:
+    """A number as an int or float; anything else as it is."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(widget, io.Int.Input):
+        return operator.index(value)
+    return float(value) if isinstance(widget, io.Float.Input) and not isinstance(value, int) else value
+
+
+def _lines(widget: Any) -> bool:
+    return isinstance(widget, io.String.Input) and bool(widget.multiline)
+
+
+def _out_of_range(name: str, value: Any, widget: Any) -> str | None:
+    if isinstance(widget, io.Combo.Input):
+        return None if name in ON_DISK or value in widget.options else f"{name} is {shown(value)}; {_accepted(widget)}"
+    if isinstance(widget, (io.Int.Input, io.Float.Input)) and not widget.min <= value <= widget.max:
+        return f"{name} is {shown(value)}; it must be between {widget.min:g} and {_number(widget.max)}"
+    return None
+
+
+def _accepted(widget: Any) -> str:
+    if isinstance(widget, io.Combo.Input):
+        return f"it must be one of {', '.join(map(str, widget.options))}"
+    if isinstance(widget, io.String.Input):
+        return "it must be a text"
+    if isinstance(widget, io.Boolean.Input):
+        return "it must be on or off"
+    kind = "whole number" if isinstance(widget, io.Int.Input) else "number"
+    return f"it must be a {kind} between {widget.min:g} and {_number(widget.max)}"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
+
+
+def shown(value: Any) -> str:
+    """A value for a sentence, short however large it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 2 * _MOST_BITS:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (str, int, float)):
+        return repr(value[:_MOST_CHARACTERS] if isinstance(value, str) else value)
+    return f"a {type(value).__name__}"
