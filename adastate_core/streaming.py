@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -63,13 +64,14 @@ class VideoStream:
             "files": self.names,
         }
 
-    def close(self) -> None:
-        """Finish every file; all are tried even if one fails."""
-        errors = []
-        for sink in self.sinks:
-            try:
+    def close(self) -> list[str]:
+        """Finish every file; sentences about those that could not be finished and stay as they grew."""
+        try:
+            for sink in self.sinks:
                 sink.close()
-            except Exception as error:  # noqa: BLE001
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        except BaseException:
+            for sink in self.sinks:
+                with contextlib.suppress(Exception):
+                    sink.stop()
+            raise
+        return [sink.warning for sink in self.sinks if sink.warning]

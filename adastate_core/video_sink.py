@@ -2,12 +2,14 @@
 
 While it grows, the file is a fragmented mp4 with one fragment a frame, each flushed as it is written, from an
 encoder that holds nothing back (no B-frames, no lookahead): all frames but at most the last decode. `close` remuxes
-it, without re-encoding, to a plain mp4 whose index comes first.
+it, without re-encoding, to a plain mp4 whose index comes first; where that fails, the fragmented file stays.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,12 +21,16 @@ import av
 import torch
 from av.bitstream import BitStreamFilterContext
 
+log = logging.getLogger("adastate")
 CODECS = {"h264": "libx264"}
 _GROWING = {
     "movflags": "frag_every_frame+empty_moov+default_base_moof+use_metadata_tags",
     "flush_packets": "1",
 }
 _FINISHED = {"movflags": "faststart+use_metadata_tags"}
+# How far apart two rates may be and still be one: PyAV 17.0 finished files on a clock of 90,000 ticks a second, on which
+# the frames of 59.94 fps fall beside their times. 23.976 and 24 are three times as far apart.
+_SAME_RATE = Fraction(1, 3000)
 
 
 def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
@@ -33,7 +39,8 @@ def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
 
 
 class VideoSink:
-    """One growing video. `write` chunks of frames, `close` at the end; also a context manager.
+    """One growing video. `write` chunks of frames, `close` at the end; also a context manager, which after an exception
+    only stops. `warning` is a sentence about what `close` could not do, or empty.
 
     `quality` is the encoder's constant rate factor (0 best .. 51). `metadata` is written before the first packet:
     strings as they are, all else as JSON, as the host's savers embed `workflow` and `prompt`. `prefix` is a video of
@@ -59,7 +66,7 @@ class VideoSink:
         rate = Fraction(fps).limit_denominator(1001)
         if rate <= 0:
             raise ValueError(f"fps is {fps}; it must be above 0")
-        self.path, self.frames, self._sent = Path(path), 0, 0
+        self.path, self.frames, self._sent, self.warning = Path(path), 0, 0, ""
         self._container = av.open(str(self.path), "w", format="mp4", options=dict(_GROWING))
         for name, value in (metadata or {}).items():
             self._container.metadata[name] = value if isinstance(value, str) else json.dumps(value)
@@ -85,8 +92,12 @@ class VideoSink:
     def __enter__(self) -> VideoSink:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(Exception):  # what went wrong first is what is told
+            self.stop()
 
     def _copy(self, source: Path, frames: int) -> None:
         """Put the first `frames` packets of another file of ours in front, without re-encoding."""
@@ -95,7 +106,7 @@ class VideoSink:
             stream = container.streams.video[0]
             mine, other = (f"{s.width}x{s.height} at {s.average_rate} fps" for s in (self._stream, stream))
             own_sets = parameter_sets(self._stream.codec_context.extradata)
-            if mine != other or own_sets != parameter_sets(stream.codec_context.extradata):
+            if not _alike(self._stream, stream) or own_sets != parameter_sets(stream.codec_context.extradata):
                 raise ValueError(
                     f"{source.name} ({other}) cannot be joined to a video of {mine}, or it has other encoder settings; "
                     "use the same size and fps, or turn join off"
@@ -131,18 +142,36 @@ class VideoSink:
         """End the file as it is, fragmented: it plays, and nothing is rewritten."""
         if self._container is None:
             return
-        for packet in self._stream.encode(None):
-            self._mux(packet)
-        self._container.close()
-        self._container = None
+        try:
+            for packet in self._stream.encode(None):
+                self._mux(packet)
+        finally:
+            container, self._container = self._container, None
+            container.close()
 
     def close(self) -> Path:
-        """End the file and remux it to a plain mp4 with its index in front."""
-        if self._container is not None:
+        """End the file and remux it to a plain mp4 with its index in front; a failure becomes `warning`."""
+        if self._container is None:
+            return self.path
+        try:
             self.stop()
+        except Exception as error:  # noqa: BLE001  the frames before are in the file
+            self._warn(f"the end of {self.path.name} could not be written ({error}), so its last frame may be missing")
+            return self.path
+        try:
             if self.frames:
                 remux(self.path)
+        except Exception as error:  # noqa: BLE001  the file is whole and plays without it
+            if self.path.exists():
+                left = "it is left as it grew, in fragments, and plays"
+            else:
+                left = "it was moved or removed while it was written; its frames are where it is now, in fragments"
+            self._warn(f"{self.path.name} could not be rewritten with its index in front ({error}): {left}")
         return self.path
+
+    def _warn(self, sentence: str) -> None:
+        self.warning = sentence
+        log.warning("%s", sentence)
 
 
 def parameter_sets(extradata: bytes) -> list[bytes]:
@@ -167,20 +196,54 @@ def _packets(container: av.container.InputContainer, frames: int | None = None) 
         yield packet
 
 
+def _alike(own: av.VideoStream, other: av.VideoStream) -> bool:
+    """Whether two streams have one size and one frame rate."""
+    rates = own.average_rate, other.average_rate
+    if (own.width, own.height) != (other.width, other.height) or not all(rates):
+        return False
+    return abs(rates[1] / rates[0] - 1) < _SAME_RATE
+
+
 def remux(path: Path) -> None:
-    """Rewrite a fragmented mp4 in place as a plain one with its index first, packets and metadata unchanged."""
+    """Rewrite a fragmented mp4 in place as a plain one with its index first, packets, clock and metadata unchanged.
+
+    The new file takes the old one's place only when it was opened again and its first and its last frames decoded. Else
+    an OSError, a ValueError or one of PyAV's says why, and the old file is as it was.
+    """
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.mp4")
     try:
-        with (
-            av.open(str(path)) as source,
-            av.open(str(temporary), "w", format="mp4", options=dict(_FINISHED)) as target,
-        ):
+        count = _rewrite(path, temporary)
+        _require_whole(temporary, count)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _rewrite(path: Path, new: Path) -> int:
+    """Copy a file's packets to a plain mp4; how many."""
+    count = 0
+    with av.open(str(path)) as source:
+        template = source.streams.video[0]
+        clock = {"video_track_timescale": str(template.time_base.denominator)}
+        with av.open(str(new), "w", format="mp4", options=_FINISHED | clock) as target:
             for name, value in source.metadata.items():
                 target.metadata[name] = value
-            stream = target.add_stream_from_template(source.streams.video[0])
+            # Opaque: the parameters as they are. PyAV 14 would else open an encoder, which writes its own into the file.
+            stream = target.add_stream_from_template(template, opaque=True)
             for packet in _packets(source):
                 packet.stream = stream
                 target.mux(packet)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+                count += 1
+    return count
+
+
+def _require_whole(path: Path, count: int) -> None:
+    """ValueError unless the file is indexed for `count` packets and the frames at both of its ends decode."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        first = next(container.decode(stream), None)
+        container.seek(stream.duration, stream=stream)
+        last = [packet.decode() for packet in container.demux(stream)]  # from the last keyframe on
+        if stream.frames != count or first is None or not any(last):
+            raise ValueError(f"the rewritten file does not hold {count} frames that decode")

@@ -279,9 +279,9 @@ class Job:
                 view.saved = output.saved()
         seconds = time.perf_counter() - start
         state = rollout.snapshot(output.snapshot() if output else {})
-        stopped = self._stopped(rollout)
+        stopped, latents = self._stopped(rollout), self._latents(rollout, made)
         report = self._report(rollout, state, made, seconds, output) | stopped
-        return Result(self._latents(rollout, made), state, report, output.targets if output else [])
+        return Result(latents, state, report, output.targets if output else [])
 
     def _show(self, view: LiveRun, number: int, chunk: Chunk, rollout: Rollout, pictures: torch.Tensor | None) -> None:
         """Show a chunk to who watches, and the hidden state after it where the anchor has one and a decoder is at hand."""
@@ -354,7 +354,7 @@ class Job:
             | ({"preset": self.resolved.preset.name} if self.resolved.preset else {}),
             "prompts": self._prompt_report(),
             "files": [target.path.name for target in output.targets] if output else [],
-            "warnings": self.warnings,
+            "warnings": self.warnings + (output.warnings if output else []),
             **({"decoder": self.decoder.describe()} if self.decoder else {}),
             **({"history": output.history.kept} if output and output.history else {}),
             **({"absorption": absorption} if absorption else {}),

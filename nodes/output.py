@@ -82,6 +82,7 @@ class StreamOutput:
         every = settings.history_chunks
         folder = history_folder(self.state_path)
         self.history = StateHistory(folder, every, settings.history_states) if every else None
+        self.warnings: list[str] = []
         self._due: _Due | None = None
         self._saved = time.monotonic()
 
@@ -169,10 +170,10 @@ class StreamOutput:
     def finish(self, rollout: Rollout, whole: bool) -> None:
         """Finish the files; after an early end, or where states were saved on the way, save the last one.
 
-        A run that wrote nothing leaves nothing.
+        A run that wrote nothing leaves nothing. What could not be done is in `warnings`.
         """
         try:
-            self.stream.close()
+            self.warnings += self.stream.close()
         finally:
             if not self.stream.frames:
                 self._discard()

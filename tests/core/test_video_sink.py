@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import pytest
 import torch
 
+from adastate_core import video_sink
 from adastate_core.video_sink import VideoSink, remux, to_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +104,195 @@ def test_a_joined_file_holds_the_old_packets_unchanged(tmp_path):
         VideoSink(tmp_path / "x.mp4", 64, 64, 24, prefix=old, prefix_frames=21)
     with pytest.raises(ValueError, match="holds 33 frames of the 50"):
         VideoSink(tmp_path / "y.mp4", 64, 64, 16, prefix=old, prefix_frames=50)
+
+
+def growing(path: Path, fps: float = 16) -> VideoSink:
+    """A sink with 21 frames in two writes."""
+    sink = VideoSink(path, 64, 64, fps)
+    sink.write(moving(9))
+    sink.write(moving(12, 9))
+    return sink
+
+
+RATES = [1, 16, 23.976, 24000 / 1001, 29.97, 59.94, 240]
+
+
+@pytest.mark.parametrize("fps", RATES)
+def test_the_finished_file_keeps_the_growing_ones_packets_and_clock(tmp_path, fps):
+    sink, path = growing(tmp_path / "a.mp4", fps), tmp_path / "a.mp4"
+
+    def facts() -> list:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            packets = [(bytes(p), p.pts, p.dts, p.duration) for p in container.demux(stream) if p.dts is not None]
+            return [stream.time_base, stream.average_rate, packets]
+
+    sink.stop()
+    before, frames = facts(), decoded(path)
+    remux(path)
+    assert facts() == before and b"moof" not in path.read_bytes()
+    assert before[1] == Fraction(fps).limit_denominator(1001) and len(before[2]) == 21
+    assert torch.equal(torch.stack(decoded(path)), torch.stack(frames))
+
+
+@pytest.mark.parametrize("fps", RATES)
+def test_what_was_finished_on_another_clock_is_joined(tmp_path, fps):
+    """PyAV 17.0 put finished files on 90,000 ticks a second, where 59.94 frames a second fall beside their times."""
+    old, new = tmp_path / "old.mp4", tmp_path / "new.mp4"
+    growing(tmp_path / "own.mp4", fps).stop()
+    with av.open(str(tmp_path / "own.mp4")) as source:
+        clock = {"video_track_timescale": "90000"}
+        with av.open(str(old), "w", format="mp4", options=clock) as target:
+            stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
+            for packet in (p for p in source.demux(video=0) if p.dts is not None):
+                packet.stream = stream
+                target.mux(packet)
+    with av.open(str(old)) as container:
+        assert container.streams.video[0].time_base == Fraction(1, 90000)
+    with VideoSink(new, 64, 64, fps, prefix=old, prefix_frames=21) as sink:
+        sink.write(moving(12, 21))
+    with av.open(str(new)) as container:
+        assert container.streams.video[0].average_rate == Fraction(fps).limit_denominator(1001)
+    assert len(decoded(new)) == 33
+
+
+def test_near_rates_are_not_taken_for_one(tmp_path):
+    growing(tmp_path / "film.mp4", 24).close()
+    with pytest.raises(ValueError, match="cannot be joined"):
+        VideoSink(tmp_path / "x.mp4", 64, 64, 23.976, prefix=tmp_path / "film.mp4", prefix_frames=21)
+
+
+def lose_packets(path: Path) -> None:
+    original = path.with_name("whole.mp4")
+    path.replace(original)
+    with av.open(str(original)) as source, av.open(str(path), "w", format="mp4") as target:
+        stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
+        for packet in [p for p in source.demux(video=0) if p.dts is not None][:-3]:
+            packet.stream = stream
+            target.mux(packet)
+    original.unlink()
+
+
+def blank(path: Path) -> None:
+    data = path.read_bytes()
+    begin = data.index(b"mdat") + 4
+    path.write_bytes(data[:begin] + bytes(len(data) - begin))
+
+
+DAMAGES = {
+    "no frame decodes": blank,
+    "packets lost": lose_packets,
+    "cut off in the first chunk": lambda path: os.truncate(path, path.read_bytes().index(b"mdat") + 200),
+    "cut off in the last chunk": lambda path: os.truncate(path, path.stat().st_size - 3000),
+    "not a video": lambda path: path.write_bytes(b"no"),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_rewritten_file_that_is_not_whole_replaces_nothing(tmp_path, monkeypatch, damage):
+    sink, path = growing(tmp_path / "a.mp4"), tmp_path / "a.mp4"
+    rewrite, seen = video_sink._rewrite, []
+
+    def damaged(source: Path, new: Path) -> int:
+        count = rewrite(source, new)
+        seen.append(source.read_bytes())
+        DAMAGES[damage](new)
+        return count
+
+    monkeypatch.setattr(video_sink, "_rewrite", damaged)
+    sink.close()
+    assert path.read_bytes() == seen[0] and len(decoded(path)) == 21
+    assert "a.mp4 could not be rewritten" in sink.warning and "plays" in sink.warning
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("how", ["held open", "moved away"])
+def test_a_file_that_cannot_be_replaced_stays_as_it_grew(tmp_path, monkeypatch, how):
+    sink, path, elsewhere = growing(tmp_path / "a.mp4"), tmp_path / "a.mp4", tmp_path / "moved.mp4"
+
+    def held(*_: object) -> None:
+        raise PermissionError(13, "used by another process")
+
+    if how == "held open":
+        monkeypatch.setattr(os, "replace", held)
+    else:
+        path.rename(elsewhere)
+    assert sink.close() == path and "a.mp4 could not be rewritten" in sink.warning
+    left = path if how == "held open" else elsewhere
+    assert list(tmp_path.iterdir()) == [left] and len(decoded(left)) == 21
+    assert ("moved or removed" in sink.warning) == (how == "moved away")
+    sink.close()
+
+
+NO_ROOM = """
+import resource, shutil, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from test_video_sink import growing
+sink = growing(Path({path!r}))
+sink.stop()
+from adastate_core.video_sink import remux
+finished = Path(shutil.copy({path!r}, {copy!r}))
+remux(finished)
+size = finished.stat().st_size
+finished.unlink()
+for part in (0.02, 0.4, 0.99):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size * part), resource.RLIM_INFINITY))
+    try:
+        remux(Path({path!r}))
+    except Exception as error:
+        print(type(error).__name__, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a file's size are POSIX's")
+def test_a_disk_without_room_for_the_rewrite_keeps_the_file(tmp_path):
+    path = tmp_path / "a.mp4"
+    copy = str(tmp_path / "copy.mp4")
+    code = NO_ROOM.format(root=str(ROOT), tests=str(Path(__file__).parent), path=str(path), copy=copy)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(child.stdout.split()) == 3, child.stdout
+    assert list(tmp_path.iterdir()) == [path] and len(decoded(path)) == 21 and b"moof" in path.read_bytes()
+
+
+def test_an_interrupted_rewrite_keeps_the_file_and_leaves_nothing(tmp_path, monkeypatch):
+    sink, path = growing(tmp_path / "a.mp4"), tmp_path / "a.mp4"
+    original = video_sink._packets
+
+    def interrupted(*given: object):
+        for i, packet in enumerate(original(*given)):
+            if i == 7:
+                raise KeyboardInterrupt
+            yield packet
+
+    monkeypatch.setattr(video_sink, "_packets", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sink.close()
+    assert list(tmp_path.iterdir()) == [path] and len(decoded(path)) == 21
+
+
+def test_an_end_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    sink = growing(tmp_path / "a.mp4")
+
+    class Full:
+        def mux(self, _: object) -> None: ...
+
+        def close(self) -> None:
+            raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(sink, "_container", Full())
+    sink.close()
+    assert "end of a.mp4 could not be written" in sink.warning
+
+
+def test_after_an_exception_the_first_one_is_told(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="the decode broke"), growing(tmp_path / "a.mp4") as sink:
+        monkeypatch.setattr(VideoSink, "stop", lambda self: 1 / 0)
+        raise RuntimeError("the decode broke")
+    monkeypatch.undo()
+    sink.stop()
+    assert len(decoded(tmp_path / "a.mp4")) == 21
 
 
 def test_stopping_keeps_a_file_that_plays(tmp_path):

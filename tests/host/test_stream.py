@@ -10,6 +10,7 @@ import av
 import comfy.model_management
 import pytest
 import torch
+from adastate_pack.adastate_core import video_sink
 from adastate_pack.adastate_core.anchors import AnchorAdaptive
 from adastate_pack.adastate_core.rollout import Rollout
 from adastate_pack.adastate_core.rollout_file import load_state
@@ -418,6 +419,53 @@ def test_a_full_disk_loses_no_finished_chunk(rollout, stream, folders, monkeypat
     again = rollout(length=45, batch_size=2, resume=state, stream=stream(join=True))
     torch.testing.assert_close(again.args[0]["samples"], whole[:, :, 3:])
     assert all(len(frames_of(folders / "output" / "video" / f"take_00002_b{i}.mp4")) == 45 for i in (0, 1))
+
+
+@pytest.mark.parametrize("how", ["no room", "held open", "moved away", "no frame decodes"])
+def test_a_rewrite_that_fails_costs_a_warning_and_no_output(rollout, stream, folders, monkeypatch, how):
+    """The last rewrite of the file: all frames are in it by then."""
+    whole = rollout(length=33, stream=stream(filename_prefix="whole"))
+    original, moved = video_sink._rewrite, folders / "moved.mp4"
+
+    def rewrite(path, new):
+        if how == "no room":
+            new.write_bytes(b"a part")
+            raise av.error.OSError(28, "no space left on device")
+        if how == "moved away":
+            path.rename(moved)
+        count = original(path, new)
+        if how == "no frame decodes":
+            new.write_bytes(bytes(1000))
+        return count
+
+    def replace(source, target):
+        raise PermissionError(13, "used by another process")
+
+    monkeypatch.setattr(video_sink, "_rewrite", rewrite)
+    if how == "held open":
+        monkeypatch.setattr(video_sink.os, "replace", replace)
+    result = rollout(length=33, stream=stream(filename_prefix="take"))
+    monkeypatch.undo()
+    latent, state, report, video = result.args
+    warnings = [w for w in json.loads(report)["warnings"] if w not in json.loads(whole.args[2])["warnings"]]
+    assert len(warnings) == 1 and "take_00001_.mp4 could not be rewritten" in warnings[0]
+    assert torch.equal(latent["samples"], whole.args[0]["samples"]) and state.stream["frames_written"] == 33
+    path = folders / "output" / "take_00001_.mp4"
+    assert video.get_stream_source() == str(path) and not list((folders / "output").glob("*tmp*"))
+    if how == "moved away":
+        moved.rename(path)
+    frames = frames_of(path)
+    assert torch.equal(frames, frames_of(folders / "output" / "whole_00001_.mp4"))
+    rollout(length=57, resume=state, stream=stream(filename_prefix="more", join=True))
+    assert torch.equal(frames_of(folders / "output" / "more_00001_.mp4")[:33], frames)
+
+
+def test_a_rendered_video_that_cannot_be_rewritten_is_given_as_it_grew(vae, node, monkeypatch, caplog):
+    monkeypatch.setattr(video_sink, "_rewrite", lambda path, new: 1 / 0)
+    inputs = {"filename_prefix": "AdaState", "fps": 16.0, "codec": "h264", "quality": 10}
+    video = node("AdaStateRenderVideo")(latent={"samples": latents(4)}, vae=vae, **inputs).args[0]
+    assert len(frames_of(video.get_stream_source())) == video.get_frame_count() == 13
+    assert "could not be rewritten" in caplog.text
 
 
 def test_an_interrupt_among_the_start_frames_saves_no_half_past(rollout, stream, folders, monkeypatch):
