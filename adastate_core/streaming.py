@@ -15,7 +15,7 @@ class Decoder(Protocol):
     """A streaming decoder such as VaeStream behind a host's VAE."""
 
     def step(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, C, n, h, w] to pictures [B, t, H, W, 3] in 0..1."""
+        """[B, C, n, h, w] to pictures [B, t, H, W, 3] in 0..1, all finite, or an error."""
         ...
 
     def mark(self) -> Any:
@@ -46,8 +46,8 @@ class VideoStream:
         If it raises, the decoder stands before the chunk and the chunk does not count as written.
         """
         before = self.decoder.mark()
-        pictures = self.decoder.step(latents)
         try:
+            pictures = self.decoder.step(latents)
             for item, sink in zip(pictures, self.sinks, strict=True):
                 sink.write(to_bytes(item))
         except BaseException:

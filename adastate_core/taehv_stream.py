@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .vae_stream import require_finite
+
 # What a snapshot of this decoder is told by; one of a full VAE has no such entry.
 KIND = "taehv"
 
@@ -53,17 +55,21 @@ class TaehvStream:
     def step(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, C, n, h, w] in the decoder's space, on its device and dtype, to pictures [B, t, 8h, 8w, 3] in 0..1.
 
-        t is 4n, or 4n - 3 when these are the first latents of the video. If it raises, the stream is as before.
+        t is 4n, or 4n - 3 when these are the first latents of the video. If it raises, the stream is as before: so does
+        NonFinitePicturesError, for a picture or a carried value that is not finite.
         """
         before = self.mark()
         try:
             pieces = [self._call(part) for part in latents.split(self.frames_per_call, dim=2)]
+            pictures = torch.cat(pieces, dim=1)
+            require_finite(latents, before[1], [pictures, *self._memory])
         except BaseException:
             self.rewind(before)
             raise
-        return torch.cat(pieces, dim=1).movedim(2, -1)
+        return pictures.clamp_(0, 1).movedim(2, -1)
 
     def _call(self, latents: torch.Tensor) -> torch.Tensor:
+        """One call of the decoder: pictures [B, t, 3, 8h, 8w] as it gives them, beyond 0..1 too."""
         batch, count = latents.shape[0], latents.shape[2]
         x, memory = latents.movedim(2, 1).flatten(0, 1), []
         for layer in self.decoder:
@@ -76,7 +82,7 @@ class TaehvStream:
             # A copy: the view would keep all frames of the call alive.
             memory.append(frames[:, -1].clone())
             x = layer(x, past)
-        pictures = x.unflatten(0, (batch, -1)).clamp(0, 1)
+        pictures = x.unflatten(0, (batch, -1))
         if not self.latents_seen:
             pictures = pictures[:, pictures.shape[1] // count - 1 :]
         self._memory = memory
@@ -137,7 +143,7 @@ def _fits(entries: list[Any], layout: list[tuple[int, int]]) -> bool:
         if not isinstance(entry, torch.Tensor) or entry.ndim != 4 or not entry.is_floating_point():
             return False
         batch, width, rows, columns = entry.shape
-        if width != channels or rows % scale or columns % scale:
+        if not bool(torch.isfinite(entry).all()) or width != channels or rows % scale or columns % scale:
             return False
         shapes.add((batch, rows // scale, columns // scale))
     return len(shapes) <= 1

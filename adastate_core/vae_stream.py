@@ -8,6 +8,7 @@ the one that returns a tensor, and the newer one that returns a list of pieces.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,6 +31,27 @@ def cache_bytes(width: int, rows: int, columns: int, batch: int, dtype: torch.dt
 def pictures_of(latents: int) -> int:
     """Video frames that `latents` latent frames decode to: 1, then 4 each."""
     return 4 * (latents - 1) + 1 if latents > 0 else 0
+
+
+class NonFinitePicturesError(RuntimeError):
+    """A decoder gave NaN or infinity; its stream stands before the call."""
+
+
+def require_finite(latents: torch.Tensor, first: int, made: Iterable[torch.Tensor]) -> None:
+    """NonFinitePicturesError unless all that a decoder `made` of latents [B, C, n, h, w] from latent frame `first` on is
+    finite, ValueError if the latents themselves are not. It waits for the device once, whatever is checked."""
+    if bool(torch.stack([torch.isfinite(tensor).all() for tensor in made]).all()):
+        return
+    last = first + latents.shape[2] - 1
+    where = f"latent frame {first}" if first == last else f"latent frames {first} to {last}"
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError(
+            f"the latent holds NaN or infinite values in {where}, which decode to no picture; make it again"
+        )
+    raise NonFinitePicturesError(
+        f"the VAE, which runs in {str(latents.dtype).removeprefix('torch.')}, gave NaN or infinite values for {where}; "
+        "run it in float32 or bfloat16, or load another one"
+    )
 
 
 class VaeStream:
@@ -58,7 +80,8 @@ class VaeStream:
     def step(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, 16, n, h, w] in VAE space, on the codec's device and dtype, to pictures [B, t, 8h, 8w, 3] about -1..1.
 
-        t is 4n, or 4n - 3 when these are the first latents of the video. If it raises, the stream is as before.
+        t is 4n, or 4n - 3 when these are the first latents of the video. If it raises, the stream is as before: so does
+        NonFinitePicturesError, for a picture or a carried value that is not finite.
         """
         before = self.mark()
         pieces = []
@@ -70,11 +93,14 @@ class VaeStream:
                 pieces += self._call(self.codec.conv2(part))
                 start += part.shape[2]
                 self.latents_seen += part.shape[2]
+            pictures = torch.cat(pieces, dim=2).movedim(1, -1)
+            carried = [entry for entry in self._features if isinstance(entry, torch.Tensor)]
+            require_finite(latents, before[1], [pictures, *carried])
         except BaseException:
             # A decoder replaces the list's tensors, it never writes into them: the old ones are still whole.
             self.rewind(before)
             raise
-        return torch.cat(pieces, dim=2).movedim(1, -1)
+        return pictures
 
     def _call(self, features: torch.Tensor) -> list[torch.Tensor]:
         before = list(self._features)
@@ -112,7 +138,9 @@ class VaeStream:
             if name.startswith("vae_feature_"):
                 entries[int(name.removeprefix("vae_feature_"))] = value
         for i, value in entries.items():
-            whole = isinstance(value, str) or (value.ndim == 5 and value.is_floating_point())
+            whole = isinstance(value, str) or (
+                value.ndim == 5 and value.is_floating_point() and bool(torch.isfinite(value).all())
+            )
             if not (isinstance(i, int) and 0 <= i < _LIST_LENGTH and whole):
                 raise ValueError("the state's decoder cache is damaged; resume without a stream, or make it again")
             moved = value if isinstance(value, str) else value.to(device=device, dtype=dtype, copy=True)

@@ -10,10 +10,11 @@ import torch
 
 from ...adastate_core import taehv_stream, vae_stream
 from ...adastate_core.taehv_stream import TaehvStream
-from ...adastate_core.vae_stream import VaeStream
+from ...adastate_core.vae_stream import NonFinitePicturesError, VaeStream
 
 LATENT_SPACES = ("auto", "vae", "model")
 _FULL, _TINY = "WanVAE", "TAEHV"
+_HOW = "(start ComfyUI with --fp32-vae or --bf16-vae)"
 _WORDS = {None: "a full Wan 2.1 VAE", taehv_stream.KIND: "a tiny VAE"}
 
 
@@ -41,7 +42,7 @@ def check_encoder(vae: Any) -> None:
 def encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
     """Pictures [4 n + 1, H, W, 3] in 0..1 to a latent [1, 16, n + 1, H / 8, W / 8] in VAE space, float32, as VAE Encode.
 
-    ValueError if the VAE makes another number of latent frames of them.
+    ValueError if the VAE makes another number of latent frames of them, NonFinitePicturesError if they are not finite.
     """
     check_encoder(vae)
     latents = vae.encode(pictures[..., :3])
@@ -50,6 +51,11 @@ def encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"the vae made a latent {list(latents.shape)} of {count} frames, where a Wan 2.1 VAE makes {frames} latent frames; "
             "load wan_2.1_vae, or the demo's"
+        )
+    if not bool(torch.isfinite(latents).all()):
+        raise NonFinitePicturesError(
+            f"the VAE gave NaN or infinite values in the latent of {count} frames; run it in float32 or bfloat16 {_HOW}, or "
+            "load another one"
         )
     return latents
 
@@ -98,10 +104,16 @@ class HostDecoder:
         comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
 
     def step(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, 16, n, h, w] in VAE space to pictures [B, t, H, W, 3] float32 in 0..1 on the host's output device."""
+        """[B, 16, n, h, w] in VAE space to pictures [B, t, H, W, 3] float32 in 0..1 on the host's output device.
+
+        NonFinitePicturesError, with the stream as before, for NaN or infinity among them.
+        """
         fed = comfy.latent_formats.Wan21().process_in(latents.float()) if self.model_space else latents
         moved = fed.to(self.vae.vae_dtype).to(self.vae.device)
-        pictures = self.stream.step(moved).to(self.vae.output_device).float()
+        try:
+            pictures = self.stream.step(moved).to(self.vae.output_device).float()
+        except NonFinitePicturesError as error:
+            raise NonFinitePicturesError(f"{error} {_HOW}") from None
         return pictures if self.tiny else self.vae.process_output(pictures)
 
     def mark(self) -> Any:

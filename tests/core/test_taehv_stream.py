@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adastate_core.taehv_stream import TaehvStream, cache_bytes
+from adastate_core.vae_stream import NonFinitePicturesError
 
 WIDTHS = (6, 5, 4, 4)
 ROWS, COLUMNS = 3, 2
@@ -125,6 +126,42 @@ def test_a_stream_goes_on_from_a_file(decoder, tmp_path, cut):
     second.restore(numbers | load_file(tmp_path / "a.safetensors"), "cpu", torch.float32)
     both = torch.cat([head, second.step(z[:, :, cut:])], 1)
     torch.testing.assert_close(both, slow_decode(decoder, z), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("by", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("where", ["the last layer", "a memory block"])
+def test_what_is_not_finite_is_never_shown_nor_carried(decoder, where, by):
+    """Infinity too: it would be cut off to white or black."""
+    z, stream = clip(6), TaehvStream(decoder)
+    head = stream.step(z[:, :, :2])
+    before = stream.snapshot()
+    layer = decoder[-1] if where == "the last layer" else next(block for block in decoder if isinstance(block, Block))
+
+    def spoil(_module, _inputs, output):
+        output = output.clone()
+        output.view(-1)[-1] = by
+        return output
+
+    hook = layer.register_forward_hook(spoil)
+    with pytest.raises(
+        NonFinitePicturesError, match="in float32, gave NaN or infinite values for latent frames 2 to 3"
+    ):
+        stream.step(z[:, :, 2:4])
+    hook.remove()
+    after = stream.snapshot()
+    assert before.keys() == after.keys() and stream.latents_seen == 2
+    assert all(torch.equal(before[n], after[n]) for n in before if torch.is_tensor(before[n]))
+    both = torch.cat([head, stream.step(z[:, :, 2:])], 1)
+    torch.testing.assert_close(both, slow_decode(decoder, z), atol=1e-5, rtol=1e-5)
+
+
+def test_a_memory_that_is_not_finite_is_refused(decoder):
+    stream = TaehvStream(decoder)
+    stream.step(clip(2))
+    saved = stream.snapshot()
+    saved["taehv_memory_4"][0, 0, 0, 0] = float("inf")
+    with pytest.raises(ValueError, match="damaged"):
+        stream.restore(saved, "cpu", torch.float32)
 
 
 def test_an_empty_stream_can_be_saved(decoder):

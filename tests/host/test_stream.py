@@ -138,7 +138,12 @@ def test_a_decode_that_fails_leaves_the_stream_where_it_was(vae, monkeypatch):
 
 @pytest.mark.parametrize(
     "damage",
-    [{"vae_markers": [99]}, {"vae_feature_-1": torch.zeros(1, 1, 1, 1, 1)}, {"vae_feature_3": torch.zeros(2, 2)}],
+    [
+        {"vae_markers": [99]},
+        {"vae_feature_-1": torch.zeros(1, 1, 1, 1, 1)},
+        {"vae_feature_3": torch.zeros(2, 2)},
+        {"vae_feature_3": torch.full((1, 1, 1, 1, 1), float("nan"))},
+    ],
     ids=str,
 )
 def test_damaged_decoder_caches_are_refused(vae, damage):
@@ -300,15 +305,17 @@ def test_what_ends_a_stream_early_keeps_everything(rollout, stream, folders, mon
     assert len(frames_of(out / "cut_00002_.mp4")) == 36
 
 
-def test_a_failing_decode_loses_no_latent(rollout, stream, folders, monkeypatch):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failing_decode_loses_no_latent(rollout, stream, folders, monkeypatch, when):
     whole = rollout(length=45).args[0]["samples"]
     original, calls = HostDecoder.step, []
 
     def step(self, z):
         calls.append(z)
+        pictures = original(self, z) if len(calls) != 3 or when == "after" else None
         if len(calls) == 3:
             raise RuntimeError("decode broke")
-        return original(self, z)
+        return pictures
 
     monkeypatch.setattr(HostDecoder, "step", step)
     with pytest.raises(RuntimeError, match="decode broke"):
