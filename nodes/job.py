@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from .host.files import Target
 from .host.live import LiveRun
 from .host.node import shown
 from .host.progress import Progress
+from .host.safely import attempt
 from .live import chunk_facts, hidden_picture, run_facts, stop_note
 from .output import StreamOutput, StreamSettings, check_streamable
 
@@ -92,12 +93,16 @@ class Made:
 
 @dataclass
 class Result:
-    """What a run made; `latents` are in VAE space, or None if they were not kept."""
+    """What a run made; `latents` are in VAE space, or None if they were not kept.
+
+    Where memory did not suffice for latents or state, they are None and `missing` says so under their names.
+    """
 
     latents: torch.Tensor | None
-    state: RolloutState
+    state: RolloutState | None
     report: dict[str, Any]
     videos: list[Target]
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 class Job:
@@ -258,33 +263,72 @@ class Job:
         rollout = self.rollout(progress)
         progress.expect(rollout.passes(request.latent_length, 0 if self.given is None else self.given.shape[2]))
         output = StreamOutput(self, request.stream) if request.stream else None
-        made = Made()
+        made, ended = Made(), False
         start = time.perf_counter()
-        view.started(run_facts(self, output.run_id if output else None))
+        attempt("a rollout's start could not be shown", lambda: view.started(run_facts(self, output and output.run_id)))
         try:
             for chunk in rollout.chunks(request.latent_length, self.given):
                 made.add(chunk, self._holds_latents)
                 pictures = output.step(chunk, rollout)[0] if output else None
-                if output and request.stream.preview and not view.has_page:
-                    progress.preview(pictures[-1])
-                elif not output:
-                    progress.preview_latent(request.model, chunk.latents)
-                if view.watched:
-                    self._show(view, made.count - 1, chunk, rollout, pictures)
+                self._show(view, progress, made.count - 1, chunk, rollout, pictures)
                 if view.stopped:
                     break
+            ended = True
         finally:
             if output:
-                output.finish(rollout, whole=rollout.emitted >= request.latent_length)
-                view.saved = output.saved()
-        seconds = time.perf_counter() - start
-        state = rollout.snapshot(output.snapshot() if output else {})
-        stopped, latents = self._stopped(rollout), self._latents(rollout, made)
-        report = self._report(rollout, state, made, seconds, output) | stopped
-        return Result(latents, state, report, output.targets if output else [])
+                output.finish(rollout, whole=ended and rollout.emitted >= request.latent_length)
+                view.saved = attempt("what a rollout saved could not be listed", output.saved)[0] or {}
+        return self._result(rollout, made, time.perf_counter() - start, output, view.saved.get("state"))
 
-    def _show(self, view: LiveRun, number: int, chunk: Chunk, rollout: Rollout, pictures: torch.Tensor | None) -> None:
-        """Show a chunk to who watches, and the hidden state after it where the anchor has one and a decoder is at hand."""
+    def _result(
+        self, rollout: Rollout, made: Made, seconds: float, output: StreamOutput | None, saved: str | None
+    ) -> Result:
+        """The outputs of a run that is over: where one cannot be made, the others are there. `saved`: its last state's name."""
+        missing: dict[str, str] = {}
+
+        def tried(name: str, make: Callable[[], Any], instead: str) -> Any:
+            value, reason = attempt(f"the {name} of a finished rollout could not be made", make, again=True)
+            if reason:
+                missing[name] = f"{name} could not be made of the finished rollout ({reason}): {instead}"
+            return value
+
+        again = "free some memory and run it again"
+        state = tried(
+            "STATE",
+            lambda: rollout.snapshot(output.snapshot() if output else {}),
+            f"Load Rollout State has {saved}, the last one that was saved" if saved else again,
+        )
+        latents = tried("LATENT", lambda: self._latents(rollout, state, made), again)
+        stopped = self._stopped(rollout)
+        more = tried("REPORT", lambda: self._report(rollout, state), "it says only what was counted")
+        warnings = [*self.warnings, *missing.values(), *(output.warnings if output else [])]
+        report = self._counts(rollout, made, seconds, output) | (more or {}) | stopped
+        report["warnings"] = list(dict.fromkeys(warnings))
+        return Result(latents, state, report, output.targets if output else [], missing)
+
+    def _show(
+        self,
+        view: LiveRun,
+        progress: Progress,
+        number: int,
+        chunk: Chunk,
+        rollout: Rollout,
+        pictures: torch.Tensor | None,
+    ) -> None:
+        """Show a chunk on the node and to who watches; a picture that fails is logged, an interrupt is raised."""
+
+        def preview() -> None:
+            if pictures is None:
+                progress.preview_latent(self.request.model, chunk.latents)
+            elif self.request.stream.preview and not view.has_page:
+                progress.preview(pictures[-1])
+
+        attempt("a chunk's preview could not be made", preview)
+        if view.watched:
+            attempt("a chunk could not be shown", lambda: self._tell(view, number, chunk, rollout, pictures))
+
+    def _tell(self, view: LiveRun, number: int, chunk: Chunk, rollout: Rollout, pictures: torch.Tensor | None) -> None:
+        """Send a chunk to who watches, and the hidden state after it where the anchor has one and a decoder is at hand."""
         shown = pictures if pictures is not None and self.request.stream.preview else None
         hidden = None
         if shown is not None and chunk.hidden is not None:
@@ -311,24 +355,37 @@ class Job:
         else:
             self.model.load(self.plan)
 
-    def _latents(self, rollout: Rollout, made: Made) -> torch.Tensor | None:
+    def _latents(self, rollout: Rollout, state: RolloutState | None, made: Made) -> torch.Tensor | None:
         """All latents since frame 0 if they were kept all along, else those of this run; in VAE space."""
         if not self._holds_latents:
             return None
-        latents = rollout.kept_latents
+        latents = rollout.kept_latents if state is None else state.latents
         if latents is None:
             latents = torch.cat(made.latents, dim=2)
             if self.request.keep_latents and self.request.resume is not None:
                 self.warnings.append("the resumed state had not kept its latents, so LATENT holds this run's only")
         return host_model.to_vae_space(self.request.model, latents)
 
-    def _report(
-        self, rollout: Rollout, state: RolloutState, made: Made, seconds: float, output: StreamOutput | None
-    ) -> dict[str, Any]:
+    def _counts(self, rollout: Rollout, made: Made, seconds: float, output: StreamOutput | None) -> dict[str, Any]:
+        """What a report says of any run: nothing here can fail."""
         before = self.request.resume.emitted if self.request.resume else 0
-        frames = pictures_of(rollout.emitted) - pictures_of(before)
-        fps = self.fps
+        frames, fps = pictures_of(rollout.emitted) - pictures_of(before), self.fps
         times = sorted(made.seconds)
+        return {
+            "chunks": made.count,
+            "frames": frames,
+            "frames_total": pictures_of(rollout.emitted),
+            "video_seconds": frames / fps,
+            "seconds": round(seconds, 3),
+            "seconds_per_chunk": round(times[len(times) // 2], 4) if times else 0.0,
+            "fps": round(frames / seconds, 2) if seconds else 0.0,
+            "speed": round(frames / fps / seconds, 3) if seconds else 0.0,
+            "files": [target.path.name for target in output.targets] if output else [],
+            **({"history": output.history.kept} if output and output.history else {}),
+        }
+
+    def _report(self, rollout: Rollout, state: RolloutState | None) -> dict[str, Any]:
+        """What a report says besides: bytes, settings, prompts, absorption."""
         absorption = self._absorption_report(rollout)
         if self.request.sigmas is not None:
             self.warnings.append("sigmas is connected, so steps and shift were not used")
@@ -338,25 +395,14 @@ class Job:
             "kv_bytes_used": absorption["kv_bytes_before"] if absorption else rollout.cache.nbytes,
             "host_kv_bytes_used": rollout.cache.host_nbytes,
             "text_kv_bytes_used": rollout.cache.text_nbytes,
-            "state_bytes": state.nbytes,
-            "chunks": made.count,
-            "frames": frames,
-            "frames_total": pictures_of(rollout.emitted),
-            "video_seconds": frames / fps,
-            "seconds": round(seconds, 3),
-            "seconds_per_chunk": round(times[len(times) // 2], 4) if times else 0.0,
-            "fps": round(frames / seconds, 2) if seconds else 0.0,
-            "speed": round(frames / fps / seconds, 3) if seconds else 0.0,
+            "state_bytes": None if state is None else state.nbytes,
             "settings": self.settings
             | {"seed": self.request.seed, "anchor": self.spec.anchor.describe(), "sigmas": list(self.schedule.sigmas)}
             | {"cache_dtype": self.spec.cache_dtype, "cache_device": self.spec.cache_device}
             | ({"first_sigmas": list(self.schedule.first_sigmas)} if self.schedule.first_sigmas else {})
             | ({"preset": self.resolved.preset.name} if self.resolved.preset else {}),
             "prompts": self._prompt_report(),
-            "files": [target.path.name for target in output.targets] if output else [],
-            "warnings": self.warnings + (output.warnings if output else []),
             **({"decoder": self.decoder.describe()} if self.decoder else {}),
-            **({"history": output.history.kept} if output and output.history else {}),
             **({"absorption": absorption} if absorption else {}),
         }
 
@@ -391,4 +437,5 @@ class Job:
 
 
 def report_text(report: dict[str, Any]) -> str:
-    return json.dumps(report, indent=1)
+    """As JSON; what JSON has no words for is written as Python prints it."""
+    return json.dumps(report, indent=1, default=str)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import av
 import torch
@@ -23,13 +23,13 @@ from ..adastate_core.video_sink import VideoSink
 from .host import model as host_model
 from .host.codec import HostDecoder
 from .host.files import STATE_SUFFIX, Target, new_files, output_file
-from .host.progress import soft_empty_cache
+from .host.safely import attempt, free_memory
 
 if TYPE_CHECKING:
     from .job import Job
 
-log = logging.getLogger("adastate")
 RUN_ID = "adastate_run"
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,14 @@ class _Due:
     keep: bool
 
 
+@dataclass
+class _Failures:
+    """How often something about the states failed, and why the last time."""
+
+    count: int
+    reason: str
+
+
 class StreamOutput:
     """The files of a streamed run: a video an item, and the state that is saved beside the first."""
 
@@ -75,20 +83,23 @@ class StreamOutput:
                 sinks.append(self._sink(target, source, frames))
         except BaseException:
             for sink in sinks:
-                sink.stop()
+                with contextlib.suppress(Exception):
+                    sink.stop()
             self._discard()
             raise
         self.stream = VideoStream(job.decoder, sinks, [target.name for target in self.targets], before)
         every = settings.history_chunks
         folder = history_folder(self.state_path)
         self.history = StateHistory(folder, every, settings.history_states) if every else None
-        self.warnings: list[str] = []
+        self._unfinished: list[str] = []
+        self._failed: dict[str, _Failures] = {}
         self._due: _Due | None = None
         self._saved = time.monotonic()
 
     def _discard(self) -> None:
         for target in self.targets:
-            target.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it stays where something holds it
+                target.path.unlink(missing_ok=True)
 
     def _restore(self, resume: RolloutState) -> int:
         """Take the decoder's cache from the state, or rebuild it from the latents that it keeps; frames so far."""
@@ -147,19 +158,28 @@ class StreamOutput:
             rollout.put_back(chunk.latents)
             raise
         self._write_due()
+        self._take_due(rollout)
+        return pictures
+
+    def _take_due(self, rollout: Rollout) -> None:
+        """Take the state that is due; one that cannot be taken is left for the next time, and the video goes on."""
         every = self.settings.autosave_seconds
         autosave = every > 0 and time.monotonic() - self._saved >= every
         keep = self.history is not None and self.history.wants(rollout.generated)
-        if autosave or keep:
-            self._due = _Due(rollout.snapshot(self.snapshot()), autosave, keep)
-        return pictures
+        if not autosave and not keep:
+            return
+        state = self._try(lambda: rollout.snapshot(self.snapshot()), "on the way")
+        if state is not None:
+            self._due = _Due(state, autosave, keep)
+        elif autosave:
+            self._saved = time.monotonic()
 
     def _write_due(self, autosave: bool = True) -> None:
         due, self._due = self._due, None
         if due is None:
             return
         if due.keep:
-            self._try(lambda: self.history.keep(due.state), "history")
+            self._try(lambda: self.history.keep(due.state), "into its history")
         if due.autosave and autosave:
             self._write(lambda: due.state)
 
@@ -170,18 +190,31 @@ class StreamOutput:
     def finish(self, rollout: Rollout, whole: bool) -> None:
         """Finish the files; after an early end, or where states were saved on the way, save the last one.
 
-        A run that wrote nothing leaves nothing. What could not be done is in `warnings`.
+        A run that wrote nothing leaves nothing. What could not be done is in `warnings`; only an interrupt is raised.
         """
         try:
-            self.warnings += self.stream.close()
+            self._unfinished += self.stream.close()
         finally:
-            if not self.stream.frames:
-                self._discard()
-            else:
-                self._write_due(autosave=False)
-                if not whole or self.history is not None or self.state_path.exists():
-                    soft_empty_cache()
-                    self._write(lambda: rollout.snapshot(self.snapshot()))
+            attempt("the end of a stream", lambda: self._save_last(rollout, whole))
+
+    def _save_last(self, rollout: Rollout, whole: bool) -> None:
+        if not self.stream.frames:
+            self._discard()
+            return
+        self._write_due(autosave=False)
+        if not whole or self.history is not None or self.state_path.exists():
+            free_memory()
+            self._write(lambda: rollout.snapshot(self.snapshot()), again=True)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences about what of the files and states could not be done, without the run having ended for it."""
+        video = self.targets[0].name
+        return self._unfinished + [
+            f"{'a state' if failed.count == 1 else f'{failed.count} states'} of {video} could not be saved {where} "
+            f"({failed.reason}); the video lost no frame by it"
+            for where, failed in self._failed.items()
+        ]
 
     def saved(self) -> dict[str, Any]:
         """JSON-able: the last state's name as Load Rollout State lists it, or None, and after which chunks others are kept."""
@@ -191,19 +224,17 @@ class StreamOutput:
         kept = self.history.kept if self.history is not None else []
         return {"state": f"{name} [output]" if self.state_path.is_file() else None, "kept": kept}
 
-    def _write(self, state: Callable[[], RolloutState]) -> None:
-        """Write `<video>.state.safetensors`."""
-        if self._try(lambda: save_state(state(), self.state_path), self.state_path.name):
-            self._saved = time.monotonic()
+    def _write(self, state: Callable[[], RolloutState], again: bool = False) -> None:
+        """Write `<video>.state.safetensors`; the next one is due as long after one that failed."""
+        self._try(lambda: save_state(state(), self.state_path), f"beside it as {self.state_path.name}", again)
+        self._saved = time.monotonic()
 
-    def _try(self, write: Callable[[], object], where: str) -> bool:
-        """Whether `write` went well; a failure is logged, never raised, so that the video goes on."""
-        try:
-            write()
-        except Exception as error:  # noqa: BLE001
-            log.error("a state of %s could not be saved to %s: %s", self.targets[0].name, where, error)
-            return False
-        return True
+    def _try(self, make: Callable[[], Made], where: str, again: bool = False) -> Made | None:
+        """What `make` gives; a failure is logged and counted, never raised, so that the video goes on, and None."""
+        made, reason = attempt(f"a state of {self.targets[0].name} could not be saved {where}", make, again)
+        if reason:
+            self._failed[where] = _Failures(self._failed.get(where, _Failures(0, "")).count + 1, reason)
+        return made
 
 
 def check_streamable(state: RolloutState, decoder: HostDecoder) -> None:

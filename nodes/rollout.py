@@ -215,8 +215,10 @@ class RolloutNode(Node):
         if result.videos:
             shown |= ui.PreviewVideo([target.result() for target in result.videos]).as_dict()
         return io.NodeOutput(
-            ExecutionBlocker(NO_LATENT) if result.latents is None else {"samples": result.latents},
-            result.state,
+            ExecutionBlocker(result.missing.get("LATENT", NO_LATENT))
+            if result.latents is None
+            else {"samples": result.latents},
+            ExecutionBlocker(result.missing["STATE"]) if result.state is None else result.state,
             text,
             api.InputImpl.VideoFromFile(str(result.videos[0].path)) if result.videos else ExecutionBlocker(NO_STREAM),
             ui=shown,

@@ -177,8 +177,11 @@ class LiveRun:
         }
 
     def _send(self, event: str, data: dict[str, Any]) -> None:
-        if self.watched:
-            prompt_server().send_sync(event, self.ids() | data, self.client)
+        try:
+            if self.watched:
+                prompt_server().send_sync(event, self.ids() | data, self.client)
+        except Exception as error:  # noqa: BLE001  a server that is going down; what was made is not lost for it
+            log.warning("%s could not be sent: %s", event, error)
 
 
 class RunEnd:

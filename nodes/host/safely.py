@@ -1,0 +1,53 @@
+"""What is done beside a rollout and must not end it: previews, states, reports. Interrupts pass."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import comfy.model_management
+
+from .progress import soft_empty_cache
+
+log = logging.getLogger("adastate")
+Interrupted = comfy.model_management.InterruptProcessingException
+Made = TypeVar("Made")
+_LONGEST = 200
+
+
+def attempt(what: str, make: Callable[[], Made], again: bool = False) -> tuple[Made | None, str]:
+    """(what `make` gives, "") or, where that failed, (None, why in a few words); the failure is logged under `what`.
+
+    `again`: try a second time after memory was given back. Whatever is an interrupt is raised.
+    """
+    for left in (again, False):
+        try:
+            return make(), ""
+        except Interrupted:
+            raise
+        except Exception as error:  # noqa: BLE001
+            reason = _reason(error)
+        log.error("%s: %s%s", what, reason, "; trying once more" if left else "")
+        if not left:
+            break
+        free_memory()
+    return None, reason
+
+
+def free_memory() -> None:
+    """Give back what memory nothing uses; it never fails."""
+    try:
+        gc.collect()
+        soft_empty_cache()
+    except Interrupted:
+        raise
+    except Exception as error:  # noqa: BLE001  a device that has failed says so here too
+        log.warning("memory could not be given back: %s", _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an exception says, or its name."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:_LONGEST] if lines else type(error).__name__
