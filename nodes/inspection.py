@@ -12,6 +12,7 @@ from ..adastate_core.checkpoints import TORCH_SUFFIXES, open_checkpoint
 from ..adastate_core.presets import PRESETS
 from ..adastate_core.rollout_spec import ModelGeometry, RolloutSpec
 from .defaults import Resolved, resolve
+from .host import checks
 from .host import model as host_model
 from .host.checkpoints import checkpoint_path, rollout_defaults, wished
 from .host.codec import HostDecoder
@@ -98,7 +99,7 @@ def plan_text(
     ValueError for a model or size that cannot be rolled out.
     """
     _require_size(width, height)
-    host_model.check_model(model)
+    checks.check_model(model)
     resolved = resolve(rollout_defaults(model), asked, anchor)
     spec = _spec(
         resolved, host_model.geometry_of(model), width, height, host_model.compute_dtype(model), batch, **cache
@@ -112,18 +113,19 @@ def plan_text(
     except ValueError as error:
         verdict, fits = str(error), False
     latents = (length - 1) // 4 + 1
+    warnings = [*resolved.warnings(latents), *checks.unknown_options(model)]
     kept = batch * 16 * latents * (height // 8) * (width // 8) * 4
     lines = [f"{name}: {_size(count)}" for name, count in plan.bytes().items() if count]
     lines += [
         f"keys and values in all: {_size(plan.kv_bytes)} on the device, the same at any length",
         f"in host memory, with keep_latents: {_size(kept)} for {latents} latent frames",
         verdict,
-        *resolved.warnings(latents),
+        *warnings,
     ]
     numbers = {
         "plan_bytes": plan.bytes(), "kv_bytes": plan.kv_bytes, "host_bytes": plan.host_bytes, "total_bytes": plan.total_bytes,
         "free_bytes": free,
         "fits": fits, "kept_latents_bytes": kept, "settings": resolved.numbers, "anchor": resolved.anchor.describe(),
-        "warnings": resolved.warnings(latents),
+        "warnings": warnings,
     }  # fmt: skip
     return "\n".join(lines), json.dumps(numbers, indent=1)

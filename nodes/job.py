@@ -19,6 +19,7 @@ from ..adastate_core.schedule import Schedule
 from ..adastate_core.vae_stream import pictures_of
 from .absorption import AbsorptionRequest
 from .defaults import asked_numbers, resolve
+from .host import checks
 from .host import model as host_model
 from .host.checkpoints import rollout_defaults
 from .host.codec import HostDecoder
@@ -110,12 +111,12 @@ class Job:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        host_model.check_model(request.model)
+        checks.check_model(request.model)
         contexts = self._contexts()
         context = contexts[0][1]
         self.resolved = resolve(rollout_defaults(request.model), self._asked(), request.anchor)
         self.settings = self.resolved.numbers
-        self.warnings = self.resolved.warnings(request.latent_length)
+        self.warnings = [*self.resolved.warnings(request.latent_length), *self._ignored()]
         self.model = host_model.HostModel(request.model, context, request.batch_size)
         self.spec = RolloutSpec(
             geometry=self.model.geometry,
@@ -183,11 +184,11 @@ class Job:
         """(entry of the timeline, its text embeddings), the first from frame 0; ValueError for what a prompt carries."""
         positive = self.request.positive
         if not isinstance(positive, Prompts):
-            return [(None, host_model.check_conditioning(positive))]
+            return [(None, checks.check_conditioning(positive))]
         contexts = []
         for entry in positive.entries:
             try:
-                contexts.append((entry, host_model.check_conditioning(entry.conditioning)))
+                contexts.append((entry, checks.check_conditioning(entry.conditioning)))
             except ValueError as error:
                 raise ValueError(f"the prompt at {entry.seconds:g} s: {error}") from error
         return contexts
@@ -209,6 +210,16 @@ class Job:
             changes.append(PromptChange(frame, context, entry.transition, entry.chunks, entry.blend))
         return PromptPlan(changes, self.spec.chunk_frames)
 
+    def _ignored(self) -> list[str]:
+        """What the inputs carry besides and nobody knows, a sentence each and each once."""
+        positive, start = self.request.positive, self.request.start_latent
+        prompts = [entry.conditioning for entry in positive.entries] if isinstance(positive, Prompts) else [positive]
+        found = checks.unknown_options(self.request.model)
+        for prompt in prompts:
+            found += checks.unknown_conditioning(prompt)
+        found += [] if start is None else checks.unknown_latent("start_latent", start)
+        return list(dict.fromkeys(found))
+
     @property
     def fps(self) -> float:
         return self.request.stream.fps if self.request.stream else 16.0
@@ -222,6 +233,7 @@ class Job:
     def _given(self) -> torch.Tensor | None:
         if self.request.start_latent is None:
             return None
+        checks.check_latent("start_latent", self.request.start_latent)
         samples = self.request.start_latent["samples"]
         batch, height, width = self._latent_size
         if samples.ndim != 5 or samples.shape[1] != 16 or samples.shape[0] not in (1, batch) or not samples.shape[2]:

@@ -73,10 +73,13 @@ class RolloutSampler(host_sampler.Sampler):
 
         Raises ValueError for what a rollout cannot honour, before the caches are allocated.
         """
-        patcher, context = model_wrap.model_patcher, host_sampler.check_guider(model_wrap)
+        context = host_sampler.check_guider(model_wrap, extra_args)
+        patcher, options = model_wrap.model_patcher, extra_args["model_options"]
         host_sampler.check_latents(noise, latent_image, denoise_mask)
+        for warning in host_sampler.unknown(model_wrap, options):
+            log.warning("AdaState Sampler: %s", warning)
         schedule = Schedule.from_sigmas(sigmas)
-        model = host_sampler.GuidedModel(patcher, context, noise.shape[0], extra_args["model_options"])
+        model = host_sampler.GuidedModel(patcher, context, noise.shape[0], options)
         spec = self._spec(model, noise.shape)
         text_tokens = context.shape[1]
         plan = spec.plan(text_tokens)

@@ -18,7 +18,8 @@ from ...adastate_core.checkpoints import Checkpoint, open_checkpoint, own_metada
 from ...adastate_core.lora_file import open_lora
 from ...adastate_core.presets import preset as named_preset
 from ...adastate_core.presets import recognised
-from .model import check_model, fingerprint
+from .checks import check_model
+from .model import fingerprint
 
 DEFAULTS_KEY = "adastate_defaults"
 QUANTIZATION_KEY = "_quantization_metadata"

@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 import comfy.latent_formats
+import comfy.ldm.wan.model
 import comfy.model_management
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 
 from ...adastate_core.attention import CachedAttention
 from ...adastate_core.cache_plan import CachePlan
@@ -24,90 +24,10 @@ from ...adastate_core.wan_attention import (
     cross_attention_forward,
     self_attention_forward,
 )
+from .checks import LATENT_CHANNELS
 
-MODEL_CLASS = "WAN21_T2V"
-LATENT_CHANNELS = 16
-_CONTROL_OPTIONS = {
-    "model_function_wrapper": "a UNet wrapper",
-    "sampler_cfg_function": "a CFG function",
-    "sampler_pre_cfg_function": "a pre-CFG function",
-    "sampler_post_cfg_function": "a post-CFG function",
-    "sampler_calc_cond_batch_function": "a cond batch function",
-    "denoise_mask_function": "a denoise mask function",
-}
 # numbers of the contexts that were ever set: never one twice, as an address may be
 _CONTEXTS = itertools.count()
-# conditioning keys that a rollout cannot honour, by the words a user knows them by
-_REFUSED_CONDITIONING = {
-    "hooks": "hooks (keyframed LoRA)",
-    "area": "an area",
-    "mask": "a mask",
-    "set_area_to_bounds": "an area",
-    "start_percent": "a timestep range",
-    "end_percent": "a timestep range",
-    "timestep_start": "a timestep range",
-    "timestep_end": "a timestep range",
-    "control": "a ControlNet",
-    "concat_latent_image": "a concat latent image (image to video)",
-    "concat_mask": "a concat mask (image to video)",
-    "reference_latents": "reference latents",
-    "clip_vision_output": "a CLIP vision output",
-    "gligen": "GLIGEN boxes",
-    "vace_frames": "VACE frames",
-    "vace_context": "VACE frames",
-    "audio_embed": "audio",
-    "time_dim_concat": "reference frames (Phantom)",
-    "camera_conditions": "camera motion",
-    "control_video": "a control video",
-    "reference_motion": "a reference motion",
-}
-
-
-def check_model(patcher: Any) -> None:
-    """ValueError, saying what was given and what is accepted, unless a rollout can drive this MODEL."""
-    config = type(patcher.model.model_config).__name__
-    if config == "WAN21_CausalAR_T2V":
-        raise ValueError(
-            "the model is a WAN21_CausalAR_T2V, the host's own autoregressive class, whose attention keeps a cache of its own; "
-            "a rollout needs the same weights as a plain Wan model: remove the causal_ar entry from the file's metadata"
-        )
-    if config != MODEL_CLASS:
-        raise ValueError(
-            f"the model is a {config}; a rollout drives Wan 2.1 text-to-video models ({MODEL_CLASS}): load a causal "
-            "Wan 2.1 checkpoint such as Self-Forcing with Load Causal Video Model"
-        )
-    channels = patcher.model.model_config.unet_config.get("in_dim", LATENT_CHANNELS)
-    if channels != LATENT_CHANNELS:
-        raise ValueError(f"the model takes {channels} input channels; a rollout needs plain text-to-video with 16")
-    for name, words in _CONTROL_OPTIONS.items():
-        if patcher.model_options.get(name):
-            raise ValueError(
-                f"the model carries {words} ({name}), which a rollout would silently skip; remove the node that sets it"
-            )
-    for kind, keyed in patcher.wrappers.items():
-        if names := [str(key) for key, functions in keyed.items() if functions]:
-            raise ValueError(
-                f"the model carries the {kind} wrapper {', '.join(names)}, which a rollout would silently skip; "
-                "remove the node that sets it (EasyCache, context windows, torch.compile, ...)"
-            )
-
-
-def check_conditioning(positive: Any) -> torch.Tensor:
-    """The context [1 or B, tokens, width] of a plain conditioning; ValueError naming what it carries besides."""
-    if not isinstance(positive, Sequence) or len(positive) != 1:
-        count = len(positive) if isinstance(positive, Sequence) else 0
-        raise ValueError(
-            f"positive holds {count} conditioning entries; a rollout takes exactly one: use one prompt, not combined ones"
-        )
-    context, extra = positive[0]
-    for name, words in _REFUSED_CONDITIONING.items():
-        if extra.get(name) is not None:
-            raise ValueError(
-                f"positive carries {words} ({name}), which a rollout cannot honour; connect a plain text prompt"
-            )
-    if extra.get("strength", 1.0) != 1.0:
-        raise ValueError(f"positive has strength {extra['strength']}; a rollout takes a plain prompt of strength 1")
-    return context
 
 
 def geometry_of(patcher: Any) -> ModelGeometry:
@@ -124,7 +44,7 @@ def geometry_of(patcher: Any) -> ModelGeometry:
 
 def compute_dtype(patcher: Any) -> torch.dtype:
     """The dtype that activations, and with them the cache, will have."""
-    return patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
 
 
 def fingerprint(patcher: Any) -> str:
@@ -139,7 +59,7 @@ def fingerprint(patcher: Any) -> str:
     for i in sorted({0, last // 2, last}):
         names += [f"blocks.{i}.modulation", f"blocks.{i}.self_attn.norm_k.weight", f"blocks.{i}.norm3.weight"]
     digest = hashlib.sha256()
-    state = dict(wan.named_parameters())
+    state = {name.replace("_orig_mod.", ""): weight for name, weight in wan.named_parameters()}
     for name in names:
         backup = patcher.backup.get(f"diffusion_model.{name}")
         weight = state[name] if backup is None else backup.weight
@@ -225,6 +145,7 @@ class HostModel:
         self._given_context = context
         self._text_key = (next(_CONTEXTS), patcher.patches_uuid)
         self._options = dict(self.patcher.model_options.get("transformer_options", {}))
+        self._seen = self._options
 
     def _prepared(self, patcher: Any) -> Any:
         """The patcher to load: a patched clone."""
@@ -251,8 +172,10 @@ class HostModel:
         self._context = self._context.to(device=self.device, dtype=self.dtype)
 
     def kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-        """The host's attention, with whatever back end and override the user chose."""
-        return optimized_attention(q, k, v, heads=heads, transformer_options=self._options)
+        """The host's attention as its Wan calls it, with whatever back end and override the user chose."""
+        # looked up at every call: packs put another back end into that module
+        attention = comfy.ldm.wan.model.optimized_attention
+        return attention(q, k, v, heads=heads, transformer_options=self._seen)
 
     def set_context(self, context: torch.Tensor) -> None:
         """The text embeddings [1 or B, n, text_dim] of the passes that follow; their keys and values are made anew."""
@@ -275,9 +198,14 @@ class HostModel:
             "cond_or_uncond": [0],
             "sigmas": torch.tensor([level / 1000.0]),
         }
-        out = self.patcher.model.diffusion_model.forward_orig(
-            x.to(self.dtype), times, self._context, freqs=None, transformer_options=self._options | own
-        )
+        # an attention override is shown what the host shows it during a pass, and nothing of the pass outlives it
+        self._seen = self._options | own
+        try:
+            out = self.patcher.model.diffusion_model.forward_orig(
+                x.to(self.dtype), times, self._context, freqs=None, transformer_options=self._seen
+            )
+        finally:
+            self._seen = self._options
         return out.float()
 
 

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from comfy.samplers import CFGGuider, Sampler
 
-from .model import LATENT_CHANNELS, HostModel, check_conditioning, check_model
+from .checks import LATENT_CHANNELS, check_conditioning, check_model, unknown_conditioning, unknown_options
+from .model import HostModel
 
-__all__ = ["Sampler", "GuidedModel", "check_guider", "check_latents"]
+__all__ = ["Sampler", "GuidedModel", "check_guider", "check_latents", "unknown"]
 
 _GUIDERS = "use Basic Guider, or CFG Guider with cfg 1"
 
 
-def check_guider(guider: Any) -> torch.Tensor:
+def check_guider(guider: Any, extra_args: dict[str, Any]) -> torch.Tensor:
     """The context [1 or B, tokens, width] of the one prompt that `guider` follows; ValueError naming what else it wants.
 
-    Any guider that predicts as the host's CFGGuider does will do.
+    Any guider that predicts as the host's CFGGuider does will do. `extra_args`: those of the sampling run.
     """
     if getattr(type(guider), "predict_noise", None) is not CFGGuider.predict_noise:
         raise ValueError(
@@ -30,11 +31,21 @@ def check_guider(guider: Any) -> torch.Tensor:
             f"cfg is {guider.cfg:g}; the rollout's cache holds the keys and values of one prompt, so there is no second "
             f"prediction to weigh against: {_GUIDERS}"
         )
-    check_model(guider.model_patcher)
-    context = check_conditioning([[cond.get("cross_attn"), cond] for cond in guider.conds.get("positive", [])])
+    check_model(guider.model_patcher, extra_args["model_options"], sampled=True)
+    context = check_conditioning(_positive(guider))
     if context is None:
         raise ValueError("positive holds no text embeddings; connect a plain text prompt")
     return context
+
+
+def unknown(guider: Any, model_options: dict[str, Any]) -> list[str]:
+    """A sentence each about what the model and the prompt of a guider carry and nobody knows."""
+    found = unknown_options(guider.model_patcher, model_options, sampled=True)
+    return found + unknown_conditioning(_positive(guider))
+
+
+def _positive(guider: Any) -> list[list[Any]]:
+    return [[cond.get("cross_attn"), cond] for cond in guider.conds.get("positive", [])]
 
 
 def check_latents(noise: torch.Tensor, latent: torch.Tensor | None, mask: torch.Tensor | None) -> None:
@@ -62,7 +73,7 @@ class GuidedModel(HostModel):
     def __init__(self, patcher: Any, context: torch.Tensor, batch: int, model_options: dict[str, Any]) -> None:
         """`model_options`: those of the sampling run."""
         super().__init__(patcher, context, batch)
-        self._options = dict(model_options.get("transformer_options", {}))
+        self._options = self._seen = dict(model_options.get("transformer_options", {}))
 
     def _prepared(self, patcher: Any) -> Any:
         return patcher
