@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .kv_cache import KVCache
-from .rope import Layout, Rope
+from .rope import Layout, Rope, Turn
 
 if TYPE_CHECKING:
     from .absorption.absorber import Absorber
@@ -34,7 +34,7 @@ class _Pass:
 
     content_frames: int
     clean: bool
-    table: torch.Tensor
+    turn: Turn
     layout: Layout
 
 
@@ -66,7 +66,7 @@ class CachedAttention:
 
     def begin(self, layout: Layout, content_frames: int, clean: bool) -> None:
         """Start a pass of [state | content_frames]; after a `clean` one its keys are staged raw, to be committed."""
-        self._pass = _Pass(content_frames, clean, self.rope.table(layout.current(content_frames)), layout)
+        self._pass = _Pass(content_frames, clean, self.rope.turn(None, layout.current(content_frames)), layout)
         self.cache.begin()
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -74,11 +74,11 @@ class CachedAttention:
         run, cache, heads = self._pass, self.cache.layers[layer], self.cache.heads
         dtype = q.dtype
         self.cache.open(layer)
-        cache.write_current(self._rotated(k, run.table), v)
+        cache.write_current(self._rotated(k, run.turn), v)
         if cache.selects:
             cache.see(q, run.layout, self.rope, heads, run.clean)
         frames = self.cache.plan.state_frames + run.content_frames
-        q = self._rotated(q, run.table).to(self.cache.plan.dtype)
+        q = self._rotated(q, run.turn).to(self.cache.plan.dtype)
         out = None if self.absorber is None else self.absorber.attend(layer, q, frames, run.layout)
         if out is None:
             keys, values = cache.read(frames)
@@ -104,5 +104,5 @@ class CachedAttention:
         if self.absorber is not None:
             self.absorber.finish_chunk(first_frame + content_frames)
 
-    def _rotated(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return self.rope.rotate(x.unflatten(-1, (self.cache.heads, -1)), table).flatten(2)
+    def _rotated(self, x: torch.Tensor, turn: Turn) -> torch.Tensor:
+        return self.rope.rotate(x.unflatten(-1, (self.cache.heads, -1)), turn).flatten(2)

@@ -26,7 +26,7 @@ import torch
 from .anchors import Anchor, AnchorDeep
 from .cache_plan import CachePlan, LayerPlan
 from .layer_slots import LayerSlots, LayerSnapshot, Receiver, Slot, to_cpu
-from .rope import Layout, Rope
+from .rope import Layout, Rope, Turn
 
 if TYPE_CHECKING:
     from .rollout_spec import RolloutSpec
@@ -144,18 +144,18 @@ class DeepLayer(LayerSlots):
             to = layout.anchor(slot, entry.frame)
             if entry.position != to:
                 index = self.anchor_index(slot)
-                self._rotate(self.k[:, index], rope.table([to]) * rope.undo([entry.position]), self.k[:, index], heads)
+                self._rotate(self.k[:, index], rope.turn([entry.position], [to]), self.k[:, index], heads)
                 entry.position = to
         for i, entry in self.window.items():
             to = len(self.anchor) + i
             if entry.position != to:
-                self._rotate(self.raw[:, i], rope.table([to]), self.k[:, self.home_index(i)], heads)
+                self._rotate(self.raw[:, i], rope.turn(None, [to]), self.k[:, self.home_index(i)], heads)
                 entry.position = to
 
     @staticmethod
-    def _rotate(raw: torch.Tensor, table: torch.Tensor, out: torch.Tensor, heads: int) -> None:
-        """Turn raw keys [B, N, width] by a `table` for their tokens into `out` of the same shape."""
-        out.copy_(Rope.rotate(raw.unflatten(-1, (heads, -1)), table).flatten(2))
+    def _rotate(keys: torch.Tensor, turn: Turn, out: torch.Tensor, heads: int) -> None:
+        """Keys [B, N, width] turned into `out` of the same shape."""
+        out.copy_(Rope.rotate(keys.unflatten(-1, (heads, -1)), turn).flatten(2))
 
     def see(self, q: torch.Tensor, layout: Layout, rope: Rope, heads: int, clean: bool) -> None:
         """A pass's queries [B, N, width], normed and not rotated, before it reads: choose if that is due, and keep the
@@ -164,7 +164,7 @@ class DeepLayer(LayerSlots):
         if not (due or clean):
             return
         frames = q.shape[1] // self.plan.tokens
-        turned = rope.rotate(q.float().unflatten(-1, (heads, -1)), rope.table([0.0] * frames))
+        turned = rope.rotate(q.float().unflatten(-1, (heads, -1)), rope.turn(None, [0.0] * frames))
         sums = turned.flatten(2).unflatten(1, (frames, -1)).sum(2)
         if due:
             self._choose(sums, layout, rope, heads)
@@ -178,9 +178,9 @@ class DeepLayer(LayerSlots):
         first, candidates = len(self.anchor), self.count - self.recent
         content = layout.content + self.count - self.held
         places = [*range(first + candidates, first + self.count), *range(content, content + sums.shape[1])]
-        table = rope.token_table(torch.tensor(places), torch.zeros(len(places), dtype=torch.int64))
+        turn = rope.turn_tokens(places, torch.arange(len(places)), torch.zeros(len(places), dtype=torch.int64))
         queries = torch.cat([self.queries, sums], 1).unflatten(-1, (heads, -1))
-        query = rope.rotate(queries, table).sum(1).flatten(1)[:, :, None]
+        query = rope.rotate(queries, turn).sum(1).flatten(1)[:, :, None]
         # a frame at a time: a copy of all candidates in float32 would outgrow the buffers
         scores = [(self.k[:, self.home_index(i)].float() @ query)[..., 0] for i in range(candidates)]
         order = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True).indices
@@ -206,16 +206,17 @@ class DeepLayer(LayerSlots):
         ids = self._picked_ids()
         if self.shift:
             row = torch.arange(self.chosen_frames, device=self.device).repeat_interleave(tokens)
-            places = (first + row).expand_as(ids)
+            places, which = range(first, first + self.chosen_frames), row.expand_as(ids)
         else:  # as far before the content as they lie in the video
-            places = layout.content - (layout.first_frame - ids // tokens)
-        table = rope.token_table(places, ids % tokens)
-        self._rotate(self._gathered(self.raw, self.picked), table, self.k[:, chosen].flatten(1, 2), heads)
+            ages = 1 << layout.first_frame.bit_length()  # a length that seldom changes
+            places, which = range(layout.content, layout.content - ages, -1), layout.first_frame - ids // tokens
+        turn = rope.turn_tokens(places, which, ids % tokens)
+        self._rotate(self._gathered(self.raw, self.picked), turn, self.k[:, chosen].flatten(1, 2), heads)
         mirrored = self.home_index(self.picked // tokens) * tokens + self.picked % tokens
         self.v[:, chosen].flatten(1, 2).copy_(self._gathered(self.v[:, : self.home_frames], mirrored))
         for j in range(self.recent):
             i, to = self.count - self.recent + j, self.chosen_frames + j
-            self._rotate(self.raw[:, i], rope.table([first + to]), self.k[:, start + to], heads)
+            self._rotate(self.raw[:, i], rope.turn(None, [first + to]), self.k[:, start + to], heads)
             self.v[:, start + to].copy_(self.v[:, self.home_index(i)])
 
     def read(self, current_frames: int) -> tuple[torch.Tensor, torch.Tensor]:

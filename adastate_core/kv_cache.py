@@ -78,10 +78,9 @@ class LayerCache(LayerSlots):
             offsets = slice(run[0], run[-1] + 1)
             target = self.k[:, start + offsets.start : start + offsets.stop]
             source = target if raw is None else raw[:, offsets]
-            table = rope.table([moved[o][1] for o in run])
-            if raw is None:
-                table = table * rope.undo([moved[o][0].position for o in run])
-            turned = rope.rotate(source.flatten(1, 2).unflatten(-1, (heads, -1)), table)
+            came = None if raw is not None else [moved[o][0].position for o in run]
+            turn = rope.turn(came, [moved[o][1] for o in run])
+            turned = rope.rotate(source.flatten(1, 2).unflatten(-1, (heads, -1)), turn)
             target.copy_(turned.reshape(target.shape))
             for o in run:
                 moved[o][0].position = moved[o][1]

@@ -13,7 +13,7 @@ import torch
 
 from .cache_plan import CachePlan, LayerPlan, StoreSize
 from .layer_slots import LayerSlots, LayerSnapshot, Receiver, Slot, to_cpu, without_copies
-from .rope import Layout, Rope
+from .rope import Layout, Rope, Turn
 
 # dtype and largest code
 CODES = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
@@ -50,13 +50,11 @@ def unpack(packed: torch.Tensor, scale: torch.Tensor | None, heads: int, out: to
         out.unflatten(-1, (heads, -1)).mul_(scale.transpose(0, 1)[:, :, None, :, None])
 
 
-def unpack_rotated(
-    packed: torch.Tensor, scale: torch.Tensor | None, heads: int, table: torch.Tensor, out: torch.Tensor
-) -> None:
-    """The same for keys, turned by the `table` of their n * P tokens."""
+def unpack_rotated(packed: torch.Tensor, scale: torch.Tensor | None, heads: int, turn: Turn, out: torch.Tensor) -> None:
+    """The same for keys, turned by the `turn` of their n frames."""
     frames, batch, tokens = packed.shape[:3]
     rows = packed.transpose(0, 1).float().reshape(batch, frames * tokens, heads, -1)
-    turned = Rope.rotate(rows, table).unflatten(1, (frames, tokens))
+    turned = Rope.rotate(rows, turn).unflatten(1, (frames, tokens))
     if scale is not None:
         turned.mul_(scale.transpose(0, 1)[:, :, None, :, None])
     out.copy_(turned.flatten(-2))
@@ -193,7 +191,7 @@ class StoredLayer(LayerSlots):
         frame = (plan.current_frames, 2, plan.batch, plan.tokens, plan.width)
         self.staging = torch.zeros(frame, dtype=plan.dtype, device=place, pin_memory=pinned)
         self.first_ring = layer.store_size.frames - layer.ring_frames
-        self._tables: list[torch.Tensor | None] = [None, None]
+        self._turns: list[Turn | None] = [None, None]
 
     @property
     def k(self) -> torch.Tensor:
@@ -220,35 +218,34 @@ class StoredLayer(LayerSlots):
         return low, self.first_ring + self.held
 
     def rotate_to(self, layout: Layout, rope: Rope, heads: int) -> None:
-        """Make the tables that bring every stored key to its position in `layout` when it is expanded."""
+        """Make the turns that bring every stored key to its position in `layout` when it is expanded."""
         for i, entries in enumerate(self.wanted(layout)):
             ordered = [entries[index] for index in sorted(entries)]
             to = [position for _, position in ordered]
             if not to or all(slot.position is None for slot, _ in ordered):
-                self._tables[i] = rope.table(to) if to else None
+                self._turns[i] = rope.turn(None, to) if to else None
             else:
-                self._tables[i] = torch.cat([_turn(rope, slot.position, position) for slot, position in ordered])
+                self._turns[i] = Turn.joined([_turn(rope, slot.position, position) for slot, position in ordered])
 
     def expand(self, source: Store) -> None:
         """Fill the scratch with this layer's frames out of `source`, which is its store or a copy of it."""
         low, high = self.stored_range
         start = self.layer.anchor_frames - len(self.anchor)
         if self.anchor and self.layer.blend_frames:
-            self._expand(source.blend[start : self.layer.anchor_frames], None, self._tables[0], start)
+            self._expand(source.blend[start : self.layer.anchor_frames], None, self._turns[0], start)
         elif self.anchor:
-            self._expand(*_frames(source, low, self.first_ring), self._tables[0], start)
+            self._expand(*_frames(source, low, self.first_ring), self._turns[0], start)
         if self.held:
-            self._expand(*_frames(source, self.first_ring, high), self._tables[1], self.window_start)
+            self._expand(*_frames(source, self.first_ring, high), self._turns[1], self.window_start)
 
-    def _expand(self, codes: torch.Tensor, scales: torch.Tensor | None, table: torch.Tensor, start: int) -> None:
+    def _expand(self, codes: torch.Tensor, scales: torch.Tensor | None, turn: Turn, start: int) -> None:
         """In blocks no larger than a pass's own frames, so that the work in float32 takes no more than theirs does."""
-        tokens, heads = self.plan.tokens, self.plan.heads
+        heads = self.plan.heads
         for low in range(0, len(codes), self.plan.current_frames):
             high = min(low + self.plan.current_frames, len(codes))
             scale = (None, None) if scales is None else scales[low:high].unbind(1)
             out = slice(start + low, start + high)
-            turn = table[low * tokens : high * tokens]
-            unpack_rotated(codes[low:high, 0], scale[0], heads, turn, self.k[:, out])
+            unpack_rotated(codes[low:high, 0], scale[0], heads, turn.frames(low, high), self.k[:, out])
             unpack(codes[low:high, 1], scale[1], heads, self.v[:, out])
 
     def keep_raw_current(self, keys: torch.Tensor) -> None:
@@ -388,8 +385,6 @@ def _frames(source: Store, low: int, high: int) -> tuple[torch.Tensor, torch.Ten
     return source.codes[low:high], None if source.scales is None else source.scales[low:high]
 
 
-def _turn(rope: Rope, position: float | None, to: float) -> torch.Tensor:
-    """The table that brings one frame's key from `position` (None: raw) to `to`."""
-    if position == to:
-        return torch.ones_like(rope.table([to]))
-    return rope.table([to]) * rope.undo([position])
+def _turn(rope: Rope, position: float | None, to: float) -> Turn:
+    """What brings one frame's key from `position` (None: raw) to `to`; where it is already, it stays bit for bit."""
+    return rope.turn([None], [None]) if position == to else rope.turn([position], [to])

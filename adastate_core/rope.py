@@ -4,16 +4,22 @@ A head of d channels is split into time, height and width parts of d - 4(d//6), 
 (44, 42, 42 of 128); inside a part of width a, the adjacent channels (2j, 2j+1) turn by position * 10000^(-2j/a)
 (Wan 2.1, modules/model.py; ComfyUI, comfy/ldm/flux/math.py). Angles are made in float64 from float32 positions,
 whatever the model's dtype: in bfloat16, frames 300 and 301 would share one rotation.
+
+How a rotation is held and applied is known here alone: `Rope.turn` gives an opaque Turn, `Rope.rotate` applies it. On the
+CPU it is unit complex numbers, whose product is the fastest there; elsewhere cosines and sines in float32, since not every
+device and compiler knows complex numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 THETA = 10000.0
+# tables that a Rope keeps; those used longest ago go first
+MOST_TABLES = 24
 POSITION_MODES = ("packed", "fixed", "absolute")
 
 
@@ -31,15 +37,54 @@ def _angles(positions: torch.Tensor, width: int) -> torch.Tensor:
     return positions.double()[:, None] * THETA**-exponent
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A rotation of frames of `tokens` tokens, made by Rope and applied by `Rope.rotate`. What `parts` are is its business:
+    unit complex numbers [..., N, 1, head_dim / 2], or the cosines and signed sines [..., N, 1, head_dim] float32."""
+
+    parts: tuple[torch.Tensor, ...] = field(repr=False)
+    tokens: int
+
+    def frames(self, first: int, end: int) -> Turn:
+        """The rotation of frames `first`..`end` - 1 alone."""
+        return Turn(tuple(part[first * self.tokens : end * self.tokens] for part in self.parts), self.tokens)
+
+    @staticmethod
+    def joined(turns: Sequence[Turn]) -> Turn:
+        """The rotation of the frames of several turns of one Rope, one after another."""
+        return Turn(
+            tuple(torch.cat(parts) for parts in zip(*(turn.parts for turn in turns), strict=True)), turns[0].tokens
+        )
+
+
+def _units(angles: torch.Tensor) -> torch.Tensor:
+    """Float64 angles to unit complex numbers (complex64)."""
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def _pairs(units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit complex numbers [..., c] as cosines and sines [..., 2c] of adjacent channels, each first one's sine negated."""
+    return units.real.repeat_interleave(2, -1), torch.stack([-units.imag, units.imag], -1).flatten(-2)
+
+
 class Rope:
-    """Rotation tables for frames of one size, on one device.
+    """Rotations of the tokens of frames of one size, on one device.
 
     `rotate` turns [B, frames * rows * columns, heads, head_dim] in any float dtype; computed in float32, cast back.
     """
 
-    def __init__(self, head_dim: int, rows: int, columns: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        rows: int,
+        columns: int,
+        device: torch.device | str = "cpu",
+        real_pairs: bool | None = None,
+    ) -> None:
+        """`real_pairs`: no complex numbers; None: on every device but the CPU."""
         self.time_width, height_width, width_width = axis_widths(head_dim)
         self.rows, self.columns, self.device = rows, columns, torch.device(device)
+        self.real_pairs = self.device.type != "cpu" if real_pairs is None else real_pairs
         row_angles = _angles(torch.arange(rows, dtype=torch.float32), height_width)
         column_angles = _angles(torch.arange(columns, dtype=torch.float32), width_width)
         self._space = torch.cat(
@@ -49,46 +94,67 @@ class Rope:
             ],
             dim=-1,
         ).reshape(rows * columns, -1)
-        self._tables: dict[tuple[float, ...], torch.Tensor] = {}
+        # the newest used last
+        self._kept: dict[Hashable, tuple[torch.Tensor, ...]] = {}
 
-    def table(self, positions: Sequence[float]) -> torch.Tensor:
-        """Unit complex numbers [frames * rows * columns, 1, head_dim // 2] (complex64) for frames at `positions`."""
-        key = tuple(float(p) for p in positions)
-        if key not in self._tables:
-            if len(self._tables) >= 64:
-                self._tables.clear()
-            time = _angles(torch.tensor(key, dtype=torch.float32), self.time_width)
-            tokens = self._space.shape[0]
-            angles = torch.cat(
-                [time[:, None].expand(-1, tokens, -1), self._space[None].expand(len(key), -1, -1)], dim=-1
-            ).flatten(0, 1)
-            table = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-            self._tables[key] = table[:, None].to(self.device)
-        return self._tables[key]
+    def turn(self, from_positions: Sequence[float | None] | None, to_positions: Sequence[float | None]) -> Turn:
+        """What brings keys of frames at `from_positions` to `to_positions`, frame by frame; None is raw, on either side, and
+        `from_positions` None means that all are raw. ValueError if the two differ in length."""
+        came = [None] * len(to_positions) if from_positions is None else from_positions
+        came, to = (tuple(None if p is None else float(p) for p in row) for row in (came, to_positions))
+        if len(came) != len(to):
+            raise ValueError(f"{len(came)} positions to come from and {len(to)} to go to; each frame has one of both")
 
-    def token_table(self, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Unit complex numbers [..., N, 1, head_dim // 2] (complex64) for single tokens: at time `positions` [..., N], in the
-        place of the frame that `tokens` [..., N] (int64, row-major) says; token 0 turns by time alone."""
-        # float64 is not everywhere
-        where = torch.device("cpu") if self.device.type == "mps" else self.device
-        time = _angles(positions.to(where).float().flatten(), self.time_width)
-        angles = torch.cat([time, self._space.to(where)[tokens.to(where).flatten()]], -1)
-        table = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-        return table.unflatten(0, positions.shape)[..., None, :].to(self.device)
+        def make() -> torch.Tensor:
+            table = self._units(to)
+            if any(position is not None for position in came):
+                table = table * self._units(came).conj().resolve_conj()
+            return table[:, None]
 
-    def undo(self, positions: Sequence[float | None]) -> torch.Tensor:
-        """The table that turns keys at `positions` back to raw; a frame at None is raw already."""
-        tables = [
-            torch.ones_like(self.table([0.0])) if position is None else self.table([position]).conj()
-            for position in positions
-        ]
-        return torch.cat(tables)
+        return Turn(self._once((came, to), make), len(self._space))
+
+    def turn_tokens(self, positions: Sequence[float], which: torch.Tensor, tokens: torch.Tensor) -> Turn:
+        """What brings raw keys of single tokens to the time `positions`[`which`], in the place of the frame that `tokens`
+        says (row-major); token 0 turns by time alone. Both [..., N] int64; on the device, nothing waits for it."""
+
+        def time() -> torch.Tensor:
+            return _units(_angles(torch.tensor(positions, dtype=torch.float32), self.time_width))[:, None]
+
+        times = self._once(("time", positions if isinstance(positions, range) else tuple(positions)), time)
+        space = self._once(("space",), lambda: _units(self._space)[:, None])
+        which, tokens = which.to(self.device), tokens.to(self.device)
+        return Turn(tuple(torch.cat([t[which], s[tokens]], -1) for t, s in zip(times, space, strict=True)), 1)
+
+    def _units(self, positions: Sequence[float | None]) -> torch.Tensor:
+        """Unit complex numbers [frames * rows * columns, head_dim // 2] (complex64) on the CPU for frames at `positions`."""
+        time = _angles(torch.tensor([p or 0.0 for p in positions], dtype=torch.float32), self.time_width)
+        tokens = len(self._space)
+        shape = (len(time), tokens, -1)
+        table = _units(torch.cat([time[:, None].expand(shape), self._space[None].expand(shape)], dim=-1))
+        for i, position in enumerate(positions):
+            if position is None:
+                table[i] = 1
+        return table.flatten(0, 1)
+
+    def _once(self, key: Hashable, make: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The parts of a table of unit complex numbers on the device, made on the first of its uses."""
+        parts = self._kept.pop(key, None)
+        if parts is None:
+            parts = tuple(part.to(self.device) for part in (_pairs(make()) if self.real_pairs else (make(),)))
+            if len(self._kept) >= MOST_TABLES:
+                self._kept.pop(next(iter(self._kept)))
+        self._kept[key] = parts
+        return parts
 
     @staticmethod
-    def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """`x` [B, N, heads, head_dim] turned by a `table` for its N tokens; same shape and dtype."""
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    def rotate(x: torch.Tensor, turn: Turn) -> torch.Tensor:
+        """`x` [B, N, heads, head_dim] turned by a `turn` of its N tokens; same shape and dtype."""
+        if len(turn.parts) == 1:
+            pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * turn.parts[0]).flatten(-2).to(x.dtype)
+        cosines, sines = turn.parts
+        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return (x * cosines).addcmul_(swapped, sines).to(x.dtype)
 
 
 @dataclass(frozen=True)

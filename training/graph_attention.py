@@ -15,7 +15,7 @@ import torch
 
 from adastate_core.anchors import Anchor
 from adastate_core.attention import Kernel, plain_attention
-from adastate_core.rope import Layout, Rope
+from adastate_core.rope import Layout, Rope, Turn
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -70,7 +70,7 @@ class Pass:
     """
 
     past: list[Pair | None]
-    table: torch.Tensor
+    turn: Turn
     heads: int
     kernel: Kernel
     staged: dict[int, Pair] = field(default_factory=dict)
@@ -78,12 +78,12 @@ class Pass:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """One layer's attention: q, k (normed, not rotated), v [B, N, heads * head_dim] -> the same shape."""
         self.staged.setdefault(layer, (k, v))
-        keys, values = rotated(k, self.table, self.heads), v
+        keys, values = rotated(k, self.turn, self.heads), v
         if self.past[layer] is not None:
             past_keys, past_values = self.past[layer]
             keys, values = torch.cat([past_keys, keys], 1), torch.cat([past_values, values], 1)
         return self.kernel(
-            rotated(q, self.table, self.heads).to(values.dtype), keys.to(values.dtype), values, self.heads
+            rotated(q, self.turn, self.heads).to(values.dtype), keys.to(values.dtype), values, self.heads
         )
 
     def text(self, layer: int, key: object, make: Callable[[], Pair]) -> Pair:
@@ -91,9 +91,9 @@ class Pass:
         return make()
 
 
-def rotated(x: torch.Tensor, table: torch.Tensor, heads: int) -> torch.Tensor:
+def rotated(x: torch.Tensor, turn: Turn, heads: int) -> torch.Tensor:
     """[B, N, heads * head_dim], turned."""
-    return Rope.rotate(x.unflatten(-1, (heads, -1)), table).flatten(2)
+    return Rope.rotate(x.unflatten(-1, (heads, -1)), turn).flatten(2)
 
 
 class GraphAttention:
@@ -150,12 +150,12 @@ class GraphAttention:
             return None
         keys = torch.cat([frame.key for _, frame in entries], 1)
         values = torch.cat([frame.value for _, frame in entries], 1)
-        return rotated(keys, self.rope.table([position for position, _ in entries]), self.heads), values
+        return rotated(keys, self.rope.turn(None, [position for position, _ in entries]), self.heads), values
 
     def begin(self, content_frames: int) -> Pass:
         """A pass over [state | content_frames]; it goes into `transformer_options`."""
-        table = self.rope.table(self.layout().current(content_frames))
-        self._pass = Pass(self._past, table, self.heads, self.kernel)
+        turn = self.rope.turn(None, self.layout().current(content_frames))
+        self._pass = Pass(self._past, turn, self.heads, self.kernel)
         return self._pass
 
     def commit(self, content_frames: int) -> None:

@@ -57,8 +57,8 @@ class WholeClipAttention(ClipText):
         """[B, T P, width] -> the same, through the module's own projections."""
         q, k, v = module.norm_q(module.q(x)), module.norm_k(module.k(x)), module.v(x)
         q, k, v = (t.unflatten(-1, (module.num_heads, -1)) for t in (q, k, v))
-        table = self.rope.table(range(self.frames))
-        q, k = self.rope.rotate(q, table), self.rope.rotate(k, table)
+        turn = self.rope.turn(None, range(self.frames))
+        q, k = self.rope.rotate(q, turn), self.rope.rotate(k, turn)
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
         return module.o(out.transpose(1, 2).flatten(2))
 
@@ -73,7 +73,7 @@ class ClipAttention(ClipText):
     copies: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        self.table = self.rope.table(range(self.frames)).repeat(2, 1, 1)
+        self.turn = self.rope.turn(None, [*range(self.frames)] * 2)
 
     def past(self, chunk: int) -> tuple[range, range]:
         """The sink frames and window frames that chunk `chunk` may see."""
@@ -86,7 +86,7 @@ class ClipAttention(ClipText):
         heads, batch = module.num_heads, x.shape[0]
         q, k, v = module.norm_q(module.q(x)), module.norm_k(module.k(x)), module.v(x)
         q, raw, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        q, k = self.rope.rotate(q, self.table), self.rope.rotate(raw, self.table)
+        q, k = self.rope.rotate(q, self.turn), self.rope.rotate(raw, self.turn)
 
         def by_frame(t: torch.Tensor) -> torch.Tensor:  # [B, 2, T, P, heads, head_dim]
             return t.unflatten(1, (2, self.frames, self.tokens))
@@ -100,8 +100,8 @@ class ClipAttention(ClipText):
             values = [v[:, 0, list(window)].flatten(1, 2)]
             if len(sink):
                 shift = (window.start if window else own.start) - len(sink)
-                table = self.rope.table([shift + j for j in sink])
-                keys.append(self.rope.rotate(raw[:, 0, : len(sink)].flatten(1, 2), table))
+                turn = self.rope.turn(None, [shift + j for j in sink])
+                keys.append(self.rope.rotate(raw[:, 0, : len(sink)].flatten(1, 2), turn))
                 values.append(v[:, 0, : len(sink)].flatten(1, 2))
             past_k, past_v = (torch.cat(parts, 1)[:, None].expand(-1, 2, -1, -1, -1) for parts in (keys, values))
             chunk_k = torch.cat([past_k, k[:, :, own].flatten(2, 3)], 2).flatten(0, 1)

@@ -42,9 +42,9 @@ class HostHistory:
         """All keys at their positions in `layout`, and values, each [B, frames * P, width] on `device`."""
         keys = torch.cat([kept.key for kept in self._frames], 1).to(device)
         values = torch.cat([kept.value for kept in self._frames], 1).to(device)
-        table = rope.table([layout.window(kept.frame) for kept in self._frames])
-        table = table * rope.undo([kept.position for kept in self._frames])
-        return rope.rotate(keys.unflatten(-1, (heads, -1)), table).flatten(2), values
+        came = [kept.position for kept in self._frames]
+        turn = rope.turn(came, [layout.window(kept.frame) for kept in self._frames])
+        return rope.rotate(keys.unflatten(-1, (heads, -1)), turn).flatten(2), values
 
     def state(self, prefix: str) -> dict[str, Any]:
         """Flat tensors and the frames' numbers."""

@@ -279,7 +279,7 @@ def test_far_frames_stay_apart_in_bfloat16():
 
     rope = Rope(12, 2, 3)
     x = torch.ones(1, 12, 2, 12, dtype=torch.bfloat16)
-    turned = rope.rotate(x, rope.table([300, 301]))
+    turned = rope.rotate(x, rope.turn(None, [300, 301]))
     assert not torch.equal(turned[:, :6], turned[:, 6:])
 
 
