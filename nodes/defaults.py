@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..adastate_core.anchors import Anchor, AnchorAdaptive
@@ -28,6 +29,8 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     "window_frames": _whole(0, 4096),
     "positions": lambda value: isinstance(value, str) and value in POSITION_MODES,
 }
+# noise levels that are one: a scheduler of the host rounds to a thousandth of its range
+SAME_SIGMA = 1e-3
 NOT_CAUSAL = (
     "the checkpoint says nothing of being causal: choose its system in Model Preset; if frames fall apart it may be a plain "
     "Wan model"
@@ -67,6 +70,30 @@ class Resolved:
         if self.preset is not None and not self.schedule_asked:
             return self.preset.schedule
         return Schedule.shifted(self.numbers["steps"], self.numbers["shift"])
+
+    def given_schedule(self, sigmas: Sequence[float]) -> Schedule:
+        """A SIGMAS list as the schedule of every chunk, so that the rollout and the sampler node take one alike.
+
+        Only where it is the preset's own list the preset's steps for the first chunk go with it: a SIGMAS has no room for
+        them. ValueError for a list that does not fall.
+        """
+        given = Schedule.from_sigmas(sigmas)
+        return replace(given, first_sigmas=self.preset.schedule.first_sigmas) if self._is_presets(given) else given
+
+    def _is_presets(self, schedule: Schedule) -> bool:
+        own = self.preset.schedule.sigmas if self.preset is not None else ()
+        return len(own) == len(schedule.sigmas) and all(
+            math.isclose(a, b, abs_tol=SAME_SIGMA) for a, b in zip(own, schedule.sigmas, strict=True)
+        )
+
+    def sigmas_warnings(self, schedule: Schedule) -> list[str]:
+        """What may surprise about a SIGMAS that was connected."""
+        if self.preset is None or not self.preset.first_timesteps or schedule.first_sigmas:
+            return []
+        return [
+            f"sigmas is not the list of {self.preset.title}, so its {len(self.preset.first_timesteps)} steps for the first chunk "
+            "are not used: every chunk has the given ones"
+        ]
 
     def spec_options(self, sigmas: int) -> dict[str, int]:
         """What a preset adds to a RolloutSpec, for a schedule of `sigmas` steps."""

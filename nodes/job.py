@@ -211,10 +211,16 @@ class Job:
         return PromptPlan(changes, self.spec.chunk_frames)
 
     def _ignored(self) -> list[str]:
-        """What the inputs carry besides and nobody knows, a sentence each and each once."""
+        """What the inputs carry besides and is not acted on, or nobody knows, a sentence each and each once."""
         positive, start = self.request.positive, self.request.start_latent
         prompts = [entry.conditioning for entry in positive.entries] if isinstance(positive, Prompts) else [positive]
         found = checks.unknown_options(self.request.model)
+        if self.request.sigmas is not None:
+            found += self.resolved.sigmas_warnings(self.schedule)
+        if self.request.absorption is not None and checks.overrides_attention(self.request.model):
+            found.append(
+                "the model's attention override (optimized_attention_override) is not used in passes that the absorption watches"
+            )
         for prompt in prompts:
             found += checks.unknown_conditioning(prompt)
         found += [] if start is None else checks.unknown_latent("start_latent", start)
@@ -227,7 +233,7 @@ class Job:
     @property
     def schedule(self) -> Schedule:
         if self.request.sigmas is not None:
-            return Schedule.from_sigmas(self.request.sigmas)
+            return self.resolved.given_schedule(self.request.sigmas)
         return self.resolved.schedule
 
     def _given(self) -> torch.Tensor | None:

@@ -11,8 +11,8 @@ import torch
 
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.rollout import Rollout, RolloutSpec, Settings
-from ..adastate_core.schedule import Schedule, noise
-from .defaults import asked_numbers, resolve
+from ..adastate_core.schedule import noise
+from .defaults import Resolved, asked_numbers, resolve
 from .host import model as host_model
 from .host import sampler as host_sampler
 from .host.api import io, schema, widget
@@ -27,13 +27,14 @@ _SHARED_INPUTS = ("chunk_frames", "window_frames", "positions", "anchor")
 
 
 class _Watch:
-    """Lets interrupts through before every pass and tells the host's callback of every pass that is done.
+    """Lets interrupts through before every pass and tells the host's callback of every pass that is done, of `total`.
 
     `latents` [B, C, T, h, w]: what there is so far, zero where nothing has been made yet.
     """
 
-    def __init__(self, callback: Callable[..., None] | None, latents: torch.Tensor, spec: RolloutSpec, total: int):
-        self.callback, self.latents, self.spec, self.total = callback, latents, spec, total
+    def __init__(self, callback: Callable[..., None] | None, latents: torch.Tensor, spec: RolloutSpec):
+        self.callback, self.latents, self.spec = callback, latents, spec
+        self.begun = self.total = 0
 
     def __call__(self, chunk: int, step: int, steps: int, x0: torch.Tensor | None) -> None:
         """A rollout's StepCallback."""
@@ -42,7 +43,8 @@ class _Watch:
             start, content = chunk * self.spec.chunk_frames, x0[:, :, self.spec.anchor.state_frames :]
             part = self.latents[:, :, start : start + self.spec.chunk_frames]
             part.copy_(content[:, :, : part.shape[2]])
-        self.done(chunk * steps + step)
+        self.done(self.begun)
+        self.begun += 1
 
     def done(self, passes: int) -> None:
         if self.callback is not None and passes:
@@ -76,32 +78,47 @@ class RolloutSampler(host_sampler.Sampler):
         context = host_sampler.check_guider(model_wrap, extra_args)
         patcher, options = model_wrap.model_patcher, extra_args["model_options"]
         host_sampler.check_latents(noise, latent_image, denoise_mask)
-        for warning in host_sampler.unknown(model_wrap, options):
-            log.warning("AdaState Sampler: %s", warning)
-        schedule = Schedule.from_sigmas(sigmas)
+        resolved = self._resolved(patcher)
+        schedule = resolved.given_schedule(sigmas)
         model = host_sampler.GuidedModel(patcher, context, noise.shape[0], options)
-        spec = self._spec(model, noise.shape)
+        spec = self._spec(model, resolved, noise.shape)
+        told = [*host_sampler.unknown(model_wrap, options), *resolved.warnings(noise.shape[2])]
+        for warning in (*told, *resolved.sigmas_warnings(schedule)):
+            log.warning("AdaState Sampler: %s", warning)
         text_tokens = context.shape[1]
         plan = spec.plan(text_tokens)
         host_model.check_memory(plan, host_model.available_bytes(patcher))
         model.load(plan)
-        total = -(-noise.shape[2] // spec.chunk_frames) * (len(schedule.sigmas) + 1)
         latents = torch.zeros(noise.shape, dtype=torch.float32, device=noise.device)
-        watch = _Watch(callback, latents, spec, total)
+        watch = _Watch(callback, latents, spec)
         settings = Settings(extra_args.get("seed") or 0, schedule, first_noise=noise.float().cpu())
         with host_model.attention_in_place(patcher):
             rollout = Rollout(model, spec, settings, text_tokens=text_tokens, on_step=watch)
+            watch.total = rollout.passes(noise.shape[2])
             for _ in rollout.chunks(noise.shape[2]):
                 pass
-        watch.done(total)
+        watch.done(watch.total)
         return latents
 
-    def _spec(self, model: host_model.HostModel, shape: torch.Size) -> RolloutSpec:
-        """The rollout that this sampler makes of latents of `shape` [B, 16, T, h, w]."""
+    def _resolved(self, patcher: Any) -> Resolved:
+        """The settings for a model; ValueError for a preset whose rollout is more than one chunk after the other."""
         asked = asked_numbers(self.chunk_frames, self.window_frames, self.positions)
-        resolved = resolve(rollout_defaults(model.patcher), asked, self.anchor)
-        for warning in resolved.warnings(shape[2]):
-            log.warning("AdaState Sampler: %s", warning)
+        resolved = resolve(rollout_defaults(patcher), asked, self.anchor)
+        if (preset := resolved.preset) is not None and (preset.blocks > 1 or preset.restart_frames):
+            how = (
+                f"denoises {preset.blocks} chunks together"
+                if preset.blocks > 1
+                else f"starts afresh every {preset.restart_frames} latent frames"
+            )
+            raise ValueError(
+                f"the model is to be rolled out as {preset.title} (preset {preset.name}), which {how}, and this sampler cannot: "
+                "use AdaState Rollout, or choose another preset in Model Preset"
+            )
+        return resolved
+
+    def _spec(self, model: host_model.HostModel, resolved: Resolved, shape: torch.Size) -> RolloutSpec:
+        """The rollout that this sampler makes of latents of `shape` [B, 16, T, h, w]."""
+        names = ("chunk_frames", "window_frames", "positions")
         return RolloutSpec(
             geometry=model.geometry,
             batch=shape[0],
@@ -109,7 +126,7 @@ class RolloutSampler(host_sampler.Sampler):
             width=shape[4],
             anchor=resolved.anchor,
             dtype=model.dtype,
-            **{name: resolved.numbers[name] for name in asked},
+            **{name: resolved.numbers[name] for name in names},
         )
 
 
@@ -152,6 +169,8 @@ class RolloutNoise:
             raise ValueError(
                 "AdaState Noise is for video latents [batch, channels, frames, h, w]; connect an empty one"
             )
+        if input_latent.get("batch_index") is not None:
+            log.warning("AdaState Noise: the latent carries batch_index, which a rollout's noise does not use")
         batch, channels, frames, height, width = samples.shape
         shape = (batch, channels, self.chunk_frames, height, width)
         drawn = [noise(self.seed, chunk, 0, shape) for chunk in range(-(-frames // self.chunk_frames))]

@@ -285,6 +285,11 @@ def unknown_options(patcher: Any, options: Mapping[str, Any] | None = None, samp
     return [_unknown(what, names) for what, names in found if names]
 
 
+def overrides_attention(patcher: Any) -> bool:
+    """Whether a MODEL brings an attention of its own, which a rollout uses for what it sees as one softmax."""
+    return patcher.model_options.get("transformer_options", {}).get("optimized_attention_override") is not None
+
+
 def check_conditioning(positive: Any) -> torch.Tensor:
     """The context [1 or B, tokens, width] of a plain conditioning; ValueError naming what it carries besides."""
     if not isinstance(positive, Sequence) or len(positive) != 1:

@@ -361,3 +361,28 @@ def test_model_sampling_may_be_patched(rollout, model, positive):
     shifted = nodes_model_advanced.ModelSamplingSD3().patch(model, 5.0)[0]
     assert torch.equal(rollout(model=shifted).args[0]["samples"], rollout().args[0]["samples"])
     sampled(shifted, positive)
+
+
+def test_where_an_override_does_not_act_is_told(rollout, model, node):
+    """An absorption makes its watched passes of parts whose weights no attention function gives."""
+    settings = {"ratio": 0.5, "warmup_frames": 12, "local_window_frames": 3, "sink_frames": 1, "ridge": "auto"}
+    more = {"scope": "head", "rank": 8, "select": "residual", "absorb": True, "schedule": "once"}
+    absorption = node("AdaStateAbsorption")(**settings, **more).args[0]
+    clone = model.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = lambda attention, *qkv, heads, **rest: (
+        attention_pytorch(*qkv, heads)
+    )
+    told = "attention override (optimized_attention_override) is not used in passes that the absorption watches"
+    for given, watching, expected in ((clone, absorption, True), (clone, None, False), (model, absorption, False)):
+        report = json.loads(rollout(model=given, absorption=watching, window_frames=12).args[2])
+        assert any(told in warning for warning in report["warnings"]) == expected
+
+
+def test_a_batch_index_at_the_noise_node_is_told(node, caplog):
+    noise = node("AdaStateNoise")(seed=5, chunk_frames=3).args[0]
+    latent = EmptyHunyuanLatentVideo.execute(32, 32, 9, 1).args[0]
+    with caplog.at_level(logging.WARNING, "adastate"):
+        plain = noise.generate_noise(latent)
+        assert not caplog.text
+        assert torch.equal(noise.generate_noise(latent | {"batch_index": [2]}), plain)
+    assert "the latent carries batch_index, which a rollout's noise does not use" in caplog.text
