@@ -112,6 +112,8 @@ class Job:
     def __init__(self, request: Request) -> None:
         self.request = request
         checks.check_model(request.model)
+        if request.start_latent is not None:
+            checks.check_latent("start_latent", request.start_latent)
         contexts = self._contexts()
         context = contexts[0][1]
         self.resolved = resolve(rollout_defaults(request.model), self._asked(), request.anchor)
@@ -239,7 +241,6 @@ class Job:
     def _given(self) -> torch.Tensor | None:
         if self.request.start_latent is None:
             return None
-        checks.check_latent("start_latent", self.request.start_latent)
         samples = self.request.start_latent["samples"]
         batch, height, width = self._latent_size
         if samples.ndim != 5 or samples.shape[1] != 16 or samples.shape[0] not in (1, batch) or not samples.shape[2]:

@@ -90,6 +90,8 @@ _NOT_CALLED = (
     "diffusion_model._forward",
     "diffusion_model.rope_encode",
 )
+# object patches beside the layers that are acted on, or that the docs say are not used
+_KNOWN_PATCHED = {"model_sampling", "manual_cast_dtype", "memory_required"}
 _ROPE_MODULE = "diffusion_model.rope_embedder"
 # conditioning keys that a rollout cannot honour, by the words a user knows them by
 _REFUSED_CONDITIONING = {
@@ -258,7 +260,7 @@ def _unknown(what: str, names: Sequence[str]) -> str:
 
 
 def unknown_options(patcher: Any, options: Mapping[str, Any] | None = None, sampled: bool = False) -> list[str]:
-    """A sentence each about options and callbacks of a MODEL that passed `check_model` and that nobody here knows."""
+    """A sentence each about what a MODEL that passed `check_model` carries and nobody here knows."""
     options = patcher.model_options if options is None else options
     inner = options.get("transformer_options", {})
     outer = [str(key) for key in options if key not in _KNOWN_OPTIONS | set(_CONTROL_OPTIONS)]
@@ -270,6 +272,14 @@ def unknown_options(patcher: Any, options: Mapping[str, Any] | None = None, samp
                 str(key)
                 for key in inner
                 if key not in _KNOWN_TRANSFORMER_OPTIONS | set(_REFUSED_OPTIONS) and not str(key).startswith("patches")
+            ],
+        ),
+        (
+            "the model carries the object patch",
+            [
+                name
+                for name in patcher.object_patches
+                if name not in _KNOWN_PATCHED and not name.startswith("diffusion_model")
             ],
         ),
         (

@@ -11,6 +11,7 @@ import logging
 import comfy.hooks
 import comfy.ldm.wan.model as host_wan
 import comfy.model_management
+import comfy.nested_tensor
 import pytest
 import torch
 from adastate_pack.adastate_core.anchors import AnchorAdaptive
@@ -220,6 +221,8 @@ def test_unknown_options_are_told_and_nothing_else_changes(rollout, model, posit
     clone = model.clone()
     clone.model_options["transformer_options"] |= {"tomorrows_key": 1, "sample_sigmas": SIGMAS, "block_index": 0}
     clone.model_options["another_key"] = {}
+    clone.add_object_patch("adm_channels", 0)
+    clone.add_object_patch("model_sampling", model.get_model_object("model_sampling"))
     clone.add_callback_with_key("on_something", "theirs", no_op)
     clone.add_callback_with_key("on_load_after", "theirs", no_op)
     known = json.loads(expected.args[2])["warnings"]
@@ -227,13 +230,13 @@ def test_unknown_options_are_told_and_nothing_else_changes(rollout, model, posit
     told = json.loads(out.args[2])["warnings"][len(known) :]
     assert torch.equal(out.args[0]["samples"], expected.args[0]["samples"])
     text, numbers = planned(clone)
-    assert json.loads(numbers)["warnings"][-3:] == told and all(warning in text for warning in told)
+    assert json.loads(numbers)["warnings"][-4:] == told and all(warning in text for warning in told)
     with caplog.at_level(logging.WARNING, "adastate"):
         sampled(clone, positive)
-    for name, warning in zip(("another_key", "tomorrows_key", "on_something"), told, strict=True):
+    for name, warning in zip(("another_key", "tomorrows_key", "adm_channels", "on_something"), told, strict=True):
         assert f" {name}, {UNKNOWN}" in warning
         assert f"{name}, {UNKNOWN}" in caplog.text
-    for harmless in ("sample_sigmas", "uuids", "block_index", "on_load_after", "to_load_options"):
+    for harmless in ("model_sampling", "sample_sigmas", "uuids", "block_index", "on_load_after", "to_load_options"):
         assert harmless not in caplog.text + str(told)
 
 
@@ -278,6 +281,9 @@ def test_a_noise_mask_on_start_latent_is_refused(rollout, monkeypatch):
         with pytest.raises(ValueError, match="start_latent carries a noise mask .* remove Set Latent Noise Mask"):
             rollout(start_latent=masked)
     assert not loads
+    nested = {"samples": comfy.nested_tensor.NestedTensor([given["samples"], torch.zeros(1, 8, 16)])}
+    with pytest.raises(ValueError, match="several latents at once"):
+        rollout(start_latent=nested)
     plain = rollout(start_latent=given)
     indexed = rollout(start_latent=given | {"batch_index": [3], "downscale_ratio_spacial": 8})
     assert torch.equal(indexed.args[0]["samples"], plain.args[0]["samples"])
@@ -354,6 +360,19 @@ def test_a_rollout_is_not_taken_for_another_packs_patch(rollout, model, positive
     planned(model)
     sampled(model, positive)
     assert torch.equal(rollout(anchor=AnchorAdaptive(1)).args[0]["samples"], first)
+
+
+def test_what_another_clone_left_loaded_is_not_this_models(rollout, model, positive):
+    """A clone with another attention was sampled with the host's own sampler before; the plain model does not have it."""
+    plain = rollout().args[0]["samples"]
+    theirs = model.clone()
+    theirs.add_object_patch("diffusion_model.blocks.1.cross_attn.forward", lambda x, context, **more: x)
+    comfy.model_management.load_models_gpu([theirs])
+    assert "<lambda>" in model.model.diffusion_model.blocks[1].cross_attn.forward.__qualname__
+    planned(model)
+    assert torch.equal(rollout().args[0]["samples"], plain)
+    comfy.model_management.load_models_gpu([theirs])
+    assert torch.equal(sampled(model, positive)["samples"], rollout(sigmas=SIGMAS).args[0]["samples"])
 
 
 def test_model_sampling_may_be_patched(rollout, model, positive):
