@@ -2,7 +2,8 @@
 
 A policy answers these questions when a chunk has been committed: does a content frame go to the anchor instead of
 the window (`slot_of`), what happens with a frame that leaves the window (`evicted`), what becomes of the clean state
-(`state_committed`), and what else changes then (`committed`). They act on one layer's cache.
+(`state_committed`), and what else changes then (`committed`). They act on the draft of one layer's cache, and take keys
+and values as sources, which make them when they are called: what a source of the window gives is gone after the commit.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
-    from .layer_slots import LayerSlots
+    from .layer_draft import LayerDraft
+    from .layer_slots import Source
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,16 @@ class Anchor:
         """First content frames whose keys and values are kept beside the cache, to be put into the window again."""
         return 0
 
-    def evicted(
-        self, layer: LayerSlots, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
-    ) -> None:
-        """Frame `frame` left the window of `layer`; raw key and value [B, P, heads * head_dim].
+    def evicted(self, layer: LayerDraft, frame: int, source: Source, place: tuple[int, int] = (0, 1)) -> None:
+        """Frame `frame` leaves the window of `layer`; `source` makes its raw key and value [B, P, heads * head_dim].
 
         `place` = (i, n): it is the i-th of n frames that leave at this commit.
         """
 
-    def state_committed(
-        self, layer: LayerSlots, keys: torch.Tensor, values: torch.Tensor, first_frame: int = 0
-    ) -> None:
-        """The clean state's raw keys and values [B, S, P, heads * head_dim] of the chunk from `first_frame` on are known."""
+    def state_committed(self, layer: LayerDraft, states: Sequence[Source], first_frame: int = 0) -> None:
+        """The clean state of the chunk from `first_frame` on is known: a source of raw key and value a state frame."""
 
-    def committed(self, layer: LayerSlots, first_frame: int, content_frames: int) -> None:
+    def committed(self, layer: LayerDraft, first_frame: int, content_frames: int) -> None:
         """Content frames `first_frame`... are in the cache, and what had to leave has left."""
 
     def bystander(self, end: int) -> Anchor:
@@ -105,10 +105,8 @@ class AnchorEMA(AnchorStatic):
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay is {self.decay}; it must lie between 0 (replace) and 1 (keep for good)")
 
-    def evicted(
-        self, layer: LayerSlots, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
-    ) -> None:
-        layer.blend_anchor(frame % self.sink_frames, key, value, 1.0 - self.decay)
+    def evicted(self, layer: LayerDraft, frame: int, source: Source, place: tuple[int, int] = (0, 1)) -> None:
+        layer.blend_anchor(frame % self.sink_frames, source, 1.0 - self.decay)
 
 
 @dataclass(frozen=True)
@@ -135,19 +133,21 @@ class AnchorMemory(AnchorStatic):
     def frames(self) -> int:
         return self.sink_frames + 2
 
-    def evicted(
-        self, layer: LayerSlots, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int] = (0, 1)
-    ) -> None:
+    def evicted(self, layer: LayerDraft, frame: int, source: Source, place: tuple[int, int] = (0, 1)) -> None:
         index, count = place
-        key, value = (t.float().mean(1, keepdim=True).expand_as(t) for t in (key, value))
+        key, value = (t.float().mean(1, keepdim=True).expand_as(t) for t in source())
+
+        def mean() -> tuple[torch.Tensor, torch.Tensor]:
+            return key, value
+
         for slot, rate in ((self.sink_frames, self.long_rate), (self.sink_frames + 1, self.short_rate)):
             if slot not in layer.anchor:
-                layer.set_anchor(slot, frame, key, value)
+                layer.set_anchor(slot, frame, mean)
             elif layer.anchor[slot].frame == frame - index:  # the first e is still being gathered
-                layer.blend_anchor(slot, key, value, 1.0 / (index + 1))
+                layer.blend_anchor(slot, mean, 1.0 / (index + 1))
             else:
                 share = rate / count  # what each of n frames has in the end, whichever order they come in
-                layer.blend_anchor(slot, key, value, share / (1.0 - (count - 1 - index) * share))
+                layer.blend_anchor(slot, mean, share / (1.0 - (count - 1 - index) * share))
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class AnchorReplay(Anchor):
         chosen = list(range(number * frames, (number + 1) * frames))
         return chosen[::-1] if back else chosen
 
-    def committed(self, layer: LayerSlots, first_frame: int, content_frames: int) -> None:
+    def committed(self, layer: LayerDraft, first_frame: int, content_frames: int) -> None:
         layer.keep_first(first_frame, content_frames)
         full = max(self.first_frames, layer.layer.window_frames)
         if first_frame >= full and layer.layer.window_frames >= 2 * content_frames:
@@ -222,23 +222,21 @@ class AnchorAdaptive(Anchor):
     def blends(self) -> bool:  # type: ignore[override]
         return self.strength < 1.0
 
-    def state_committed(
-        self, layer: LayerSlots, keys: torch.Tensor, values: torch.Tensor, first_frame: int = 0
-    ) -> None:
+    def state_committed(self, layer: LayerDraft, states: Sequence[Source], first_frame: int = 0) -> None:
         if self.freeze_frame and first_frame >= self.freeze_frame and layer.anchor:
             return
         for slot in range(self.state_frames):
             if self.strength < 1.0 and slot in layer.anchor:
-                layer.blend_anchor(slot, keys[:, slot], values[:, slot], self.strength)
+                layer.blend_anchor(slot, states[slot], self.strength)
             else:
-                layer.set_anchor(slot, slot, keys[:, slot], values[:, slot])
+                layer.set_anchor(slot, slot, states[slot])
 
     def bystander(self, end: int) -> Anchor:
         if self.freeze_frame and end >= self.freeze_frame:
             return Anchor()
         return AnchorAdaptive(self.state_frames, self.state_after_past)
 
-    def committed(self, layer: LayerSlots, first_frame: int, content_frames: int) -> None:
+    def committed(self, layer: LayerDraft, first_frame: int, content_frames: int) -> None:
         end = first_frame + content_frames
         if self.reset_frames and first_frame // self.reset_frames != end // self.reset_frames:
             layer.anchor.clear()

@@ -18,14 +18,15 @@ item; of equal ones the older token is taken. Chosen tokens stay in the order of
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .anchors import Anchor, AnchorDeep
+from .anchors import AnchorDeep
 from .cache_plan import CachePlan, LayerPlan
-from .layer_slots import LayerSlots, LayerSnapshot, Receiver, Slot, to_cpu
+from .layer_slots import LayerSlots, LayerSnapshot, Slot, Source, to_cpu, write_turned
 from .rope import Layout, Rope, Turn
 
 if TYPE_CHECKING:
@@ -138,24 +139,29 @@ class DeepLayer(LayerSlots):
         """The passes of a chunk begin; what an interrupted one chose is forgotten."""
         self.compressed = False
 
-    def rotate_to(self, layout: Layout, rope: Rope, heads: int) -> None:
-        """Rotate what entered since: sink slots and frames of home to their place in a row, 0, 1, 2, ..."""
+    def turns(self, layout: Layout, rope: Rope, heads: int) -> Iterator[Callable[[], None]]:
+        """Writes that rotate what entered since: sink slots and frames of home to their place in a row, 0, 1, 2, ..."""
         for slot, entry in self.anchor.items():
             to = layout.anchor(slot, entry.frame)
             if entry.position != to:
-                index = self.anchor_index(slot)
-                self._rotate(self.k[:, index], rope.turn([entry.position], [to]), self.k[:, index], heads)
-                entry.position = to
+                key = self.k[:, self.anchor_index(slot)]
+                turned = self._rotated(key, rope.turn([entry.position], [to]), heads)
+                yield partial(write_turned, key, turned, [(entry, to)])
         for i, entry in self.window.items():
             to = len(self.anchor) + i
             if entry.position != to:
-                self._rotate(self.raw[:, i], rope.turn(None, [to]), self.k[:, self.home_index(i)], heads)
-                entry.position = to
+                turned = self._rotated(self.raw[:, i], rope.turn(None, [to]), heads)
+                yield partial(write_turned, self.k[:, self.home_index(i)], turned, [(entry, to)])
 
     @staticmethod
-    def _rotate(keys: torch.Tensor, turn: Turn, out: torch.Tensor, heads: int) -> None:
-        """Keys [B, N, width] turned into `out` of the same shape."""
-        out.copy_(Rope.rotate(keys.unflatten(-1, (heads, -1)), turn).flatten(2))
+    def _rotated(keys: torch.Tensor, turn: Turn, heads: int) -> torch.Tensor:
+        """Keys [B, N, width], turned."""
+        return Rope.rotate(keys.unflatten(-1, (heads, -1)), turn).flatten(2)
+
+    @classmethod
+    def _rotate(cls, keys: torch.Tensor, turn: Turn, out: torch.Tensor, heads: int) -> None:
+        """The same into `out` of the same shape."""
+        out.copy_(cls._rotated(keys, turn, heads))
 
     def see(self, q: torch.Tensor, layout: Layout, rope: Rope, heads: int, clean: bool) -> None:
         """A pass's queries [B, N, width], normed and not rotated, before it reads: choose if that is due, and keep the
@@ -186,7 +192,7 @@ class DeepLayer(LayerSlots):
         order = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True).indices
         self.picked.copy_(order[:, : self.picked.shape[1]].sort(dim=1).values)
 
-    def _picked_ids(self) -> torch.Tensor:
+    def picked_ids(self) -> torch.Tensor:
         """[B, C * P] `ids` of the picked tokens."""
         tokens = self.plan.tokens
         frames = torch.tensor([slot.frame for slot in self.window.values()], device=self.device)
@@ -203,7 +209,7 @@ class DeepLayer(LayerSlots):
         """Put picked tokens and the newest frames at the places in time that they have in the chunk's passes."""
         tokens, start, first = self.plan.tokens, self.staged_start, len(self.anchor)
         chosen = slice(start, start + self.chosen_frames)
-        ids = self._picked_ids()
+        ids = self.picked_ids()
         if self.shift:
             row = torch.arange(self.chosen_frames, device=self.device).repeat_interleave(tokens)
             places, which = range(first, first + self.chosen_frames), row.expand_as(ids)
@@ -251,75 +257,50 @@ class DeepLayer(LayerSlots):
         frames = keys.shape[1] // self.plan.tokens
         self.k[:, self.current_start : self.current_start + frames].copy_(keys.unflatten(1, (frames, -1)))
 
-    def commit(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
-        """Cache what a clean pass staged; what the chunk did not choose is forgotten here."""
-        if self.compressed:
-            self._settle()
-        for i in range(content_frames):
-            key, value = self._staged(i)
-            slot = anchor.slot_of(first_frame + i)
-            if slot is not None:
-                self.set_anchor(slot, first_frame + i, key, value)
-            else:
-                index = self.count
-                self._enter(index, key, value)
-                self.window[index] = Slot(first_frame + i)
-        queries = torch.cat([self.queries, self.new_queries[:, :content_frames]], 1)
-        self.queries.copy_(queries[:, queries.shape[1] - self.recent :])
-        anchor.committed(self, first_frame, content_frames)
-
-    def _settle(self) -> None:
-        """Home becomes what is in `staged`."""
-        first, count, tokens = len(self.anchor), self.count, self.plan.tokens
-        ids, raw = self._picked_ids(), self._gathered(self.raw, self.picked)
-        self.ids.copy_(ids)
-        self.raw[:, : self.chosen_frames].copy_(raw.unflatten(1, (self.chosen_frames, tokens)))
-        for j in range(self.recent):
-            self.raw[:, self.chosen_frames + j].copy_(self.raw[:, count - self.recent + j])
-        for i in range(self.layer.staged_frames):
-            for buffer in (self.k, self.v):
-                buffer[:, self.home_index(i)].copy_(buffer[:, self.staged_start + i])
-        frames = [slot.frame for slot in self.window.values()][len(self.window) - self.recent :]
-        places = range(self.chosen_frames, self.layer.staged_frames)
-        self.window = OrderedDict((i, Slot(f, first + i)) for i, f in zip(places, frames, strict=True))
-        self.chosen, self.compressed = self.chosen_frames, False
-
     def flush(self, keep: int) -> None:
         """Forget home but for its `keep` newest frames, chosen tokens too; the sink stays."""
         self.chosen, self.compressed = 0, False
         super().flush(keep)
 
-    def _staged(self, frames: int | slice) -> tuple[torch.Tensor, torch.Tensor]:
-        start = self.current_start
-        index = frames + start if isinstance(frames, int) else slice(frames.start + start, frames.stop + start)
+    def scratch(self) -> torch.Tensor | None:
+        """[B, C * P, width]: chosen tokens on their way."""
+        return self.raw.new_empty((self.plan.batch, self.chosen_frames * self.plan.tokens, self.plan.width))
+
+    def staged(self, frame: int) -> tuple[torch.Tensor, torch.Tensor]:
+        index = self.current_start + frame
         return self.k[:, index], self.v[:, index]
 
-    def _leaving(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def leaving(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.raw[:, ring], self.v[:, self.home_index(ring)]
 
-    def _enter(self, ring: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def shown(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.leaving(ring)
+
+    def shown_position(self, slot: Slot) -> float | None:
+        return None
+
+    def enter(self, ring: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self.raw[:, ring].copy_(key)
         self.v[:, self.home_index(ring)].copy_(value)
 
     def _take(self, ring: int) -> list[torch.Tensor]:
-        return [t.clone() for t in (*self._leaving(ring), self.k[:, self.home_index(ring)])]
+        return [t.clone() for t in (*self.leaving(ring), self.k[:, self.home_index(ring)])]
 
     def _place(self, ring: int, taken: list[torch.Tensor]) -> None:
         raw, value, key = taken
-        self._enter(ring, raw, value)
+        self.enter(ring, raw, value)
         self.k[:, self.home_index(ring)].copy_(key)
 
-    def set_anchor(self, slot: int, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
         index = self.anchor_index(slot)
         self.k[:, index].copy_(key)
         self.v[:, index].copy_(value)
-        self.anchor[slot] = Slot(frame)
 
-    def blend_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor, weight: float) -> None:
+    def blend(self, slot: int, source: Source, weight: float, scratch: torch.Tensor) -> None:
         raise TypeError("a deep sink is never blended")
 
-    def hand_over(self, ring: int, receiver: Receiver) -> None:
-        receiver(self.window[ring].frame, None, *self._leaving(ring))
+    def write_blended(self, slot: int, scratch: torch.Tensor) -> None:
+        raise TypeError("a deep sink is never blended")
 
     def _order(self, anchors: int, count: int) -> list[int]:
         return [*(self.anchor_index(slot) for slot in range(anchors)), *(self.home_index(i) for i in range(count))]

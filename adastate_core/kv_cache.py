@@ -17,14 +17,19 @@ That is the way with everything in the compute dtype on the device; the others a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
+from .anchors import Anchor
 from .cache_plan import HOST, CachePlan, LayerPlan
+from .deep_draft import DeepDraft
 from .deep_sink import DeepLayer
 from .kv_storage import StoredLayer, Workspace, check_cache_dtype
-from .layer_slots import LayerSlots, LayerSnapshot, Receiver, Slot, runs, to_cpu, with_copies
+from .layer_draft import LayerDraft
+from .layer_slots import LayerSlots, LayerSnapshot, Slot, Source, runs, to_cpu, with_copies, write_turned
 from .rope import Layout, Rope
+from .steps import Step, Steps
 
 __all__ = ["KVCache", "LayerCache", "LayerSnapshot"]
 
@@ -60,16 +65,16 @@ class LayerCache(LayerSlots):
             "replay": 0 if self.first_frames is None else self.first_frames.nbytes,
         }
 
-    def rotate_to(self, layout: Layout, rope: Rope, heads: int) -> None:
-        """Bring every cached key to its position in `layout`; work is done only where a position changed."""
+    def turns(self, layout: Layout, rope: Rope, heads: int) -> Iterator[Callable[[], None]]:
+        """Writes that bring every cached key to its position in `layout`, one after another; only where it changed."""
         anchor, window = self.wanted(layout)
-        self._turn(anchor, 0, self.blend_k, rope, heads)
-        self._turn(window, self.window_start, self.raw, rope, heads)
+        yield from self._turns(anchor, 0, self.blend_k, rope, heads)
+        yield from self._turns(window, self.window_start, self.raw, rope, heads)
 
-    def _turn(
+    def _turns(
         self, entries: dict[int, tuple[Slot, float]], start: int, raw: torch.Tensor | None, rope: Rope, heads: int
-    ) -> None:
-        """Rotate keys at `start + offset` from `raw` (same offsets) if there is one, else in place.
+    ) -> Iterator[Callable[[], None]]:
+        """Keys at `start + offset`, from `raw` (same offsets) if there is one, else in place.
 
         A key that is rotated already and has no raw copy is turned by the difference.
         """
@@ -81,9 +86,7 @@ class LayerCache(LayerSlots):
             came = None if raw is not None else [moved[o][0].position for o in run]
             turn = rope.turn(came, [moved[o][1] for o in run])
             turned = rope.rotate(source.flatten(1, 2).unflatten(-1, (heads, -1)), turn)
-            target.copy_(turned.reshape(target.shape))
-            for o in run:
-                moved[o][0].position = moved[o][1]
+            yield partial(write_turned, target, turned.reshape(target.shape), [moved[o] for o in run])
 
     def keep_raw_current(self, keys: torch.Tensor) -> None:
         """After a clean pass has attended: what is staged to be cached are the un-rotated keys."""
@@ -115,16 +118,21 @@ class LayerCache(LayerSlots):
         small.first_frames = self.first_frames
         return small
 
-    def _staged(self, frames: int | slice) -> tuple[torch.Tensor, torch.Tensor]:
-        start = self.current_start
-        index = frames + start if isinstance(frames, int) else slice(frames.start + start, frames.stop + start)
+    def staged(self, frame: int) -> tuple[torch.Tensor, torch.Tensor]:
+        index = self.current_start + frame
         return self.k[:, index], self.v[:, index]
 
-    def _leaving(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def leaving(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
         raw = self.k[:, self.window_start + ring] if self.raw is None else self.raw[:, ring]
         return raw, self.v[:, self.window_start + ring]
 
-    def _enter(self, ring: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def shown(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.leaving(ring)
+
+    def shown_position(self, slot: Slot) -> float | None:
+        return slot.position if self.raw is None else None
+
+    def enter(self, ring: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self.k[:, self.window_start + ring].copy_(key)
         self.v[:, self.window_start + ring].copy_(value)
         if self.raw is not None:
@@ -142,29 +150,24 @@ class LayerCache(LayerSlots):
         index = self.window_start + ring
         return [(self.k, index), (self.v, index), *([(self.raw, ring)] if self.raw is not None else [])]
 
-    def hand_over(self, ring: int, receiver: Receiver) -> None:
-        """Show a window frame to `receiver`, its key raw if there is a raw copy."""
-        slot, value = self.window[ring], self.v[:, self.window_start + ring]
-        if self.raw is not None:
-            receiver(slot.frame, None, self.raw[:, ring], value)
-        else:
-            receiver(slot.frame, slot.position, self.k[:, self.window_start + ring], value)
-
-    def set_anchor(self, slot: int, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
         index = self.anchor_index(slot)
         self.k[:, index].copy_(key)
         self.v[:, index].copy_(value)
         if self.blend_k is not None:
             self.blend_k[:, index].copy_(key)
             self.blend_v[:, index].copy_(value)
-        self.anchor[slot] = Slot(frame)
 
-    def blend_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor, weight: float) -> None:
+    def blend(self, slot: int, source: Source, weight: float, scratch: torch.Tensor) -> None:
         index = self.anchor_index(slot)
-        self.blend_k[:, index].lerp_(key.float(), weight)
-        self.blend_v[:, index].lerp_(value.float(), weight)
-        self.v[:, index].copy_(self.blend_v[:, index])
-        self.anchor[slot].position = None
+        for held, one, (raw, out) in zip((self.blend_k, self.blend_v), source(), scratch, strict=True):
+            torch.lerp(held[:, index], raw.copy_(one), weight, out=out)
+
+    def write_blended(self, slot: int, scratch: torch.Tensor) -> None:
+        index = self.anchor_index(slot)
+        self.blend_k[:, index].copy_(scratch[0, 1])
+        self.blend_v[:, index].copy_(scratch[1, 1])
+        self.v[:, index].copy_(scratch[1, 1])
 
     def _order(self, anchor_slots: tuple[int, ...], ring_slots: tuple[int, ...]) -> list[int]:
         return [self.anchor_index(s) for s in anchor_slots] + [self.window_start + r for r in ring_slots]
@@ -248,6 +251,12 @@ class KVCache:
         """The same in host memory (compare with `plan.host_bytes`)."""
         return sum(size for name, size in self.bytes().items() if name.startswith(HOST))
 
+    def start_chunk(self) -> None:
+        """Before the passes of a chunk; what an interrupted one chose is forgotten."""
+        for layer in self.layers:
+            if layer.selects:
+                layer.start_chunk()
+
     def begin(self) -> None:
         """A pass over all layers starts."""
         if self.workspace is not None:
@@ -257,6 +266,32 @@ class KVCache:
         """It is this layer's turn in the pass: its `read` gives its keys and values until the next one's turn."""
         if self.workspace is not None:
             self.workspace.open(self.layers, layer)
+
+    def turns(self, layout: Layout, rope: Rope) -> Iterator[Step]:
+        """Steps that bring every cached key to its position in `layout`, each to be run before the next is made."""
+        for index, layer in enumerate(self.layers):
+            for write in layer.turns(layout, rope, self.heads):
+                yield Step(index, write)
+
+    def prepared(
+        self, anchor: Anchor, first_frame: int, content_frames: int
+    ) -> tuple[list[Step], list[Callable[[], None]]]:
+        """(steps that cache what a kept pass staged, what to call after them). Nothing is changed yet, and it may fail."""
+        scratch = next((made for layer in self.layers if (made := layer.scratch()) is not None), None)
+        steps, left = [], []
+        for index, layer in enumerate(self.layers):
+            draft = (DeepDraft if layer.selects else LayerDraft)(layer, scratch)
+            draft.fill(anchor, first_frame, content_frames, self.plan.state_frames)
+            steps += [Step(index, write) for write in draft.writes]
+            left += draft.left
+        return steps, left
+
+    def commit(self, anchor: Anchor, first_frame: int, content_frames: int) -> None:
+        """Cache what a kept pass staged, at once."""
+        steps, left = self.prepared(anchor, first_frame, content_frames)
+        Steps(steps).run()
+        for told in left:
+            told()
 
     def fit(self) -> None:
         """After `plan` and layers were changed: what they share takes the size that the plan says."""
@@ -290,7 +325,13 @@ class KVCache:
         return tuple(layer.snapshot() for layer in self.layers)
 
     def restore(self, saved: tuple[LayerSnapshot, ...]) -> None:
+        """Take over what `snapshot` gave. ValueError if it does not fit."""
+        Steps(self.restores(saved)).run()
+
+    def restores(self, saved: tuple[LayerSnapshot, ...]) -> list[Step]:
+        """The steps of `restore`."""
         if len(saved) != len(self.layers):
             raise ValueError(f"the state holds {len(saved)} layers, the model has {len(self.layers)}")
-        for layer, snapshot in zip(self.layers, saved, strict=True):
-            layer.restore(snapshot)
+        return [
+            Step(i, partial(layer.restore, one)) for i, (layer, one) in enumerate(zip(self.layers, saved, strict=True))
+        ]

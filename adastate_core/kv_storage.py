@@ -7,12 +7,13 @@ memory they land in one of two device buffers first, the next layer's while this
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from .cache_plan import CachePlan, LayerPlan, StoreSize
-from .layer_slots import LayerSlots, LayerSnapshot, Receiver, Slot, to_cpu, without_copies
+from .layer_slots import LayerSlots, LayerSnapshot, Slot, Source, to_cpu, without_copies
 from .rope import Layout, Rope, Turn
 
 # dtype and largest code
@@ -139,13 +140,17 @@ class Workspace:
         self.fit(plan)
 
     def fit(self, plan: CachePlan) -> None:
-        """Have the size that `plan` says; what is in it is lost."""
-        self.k = self.v = None
+        """Have the size that `plan` says; what is in it is lost. If there is no room, the next pass tries again."""
+        self.plan, self.k, self.v = plan, None, None
         self.landings: list[_Landing] = []
+        self._allocate()
+
+    def _allocate(self) -> None:
+        plan = self.plan
         shape = (plan.batch, plan.most_slots, plan.tokens, plan.width)
-        self.k, self.v = (torch.zeros(shape, dtype=plan.dtype, device=self.device) for _ in range(2))
-        if self.host:
-            self.landings = [_Landing(plan, self.device, self.side) for _ in range(2)]
+        k, v = (torch.zeros(shape, dtype=plan.dtype, device=self.device) for _ in range(2))
+        self.landings = [_Landing(plan, self.device, self.side) for _ in range(2)] if self.host else []
+        self.k, self.v = k, v
 
     def bytes(self) -> dict[str, int]:
         """Bytes really allocated, by the plan's names."""
@@ -154,6 +159,8 @@ class Workspace:
 
     def begin(self, layers: list[StoredLayer]) -> None:
         """A pass starts: what was fetched before may be stale."""
+        if self.k is None:
+            self._allocate()
         for landing in self.landings:
             landing.layer = None
         if self.side is not None:
@@ -174,9 +181,10 @@ class Workspace:
         here.use(layers[index])
 
     def settle(self) -> None:
-        """Wait until host memory holds what was written to it."""
+        """Wait until host memory holds what was written to it, and nothing reads it any more."""
         if self.side is not None:
             torch.cuda.current_stream(self.device).synchronize()
+            self.side.synchronize()
 
 
 class StoredLayer(LayerSlots):
@@ -217,8 +225,8 @@ class StoredLayer(LayerSlots):
         low = self.first_ring - (0 if self.layer.blend_frames else len(self.anchor))
         return low, self.first_ring + self.held
 
-    def rotate_to(self, layout: Layout, rope: Rope, heads: int) -> None:
-        """Make the turns that bring every stored key to its position in `layout` when it is expanded."""
+    def turns(self, layout: Layout, rope: Rope, heads: int) -> Iterator[Callable[[], None]]:
+        """Make the turns that bring every stored key to its position in `layout` when it is expanded; nothing is written."""
         for i, entries in enumerate(self.wanted(layout)):
             ordered = [entries[index] for index in sorted(entries)]
             to = [position for _, position in ordered]
@@ -226,6 +234,7 @@ class StoredLayer(LayerSlots):
                 self._turns[i] = rope.turn(None, to) if to else None
             else:
                 self._turns[i] = Turn.joined([_turn(rope, slot.position, position) for slot, position in ordered])
+        return iter(())
 
     def expand(self, source: Store) -> None:
         """Fill the scratch with this layer's frames out of `source`, which is its store or a copy of it."""
@@ -289,23 +298,32 @@ class StoredLayer(LayerSlots):
                 self.store.scales[index, i].copy_(scale, non_blocking=True)
             self.store.codes[index, i].copy_(x, non_blocking=True)
 
-    def _stored(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def leaving(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value [B, P, width] of a ring slot on the device: float32 out of 8 bits, else the compute dtype."""
         index = self.first_ring + ring
         codes = self.store.codes[index].to(self.device, non_blocking=True)
         if self.store.scales is not None:
-            scale = self.store.scales[index].to(self.device, non_blocking=True)[:, :, None, :, None]
-            codes = (codes.float().unflatten(-1, (self.plan.heads, -1)) * scale).flatten(-2)
+            codes = self._unpacked(codes, self.store.scales[index].to(self.device, non_blocking=True))
         return codes[0], codes[1]
 
-    def _staged(self, frames: int | slice) -> tuple[torch.Tensor, torch.Tensor]:
-        staged = self.staging[frames].to(self.device, non_blocking=True)
-        return staged.unbind(0) if isinstance(frames, int) else tuple(t.transpose(0, 1) for t in staged.unbind(1))
+    def staged(self, frame: int) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = self.staging[frame].to(self.device, non_blocking=True)
+        return key, value
 
-    def _leaving(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._stored(ring)
+    def as_stored(self, source: Source) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.store.scales is None:
+            return source()
+        key, value = (self._unpacked(*quantised(x, self.plan.heads, self.plan.cache_dtype)) for x in source())
+        return key, value
 
-    def _enter(self, ring: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _unpacked(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Float32 [..., P, width] of 8-bit codes and their scales [..., heads]."""
+        return (codes.float().unflatten(-1, (self.plan.heads, -1)) * scale[..., None, :, None]).flatten(-2)
+
+    def shown(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.leaving(ring)
+
+    def enter(self, ring: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self._put(self.first_ring + ring, key, value)
 
     def _take(self, ring: int) -> list[torch.Tensor]:
@@ -318,25 +336,23 @@ class StoredLayer(LayerSlots):
         for held, one in zip([t for t in (store.codes, store.scales) if t is not None], taken, strict=True):
             held[index].copy_(one)
 
-    def hand_over(self, ring: int, receiver: Receiver) -> None:
-        slot = self.window[ring]
-        receiver(slot.frame, slot.position, *(x.to(self.plan.dtype) for x in self._stored(ring)))
-
-    def set_anchor(self, slot: int, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
         index = self.anchor_index(slot)
         if self.store.blend is None:
             self._put(index, key, value)
         else:
             for i, x in enumerate((key, value)):
                 self.store.blend[index, i].copy_(x.float(), non_blocking=True)
-        self.anchor[slot] = Slot(frame)
 
-    def blend_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor, weight: float) -> None:
+    def blend(self, slot: int, source: Source, weight: float, scratch: torch.Tensor) -> None:
+        held = self.store.blend[self.anchor_index(slot)].to(self.device, non_blocking=True)
+        for kept, one, (raw, out) in zip(held, source(), scratch, strict=True):
+            torch.lerp(kept, raw.copy_(one), weight, out=out)
+
+    def write_blended(self, slot: int, scratch: torch.Tensor) -> None:
         index = self.anchor_index(slot)
-        blended = self.store.blend[index].to(self.device, non_blocking=True)
-        for i, x in enumerate((key, value)):
-            blended[i].lerp_(x.float(), weight)
-        self.store.blend[index].copy_(blended, non_blocking=True)
+        for i, (_, blended) in enumerate(scratch):
+            self.store.blend[index, i].copy_(blended, non_blocking=True)
 
     def _order(self, anchor_slots: tuple[int, ...], ring_slots: tuple[int, ...]) -> list[int]:
         anchors = [] if self.layer.blend_frames else [self.anchor_index(slot) for slot in anchor_slots]
@@ -358,6 +374,7 @@ class StoredLayer(LayerSlots):
 
     def restore(self, saved: LayerSnapshot) -> None:
         """Take over a snapshot of a layer with the same plan; the snapshot stays as it is."""
+        self.workspace.settle()
         if self.store.scales is None:
             saved = without_copies(saved, blends=bool(self.layer.blend_frames))
         plan, order = self.plan, self._order(saved.anchor_slots, saved.ring_slots)

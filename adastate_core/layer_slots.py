@@ -15,12 +15,14 @@ from typing import ClassVar
 
 import torch
 
-from .anchors import Anchor
 from .cache_plan import CachePlan, LayerPlan
 from .rope import Layout
 
-# told (frame, position, key, value) of a frame; a position of None: the key is raw
-Receiver = Callable[[int, float | None, torch.Tensor, torch.Tensor], None]
+# raw key and value [B, P, width] of a frame, made when they are asked for
+Source = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+# given (frame, position, key, value) of a frame that is to leave, its key raw where position is None: copies what it wants
+# to keep, and returns what is to be called once the frame has left
+Receiver = Callable[[int, float | None, torch.Tensor, torch.Tensor], Callable[[], None]]
 
 
 @dataclass
@@ -68,7 +70,7 @@ class LayerSlots(ABC):
 
     def __init__(self, plan: CachePlan, layer: LayerPlan, device: torch.device) -> None:
         self.plan, self.layer, self.device = plan, layer, device
-        # told of every frame that leaves the window
+        # told of every frame that is to leave the window
         self.on_evict: Receiver | None = None
         self.anchor: dict[int, Slot] = {}
         self.pinned: OrderedDict[int, Slot] = OrderedDict()  # ring slot -> frame; always the first ring slots
@@ -125,41 +127,19 @@ class LayerSlots(ABC):
         newest = ordered[max(layer.pinned_frames, len(ordered) - layer.window_frames) :]
         return ordered[: layer.pinned_frames] + newest
 
-    def commit(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
-        """Cache what a clean pass staged: content enters, the oldest leave, then the policy sets the anchor."""
-        slots = {f: anchor.slot_of(f) for f in range(first_frame, first_frame + content_frames)}
-        slots = {f: slot for f, slot in slots.items() if slot is not None and slot < self.layer.anchor_frames}
-        leaving = max(0, self.held + content_frames - len(slots) - self.layer.ring_frames)
-        left = 0
-        for i in range(content_frames):
-            frame = first_frame + i
-            key, value = self._staged(state_frames + i)
-            if frame in slots:
-                self.set_anchor(slots[frame], frame, key, value)
-            else:
-                left += self._push(anchor, frame, key, value, (left, leaving))
-        if state_frames and self.layer.anchor_frames:
-            anchor.state_committed(self, *self._staged(slice(0, state_frames)), first_frame)
-        anchor.committed(self, first_frame, content_frames)
+    def scratch(self) -> torch.Tensor | None:
+        """What a draft needs beside the buffers, fit for all layers of the plan; None where it needs nothing."""
+        if not self.layer.blend_frames:
+            return None
+        return torch.empty((2, 2, *self._frame_shape), dtype=torch.float32, device=self.device)
 
-    def _push(self, anchor: Anchor, frame: int, key: torch.Tensor, value: torch.Tensor, place: tuple[int, int]) -> bool:
-        """Put a frame into the window; whether one left for it, `place` being which of how many that leave."""
-        if self.layer.window_frames == 0:
-            anchor.evicted(self, frame, key, value, place)
-            if self.on_evict is not None:
-                self.on_evict(frame, None, key, value)
-            return True
-        ring = self.held
-        full = ring == self.layer.ring_frames
-        if full:
-            if self.on_evict is not None:
-                self.hand_over(next(iter(self.window)), self.on_evict)
-            ring, oldest = self.window.popitem(last=False)
-            if anchor.blends:
-                anchor.evicted(self, oldest.frame, *self._leaving(ring), place)
-        self._enter(ring, key, value)
-        self.window[ring] = Slot(frame)
-        return full
+    @property
+    def _frame_shape(self) -> tuple[int, int, int]:
+        return self.plan.batch, self.plan.tokens, self.plan.width
+
+    def take_books(self, anchor: dict[int, Slot], pinned: dict[int, Slot], window: dict[int, Slot]) -> None:
+        """Which frame lies where from now on."""
+        self.anchor, self.pinned, self.window = anchor, pinned, window
 
     def flush(self, keep: int) -> None:
         """Forget the window but for its `keep` newest frames; the anchor and pinned frames stay."""
@@ -171,18 +151,14 @@ class LayerSlots(ABC):
             self._place(ring, taken[i])
             self.window[ring] = slot
 
-    def keep_first(self, first_frame: int, content_frames: int) -> None:
-        """Keep raw keys and values of those staged content frames that are among the first `replay_frames`."""
-        for i in range(min(content_frames, self.layer.replay_frames - first_frame)):
-            for kept, staged in zip(self.first_frames, self._staged(self.plan.state_frames + i), strict=True):
-                kept[first_frame + i].copy_(staged)
+    def write_first(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep the raw key and value [B, P, width] of the video's frame `index` for a replay."""
+        for kept, one in zip(self.first_frames, (key, value), strict=True):
+            kept[index].copy_(one)
 
-    def replay(self, source: int, frame: int) -> None:
-        """Put the kept first frame `source` in the place, and at the positions, of window frame `frame`."""
-        ring = next((ring for ring, slot in self.window.items() if slot.frame == frame), None)
-        if ring is not None:
-            self._enter(ring, *self.first_frames[:, source])
-            self.window[ring].position = None
+    def first_frame(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw key and value [B, P, width] that `write_first` kept."""
+        return self.first_frames[0, index], self.first_frames[1, index]
 
     def write_current(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stage the pass's own rotated keys and values [B, n * P, width]; n <= S + F frames."""
@@ -212,16 +188,28 @@ class LayerSlots(ABC):
         return self.k[:, slots].flatten(1, 2), self.v[:, slots].flatten(1, 2)
 
     @abstractmethod
-    def _staged(self, frames: int | slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raw key and value that a clean pass staged: of one frame [B, P, width], of a slice [B, n, P, width]."""
+    def staged(self, frame: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw key and value [B, P, width] of a frame that a kept pass staged, state frames first."""
+
+    def as_stored(self, source: Source) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `leaving` would give of a frame once it had been entered."""
+        return source()
 
     @abstractmethod
-    def _leaving(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def leaving(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw key and value [B, P, width] of a ring slot."""
 
     @abstractmethod
-    def _enter(self, ring: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Put a raw key and value [B, P, width] into a ring slot."""
+    def shown(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value [B, P, width] of a ring slot for whoever remembers it, the key at `shown_position`."""
+
+    def shown_position(self, slot: Slot) -> float | None:
+        """Where the key that `shown` gives of this slot is rotated to (None: raw)."""
+        return slot.position
+
+    @abstractmethod
+    def enter(self, ring: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write a raw key and value [B, P, width] to a ring slot."""
 
     @abstractmethod
     def _take(self, ring: int) -> list[torch.Tensor]:
@@ -232,16 +220,22 @@ class LayerSlots(ABC):
         """Put what `_take` took into a ring slot."""
 
     @abstractmethod
-    def set_anchor(self, slot: int, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Put a raw key and value [B, P, width] into an anchor slot."""
+    def write_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write a raw key and value [B, P, width] to an anchor slot."""
 
     @abstractmethod
-    def blend_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor, weight: float) -> None:
-        """Move a float32 anchor slot by `weight` towards a raw key and value [B, P, width]."""
+    def blend(self, slot: int, source: Source, weight: float, scratch: torch.Tensor) -> None:
+        """Make in `scratch` what a float32 anchor slot becomes when it moves by `weight` towards a raw key and value."""
 
     @abstractmethod
-    def hand_over(self, ring: int, receiver: Receiver) -> None:
-        """Show a window frame to `receiver`, in the compute dtype."""
+    def write_blended(self, slot: int, scratch: torch.Tensor) -> None:
+        """Write what `blend` made to the anchor slot."""
+
+    def hand_over(self, ring: int, receiver: Receiver) -> Callable[[], None]:
+        """Show a window frame to `receiver`; what that returned."""
+        slot = self.window[ring]
+        key, value = (t.to(self.plan.dtype) for t in self.shown(ring))
+        return receiver(slot.frame, self.shown_position(slot), key, value)
 
     def _snapshot_of(self, tensors: dict[str, torch.Tensor]) -> LayerSnapshot:
         slots = [*self.anchor.values(), *self.pinned.values(), *self.window.values()]
@@ -314,6 +308,13 @@ def with_copies(saved: LayerSnapshot, keep_raw: bool, blends: bool) -> LayerSnap
             rounded = tensors[f"blend_{name}"][:, slots].to(tensors[name].dtype)
             tensors[name] = torch.cat([rounded, tensors[name]], 1)
     return replace(saved, tensors=tensors)
+
+
+def write_turned(target: torch.Tensor, turned: torch.Tensor, moved: list[tuple[Slot, float]]) -> None:
+    """Put rotated keys in their place, and note in the books where they are rotated to."""
+    target.copy_(turned)
+    for slot, position in moved:
+        slot.position = position
 
 
 def to_cpu(frames: Iterable[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

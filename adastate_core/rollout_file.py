@@ -17,7 +17,7 @@ from .rollout import RolloutState
 
 FORMAT = "adastate.rollout"
 VERSION = 1
-OPTIONAL = ("hidden", "latents", "recent", "noisy")
+OPTIONAL = ("hidden", "latents", "recent", "noisy", "given")
 _UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, AttributeError, OverflowError, ValueError)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -23,13 +24,21 @@ class Schedule:
     """The sigmas of the noisy passes (descending, each in (0, 1]) and the timestep of the clean pass.
 
     `first_sigmas`, if there are any, are those of the first generated chunk (Causal-Forcing++'s 1- and 2-step weights).
+    Noisy passes see the past as the clean ones left it. The steps in `kept` have a past at their own noise level: they see
+    what they themselves made of the chunks before, and no other pass does.
     """
 
     sigmas: tuple[float, ...]
     context_timestep: float = 0.0
     first_sigmas: tuple[float, ...] = ()
+    kept: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.kept and (self.first_sigmas or sorted({*self.kept} & {*range(len(self.sigmas))}) != list(self.kept)):
+            raise ValueError(
+                f"steps {list(self.kept)} are to have a past of their own; they must be steps of the {len(self.sigmas)} that every "
+                "chunk takes, in order"
+            )
         if self.first_sigmas:
             Schedule(self.first_sigmas)
         if not self.sigmas:
@@ -67,6 +76,14 @@ class Schedule:
         """The sigmas of generated chunk `chunk`."""
         return self.first_sigmas if chunk == 0 and self.first_sigmas else self.sigmas
 
+    def own_past(self, step: int) -> int | None:
+        """Which of the pasts beside the clean one noisy pass `step` sees and enters, from 1 on; None: it sees the clean one."""
+        return self.kept.index(step) + 1 if step in self.kept else None
+
+    def solver(self, chunk: int, noises: torch.Tensor) -> Solver:
+        """A fresh solver for generated chunk `chunk`; `noises` [steps, B, C, frames, h, w] float32."""
+        return Renoising(self.for_chunk(chunk), noises)
+
     @staticmethod
     def from_sigmas(sigmas: Sequence[float] | torch.Tensor) -> Schedule:
         """From a SIGMAS list or tensor [n]: descending, a last 0 is dropped, every other value is a step."""
@@ -84,6 +101,29 @@ def _listed(sigmas: Sequence[float]) -> str:
     """The first of them, for a sentence."""
     first = ", ".join(str(round(s, 4)) for s in sigmas[:8])
     return f"[{first}{', ...' if len(sigmas) > 8 else ''}]"
+
+
+class Solver(Protocol):
+    """Takes one chunk from noise to clean; may remember what came before within it."""
+
+    start: torch.Tensor
+
+    def step(self, step: int, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x0, x of the next step) from the model's velocity at `x`; after the last step both are the chunk."""
+        ...
+
+
+class Renoising:
+    """Self-Forcing's: the clean estimate is taken back to the next noise level with fresh noise."""
+
+    def __init__(self, sigmas: Sequence[float], noises: torch.Tensor) -> None:
+        self.sigmas, self.noises, self.start = sigmas, noises, noises[0]
+
+    def step(self, step: int, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x0, following = denoised(x, v, self.sigmas[step]), step + 1
+        if following == len(self.sigmas):
+            return x0, x0
+        return x0, renoised(x0, self.noises[following], self.sigmas[following])
 
 
 def noise(seed: int, chunk: int, step: int, shape: Sequence[int], state: bool = False) -> torch.Tensor:

@@ -99,7 +99,7 @@ def row(name: str, rollout: Any, times: dict[str, list[float]], filled: int) -> 
     full = times["full history"]
     late = statistics.median(a / b for a, b in zip(times[name][filled:], full[filled:], strict=True))
     cells = [name, "", f"{late:.3f}", "", "", f"{rollout.cache.nbytes / 2**20:.1f}", "", "", ""]
-    absorber = rollout.attention.absorber
+    absorber = rollout.absorber
     if absorber is None:
         return cells
     report, settings = absorber.report(), rollout.spec.absorption

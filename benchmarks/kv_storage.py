@@ -150,10 +150,10 @@ def attention_errors(host: Any, exact: Any, spec: Any, settings: Any, state: Any
 
     packed = replace(state, spec=spec.describe(), cache=tuple(rounded(one, spec) for one in state.cache))
     first, second = Rollout(host, exact, settings, state), Rollout(host, spec, settings, packed)
-    layout = first._layout()
+    layout = first.past.layout()
     for rollout in (first, second):
         rollout.attention.place(layout)
-        rollout.attention.begin(layout, spec.chunk_frames, clean=False)
+        rollout.attention.begin(layout, spec.chunk_frames, kept=False)
     both = Both(first.attention, second.attention)
     host.velocity(first._noises()[0], TIMESTEPS * settings.schedule.sigmas[0], both)
     return both.errors

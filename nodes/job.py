@@ -269,8 +269,8 @@ class Job:
             solution=self.solution,
             prompts=self.prompts,
         )
-        if rollout.attention.absorber is not None:
-            rollout.attention.absorber.origin = self.request.absorption.solved_for or self.origin
+        if rollout.absorber is not None:
+            rollout.absorber.origin = self.request.absorption.solved_for or self.origin
         return rollout
 
     def run(self, view: LiveRun | None = None) -> Result:
@@ -442,9 +442,9 @@ class Job:
 
     def _absorption_report(self, rollout: Rollout) -> dict[str, Any] | None:
         """The absorber's report, with a warning for what may surprise."""
-        if rollout.attention.absorber is None:
+        if rollout.absorber is None:
             return None
-        report = rollout.attention.absorber.report()
+        report = rollout.absorber.report()
         if report["phase"] == "nothing to absorb" and self.spec.absorption.layers(self.spec.geometry.layers):
             self.warnings.append(
                 "nothing was absorbed: within the warm-up no layer held more than the sink and the local window; give a larger "

@@ -81,7 +81,7 @@ def chunk_facts(job: Job, number: int, chunk: Chunk, rollout: Rollout) -> dict[s
         "seconds_made": (frames - before) / fps,
         "seconds_total": pictures_of(request.latent_length) / fps,
         "generated": rollout.generated,
-        "absorbed": rollout.attention.absorber is not None and rollout.attention.absorber.phase == PHASES[1],
+        "absorbed": rollout.absorber is not None and rollout.absorber.phase == PHASES[1],
         "kv_bytes": rollout.cache.nbytes + rollout.cache.host_nbytes,
         "prompt": prompt,
         "prompt_text": text,

@@ -63,7 +63,7 @@ class Quality:
             following = self.scenes[(stream + 1) % len(self.scenes)]
             rollout.model.set_context(prompt(following.words(0)))
         latents = torch.cat([*parts, *collected(rollout, length, [range(change, length)])], 2)
-        absorber = rollout.attention.absorber
+        absorber = rollout.absorber
         report = {} if absorber is None else absorber.report()
         torch.save({"latents": latents, "report": json.dumps(report)}, file)
         return latents, report

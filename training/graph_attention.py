@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -53,11 +54,11 @@ class LayerGraph:
     anchor: dict[int, Frame] = field(default_factory=dict)
     window: list[Frame] = field(default_factory=list)
 
-    def set_anchor(self, slot: int, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.anchor[slot] = Frame(frame, key, value)
+    def set_anchor(self, slot: int, frame: int, source: Callable[[], Pair]) -> None:
+        self.anchor[slot] = Frame(frame, *source())
 
-    def blend_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor, weight: float) -> None:
-        kept = self.anchor[slot]
+    def blend_anchor(self, slot: int, source: Callable[[], Pair], weight: float) -> None:
+        kept, (key, value) = self.anchor[slot], source()
         self.anchor[slot] = Frame(kept.index, kept.key.lerp(key, weight), kept.value.lerp(value, weight))
 
 
@@ -170,17 +171,19 @@ class GraphAttention:
                     key, value = key.detach(), value.detach()
                 self._enter(layer, self.next_frame + i, key, value)
             if states:
-                key, value = keys[:, :states], values[:, :states]
-                self.anchor.state_committed(layer, *((key.detach(), value.detach()) if cut else (key, value)))
+                pairs = [(keys[:, i], values[:, i]) for i in range(states)]
+                if cut:
+                    pairs = [(key.detach(), value.detach()) for key, value in pairs]
+                self.anchor.state_committed(layer, [partial(tuple, pair) for pair in pairs])
         self.next_frame += content_frames
         self.next_chunk += 1
 
     def _enter(self, layer: LayerGraph, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
         slot = self.anchor.slot_of(frame)
         if slot is not None:
-            layer.set_anchor(slot, frame, key, value)
+            layer.set_anchor(slot, frame, lambda: (key, value))
             return
         layer.window.append(Frame(frame, key, value))
         if len(layer.window) > self.window_frames:
             oldest = layer.window.pop(0)
-            self.anchor.evicted(layer, oldest.index, oldest.key, oldest.value)
+            self.anchor.evicted(layer, oldest.index, lambda: (oldest.key, oldest.value))

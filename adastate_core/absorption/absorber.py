@@ -1,28 +1,27 @@
-"""The absorption of one run: warm up with full attention while collecting, solve and switch at once, then correct.
+"""The absorption of one run, as it follows the past: warm up while collecting, solve and switch at once, then watch.
 
-    absorber.start_chunk()                       # before a chunk
-    out = absorber.attend(layer, q, ...)         # in every layer of every pass
-    absorber.finish_chunk(next_frame)            # after its commit; this is where layers are switched
+    absorber.start_chunk()                       # before a chunk; attention then asks `absorber.corrections` in every pass
+    absorber.joins(), absorber.moved(chunk)      # with its commit, which the rows of the chunk count from
+    absorber.catch_up(next_frame)                # after it: what is due is solved, switched, measured
 
-Everything public about ISPA and what is this pack's own choice: docs/design-notes.md.
+`catch_up` makes all of it aside and takes it over at once, so it may fail, and is then tried again: in this run, or by the
+one that goes on from its state. Everything public about ISPA and what is this pack's own choice: docs/design-notes.md.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
-from functools import reduce
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from ..anchors import Anchor
-from ..attention_lse import Part, attend_part, merge, rows
-from ..cache_plan import CachePlan
+from ..cache_plan import CachePlan, LayerPlan
 from ..kv_cache import KVCache
 from ..layer_slots import LayerSlots
-from ..rope import Layout, Rope
+from ..rope import Rope
 from .collector import Collector
+from .corrections import Corrections
 from .host_history import HostHistory
 from .moments import Moments
 from .settings import AbsorptionSettings
@@ -63,14 +62,15 @@ class Absorber:
         self, settings: AbsorptionSettings, cache: KVCache, anchor: Anchor, rope: Rope, solution: Solution | None = None
     ) -> None:
         """`solution`: one made before for the same model, prompt and seed; then nothing is collected."""
-        self.settings, self.cache, self.anchor, self.rope = settings, cache, anchor, rope
+        self.settings, self.cache = settings, cache
+        pinned = settings.pinned(anchor.frames) if anchor.state_frames else settings.sink_frames
+        self.corrections = Corrections(settings, cache, pinned, rope)
         self.phase = PHASES[0] if settings.layers(len(cache.layers)) else PHASES[2]
-        self.solution, self._given = solution, solution is not None
-        self.device, self.heads = cache.device, cache.heads
+        # solving anew changes the fits: those that were given stay their owner's
+        self.solution = None if solution is None else Solution(solution.chosen, dict(solution.fits))
+        self._given = solution is not None
         self.full_window = max((layer.window_frames for layer in cache.plan.layers), default=0)
         self.collector = self._collector(range(len(cache.layers)))
-        self.corrections: dict[int, Correction] = {}
-        self.histories: dict[int, HostHistory] = {}
         self.watched: list[dict[str, Any]] = []
         # of the layers that are watched, when they were switched: what drift is counted from
         self.first_residuals: dict[int, float] = {}
@@ -79,17 +79,18 @@ class Absorber:
         self.origin: dict[str, Any] = {}
         self.solved_for: dict[str, Any] = {}
         self.bytes_before = self.bytes_after = cache.nbytes
-        self._collecting = False
         self.chunks_since = 0
+        # whether the chunks collected wait to be measured
+        self.due = False
 
-    def _collector(self, layers: Any) -> Collector:
-        return Collector(layers, self.cache.plan.width, blocks_of(self.settings, self.heads), self.device)
+    def _collector(self, layers: Iterable[int]) -> Collector:
+        blocks = blocks_of(self.settings, self.cache.heads)
+        return Collector(layers, self.cache.plan.width, blocks, self.cache.device)
 
     @property
-    def pinned(self) -> int:
-        """The video's first frames that the switched layers keep in their window for good: those below this index."""
-        pinned = self.settings.pinned(self.anchor.frames)
-        return pinned if self.anchor.state_frames else self.settings.sink_frames
+    def histories(self) -> dict[int, HostHistory]:
+        """What watched layers have lost, by layer."""
+        return self.corrections.histories
 
     @property
     def _rank(self) -> int | None:
@@ -99,158 +100,162 @@ class Absorber:
         """Decide what this chunk collects, and forget what an unfinished one left."""
         self.collector.start_chunk()
         if self.phase == PHASES[0]:
-            self._collecting = not self._given and bool(self._parts(self.cache.layers[0], 0)[1])
+            collects = not self._given and bool(self.corrections.parts(self.cache.layers[0], 0)[1])
         else:
             left = self.settings.monitor_chunks - self.chunks_since % self.settings.monitor_chunks
             due = left <= self.settings.measured_chunks
-            self._collecting = due and any(len(history) for history in self.histories.values())
+            collects = due and any(len(history) for history in self.histories.values())
+        self.corrections.collector = self.collector if collects else None
 
-    def _parts(self, layer: LayerSlots, current_frames: int) -> tuple[list[slice], list[slice]]:
-        return layer.parts(current_frames, self.settings.local_window_frames, self.pinned)
+    def stand_aside(self) -> None:
+        """The passes that follow are not a chunk's: nothing is collected from them."""
+        self.corrections.collector = None
 
-    def attend(self, layer: int, q: torch.Tensor, current_frames: int, layout: Layout) -> torch.Tensor | None:
-        """This layer's output if it is the absorption's to make, else None. q [B, N, width] rotated, as keys are."""
-        if self.phase == PHASES[0]:
-            return self._collect(layer, q, current_frames) if self._collecting else None
-        if self._collecting and layer in self.histories and len(self.histories[layer]):
-            local = self._local(layer, q, self._parts(self.cache.layers[layer], current_frames)[0])
-            past = self.histories[layer].read(layout, self.rope, self.heads, self.device)
-            full = merge(local, attend_part(q, *past, self.heads))
-            self.collector.add(layer, rows(local), rows(full))
-        return None
+    def joins(self) -> list[tuple[int, Callable[[], None]]]:
+        """(layer, write) by which the rows of the chunk under way come to count; each may be run again."""
+        return self.collector.joins() if self.corrections.collector is not None else []
 
-    def correct(self, layer: int, out: torch.Tensor) -> torch.Tensor:
-        """What a layer's attention gave, with what it can no longer see put back; as it was for other layers."""
-        correction = self.corrections.get(layer)
-        return out if correction is None else correction.apply(out)
-
-    def _local(self, layer: int, q: torch.Tensor, slots: list[slice]) -> Part:
-        cache = self.cache.layers[layer]
-        return reduce(merge, [attend_part(q, *cache.read_slots(part), self.heads) for part in slots])
-
-    def _collect(self, layer: int, q: torch.Tensor, current_frames: int) -> torch.Tensor:
-        """Full attention, made of both parts; the rows of both go into the statistics."""
-        near, far = self._parts(self.cache.layers[layer], current_frames)
-        local = self._local(layer, q, near)
-        full = merge(local, self._local(layer, q, far))
-        self.collector.add(layer, rows(local), rows(full))
-        return rows(full)
-
-    def finish_chunk(self, next_frame: int) -> None:
-        """The chunk is committed, and `next_frame` the index of the next one's first frame."""
-        if self.phase == PHASES[0]:
-            self.collector.finish_chunk()
-            if next_frame >= self.settings.warmup_frames:
-                self._solve()
-        elif self.phase == PHASES[1]:
-            if self._collecting:
-                self.collector.finish_chunk()
+    def moved(self) -> None:
+        """The chunk is part of the past."""
+        collected = self.corrections.collector is not None
+        if collected:
+            self.collector.close_chunk()
+        if self.phase == PHASES[1]:
             self.chunks_since += 1
-            if self._collecting and self.chunks_since % self.settings.monitor_chunks == 0:
-                self._measure(next_frame)
-        self._collecting = False
+            self.due = collected and self.chunks_since % self.settings.monitor_chunks == 0
+        self.corrections.collector = None
+
+    def flushed(self, keep: int) -> None:
+        """The window holds its `keep` newest frames alone: what was lost before is no history any more."""
+        for layer, history in self.histories.items():
+            history.flush(max(0, keep - len(self.cache.layers[layer].window)))
+
+    def mark(self) -> dict[int, Any]:
+        """What a transition may change, for `rewind`."""
+        return {layer: history.mark() for layer, history in self.histories.items()}
+
+    def rewind(self, mark: dict[int, Any]) -> None:
+        for layer, kept in mark.items():
+            self.histories[layer].rewind(kept)
+
+    def catch_up(self, next_frame: int, look: object = None) -> None:
+        """Solve, switch or measure if that is due; `next_frame` is the index of the next chunk's first frame. No passes are
+        asked for by `look`: what is judged by was collected on the way."""
+        if self.phase == PHASES[0] and next_frame >= self.settings.warmup_frames:
+            self._solve()
+        elif self.due:
+            self._measure(next_frame)
 
     def _solve(self) -> None:
         """Fit every layer, choose, and switch the chosen ones at one instant."""
         start = time.perf_counter()
-        if self.solution is None:
+        solution = self.solution
+        if solution is None:
             if not self.collector.chunks:
                 self.phase = PHASES[2]
                 return
-            ridges, parts = self.settings.ridges, self.collector
-            fits = {i: fit(parts.seen[i], parts.held_out[i], ridges, self._rank) for i in parts.layers}
+            seen, held_out, ridges = self.collector.seen, self.collector.held_out, self.settings.ridges
+            fits = {i: fit(seen[i], held_out[i], ridges, self._rank) for i in self.collector.layers}
             chosen = choose(fits, self.settings, len(self.cache.layers))
-            self.solution = Solution(
-                chosen, {i: f if i in chosen else replace(f, correction=None) for i, f in fits.items()}
-            )
-        self.solved_for = dict(self.origin)
-        held = self.cache.layers[0]
-        self._switch(sum(slot.frame < self.pinned for slot in held.window.values()), moved=True)
-        self._collect_on()
+            kept = {i: f if i in chosen else replace(f, correction=None) for i, f in fits.items()}
+            solution = Solution(chosen, kept)
+        first = self.cache.layers[0].window.values()
+        switch = self._switch(solution, sum(slot.frame < self.corrections.pinned for slot in first), moved=True)
+        collector = self._collecting_on(switch.histories)
+        self._take(solution, switch)
+        self.collector, self.solved_for = collector, dict(self.origin)
         self.seconds = time.perf_counter() - start
 
-    def _switch(self, pinned: int, moved: bool) -> None:
-        """Give the chosen layers their small caches, with what they keep (`moved`) or empty, to be restored."""
-        self.phase, chosen = PHASES[1], self.solution.chosen
+    def _switch(self, solution: Solution, pinned: int, moved: bool) -> _Switch:
+        """The small caches of the chosen layers, with what they keep (`moved`) or empty, to be restored."""
+        chosen = solution.chosen
         wanted = len(chosen) if self.settings.monitor_layers < 0 else self.settings.monitor_layers
         watched = chosen[:: max(1, len(chosen) // wanted)][:wanted] if wanted else ()
         plans = list(self.cache.plan.layers)
         for i in chosen:
             plans[i] = self._small_plan(i, pinned)
-        self.cache.plan = replace(self.cache.plan, layers=tuple(plans))
+        made = _Switch(replace(self.cache.plan, layers=tuple(plans)))
         for i in chosen:
             old = self.cache.layers[i]
+            made.layers[i] = old.shrunk(plans[i]) if moved else old.empty(plans[i])
+            made.standing[i] = self._on_device(solution.fits[i].correction)
             if i in watched:
-                self.histories[i] = HostHistory(max(0, self.full_window - plans[i].ring_frames))
+                history = HostHistory(max(0, self.full_window - plans[i].ring_frames))
                 if moved:
-                    self._remember(i, old)
-            self.cache.layers[i] = old.shrunk(plans[i]) if moved else old.empty(plans[i])
-            if i in watched:
-                self.cache.layers[i].on_evict = self.histories[i].push
-            self._set_correction(i, self.solution.fits[i].correction)
+                    self._remember(history, old)
+                made.histories[i] = history
+                made.layers[i].on_evict = history.push
+        return made
+
+    def _take(self, solution: Solution, made: _Switch) -> None:
+        """From here on the chosen layers are small."""
+        self.solution, self.phase = solution, PHASES[1]
+        self.cache.plan = made.plan
+        for i, layer in made.layers.items():
+            self.cache.layers[i] = layer
+        self.corrections.switched, self.corrections.histories = True, made.histories
+        self.corrections.standing = {i: one for i, one in made.standing.items() if one is not None}
+        self.bytes_after = made.plan.kv_bytes
         self.cache.fit()
-        self.bytes_after = self.cache.nbytes
 
     def resume_switched(self, pinned: int, chunks_since: int, watched: list[dict[str, Any]]) -> None:
         """Stand where a run stood that had switched; caches and histories are empty and to be restored."""
-        self._switch(pinned, moved=False)
+        self._take(self.solution, self._switch(self.solution, pinned, moved=False))
         self.collector = self._collector(self.histories)
         self.chunks_since, self.watched = chunks_since, watched
 
-    def _small_plan(self, layer: int, pinned: int) -> Any:
+    def _small_plan(self, layer: int, pinned: int) -> LayerPlan:
         old, local = self.cache.plan.layers[layer], self.settings.local_window_frames
         window = min(local, old.window_frames)
         return replace(old, window_frames=window, pinned_frames=pinned, keep_raw=old.keep_raw and window + pinned > 0)
 
-    def _set_correction(self, layer: int, correction: Correction) -> None:
-        if bool(correction.whole().any()) or bool(correction.constant.any()):
-            self.corrections[layer] = correction.to(self.device, self.cache.plan.dtype)
-        else:
-            self.corrections.pop(layer, None)
+    def _on_device(self, correction: Correction) -> Correction | None:
+        """As attention applies it; None for one that does nothing."""
+        if not bool(correction.whole().any()) and not bool(correction.constant.any()):
+            return None
+        return correction.to(self.cache.device, self.cache.plan.dtype)
 
-    def _remember(self, layer: int, cache: LayerSlots) -> None:
+    def _remember(self, history: HostHistory, layer: LayerSlots) -> None:
         """Copy what the layer is about to lose."""
-        for part in self._parts(cache, 0)[1]:
+        for part in self.corrections.parts(layer, 0)[1]:
             for index in range(part.start, part.stop):
-                cache.hand_over(index - cache.window_start, self.histories[layer].push)
+                layer.hand_over(index - layer.window_start, history.push)()
 
     def _measure(self, next_frame: int) -> None:
         """Residuals of the corrections on the chunk that has just been made, and better ones where they are asked for."""
-        parts = self.collector
-        for i in parts.seen:
+        parts, entries, firsts, anew = self.collector, [], dict(self.first_residuals), {}
+        for i, seen in parts.seen.items():
             old, newest = self.solution.fits[i], parts.held_out[i]
-            if parts.chunks == 1:
-                newest = newest.copy()
-                newest.merge(parts.seen[i])
-            now = residual(newest, old.correction)
-            first = self.first_residuals.setdefault(i, old.residual)
-            entry = {"frame": next_frame, "layer": i, "residual": now, "solved_at": old.residual, "refreshed": False}
-            entry["discrepancy"] = float(newest.missing_energy) / max(float(newest.full_energy), 1e-30)
+            whole = newest.merged(seen) if parts.chunks == 1 else newest
+            now = residual(whole, old.correction)
+            first = firsts.setdefault(i, old.residual)
+            discrepancy = float(whole.missing_energy) / max(float(whole.full_energy), 1e-30)
             wanted = self.settings.refresh == "always" or now > self.settings.drift * first
-            if self.settings.refresh != "never" and wanted:
-                entry["refreshed"] = self._refresh(i)
-            self.watched.append(entry)
-        if len(self.watched) > MOST_WATCHED:
-            kept = set(sorted({entry["frame"] for entry in self.watched})[::-2])
-            self.watched = [entry for entry in self.watched if entry["frame"] in kept]
-        self._collect_on()
+            better = self._refresh(i, seen, newest) if self.settings.refresh != "never" and wanted else None
+            if better is not None:
+                anew[i] = better, self._on_device(better.correction)
+            entry = {"frame": next_frame, "layer": i, "residual": now, "solved_at": old.residual}
+            entries.append(entry | {"refreshed": better is not None, "discrepancy": discrepancy})
+        collector = self._collecting_on(self.histories)
+        for i, (better, standing) in anew.items():
+            self.solution.fits[i] = better
+            if standing is None:
+                self.corrections.standing.pop(i, None)
+            else:
+                self.corrections.standing[i] = standing
+        self.watched, self.first_residuals = _bounded(self.watched + entries), firsts
+        self.collector, self.due = collector, False
 
-    def _collect_on(self) -> None:
+    def _collecting_on(self, layers: Iterable[int]) -> Collector:
         """What later measurements start from: all that was collected if corrections are solved anew, else nothing."""
         if self.settings.refresh != "never" and self.collector.chunks:
-            self.collector.keep(self.histories)
-        else:
-            self.collector = self._collector(self.histories)
+            return self.collector.of(layers)
+        return self._collector(layers)
 
-    def _refresh(self, layer: int) -> bool:
-        """Solve a layer anew; False if what it has does as well on the rows held out."""
-        seen, held_out = self.collector.seen[layer], self.collector.held_out[layer]
+    def _refresh(self, layer: int, seen: Moments, held_out: Moments) -> Fit | None:
+        """A layer solved anew; None if what it has does as well on the rows held out."""
         new = fit(seen, held_out, self.settings.ridges, self._rank)
-        if residual(held_out, self.solution.fits[layer].correction) <= new.residual:
-            return False
-        self.solution.fits[layer] = new
-        self._set_correction(layer, new.correction)
-        return True
+        return None if residual(held_out, self.solution.fits[layer].correction) <= new.residual else new
 
     def report(self) -> dict[str, Any]:
         """JSON-able: phase, chosen layers, residuals by layer, bytes, seconds of solve and switch, what was watched."""
@@ -261,12 +266,30 @@ class Absorber:
             "collected_chunks": self.collector.chunks if self.phase == PHASES[0] else None,
             "kv_bytes_before": self.bytes_before,
             "kv_bytes_after": self.bytes_after,
-            "correction_bytes": sum(one.nbytes for one in self.corrections.values()),
+            "correction_bytes": sum(one.nbytes for one in self.corrections.standing.values()),
             "history_bytes_in_host_memory": sum(history.nbytes for history in self.histories.values()),
             "solve_seconds": round(self.seconds, 4),
             "residuals": [
                 {"layer": i, "before": one.discrepancy, "after": one.residual, "ridge": str(one.ridge)}
                 for i, one in sorted(fits.items())
             ],
-            "monitor": self.watched,
+            "monitor": list(self.watched),
         }
+
+
+@dataclass
+class _Switch:
+    """What a switch puts in the place of what is there, by layer."""
+
+    plan: CachePlan
+    layers: dict[int, LayerSlots] = field(default_factory=dict)
+    standing: dict[int, Correction | None] = field(default_factory=dict)
+    histories: dict[int, HostHistory] = field(default_factory=dict)
+
+
+def _bounded(watched: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most MOST_WATCHED measurements, spread over the run, the newest among them."""
+    if len(watched) <= MOST_WATCHED:
+        return watched
+    kept = set(sorted({entry["frame"] for entry in watched})[::-2])
+    return [entry for entry in watched if entry["frame"] in kept]

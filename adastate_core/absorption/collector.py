@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,19 @@ class Collector:
 
     def __init__(self, layers: Iterable[int], width: int, blocks: int, device: torch.device) -> None:
         self.layers, self.width, self.blocks, self.device = tuple(layers), width, blocks, device
-        self.seen: dict[int, Moments] = {}
-        self.held_out: dict[int, Moments] = {}
         self.chunks = 0
+        # layer -> (seen, held out, whole chunks in them)
+        self._whole: dict[int, tuple[Moments, Moments, int]] = {}
         # (seen, held out) of the chunk under way; once there are whole chunks all of it is held out
         self._current: dict[int, tuple[Moments | None, Moments]] = {}
+
+    @property
+    def seen(self) -> dict[int, Moments]:
+        return {layer: seen for layer, (seen, _, _) in self._whole.items()}
+
+    @property
+    def held_out(self) -> dict[int, Moments]:
+        return {layer: held for layer, (_, held, _) in self._whole.items()}
 
     def start_chunk(self) -> None:
         """Forget what a chunk that was not finished has added."""
@@ -41,23 +50,33 @@ class Collector:
             moments = held if first == FIFTH - 1 else seen
             moments.add(local[:, part].flatten(0, 1), full[:, part].flatten(0, 1))
 
-    def finish_chunk(self) -> None:
-        """The chunk under way is whole: what was held out before it joins what is fitted on."""
-        if not self._current:
-            return
-        for layer, (seen, held) in self._current.items():
-            if seen is None:
-                self.seen[layer].merge(self.held_out[layer])
-            else:
-                self.seen[layer] = seen
-            self.held_out[layer] = held
-        self.chunks += 1
-        self._current = {}
+    def joins(self) -> list[tuple[int, Callable[[], None]]]:
+        """(layer, what makes its rows of the chunk under way count); each may be called again. `close_chunk` comes after."""
+        return [(layer, partial(self._join, layer)) for layer in self._current]
 
-    def keep(self, layers: Iterable[int]) -> None:
-        """Forget all other layers; these have been collected so far."""
-        self.layers = tuple(layers)
-        self.seen, self.held_out = ({i: kind[i] for i in self.layers} for kind in (self.seen, self.held_out))
+    def _join(self, layer: int) -> None:
+        """What was held out before joins what is fitted on."""
+        chunks = self.chunks + 1
+        if layer in self._whole and self._whole[layer][2] == chunks:
+            return
+        seen, held = self._current[layer]
+        if seen is None:
+            before, held_before, _ = self._whole[layer]
+            seen = before.merged(held_before)
+        self._whole[layer] = seen, held, chunks
+
+    def close_chunk(self) -> None:
+        """The chunk under way is whole."""
+        if self._current:
+            self.chunks += 1
+            self._current = {}
+
+    def of(self, layers: Iterable[int]) -> Collector:
+        """What has been collected so far of these layers alone."""
+        kept = Collector(layers, self.width, self.blocks, self.device)
+        kept.chunks = self.chunks
+        kept._whole = {layer: self._whole[layer] for layer in kept.layers}
+        return kept
 
     def _empty(self) -> Moments:
         return Moments.empty(self.width, self.blocks, self.device)
@@ -75,8 +94,8 @@ class Collector:
         self.chunks = state["chunks"]
         if not self.chunks:
             return
-        for kind in ("seen", "held_out"):
-            target = self.seen if kind == "seen" else self.held_out
+        found: dict[str, dict[int, Moments]] = {"seen": {}, "held_out": {}}
+        for kind in found:
             for layer in self.layers:
                 moments = self._empty()
                 for name in FIELDS:
@@ -84,4 +103,5 @@ class Collector:
                     if not isinstance(saved, torch.Tensor) or saved.shape != own.shape or saved.dtype != own.dtype:
                         raise ValueError("the state's absorption statistics do not fit its settings: it is damaged")
                     own.copy_(saved)
-                target[layer] = moments
+                found[kind][layer] = moments
+        self._whole = {i: (found["seen"][i], found["held_out"][i], self.chunks) for i in self.layers}

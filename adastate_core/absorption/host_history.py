@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +36,24 @@ class HostHistory:
     def nbytes(self) -> int:
         return sum(kept.key.nbytes + kept.value.nbytes for kept in self._frames)
 
-    def push(self, frame: int, position: float | None, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Copy a frame's key and value out."""
-        self._frames.append(_Kept(frame, position, key.to("cpu", copy=True), value.to("cpu", copy=True)))
+    def push(self, frame: int, position: float | None, key: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:
+        """Copy a frame's key and value out; what has to be called for them to be in the history."""
+        kept = _Kept(frame, position, key.to("cpu", copy=True), value.to("cpu", copy=True))
+        return partial(self._append, kept)
+
+    def _append(self, kept: _Kept) -> None:
+        self._frames.append(kept)
+
+    def flush(self, keep: int) -> None:
+        """Forget all but the `keep` newest frames."""
+        self._frames = deque(list(self._frames)[max(0, len(self) - keep) :], self._frames.maxlen)
+
+    def mark(self) -> tuple[_Kept, ...]:
+        """What it holds, for `rewind`."""
+        return tuple(self._frames)
+
+    def rewind(self, mark: tuple[_Kept, ...]) -> None:
+        self._frames = deque(mark, self._frames.maxlen)
 
     def read(self, layout: Layout, rope: Rope, heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys at their positions in `layout`, and values, each [B, frames * P, width] on `device`."""

@@ -51,13 +51,9 @@ class Moments:
         self.missing_energy += missing.square().sum()
         self.full_energy += full.square().sum()
 
-    def merge(self, other: Moments) -> None:
-        """Take the rows of `other` in as well."""
-        for name in FIELDS:
-            getattr(self, name).add_(getattr(other, name))
-
-    def copy(self) -> Moments:
-        return Moments(*(getattr(self, name).clone() for name in FIELDS))
+    def merged(self, other: Moments) -> Moments:
+        """Of the rows of both."""
+        return Moments(*(getattr(self, name) + getattr(other, name) for name in FIELDS))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By field, on the CPU."""

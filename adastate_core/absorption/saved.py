@@ -67,8 +67,8 @@ def absorber_state(absorber: Absorber) -> dict[str, Any]:
     if absorber.phase == PHASES[1]:
         first = absorber.solution.chosen[0]
         state["pinned"] = absorber.cache.plan.layers[first].pinned_frames
-        state |= {"chunks_since": absorber.chunks_since, "watched": absorber.watched, "seconds": absorber.seconds}
-        state["solved_for"] = absorber.solved_for
+        state |= {"chunks_since": absorber.chunks_since, "watched": [dict(entry) for entry in absorber.watched]}
+        state |= {"seconds": absorber.seconds, "solved_for": dict(absorber.solved_for), "due": absorber.due}
         state["first_residuals"] = sorted(absorber.first_residuals.items())
         state |= {f"collector.{k}": v for k, v in absorber.collector.state().items()}
         state |= {f"solution.{k}": v for k, v in solution_state(absorber.solution).items()}
@@ -89,9 +89,12 @@ def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
         else:
             plan = absorber.cache.plan
             saved = under("solution.", state)
-            absorber.solution = solution_from(saved, absorber.settings, len(plan.layers), plan.width, absorber.heads)
+            absorber.solution = solution_from(
+                saved, absorber.settings, len(plan.layers), plan.width, absorber.cache.heads
+            )
             absorber.resume_switched(int(state["pinned"]), int(state["chunks_since"]), list(state["watched"]))
             absorber.seconds, absorber.solved_for = float(state["seconds"]), dict(state["solved_for"])
+            absorber.due = bool(state.get("due", False))
             absorber.first_residuals = {int(i): float(one) for i, one in state.get("first_residuals", [])}
             absorber.collector.restore({"chunks": 0} | under("collector.", state))
             for i, history in absorber.histories.items():

@@ -138,6 +138,4 @@ def fit(seen: Moments, held_out: Moments, ridges: Sequence[float], rank: int | N
         error = residual(held_out, solve(seen, ridge, rank))
         if error < least:
             best, least = ridge, error
-    whole = seen.copy()
-    whole.merge(held_out)
-    return Fit(solve(whole, best, rank), best, least, residual(held_out, nothing(held_out)))
+    return Fit(solve(seen.merged(held_out), best, rank), best, least, residual(held_out, nothing(held_out)))

@@ -38,7 +38,7 @@ def test_ratio_zero_and_a_short_warm_up_are_the_plain_run(anchor):
         spec = absorbed_spec(model, anchor, **settings)
         latents, rollout, _ = roll(model, spec, 24)
         assert torch.equal(latents, plain_run)
-        assert rollout.attention.absorber.report()["phase"] == "nothing to absorb"
+        assert rollout.absorber.report()["phase"] == "nothing to absorb"
         assert spec.plan().kv_bytes == rollout.cache.nbytes
 
 
@@ -64,7 +64,7 @@ def test_the_switched_layers_free_their_history(scope):
     model = TinyModel()
     spec = absorbed_spec(model, window=30, ratio=0.5, scope=scope, rank=2)
     _, rollout, _ = roll(model, spec, 33)
-    report = rollout.attention.absorber.report()
+    report = rollout.absorber.report()
     layers = model.geometry.layers
     assert len(report["layers"]) == layers // 2 and report["phase"] == "switched"
     frame = 2 * rollout.cache.plan.frame_bytes * 1.5  # keys, values, and the un-rotated copy of the keys
@@ -80,18 +80,18 @@ class Recorder:
 
     def __init__(self, rollout: Rollout) -> None:
         self.rows: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        absorber, heads = rollout.attention.absorber, rollout.spec.geometry.heads
-        collect = absorber._collect
+        corrections, heads = rollout.absorber.corrections, rollout.spec.geometry.heads
+        collect = corrections.collect
 
         def recorded(layer: int, q: torch.Tensor, frames: int) -> torch.Tensor:
             cache = rollout.cache.layers[layer]
-            near = [cache.read_slots(s) for s in absorber._parts(cache, frames)[0]]
+            near = [cache.read_slots(s) for s in corrections.parts(cache, frames)[0]]
             local = self.attend(q, *(torch.cat(t, 1) for t in zip(*near, strict=True)), heads)
             full = self.attend(q, *cache.read(frames), heads)
             self.rows.setdefault(layer, []).append((local.flatten(0, 1), full.flatten(0, 1)))
             return collect(layer, q, frames)
 
-        absorber._collect = recorded
+        corrections.collect = recorded
 
     @staticmethod
     def attend(q, k, v, heads):
@@ -108,7 +108,7 @@ def test_the_runs_correction_is_the_fit_on_what_its_layers_gave(anchor):
     recorder = Recorder(rollout)
     for _ in rollout.chunks(15):
         pass
-    absorber = rollout.attention.absorber
+    absorber = rollout.absorber
     for layer, passes in recorder.rows.items():
         local, full = (torch.cat(t) for t in zip(*passes, strict=True))
         matrix, constant = direct_fit(local, full, model.geometry.heads, 0.3)
@@ -127,15 +127,15 @@ def test_a_correction_solved_anew_is_the_fit_on_all_that_was_collected(monkeypat
 
     def recorded(collector, layer, local, full):
         if layer == 0:
-            added.append((rollout._next_chunk, local.flatten(0, 1).clone(), full.flatten(0, 1).clone()))
+            added.append((rollout.generated, local.flatten(0, 1).clone(), full.flatten(0, 1).clone()))
         add(collector, layer, local, full)
 
-    def better(self, layer):
-        standing = self.solution.fits[layer].correction
-        taken = refresh(self, layer)
+    def better(self, layer, seen, held_out):
+        better = refresh(self, layer, seen, held_out)
         if layer == 0:
-            fits.append((taken, standing, self.solution.fits[0].correction))
-        return taken
+            standing = self.solution.fits[layer].correction
+            fits.append((better is not None, standing, standing if better is None else better.correction))
+        return better
 
     monkeypatch.setattr(Collector, "add", recorded)
     monkeypatch.setattr(Absorber, "_refresh", better)
@@ -153,6 +153,7 @@ def test_a_correction_solved_anew_is_the_fit_on_all_that_was_collected(monkeypat
         return (held_full - held_local - held_local @ matrix - constant).square().sum()
 
     [(taken, standing, now)] = fits
+    assert rollout.absorber.solution.fits[0].correction is now
     heads = model.geometry.heads
     trial = direct_fit(seen_local, seen_full, heads, 0.3)
     old = error(torch.block_diag(*standing.whole().double()), standing.constant.double())
@@ -172,7 +173,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(anchor, stop, tmp_path):
     state = load_state(save_state(rollout.snapshot(), tmp_path / "a.safetensors"))
     second, resumed, _ = roll(model, spec, 33, state=state)
     assert torch.equal(torch.cat([first, second], 2), straight)
-    assert resumed.attention.absorber.report()["monitor"] == whole.attention.absorber.report()["monitor"] != []
+    assert resumed.absorber.report()["monitor"] == whole.absorber.report()["monitor"] != []
     with pytest.raises(ValueError, match="absorption is"):
         Rollout(model, absorbed_spec(model, anchor, window=18, ratio=0.25), Settings(7, SCHEDULE), state=state)
 
@@ -201,19 +202,19 @@ def test_watching_changes_nothing_and_refreshing_does():
     plain_run, _, _ = roll(model, absorbed_spec(model), 36)
     watched, rollout, _ = roll(model, absorbed_spec(model, monitor_layers=1, monitor_chunks=2), 36)
     assert torch.equal(watched, plain_run)
-    entries = rollout.attention.absorber.report()["monitor"]
+    entries = rollout.absorber.report()["monitor"]
     assert [e["frame"] for e in entries] == [18, 24, 30, 36] and not any(e["refreshed"] for e in entries)
     refreshed, again, _ = roll(model, absorbed_spec(model, monitor_layers=-1, monitor_chunks=2, refresh="always"), 36)
     assert torch.equal(refreshed[:, :, :18], plain_run[:, :, :18]) and not torch.equal(refreshed, plain_run)
-    assert all(e["refreshed"] for e in again.attention.absorber.report()["monitor"])
-    assert again.attention.absorber.report()["history_bytes_in_host_memory"] > 0
+    assert all(e["refreshed"] for e in again.absorber.report()["monitor"])
+    assert again.absorber.report()["history_bytes_in_host_memory"] > 0
 
 
 def test_what_the_monitor_remembers_is_bounded_and_its_newest_stay(monkeypatch):
     model = TinyModel()
     monkeypatch.setattr(absorber_module, "MOST_WATCHED", 6)
     _, rollout, _ = roll(model, absorbed_spec(model, ratio=1.0, monitor_layers=-1, monitor_chunks=1), 60)
-    entries = rollout.attention.absorber.report()["monitor"]
+    entries = rollout.absorber.report()["monitor"]
     layers = model.geometry.layers
     frames = [entry["frame"] for entry in entries]
     assert len(entries) <= 6 and frames == sorted(frames) and frames[-1] == 60
@@ -227,7 +228,7 @@ def test_the_monitors_full_attention_is_that_of_a_cache_that_forgot_nothing():
     rollout = Rollout(model, spec, Settings(7, SCHEDULE))
     seen = []
     for _ in rollout.chunks(21):
-        histories = rollout.attention.absorber.histories
+        histories = rollout.absorber.histories
         if histories:
             layer = rollout.cache.layers[0]
             held = [s.frame for s in (layer.pinned | layer.window).values()] + [k.frame for k in histories[0]._frames]
@@ -241,7 +242,7 @@ def test_the_host_remembers_as_much_as_the_other_layers():
     rollout = Rollout(model, spec, Settings(7, SCHEDULE))
     for _ in rollout.chunks(36):
         pass
-    absorber = rollout.attention.absorber
+    absorber = rollout.absorber
     (switched,), (kept,) = absorber.solution.chosen, {0, 1} - set(absorber.solution.chosen)
     small = rollout.cache.layers[switched]
     mine = [slot.frame for slot in small.window.values()] + [one.frame for one in absorber.histories[switched]._frames]
@@ -253,7 +254,7 @@ def test_a_saved_solution_gives_the_run_it_came_from_and_no_other_models(tmp_pat
     model = TinyModel()
     spec = absorbed_spec(model)
     straight, rollout, _ = roll(model, spec, 30)
-    absorber: Absorber = rollout.attention.absorber
+    absorber: Absorber = rollout.absorber
     path = save_solution(absorber.solution, spec.absorption, {"model": "a", "seed": 7}, tmp_path / "b.safetensors")
     settings, belongs_to, state = load_solution(path)
     assert settings == spec.absorption and belongs_to == {"model": "a", "seed": 7}

@@ -134,8 +134,7 @@ def test_the_ridge_is_chosen_on_held_out_rows_and_doing_nothing_wins_where_nothi
     found = fit(seen, held, ridges)
     errors = {r: residual(held, solve(seen, r)) for r in ridges}
     assert found.residual == min(errors.values()) == errors[found.ridge] < 0.2 * found.discrepancy
-    both = seen.copy()
-    both.merge(held)
+    both = seen.merged(held)
     assert torch.equal(found.correction.matrix, solve(both, found.ridge).matrix)
     noise = [draw(60, 16, seed=s) for s in range(4)]
     unrelated = fit(
@@ -155,7 +154,9 @@ def test_only_whole_chunks_count_and_the_last_is_held_out():
         collector.start_chunk()
         for one in passes:
             collector.add(0, *one)
-        collector.finish_chunk()
+        for _, join in [*collector.joins(), *collector.joins()]:  # a second time changes nothing
+            join()
+        collector.close_chunk()
         if number == 0:
             fifth = [4, 9]
             held = torch.cat([local[0, fifth] for local, _ in passes])

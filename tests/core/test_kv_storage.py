@@ -82,7 +82,7 @@ def test_expanded_keys_are_rounded_raw_keys_at_their_positions(cache_dtype, cach
     spec = stored(spec_for(model, batch=2, W=7, anchor=ANCHORS[anchor]), cache_dtype, cache_device)
     _, rollout, _ = roll(model, spec, 24)
     attention = rollout.attention
-    layout = rollout._layout()
+    layout = rollout.past.layout()
     attention.place(layout)
     rollout.cache.begin()
     for index, layer in enumerate(rollout.cache):
@@ -195,7 +195,7 @@ def test_absorption_switches_stored_layers(cache_dtype, cache_device):
     plain = replace(spec_for(model, W=20), absorption=settings)
     spec = stored(plain, cache_dtype, cache_device)
     whole, rollout, _ = roll(model, spec, 30)
-    report = rollout.attention.absorber.report()
+    report = rollout.absorber.report()
     assert report["phase"] == "switched" and report["monitor"]
     measured, plan = rollout.cache.bytes(), rollout.cache.plan
     assert measured == {name: plan.bytes()[name] for name in measured}

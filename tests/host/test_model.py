@@ -65,7 +65,7 @@ def test_a_first_pass_is_the_hosts_own_forward(model, positive, batch):
     host, spec = loaded(model, positive, batch)
     rollout = Rollout(host, spec, Settings(1, Schedule((1.0,))))
     x = torch.randn(batch, 16, 3, 4, 4)
-    rollout.attention.begin(rollout._layout(), 3, clean=False)
+    rollout.attention.begin(rollout.past.layout(), 3, kept=False)
     ours = host.velocity(x, 700.0, rollout.attention)
     wan = model.model.diffusion_model
     theirs = wan(x, torch.full((batch,), 700.0), positive[0][0].expand(batch, -1, -1))

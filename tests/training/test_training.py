@@ -94,7 +94,7 @@ def test_teacher_forcing_is_the_rollouts_own_attention(window, sink):
         v = run(noisy[:, :, part], 1000 * float(sigma[0, 3 * chunk]), 3 * chunk, False)
         torch.testing.assert_close(parallel[:, :, part], v, atol=2e-5, rtol=2e-5)
         run(clean[:, :, part], 0.0, 3 * chunk, True)
-        attention.commit(anchor, 3 * chunk, 3)
+        attention.cache.commit(anchor, 3 * chunk, 3)
 
 
 def test_left_out_words_are_masked():

@@ -1,0 +1,98 @@
+"""One forward of a model over a past: noisy, clean, or a mere look; where it is interrupted and checked for NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from .attention import CachedAttention, Kernel, plain_attention
+from .kv_cache import KVCache
+from .past import Past
+from .rollout_spec import ModelGeometry
+
+
+class NonFiniteError(RuntimeError):
+    """The model gave NaN or infinity; the chunks before it are kept."""
+
+
+class CausalModel(Protocol):
+    """What a rollout needs of a model."""
+
+    geometry: ModelGeometry
+    device: torch.device
+    kernel: Kernel
+
+    def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: CachedAttention) -> torch.Tensor:
+        """One forward of [B, C, frames, h, w] float32, all frames at `timestep` or each at its own; layers call
+        `attention.attend`."""
+        ...
+
+    def set_context(self, context: torch.Tensor) -> None:
+        """Text embeddings [1 or B, n, c] for the passes that follow. Needed only of models that get a prompt plan."""
+        ...
+
+
+# called before every forward with (chunk, step, steps, x0 of the step before or None); may raise to interrupt
+StepCallback = Callable[[int, int, int, torch.Tensor | None], None]
+
+
+class Passes:
+    """The passes of one run. `context_timestep` is the clean ones' timestep."""
+
+    def __init__(
+        self, model: CausalModel, past: Past, context_timestep: float = 0.0, on_step: StepCallback | None = None
+    ) -> None:
+        self.model, self.past, self.context_timestep, self.on_step = model, past, context_timestep, on_step
+        self.attention = CachedAttention(past.cache, past.rope, getattr(model, "kernel", plain_attention))
+        if past.absorber is not None:
+            self.attention.corrections = past.absorber.corrections
+
+    def checkpoint(self, step: int, steps: int, x0: torch.Tensor | None) -> None:
+        """Where a run may be interrupted: before pass `step` of `steps`."""
+        if self.on_step is not None:
+            self.on_step(self.past.now.next_chunk, step, steps, x0)
+
+    def noisy(
+        self, x: torch.Tensor, timestep: float | Sequence[float], content_frames: int, own: int | None = None
+    ) -> torch.Tensor:
+        """The velocity of [state | content], whose keys nobody keeps; or, with `own`, over the cache of that noise level,
+        which they enter with the chunk's commit."""
+        cache = self.past.caches[0 if own is None else own]
+        return self._forward(x, timestep, content_frames, own is not None, cache)
+
+    def clean(self, x0: torch.Tensor, content_frames: int) -> None:
+        """The pass over a finished [state | content] whose keys and values are cached with its commit. NonFiniteError."""
+        self.past.place(self.past.layout())
+        x0 = x0.to(self.model.device)
+        self.require_finite(self._forward(x0, self.context_timestep, content_frames, True, self.past.cache))
+
+    def look(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
+        """A pass between two chunks that changes nothing, of a chunk's [state | content]; may be interrupted before it."""
+        self.checkpoint(0, 1, None)
+        self.past.start_chunk(told=False)
+        mark = self.past.mark()
+        try:
+            self.past.place(self.past.layout())
+            frames = x.shape[2] - self.past.spec.anchor.state_frames
+            return self._forward(x.to(self.model.device), timestep, frames, False, self.past.cache)
+        finally:
+            self.past.rewind(mark)
+
+    def _forward(
+        self, x: torch.Tensor, timestep: float | Sequence[float], frames: int, kept: bool, cache: KVCache
+    ) -> torch.Tensor:
+        self.attention.begin(self.past.layout(), frames, kept, cache)
+        velocity = self.model.velocity(x, timestep, self.attention)
+        self.attention.end()
+        return velocity
+
+    def require_finite(self, values: torch.Tensor) -> None:
+        """NonFiniteError for NaN or infinity."""
+        if not bool(torch.isfinite(values).all()):
+            now = self.past.now
+            raise NonFiniteError(
+                f"the model gave NaN or infinite values in chunk {now.next_chunk} (latent frame {now.next_frame}); "
+                "everything before it is kept. Try another weight dtype (bf16 or fp32), fewer LoRAs or a lower strength"
+            )

@@ -1,0 +1,390 @@
+"""The past of a rollout as one thing with one owner: its caches, what it counts, and what absorbs part of it.
+
+    mark = past.mark(); ...; past.rewind(mark)      # around what comes before a chunk and may fail
+    past.commit_chunk(x0, frames)                   # after a clean pass: the only way in which a chunk becomes past
+    state = past.snapshot()
+
+A commit prepares all that can fail (copies to the CPU, blended anchors, books) and changes nothing by it. Then it runs a list
+of writes, and remembers how far it came; then the counters move, at once. What the writes read stays staged until the next
+pass: one that failed in between is finished, from the write at which it stopped, by whoever looks at the past next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from . import rolling
+from .absorption.absorber import Absorber
+from .absorption.saved import absorber_state, restore_absorber
+from .absorption.solve import Solution
+from .anchors import Anchor
+from .kv_cache import KVCache, LayerSnapshot
+from .rollout_spec import RolloutSpec
+from .rollout_state import RolloutState
+from .rope import Layout, Rope
+from .steps import Step, Steps
+
+
+class UnfinishedError(RuntimeError):
+    """A write that brings the cache to a whole chunk failed, and failed again: there is no state to be had."""
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """How far a rollout is, replaced as a whole. `before` is the frame that the last generated chunk began with; all else is
+    what RolloutState calls so."""
+
+    next_frame: int
+    next_chunk: int
+    before: int
+    emitted: int
+    pending: torch.Tensor
+    recent: torch.Tensor
+    given: torch.Tensor
+    hidden: torch.Tensor | None = None
+    blocks: tuple[rolling.Block, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """What `rewind` goes back to."""
+
+    now: Standing
+    caches: tuple[tuple[LayerSnapshot, ...], ...]
+    absorber: dict[int, Any]
+
+
+# a pass over x [B, C, frames, h, w] at a timestep that changes nothing; its velocity
+Look = Callable[[torch.Tensor, float], torch.Tensor]
+
+
+class Observer(Protocol):
+    """Who follows a past, and is told once its counters have moved. Absorber is one."""
+
+    def start_chunk(self) -> None: ...
+
+    def stand_aside(self) -> None:
+        """The passes that follow are not a chunk's."""
+        ...
+
+    def joins(self) -> Iterable[tuple[int, Callable[[], object]]]:
+        """(layer, write) that a commit runs as well; each may be run again."""
+        ...
+
+    def moved(self) -> None:
+        """The chunk is past. Must not fail."""
+        ...
+
+    def catch_up(self, next_frame: int, look: Look) -> None:
+        """Do what is due, or nothing. May fail and is then called again, and may `look` as often as it wants."""
+        ...
+
+    def flushed(self, keep: int) -> None: ...
+
+    def mark(self) -> Any: ...
+
+    def rewind(self, mark: Any) -> None: ...
+
+
+@dataclass
+class _Work:
+    """What is under way: its steps, what moves once they are through, and whether that makes a chunk of it."""
+
+    steps: Steps
+    then: Callable[[], None]
+    commits: bool
+
+
+class Past:
+    """Mutable, private to one run; the state that it starts from is never written to.
+
+    `caches` are one, or one more for each noise level that keeps its own.
+    """
+
+    def __init__(
+        self,
+        spec: RolloutSpec,
+        device: torch.device,
+        text_tokens: int = 0,
+        solution: Solution | None = None,
+        levels: int = 1,
+        keep_latents: bool = False,
+    ) -> None:
+        patch = spec.geometry.patch
+        self.spec = spec
+        self.rope = Rope(spec.geometry.head_dim, spec.height // patch, spec.width // patch, device)
+        self.caches = [KVCache(spec.plan(text_tokens), spec.geometry.heads, device) for _ in range(levels)]
+        self.absorber: Absorber | None = None
+        if spec.absorption is not None:
+            self.absorber = Absorber(spec.absorption, self.cache, spec.anchor, self.rope, solution)
+        self.observer: Observer | None = self.absorber
+        nothing = torch.zeros(self.shape(0))
+        self.now = Standing(0, 0, 0, 0, nothing, nothing, nothing)
+        self.kept: list[torch.Tensor] | None = [] if keep_latents else None
+        # how far a rope cut puts the chunk under way ahead
+        self.jump = 0
+        self._work: _Work | None = None
+
+    @property
+    def cache(self) -> KVCache:
+        """The one that clean passes are kept in."""
+        return self.caches[0]
+
+    @property
+    def given_frames(self) -> int:
+        """Frames that were there before: committed or still to be."""
+        return self.now.next_frame - self.now.next_chunk * self.spec.chunk_frames + self.now.given.shape[2]
+
+    @property
+    def committing(self) -> bool:
+        """Whether a chunk is on its way into the cache and has to be finished, not undone."""
+        return self._work is not None and self._work.commits
+
+    def shape(self, frames: int) -> tuple[int, ...]:
+        """[B, C, frames, h, w]."""
+        return (self.spec.batch, self.spec.geometry.channels, frames, self.spec.height, self.spec.width)
+
+    def layout(self) -> Layout:
+        """Positions of the pass to come."""
+        return Layout(
+            mode=self.spec.positions,
+            anchor_capacity=self.spec.anchor.frames,
+            window_capacity=self.spec.window_frames,
+            state_frames=self.spec.anchor.state_frames,
+            anchor_present=self.cache.anchor_present,
+            window_present=self.cache.window_present,
+            first_frame=self.now.next_frame,
+            state_after_past=self.spec.anchor.state_after_past,
+            jump=self.jump,
+        )
+
+    # ---- what is under way
+
+    def _do(self, steps: Iterable[Step], then: Callable[[], None] = lambda: None, commits: bool = False) -> None:
+        self._work = _Work(Steps(steps), then, commits)
+        self._work.steps.run()
+        self._end_work()
+
+    def _end_work(self) -> None:
+        then, self._work = self._work.then, None
+        then()
+
+    def finish(self) -> None:
+        """Finish what failed in the middle. UnfinishedError, naming the layer, if it fails again."""
+        if self._work is None:
+            return
+        try:
+            self._work.steps.run()
+        except Exception as error:
+            raise UnfinishedError(
+                f"the cache of layer {self._work.steps.layer} could not be brought to a whole chunk, tried twice ({error}), so "
+                f"the rollout has no state after frame {self.now.next_frame}; go on from the last one that was saved"
+            ) from error
+        self._end_work()
+
+    # ---- passes
+
+    def start_chunk(self, told: bool = True) -> None:
+        """Before the passes of a chunk, or (not `told`) of frames that are committed again."""
+        self.finish()
+        for cache in self.caches:
+            cache.start_chunk()
+        if self.observer is not None:
+            self.observer.start_chunk() if told else self.observer.stand_aside()
+
+    def place(self, layout: Layout) -> None:
+        """Bring every cached key to its position in `layout`."""
+        for cache in self.caches:
+            for step in cache.turns(layout, self.rope):
+                self._do([step])
+
+    # ---- commits
+
+    def give(self, latents: torch.Tensor) -> None:
+        """Frames [B, C, n, h, w] that become the video's first ones, by `commit_given`."""
+        self.now = replace(self.now, given=latents.float().cpu())
+
+    def commit_given(self, frames: int) -> None:
+        """The next `frames` given ones, after their clean pass."""
+        self.finish()
+        content, rest = self.now.given[:, :, :frames], self.now.given[:, :, frames:]
+        states = self.spec.anchor.state_frames
+        hidden = content[:, :, -1:].expand(-1, -1, states, -1, -1).clone() if states else None
+        self._commit(self.spec.anchor, frames, replace(self._after(content), hidden=hidden, given=rest))
+
+    def commit_chunk(self, x0: torch.Tensor, frames: int, blocks: tuple[rolling.Block, ...] = ()) -> None:
+        """A chunk [state | content] float32, after its clean pass; `blocks` are those that are still being denoised."""
+        self.finish()
+        now, states = self.now, self.spec.anchor.state_frames
+        after = replace(
+            self._after(x0[:, :, states:].cpu()),
+            next_chunk=now.next_chunk + 1,
+            before=now.next_frame,
+            hidden=x0[:, :, :states].cpu().clone() if states else None,
+            blocks=tuple(replace(block, x=block.x.cpu()) for block in blocks),
+        )
+        self._commit(self.spec.anchor, frames, after)
+
+    def commit_again(self, frames: int, anchor: Anchor) -> None:
+        """Frames that were past before, after another clean pass of them."""
+        after = replace(self.now, next_frame=self.now.next_frame + frames)
+        self._commit(anchor, frames, after, told=False)
+
+    def _after(self, content: torch.Tensor) -> Standing:
+        """Where the rollout stands once `content` has been made."""
+        now = self.now
+        recent = torch.cat([now.recent, content], 2)[:, :, -self.spec.recent_frames :]
+        pending = torch.cat([now.pending, content], 2) if now.pending.shape[2] else content
+        return replace(now, next_frame=now.next_frame + content.shape[2], pending=pending, recent=recent)
+
+    def _commit(self, anchor: Anchor, frames: int, after: Standing, told: bool = True) -> None:
+        steps, left = [], []
+        for cache in self.caches:
+            more, leaving = cache.prepared(anchor, self.now.next_frame, frames)
+            steps, left = steps + more, left + leaving
+        observer = self.observer if told else None
+        if observer is not None:
+            steps += [Step(layer, write) for layer, write in observer.joins()]
+
+        def move() -> None:
+            for remember in left:
+                remember()
+            if observer is not None:
+                observer.moved()
+                self.jump = 0
+            self.now = after
+
+        self._do(steps, move, commits=True)
+
+    def catch_up(self, look: Look) -> None:
+        """Let who follows the past do what is due."""
+        self.finish()
+        if self.observer is not None:
+            self.observer.catch_up(self.now.next_frame, look)
+
+    # ---- transitions
+
+    def mark(self) -> Mark:
+        """The past as it is, on the CPU."""
+        self.finish()
+        observer = {} if self.observer is None else self.observer.mark()
+        return Mark(self.now, tuple(cache.snapshot() for cache in self.caches), observer)
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to a mark of this run, whatever is under way."""
+
+        def move() -> None:
+            if self.observer is not None:
+                self.observer.rewind(mark.absorber)
+            self.now, self.jump = mark.now, 0
+
+        steps = []
+        for cache, saved in zip(self.caches, mark.caches, strict=True):
+            steps += cache.restores(saved)
+        self._do(steps, move)
+
+    def flush(self, keep: int) -> None:
+        """Forget the window but for its `keep` newest frames."""
+        for cache in self.caches:
+            for layer in cache:
+                layer.flush(keep)
+        if self.observer is not None:
+            self.observer.flushed(keep)
+
+    def go_back(self, frame: int) -> None:
+        """The next passes commit frames from `frame` on again."""
+        self.now = replace(self.now, next_frame=frame)
+
+    # ---- what leaves
+
+    def emit(self, frames: int) -> torch.Tensor:
+        """Let the first `frames` of what is pending out: [B, C, frames, h, w] on the CPU."""
+        now = self.now
+        out, rest = now.pending[:, :, :frames], now.pending[:, :, frames:]
+        self.now = replace(now, pending=rest, emitted=now.emitted + frames)
+        if self.kept is not None:
+            self.kept.append(out)
+        return out
+
+    def put_back(self, latents: torch.Tensor) -> None:
+        """Take latents that have just left, but could not be used, back as the first pending ones."""
+        now = self.now
+        pending = torch.cat([latents, now.pending], dim=2)
+        self.now = replace(now, pending=pending, emitted=now.emitted - latents.shape[2])
+        if self.kept is not None:
+            self.kept.pop()
+
+    @property
+    def kept_latents(self) -> torch.Tensor | None:
+        """All latents that have left since frame 0 [B, C, T, h, w], if they were kept all along."""
+        return torch.cat(self.kept, dim=2) if self.kept else None
+
+    # ---- states
+
+    def snapshot(self, stream: dict[str, Any] | None = None) -> RolloutState:
+        """The state after the last whole chunk. UnfinishedError where there is none to be had."""
+        self.finish()
+        now = self.now
+        return RolloutState(
+            spec=self.spec.describe(),
+            next_frame=now.next_frame,
+            next_chunk=now.next_chunk,
+            emitted=now.emitted,
+            cache=tuple(layer for cache in self.caches for layer in cache.snapshot()),
+            pending=now.pending.clone(),
+            hidden=now.hidden,
+            latents=self.kept_latents,
+            recent=now.recent,
+            noisy=torch.cat([block.x for block in now.blocks], 2) if now.blocks else None,
+            stream=stream or {},
+            absorption={} if self.absorber is None else absorber_state(self.absorber),
+            given=now.given.clone() if now.given.shape[2] else None,
+        )
+
+    def restore(self, state: RolloutState, steps: int) -> None:
+        """Stand where `state` was taken; `steps` are those of the schedule. ValueError if it is not whole."""
+        self._check(state)
+        frames = self.spec.chunk_frames
+        nothing = self.now.given
+        self.now = Standing(
+            next_frame=state.next_frame,
+            next_chunk=state.next_chunk,
+            before=state.next_frame - frames if state.next_chunk else 0,
+            emitted=state.emitted,
+            pending=state.pending,
+            recent=nothing if state.recent is None else state.recent,
+            given=nothing if state.given is None else state.given,
+            hidden=state.hidden,
+            blocks=rolling.under_way(state.noisy, state.next_chunk, frames, steps),
+        )
+        if self.absorber is not None:
+            restore_absorber(self.absorber, state.absorption)
+        layers = len(self.cache.layers)
+        if len(state.cache) != layers * len(self.caches):
+            held = f"{len(state.cache)} layers"
+            raise ValueError(f"the state holds {held}, and this rollout has {layers} in {len(self.caches)} caches")
+        for i, cache in enumerate(self.caches):
+            cache.restore(state.cache[i * layers : (i + 1) * layers])
+        if self.kept is not None and state.latents is not None:
+            self.kept.append(state.latents)
+        elif state.emitted:
+            self.kept = None
+
+    def _check(self, state: RolloutState) -> None:
+        shapes = [(state.pending, state.pending.shape[2]), (state.hidden, self.spec.anchor.state_frames)]
+        shapes.append((state.latents, state.emitted))
+        shapes += [(one, one.shape[2]) for one in (state.recent, state.noisy, state.given) if one is not None]
+        for latents, frames in shapes:
+            if latents is not None and (latents.shape != self.shape(frames) or latents.dtype != torch.float32):
+                raise ValueError("the state's latents do not have the shape that its settings say: it is damaged")
+        most = (self.spec.blocks - 1) * self.spec.chunk_frames
+        noisy = 0 if state.noisy is None else state.noisy.shape[2]
+        if noisy > most or noisy % self.spec.chunk_frames:
+            raise ValueError(
+                f"the state holds {noisy} latent frames that are still being denoised, and its settings allow at most {most} in "
+                f"chunks of {self.spec.chunk_frames}: it is damaged"
+            )

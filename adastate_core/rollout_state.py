@@ -1,0 +1,48 @@
+"""The state of a rollout on wires: an immutable value, between two chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .layer_slots import LayerSnapshot
+
+
+@dataclass(frozen=True, repr=False)
+class RolloutState:
+    """A rollout between two chunks: an immutable value. Tensors are on the CPU and must not be written to.
+
+    `next_frame` is the index of the next chunk's first frame, `next_chunk` counts generated chunks, `emitted` the
+    latents that have left; `pending` [B, C, n, h, w] are made but not yet emitted. `hidden` are the anchor's
+    state latents [B, C, S, h, w]. `latents` are all emitted ones, if kept. `recent` are the newest committed ones,
+    `noisy` the chunks that are still being denoised (Rolling Forcing), oldest first, `given` the start latents that are
+    still to be committed. `cache` holds the layers of the cache, or of one cache after the other where noise levels have
+    their own. `stream` belongs to whoever decodes: JSON-able values and tensors; so is `absorption`, where the absorption
+    stands.
+    """
+
+    spec: dict[str, Any]
+    next_frame: int
+    next_chunk: int
+    emitted: int
+    cache: tuple[LayerSnapshot, ...]
+    pending: torch.Tensor
+    hidden: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    recent: torch.Tensor | None = None
+    noisy: torch.Tensor | None = None
+    stream: dict[str, Any] = field(default_factory=dict)
+    absorption: dict[str, Any] = field(default_factory=dict)
+    given: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.pending, self.hidden, self.latents, self.recent, self.noisy, self.given]
+        tensors += [*self.stream.values(), *self.absorption.values()]
+        return sum(layer.nbytes for layer in self.cache) + sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+    def __repr__(self) -> str:
+        frames = max(0, 4 * (self.emitted - 1) + 1)
+        return f"RolloutState({self.emitted} latents = {frames} frames, {self.nbytes / 2**20:.1f} MiB)"

@@ -1,0 +1,92 @@
+"""What a change of prompt, or a restart, does to the past before the chunk that it comes with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from .passes import Passes
+from .past import Mark, Past
+from .prompt_plan import PromptPlan
+
+# past frames that a flush leaves beside the anchor, and where a rope cut puts the chunk after it (Infinity-RoPE's numbers)
+FLUSH_FRAMES = 2
+CUT_POSITION = 45
+
+
+@contextlib.contextmanager
+def before_chunk(past: Past, passes: Passes, prompts: PromptPlan | None) -> Iterator[None]:
+    """Make the past what the next chunk is to see; if that, or the chunk within, fails, it is as it was before."""
+    first, change = past.now.next_frame, _Change(past, passes, prompts)
+    try:
+        change.make()
+    except BaseException:
+        change.undo()
+        raise
+    try:
+        yield
+    except BaseException:
+        if not past.committing and past.now.next_frame == first:
+            change.undo()
+        raise
+
+
+class _Change:
+    """What comes before one chunk. `mark` is the past before it, if it makes another of it."""
+
+    def __init__(self, past: Past, passes: Passes, prompts: PromptPlan | None) -> None:
+        self.past, self.passes, self.prompts = past, passes, prompts
+        self.mark: Mark | None = None
+
+    def make(self) -> None:
+        """Restart, or change the prompt with what its transition does to the cache."""
+        past, spec = self.past, self.past.spec
+        frame, before = past.now.next_frame, past.now.before
+        past.jump = 0
+        if frame and spec.clip(frame) != spec.clip(before):
+            self._set_prompt(frame)
+            self._commit_again(spec.overlap_frames)
+        transition = self.prompts.transition(frame, before) if self.prompts else ""
+        self._set_prompt(frame)
+        if transition == "recache":
+            self._commit_again(spec.recent_frames)
+        elif transition == "flush":
+            self._take_mark()
+            past.flush(FLUSH_FRAMES)
+        elif transition == "rope cut":
+            past.jump = max(CUT_POSITION - past.layout().content, CUT_POSITION - spec.chunk_frames)
+
+    def undo(self) -> None:
+        """Back to the mark. A failure is not told, the one that led here is: whoever looks next undoes the rest."""
+        if self.mark is not None:
+            with contextlib.suppress(Exception):
+                self.past.rewind(self.mark)
+
+    def _set_prompt(self, frame: int) -> None:
+        if self.prompts is not None:
+            self.passes.model.set_context(self.prompts.context(frame))
+
+    def _take_mark(self) -> None:
+        self.mark = self.mark or self.past.mark()
+
+    def _commit_again(self, frames: int) -> None:
+        """Empty the window and commit the newest `frames` latents once more, in passes of F; the anchor stays as it is.
+
+        Frames that the anchor holds are left out. The hidden state is committed again with them, unless it is frozen.
+        """
+        past, now, anchor = self.past, self.past.now, self.past.spec.anchor
+        end, held = now.next_frame, now.recent.shape[2]
+        first = end - min(frames, held)
+        while first < end and anchor.slot_of(first) is not None:
+            first += 1
+        again = now.recent[:, :, held - (end - first) :]
+        hidden = now.recent[:, :, :0] if now.hidden is None else now.hidden
+        self._take_mark()
+        past.flush(0)
+        past.go_back(first)
+        for content in again.split(past.spec.chunk_frames, dim=2) if first < end else ():
+            past.start_chunk(told=False)
+            self.passes.clean(torch.cat([hidden, content], 2), content.shape[2])
+            past.commit_again(content.shape[2], anchor.bystander(end))
