@@ -84,7 +84,7 @@ def test_a_state_goes_on(golden):
         state = load_state(folder / entry["state"])
         assert (state.emitted, state.latents is not None) == (entry["stop"], entry["keep_latents"])
         rollout = go_on(entry, load_file(folder / entry["expected"]), state=state)
-        absorber = rollout.attention.absorber
+        absorber = rollout.absorber
         assert (absorber is None) == ("absorption" not in entry)
         if absorber is not None:
             report, told = absorber.report(), entry["absorption"]
@@ -105,7 +105,7 @@ def test_an_absorption_drives_a_rollout(golden):
         width = geometry.heads * geometry.head_dim
         solution = solution_from(saved, settings, geometry.layers, width, geometry.heads)
         rollout = go_on(entry, load_file(folder / entry["expected"]), solution=solution)
-        assert rollout.attention.absorber.report()["phase"] == "switched"
+        assert rollout.absorber.report()["phase"] == "switched"
 
 
 def assert_pictures_near(found: list[torch.Tensor], expected: torch.Tensor) -> None:
