@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .timeline import LONGEST, TRANSITIONS, TimedText, TimelineError, locate, parse_timeline
+from .timeline import LONGEST, MOST_PROMPTS, TRANSITIONS, TimedText, TimelineError, locate, parse_timeline
 from .timeline_format import GRAMMARS, format_timeline
 
 __all__ = [
@@ -75,6 +75,8 @@ class Prompts:
     def __post_init__(self) -> None:
         if not self.entries:
             raise ValueError("there are no prompts; give at least one, at second 0")
+        if len(self.entries) > MOST_PROMPTS:
+            raise ValueError(f"there are {len(self.entries)} prompts; a video has at most {MOST_PROMPTS}")
         if self.entries[0].seconds != 0:
             raise ValueError(f"the first prompt begins at {self.entries[0].seconds:g}s; one must begin at 0")
         for before, entry in zip(self.entries, self.entries[1:], strict=False):

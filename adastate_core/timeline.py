@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 TRANSITIONS = ("cut", "recache", "flush", "rope cut", "soft")
 LONGEST = 360_000  # seconds: 100 hours
+LONGEST_TEXT = 200_000  # characters
+MOST_PROMPTS = 10_000
+MOST_WORDS = 2_000_000  # characters of all prompts, with what they share
 _LONGEST_NUMBER = 40  # characters of a time
 _HASH = "rope cut"
 _TIMES = "a time is written 5s, 2.5s, 1:02.5 or 1:00:00"
@@ -29,8 +33,9 @@ _TIMES = "a time is written 5s, 2.5s, 1:02.5 or 1:00:00"
 _TIME = r"(?:[0-9]+:[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?|[0-9]+:[0-5][0-9](?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?[sS])"
 # What somebody may have meant as a time: it must be followed by what can follow a time to count as one.
 _NEAR = r"(?:[-+]?\.?[0-9][^\s\[\]{}#:|]*|[-+]?(?:[nN][aA][nN]|[iI][nN][fF](?:inity)?)s?)"
-_CHANGE = r"\#?\s*(?:\{[^{}\n]*\}\s*)?"
-_BRACKET = re.compile(rf"\[\s*(?:[-+]?{_TIME}(?![\w.])|{_NEAR}(?=\s*{_CHANGE}[:\]])|(?=(?:\#|\{{[^{{}}\n]*\}})\s*\]))")
+# Every run of spaces belongs to one quantifier: two side by side would try all ways to share it.
+_CHANGE = r"\s*(?:\#\s*)?(?:\{[^{}\n]*\}\s*)?"
+_BRACKET = re.compile(rf"\[\s*(?:[-+]?{_TIME}(?![\w.])|{_NEAR}(?={_CHANGE}[:\]])|(?=(?:\#|\{{[^{{}}\n]*\}})\s*\]))")
 _LINE = re.compile(rf"^[^\S\n]*[-+]?{_TIME}(?=[\s#{{]|:\s|:?\Z)|\A\s*0(?=\s)", re.M)
 _DIGIT_LINE = re.compile(r"^[^\S\n]*(?=[-+]?\.?[0-9])", re.M)
 _TIME_AT = re.compile(rf"{_TIME}(?![\w.])")
@@ -74,10 +79,15 @@ class _Source:
     """A text with its comments blanked, read from an offset on."""
 
     def __init__(self, text: str) -> None:
+        if len(text) > LONGEST_TEXT:
+            raise TimelineError(f"the text has {len(text)} characters; at most {LONGEST_TEXT} are read", 1, 1)
         self.text = _COMMENT.sub(lambda comment: " " * len(comment[0]), text)
+        self.breaks = [at for at, character in enumerate(self.text) if character == "\n"]
 
     def place(self, at: int) -> tuple[int, int]:
-        return self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
+        """Line and column of an offset; found by halving, since every prompt asks."""
+        line = bisect_left(self.breaks, at)
+        return line + 1, at - (self.breaks[line - 1] if line else -1)
 
     def error(self, at: int, message: str) -> TimelineError:
         return TimelineError(message, *self.place(at))
@@ -148,7 +158,8 @@ def parse_timeline(text: str, shared: str = "", duration: float | None = None) -
 
     `shared` is put in front of every prompt, or around it where it holds `{}`. `duration` is how many seconds the video
     lasts, if that is known: prompts between bars that say no length then share what is left evenly, and no prompt may begin
-    after the end. Raises TimelineError for a text that is no timeline, ValueError for a duration that is none.
+    after the end. Raises TimelineError for a text that is no timeline or longer than LONGEST_TEXT, for more than MOST_PROMPTS
+    prompts and more than MOST_WORDS characters with what is shared; ValueError for a duration that is none.
     """
     if duration is not None and not 0 < duration < math.inf:
         raise ValueError(f"duration is {duration}; it must be a positive number of seconds")
@@ -156,6 +167,12 @@ def parse_timeline(text: str, shared: str = "", duration: float | None = None) -
     if not source.text.strip():
         raise TimelineError("there is no prompt; write at least one", 1, 1)
     prompts = _read(source, None if duration is None else Fraction(duration))
+    if len(prompts) > MOST_PROMPTS:
+        raise source.error(
+            prompts[MOST_PROMPTS].at, f"there are {len(prompts)} prompts; a timeline holds at most {MOST_PROMPTS}"
+        )
+    shared = _tidy(shared)
+    _check_shared(shared, prompts)
     entries: list[TimedText] = []
     for prompt in prompts:
         seconds = float(prompt.start or 0)
@@ -378,8 +395,21 @@ def _plain(seconds: Fraction) -> str:
     return f"{float(seconds):g}s"
 
 
+def _check_shared(shared: str, prompts: Sequence[_Prompt]) -> None:
+    """TimelineError where the prompts with what they share are too long to be written out."""
+    places = shared.count("{}")
+    around = len(shared) - 2 * places if places else len(shared) + 1
+    words = len(prompts) * around + max(1, places) * sum(len(prompt.text) for prompt in prompts)
+    if shared and words > MOST_WORDS:
+        raise TimelineError(
+            f"{len(prompts)} prompts with what they share have {words} characters; they may have {MOST_WORDS} in all: "
+            "shorten shared",
+            1,
+            1,
+        )
+
+
 def _shared(shared: str, text: str) -> str:
-    shared = _tidy(shared)
     if "{}" in shared:
         return shared.replace("{}", text)
     return f"{shared} {text}" if shared else text

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 
-from .timeline import LONGEST, TimedText, TimelineError, parse_timeline
+from .timeline import LONGEST, LONGEST_TEXT, MOST_PROMPTS, TimedText, TimelineError, parse_timeline
 
 GRAMMARS = ("bars", "marks", "lines")
 
@@ -20,17 +20,22 @@ def format_timeline(entries: Sequence[TimedText], grammar: str = "lines") -> str
         raise ValueError(f"grammar is {grammar!r}; it must be one of {', '.join(GRAMMARS)}")
     if not entries:
         raise ValueError("there are no prompts to write; give at least one")
+    if len(entries) > MOST_PROMPTS:
+        raise ValueError(f"there are {len(entries)} prompts; a timeline holds at most {MOST_PROMPTS}")
     seconds = [entry.seconds for entry in entries]
     if seconds[0] != 0 or any(not a < b <= LONGEST for a, b in zip(seconds, seconds[1:], strict=False)):
-        raise ValueError(f"prompts begin at {seconds}; the first must be at 0, and times must rise, up to {LONGEST}")
+        shown = ", ".join(map(str, seconds[:8])) + (", ..." if len(seconds) > 8 else "")
+        raise ValueError(f"prompts begin at [{shown}]; the first must be at 0, and times must rise, up to {LONGEST}")
     text = _written(entries, grammar)
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"written as {grammar} the text has {len(text)} characters; at most {LONGEST_TEXT} are read")
     if not _reads_as(text, entries):
         for number, entry in enumerate(entries, 1):
             alone = [TimedText(0.0, "x"), replace(entry, seconds=1.0)]
             if not _reads_as(_written(alone, grammar), alone):
                 raise ValueError(
                     f"prompt {number} cannot be written as {grammar}: {entry.text[:40]!r} with transition "
-                    f"{entry.transition!r} would be read as something else"
+                    f"{entry.transition!r:.40} would be read as something else"
                 )
         raise ValueError(f"these prompts cannot be written as {grammar}: they would be read as something else")
     return text

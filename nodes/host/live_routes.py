@@ -8,12 +8,14 @@ POST /adastate/stop                          {"prompt_id", "node_id"}: end it af
 
 from __future__ import annotations
 
-import json
-
 from aiohttp import web
 
 from . import live
+from .request_body import BodyError, parse_json, read_bytes
 from .timeline_route import timeline
+
+STOP_BODY = 'the body must be JSON with "prompt_id" and "node_id"'
+LONGEST_NAME = 200  # characters
 
 
 def add_routes() -> None:
@@ -49,10 +51,13 @@ async def show_run(request: web.Request) -> web.Response:
 
 async def stop_run(request: web.Request) -> web.Response:
     try:
-        asked = await request.json()
-        prompt_id, node_id = str(asked["prompt_id"]), str(asked["node_id"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return refused(400, 'the body must be JSON with "prompt_id" and "node_id"')
+        asked = parse_json(await read_bytes(request, 2**18), STOP_BODY)  # short, and waits for no other body
+    except BodyError as error:
+        return refused(error.status, str(error))
+    names = [asked.get(name) for name in ("prompt_id", "node_id")] if isinstance(asked, dict) else [None]
+    if not all(type(name) in (str, int) for name in names):
+        return refused(400, STOP_BODY)
+    prompt_id, node_id = (str(name)[:LONGEST_NAME] for name in names)
     run = live.find(prompt_id, node_id)
     if run is None or not run.running:
         return refused(

@@ -14,10 +14,11 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ...adastate_core.timeline import LONGEST_TEXT
 from .api import io
 
 ON_DISK = ("file",)  # combos that list what lies on disk: their nodes look there themselves
-LONGEST_WORDS = 200_000  # characters of a text of many lines
+LONGEST_WORDS = LONGEST_TEXT  # characters of a text of many lines
 LONGEST_LINE = 1_000  # of any other, and of a choice
 _PLAIN = {"int", "float", "str", "bool"}
 _MOST_CHARACTERS = 40  # of a value in a sentence

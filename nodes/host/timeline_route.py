@@ -7,60 +7,81 @@ Entries are {"seconds", "text", "transition", "line", "column"}; a transition is
 of the body: "fps" (prompts must fall on different latent frames), "duration" (seconds, as on Prompt Timeline) and "words": true
 (the words of the demo model). What is no timeline is answered with {"error": {"message", "line", "column"}}, and 200, since
 asking is how a page finds out; line and column count from 1 and are null where the fault is in no place of a text. A body
-that asks nothing is refused with 400.
+that asks nothing is refused with 400, one that is longer than any timeline with 413. The work is done off the event loop.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from aiohttp import web
 
 from ...adastate_core.demo_words import words_over_time
-from ...adastate_core.timeline import TimedText, TimelineError, grammar_of, parse_timeline
+from ...adastate_core.timeline import (
+    LONGEST,
+    LONGEST_TEXT,
+    MOST_PROMPTS,
+    TimedText,
+    TimelineError,
+    grammar_of,
+    parse_timeline,
+)
 from ...adastate_core.timeline_format import GRAMMARS, format_timeline
+from .node import shown
+from .request_body import BodyError, off_loop, parse_json, read_bytes
 
-LONGEST_TEXT = 1_000_000
+MOST_FPS = 1000
 BODY = 'the body must be JSON with "text", a string, or "entries", a list of {"seconds", "text", "transition"}'
 
 
 async def timeline(request: web.Request) -> web.Response:
     """The route."""
     try:
-        asked = await request.json()
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        asked = None
-    if not isinstance(asked, dict) or not (
-        isinstance(asked.get("text"), str) or isinstance(asked.get("entries"), list)
-    ):
-        return web.json_response({"error": {"message": BODY, "line": None, "column": None}}, status=400)
+        status, text = await off_loop(_answered, await read_bytes(request))
+    except BodyError as error:
+        status, text = error.status, _fault(str(error))
+    return web.Response(text=text, status=status, content_type="application/json")
+
+
+def _answered(body: bytes) -> tuple[int, str]:
+    """HTTP status and JSON of the answer to a body."""
     try:
-        return web.json_response(answer(asked))
+        asked = parse_json(body, BODY)
+        if not isinstance(asked, dict) or not _asks(asked):
+            return 400, _fault(BODY)
+        return 200, json.dumps(answer(asked))
+    except BodyError as error:
+        return error.status, _fault(str(error))
     except ValueError as error:
         line, column = (error.line, error.column) if isinstance(error, TimelineError) else (None, None)
-        return web.json_response({"error": {"message": str(error), "line": line, "column": column}})
+        return 200, _fault(str(error), line, column)
+
+
+def _asks(asked: dict[str, Any]) -> bool:
+    return isinstance(asked["entries"], list) if "entries" in asked else isinstance(asked.get("text"), str)
+
+
+def _fault(message: str, line: int | None = None, column: int | None = None) -> str:
+    return json.dumps({"error": {"message": message, "line": line, "column": column}})
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
     """What the route says to a body; ValueError (TimelineError with a place) for one that it cannot answer."""
-    fps, duration = _number(asked, "fps"), _number(asked, "duration")
+    fps, duration = _number(asked, "fps", MOST_FPS), _number(asked, "duration", LONGEST)
     words = bool(asked.get("words"))
     if "entries" in asked:
         return _written(_entries(asked["entries"]), asked.get("grammar"), words, fps, duration)
-    if len(asked["text"]) > LONGEST_TEXT:
-        raise ValueError(f"the text has {len(asked['text'])} characters; at most {LONGEST_TEXT} are read")
     return _read(asked["text"], words, fps, duration)
 
 
-def _number(asked: dict[str, Any], name: str) -> float | None:
-    """A positive number of the body, None where it is left out or 0."""
+def _number(asked: dict[str, Any], name: str, most: int) -> float | None:
+    """A positive number of the body, at most `most`; None where it is left out or 0."""
     value = asked.get(name)
     if value is None or value == 0:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value!r}; it must be a positive number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+        raise ValueError(f"{name} is {shown(value)}; it must be a positive number, at most {most}")
     return float(value)
 
 
@@ -89,16 +110,22 @@ def _check_frames(entries: tuple[TimedText, ...], fps: float) -> None:
 
 def _entries(given: list[Any]) -> list[TimedText]:
     """The entries of a body, in order of time."""
+    if len(given) > MOST_PROMPTS:
+        raise ValueError(f"there are {len(given)} entries; a timeline holds at most {MOST_PROMPTS}")
     read = []
     for number, entry in enumerate(given, 1):
         seconds, text = (entry.get("seconds"), entry.get("text")) if isinstance(entry, dict) else (None, None)
         transition = entry.get("transition") or None if isinstance(entry, dict) else None
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
-            raise ValueError(f"prompt {number} begins at {seconds!r}; give a number of seconds")
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= LONGEST:
+            raise ValueError(
+                f"prompt {number} begins at {shown(seconds)}; give a number of seconds between 0 and {LONGEST}"
+            )
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"prompt {number} is empty; write what the video shows from {seconds:g}s on")
-        if len(text) > LONGEST_TEXT or not (transition is None or isinstance(transition, str)):
-            raise ValueError(BODY)
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"prompt {number} has {len(text)} characters; it may have {LONGEST_TEXT}: shorten it")
+        if not (transition is None or isinstance(transition, str)):
+            raise ValueError(f"prompt {number} has {shown(transition)} as its transition; give its name, or null")
         lines = (line.strip() for line in text.split("\n"))
         read.append(TimedText(float(seconds), "\n".join(line for line in lines if line), transition))
     return sorted(read, key=lambda entry: entry.seconds)

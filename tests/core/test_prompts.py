@@ -25,6 +25,7 @@ from adastate_core.prompts import (
     locate,
     parse_timeline,
 )
+from adastate_core.timeline import LONGEST_TEXT, MOST_PROMPTS, MOST_WORDS, _Source
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,12 +169,73 @@ def test_no_text_crashes_it():
     assert parsed > 1000 and refused > 1000
 
 
-def test_long_texts_do_not_take_forever():
-    for text in ("[" * 40_000, "[5s: " * 8000, "a[1s]|" * 2000 + "a", "{" * 40_000, "[{" * 20_000, "5s " * 20_000):
+HOSTILE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from adastate_core.demo_words import words_over_time
+from adastate_core.timeline import LONGEST_TEXT, TimelineError, grammar_of, parse_timeline
+
+def filled(front, piece, end=""):
+    return (front + piece * (LONGEST_TEXT // len(piece)))[: LONGEST_TEXT - len(end)] + end
+
+runs = ["[", "[5s: ", "a [1s] | ", "{", "[{", "5s ", "|", " ", "\\n", "\\n0s ", "[1 ", "#", "1", "1.", ":", "a", "\\t", "}", "]"]
+texts = [filled(front, piece) for front in ("", "[1", "[1 {", "0s a\\n", "a [5s") for piece in runs]
+texts += ["[1" + " " * 60_000 + gap + " " * 60_000 + "{" + "a" * 70_000 for gap in ("", "#", "x")]
+texts += ["".join(f"{i}s a\\n" for i in range(10_000)), "".join(f"[{i}s: a]" for i in range(10_000)), filled("", "a[1s]|", "a")]
+for text in texts:
+    for read in (parse_timeline, grammar_of, words_over_time):
         try:
-            parse_timeline(text)
+            read(text)
         except TimelineError:
             pass
+print(len(texts))
+"""
+
+
+def test_long_texts_do_not_take_forever():
+    """Texts as long as any is read, in a process that is ended when it goes through them more than a few times."""
+    done = subprocess.run([sys.executable, "-c", HOSTILE, str(ROOT)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stdout == "101\n", done.stderr[-2000:]
+
+
+def test_places_are_those_that_counting_gives():
+    chance = random.Random(3)
+    for _ in range(300):
+        text = "".join(chance.choice("a\n \r") for _ in range(chance.randrange(40)))
+        source = _Source(text)
+        for at in range(len(text) + 1):
+            before = text[:at].split("\n")
+            assert source.place(at) == (len(before), len(before[-1]) + 1)
+
+
+def test_what_is_longer_than_a_timeline_is_refused():
+    assert parse_timeline("a" * LONGEST_TEXT)
+    with pytest.raises(TimelineError, match=f"the text has {LONGEST_TEXT + 1} characters; at most {LONGEST_TEXT} are"):
+        parse_timeline("a" * (LONGEST_TEXT + 1))
+    most = "\n".join(f"{i}s a" for i in range(MOST_PROMPTS))
+    assert len(parse_timeline(most)) == MOST_PROMPTS
+    with pytest.raises(
+        TimelineError, match=f"there are {MOST_PROMPTS + 1} prompts; a timeline holds at most"
+    ) as refusal:
+        parse_timeline(f"{most}\n{MOST_PROMPTS}s a")
+    assert refusal.value.line == MOST_PROMPTS + 1
+    many = [TimedText(float(i), "a") for i in range(MOST_PROMPTS + 1)]
+    with pytest.raises(ValueError, match=f"there are {MOST_PROMPTS + 1} prompts"):
+        format_timeline(many)
+    with pytest.raises(ValueError, match="prompts begin at .*, ...]; the first must be at 0") as refused:
+        format_timeline(many[1:])
+    assert len(str(refused.value)) < 300
+    with pytest.raises(ValueError, match=f"there are {MOST_PROMPTS + 1} prompts; a video has at most"):
+        Prompts(tuple(PromptAt(entry.seconds, None) for entry in many))
+
+
+@pytest.mark.parametrize("shared", ["b" * 300, "b {} " * 100])
+def test_what_is_shared_is_not_written_out_without_end(shared):
+    text = "\n".join(f"{i}s a balloon" for i in range(9_000))
+    with pytest.raises(TimelineError, match=r"9000 prompts with what they share have \d+ characters; they may have"):
+        parse_timeline(text, shared)
+    whole = sum(len(entry.text) for entry in parse_timeline(text, shared[:20]))
+    assert whole <= MOST_WORDS
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
