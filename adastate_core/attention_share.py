@@ -21,7 +21,7 @@ def frame_shares(q: torch.Tensor, k: torch.Tensor, heads: int, tokens: int, firs
     rows = torch.linspace(first_query, q.shape[1] - 1, QUERIES, device=q.device).round().long().unique()
     q, k = (t.float().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q[:, rows], k))
     weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-    return weights.double().unflatten(-1, (-1, tokens)).sum(-1).mean((0, 1, 2)).cpu()
+    return weights.unflatten(-1, (-1, tokens)).sum(-1).cpu().double().mean((0, 1, 2))
 
 
 @dataclass

@@ -55,6 +55,10 @@ class Moments:
         """Of the rows of both."""
         return Moments(*(getattr(self, name) + getattr(other, name) for name in FIELDS))
 
+    def to(self, device: torch.device) -> Moments:
+        """The same on `device`; shares what lies there already."""
+        return Moments(*(getattr(self, name).to(device) for name in FIELDS))
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """By field, on the CPU."""
         return {name: getattr(self, name).cpu().clone() for name in FIELDS}

@@ -46,7 +46,7 @@ class TinyModel(nn.Module):
         self.context = context
 
     def _read_text(self, i: int, y: torch.Tensor) -> torch.Tensor:
-        keys, values = self.text[i](self.context).expand(y.shape[0], -1, -1).chunk(2, -1)
+        keys, values = self.text[i](self.context.to(y.device)).expand(y.shape[0], -1, -1).chunk(2, -1)
         return (F.layer_norm(y, y.shape[-1:]) @ keys.transpose(1, 2) / y.shape[-1] ** 0.5).softmax(-1) @ values
 
     def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: object) -> torch.Tensor:
@@ -55,8 +55,8 @@ class TinyModel(nn.Module):
         y = self.embed(x).flatten(2).transpose(1, 2)
         width = y.shape[-1]
         if not isinstance(timestep, int | float):
-            timestep = torch.tensor(timestep).repeat_interleave(y.shape[1] // t)[:, None]
-        phase = timestep / 1000 * torch.arange(1, width + 1) / width * math.pi
+            timestep = torch.tensor(timestep, device=x.device).repeat_interleave(y.shape[1] // t)[:, None]
+        phase = timestep / 1000 * torch.arange(1, width + 1, device=x.device) / width * math.pi
         for i, block in enumerate(self.blocks):
             scale, shift = block.scale(torch.sin(phase)).chunk(2, -1)
             z = F.layer_norm(y, (width,)) * (1 + scale) + shift
