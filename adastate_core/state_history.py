@@ -11,6 +11,7 @@ import contextlib
 import re
 from pathlib import Path
 
+from .files.whole_file import sync_folder
 from .rollout import RolloutState
 from .rollout_file import save_state, state_chunk
 
@@ -88,7 +89,9 @@ class StateHistory:
         self.step = self._step_with_room()
         for chunk in [chunk for chunk in self._kept if chunk % self.step]:
             self._kept.pop(chunk).unlink(missing_ok=True)
-        self.folder.mkdir(exist_ok=True)
+        if not self.folder.is_dir():
+            self.folder.mkdir(exist_ok=True)
+            sync_folder(self.folder.parent)
         name = f"chunk_{state.next_chunk:06}{SUFFIX}"
         self._kept[state.next_chunk] = save_state(state, self.folder / name)
 

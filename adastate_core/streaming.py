@@ -64,6 +64,11 @@ class VideoStream:
             "files": self.names,
         }
 
+    def sync(self) -> None:
+        """Have the system put every file on the disk as far as it is written: before a state that counts its frames."""
+        for sink in self.sinks:
+            sink.sync()
+
     def close(self) -> list[str]:
         """Finish every file; sentences about those that could not be finished and stay as they grew."""
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -20,6 +19,8 @@ from typing import Any
 import av
 import torch
 from av.bitstream import BitStreamFilterContext
+
+from .files.whole_file import sync_file, whole_file
 
 log = logging.getLogger("adastate")
 CODECS = {"h264": "libx264"}
@@ -138,6 +139,10 @@ class VideoSink:
             for packet in self._stream.encode(frame):
                 self._mux(packet)
 
+    def sync(self) -> None:
+        """Have the system put on the disk what has been written, as far as it can."""
+        sync_file(self.path)
+
     def stop(self) -> None:
         """End the file as it is, fragmented: it plays, and nothing is rewritten."""
         if self._container is None:
@@ -210,14 +215,9 @@ def remux(path: Path) -> None:
     The new file takes the old one's place only when it was opened again and its first and its last frames decoded. Else
     an OSError, a ValueError or one of PyAV's says why, and the old file is as it was.
     """
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.mp4")
-    try:
-        count = _rewrite(path, temporary)
-        _require_whole(temporary, count)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        count = _rewrite(path, Path(file.name))
+        _require_whole(Path(file.name), count)
 
 
 def _rewrite(path: Path, new: Path) -> int:

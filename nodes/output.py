@@ -179,7 +179,7 @@ class StreamOutput:
         if due is None:
             return
         if due.keep:
-            self._try(lambda: self.history.keep(due.state), "into its history")
+            self._try(self._synced(lambda: self.history.keep(due.state)), "into its history")
         if due.autosave and autosave:
             self._write(lambda: due.state)
 
@@ -226,8 +226,18 @@ class StreamOutput:
 
     def _write(self, state: Callable[[], RolloutState], again: bool = False) -> None:
         """Write `<video>.state.safetensors`; the next one is due as long after one that failed."""
-        self._try(lambda: save_state(state(), self.state_path), f"beside it as {self.state_path.name}", again)
+        save = self._synced(lambda: save_state(state(), self.state_path))
+        self._try(save, f"beside it as {self.state_path.name}", again)
         self._saved = time.monotonic()
+
+    def _synced(self, write: Callable[[], Made]) -> Callable[[], Made]:
+        """`write`, once the disk holds the frames that its state counts."""
+
+        def written() -> Made:
+            self.stream.sync()
+            return write()
+
+        return written
 
     def _try(self, make: Callable[[], Made], where: str, again: bool = False) -> Made | None:
         """What `make` gives; a failure is logged and counted, never raised, so that the video goes on, and None."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import folder_paths
 from comfy.cli_args import args
 
+from ...adastate_core.files.whole_file import reserve
 from .api import io, ui
 
 PACK = Path(__file__).resolve().parents[2]
@@ -45,22 +47,34 @@ class Target:
 def new_files(prefix: str, suffixes: list[str], width: int = 0, height: int = 0, kind: str = "output") -> list[Target]:
     """Fresh files of one number under the host's output or temp folder, numbered as the host's own savers do.
 
-    They are created at once, so that two writers of one run do not get the same number. ValueError for a prefix that
-    leads outside.
+    They are created at once, so that two writers do not get the same number, be they of one run or of two servers that
+    share the folder. ValueError for a prefix that leads outside.
     """
+    for targets in _numbered(prefix, suffixes, width, height, kind):
+        made: list[Path] = []
+        try:
+            for target in targets:
+                reserve(target.path)
+                made.append(target.path)
+            return targets
+        except BaseException as error:
+            for path in made:
+                path.unlink(missing_ok=True)
+            if not isinstance(error, FileExistsError):
+                raise
+    raise AssertionError("numbers do not end")
+
+
+def _numbered(prefix: str, suffixes: list[str], width: int, height: int, kind: str) -> Iterator[list[Target]]:
+    """Names of one number that nobody has yet, number after number; their folder is made."""
     root = folder_paths.get_temp_directory() if kind == "temp" else folder_paths.get_output_directory()
     _inside(Path(root), prefix)
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
     Path(folder).mkdir(parents=True, exist_ok=True)
-
-    def paths(number: int) -> list[Path]:
-        return [Path(folder) / f"{name}_{number:05}_{suffix}" for suffix in suffixes]
-
-    while any(path.exists() for path in paths(counter)):
-        counter += 1
-    for path in paths(counter):
-        path.touch()
-    return [Target(path, subfolder, kind) for path in paths(counter)]
+    for number in itertools.count(counter):
+        paths = [Path(folder) / f"{name}_{number:05}_{suffix}" for suffix in suffixes]
+        if not any(os.path.lexists(path) for path in paths):
+            yield [Target(path, subfolder, kind) for path in paths]
 
 
 def new_file(prefix: str, suffix: str, width: int = 0, height: int = 0, kind: str = "output") -> Target:
@@ -132,14 +146,13 @@ def fingerprint(path: Path) -> str:
 
 
 def write_new(prefix: str, suffix: str, write: Callable[[Path], object]) -> str:
-    """A fresh output file made by `write`, removed again if that fails; its name as `saved_files` lists it."""
-    target = new_file(prefix, suffix)
-    try:
-        write(target.path)
-    except BaseException:
-        target.path.unlink(missing_ok=True)
-        raise
-    return f"{target.name} [output]"
+    """A fresh output file made by `write`, which gives it its name last and raises FileExistsError if another server has
+    taken that meanwhile; its name as `saved_files` lists it."""
+    for (target,) in _numbered(prefix, [suffix], 0, 0, "output"):
+        with contextlib.suppress(FileExistsError):
+            write(target.path)
+            return f"{target.name} [output]"
+    raise AssertionError("numbers do not end")
 
 
 def save_metadata(hidden: Any) -> dict[str, Any]:

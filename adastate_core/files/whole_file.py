@@ -1,0 +1,205 @@
+"""The one way in which the pack writes a file: under a name of its own first, then at once under the name it was asked for.
+
+A process that is killed, a full disk or a power cut leaves the file that was there before, or the new one, whole. What a
+dead process leaves of its own names is removed when the next file is written to the same folder, by any process:
+
+* A writer holds a lock (flock) on its temporary. The temporary's name tells the running system and the file system that it
+  was made under, since only there a lock is seen by everyone; a temporary of the same ones that nobody has locked is dead.
+* Any other is dead once nothing has been written to it for STALE_SECONDS, by the clock of the file system itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be removed anyway
+    fcntl = None  # type: ignore[assignment]
+
+# no writer leaves its file alone for so long
+STALE_SECONDS = 3600.0
+_NO_LOCK = "0" * 12
+_OWN = re.compile(r"\.adastate-([0-9a-f]{12})-[0-9a-f]{16}\.tmp")
+# what versions before wrote to: `<name>.<pid>.tmp`, beside it safetensors' own hidden names, and `<stem>.<pid>.tmp.mp4`
+_STATE_BEFORE = re.compile(r".+\.safetensors\.[0-9]+\.tmp")
+_VIDEO_BEFORE = re.compile(r"(.+)\.[0-9]+\.tmp\.mp4")
+_HIDDEN_BEFORE = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+_MARK_BEFORE = b'"format":"adastate.'
+_MOST_HEADER = 100_000_000
+# what a file system says that has no fsync
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path | str, new: bool = False) -> Iterator[IO[bytes]]:
+    """A binary file to write (and read) that becomes `path` when the block ends, and never was when it raises.
+
+    Others may open it by its `name` meanwhile and write to it. `new`: FileExistsError if there is a `path` by then, however
+    many servers share the folder; otherwise it is replaced. OSError if the disk does not take it; what was at `path` stays.
+    """
+    path = Path(path)
+    temporary, file, locked = _create(path.parent)
+    try:
+        with file:
+            _sweep(path.parent, os.fstat(file.fileno()).st_mtime)
+            yield file
+            file.flush()
+            _sync(file.fileno())
+            if locked:  # nobody takes it for a dead one's until it has its name
+                _publish(temporary, path, new)
+        if not locked:
+            _publish(temporary, path, new)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def reserve(path: Path | str) -> None:
+    """Create an empty file of a name that nobody has. FileExistsError otherwise, however many servers share the folder."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+def sync_file(path: Path | str) -> None:
+    """Have the system put on the disk what was written to a file; nothing where it cannot or the file has gone."""
+    with contextlib.suppress(OSError), open(path, "r+b") as file:
+        _sync(file.fileno())
+
+
+def sync_folder(path: Path | str) -> None:
+    """The same for a folder's names; there are systems that know no such thing."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def _publish(temporary: Path, path: Path, new: bool) -> None:
+    if not new:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)
+        return
+    except FileExistsError:
+        raise
+    except (OSError, NotImplementedError, AttributeError):
+        reserve(path)  # a file system without links
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@cache
+def _system() -> str:
+    """What this running system is called; empty where it has no name that ends with it."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _where(folder: Path) -> str:
+    """The system and file system that a lock on a file of `folder` counts in."""
+    if fcntl is None or not _system():
+        return _NO_LOCK
+    device = os.stat(folder).st_dev
+    return hashlib.blake2b(f"{_system()} {device}".encode(), digest_size=6).hexdigest()
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether this process has the file to itself now. BlockingIOError if another has, OSError where there are no locks."""
+    if fcntl is None:
+        return False
+    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return True
+
+
+def _create(folder: Path) -> tuple[Path, IO[bytes], bool]:
+    """A fresh temporary in `folder`, open, and whether it is locked."""
+    where = _where(folder)
+    while True:
+        path = folder / f".adastate-{where}-{secrets.token_hex(8)}.tmp"
+        file = open(path, "x+b")  # noqa: SIM115
+        if where == _NO_LOCK:
+            return path, file, False
+        try:
+            # between its making and its lock it looked dead: a sweep may hold it, or have removed it
+            if _lock(file) and _is_at(file, path):
+                return path, file, True
+        except BlockingIOError:
+            pass
+        except OSError:
+            where = _NO_LOCK
+        file.close()
+        path.unlink(missing_ok=True)
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _sweep(folder: Path, now: float) -> None:
+    """Remove what dead writers left in `folder`; whatever goes wrong with that is nobody's trouble."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        where = _where(folder)
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if _is_ours(entry) and entry.is_file(follow_symlinks=False):
+                    _remove_dead(Path(entry.path), where, now)
+
+
+def _is_ours(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a temporary by its name, and where that could be anyone's, by what it lies beside or holds."""
+    name = entry.name
+    if _OWN.fullmatch(name) or _STATE_BEFORE.fullmatch(name):
+        return True
+    if match := _VIDEO_BEFORE.fullmatch(name):
+        return Path(entry.path).with_name(f"{match[1]}.mp4").is_file()
+    if not _HIDDEN_BEFORE.fullmatch(name) or not entry.is_file(follow_symlinks=False):
+        return False
+    with open(entry.path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return size <= _MOST_HEADER and _MARK_BEFORE in file.read(size)
+
+
+def _remove_dead(path: Path, where: str, now: float) -> None:
+    with open(path, "rb") as file:
+        try:
+            mine_to_lock = _lock(file)
+        except BlockingIOError:
+            return
+        except OSError:
+            mine_to_lock = False
+        match = _OWN.fullmatch(path.name)
+        dead = mine_to_lock and match is not None and match[1] == where != _NO_LOCK
+        if not dead and now - os.fstat(file.fileno()).st_mtime < STALE_SECONDS:
+            return
+        if fcntl is not None:
+            path.unlink(missing_ok=True)
+    if fcntl is None:
+        path.unlink(missing_ok=True)
