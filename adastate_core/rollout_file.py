@@ -1,29 +1,36 @@
-"""A rollout state on disk: one safetensors file, versioned, written to a temporary name and then renamed."""
+"""A rollout state on disk: one safetensors file, versioned, written in one piece, with checksums that reading verifies.
+
+Version 2 has the checksums of files/tensor_file.py and is refused without them. Version 1, of packs before, is read with all
+checks but that one. The number went up, although a pack before could have read the tensors, so that a file that has lost
+its checksums can never be taken for an old one.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from .files.header_check import Damage, Fields, Tensors, refusal
+from .files.tensor_file import TensorFile, parsed, write_tensors
 from .kv_cache import LayerSnapshot
 from .rollout import RolloutState
+from .state_check import check_state
 
 FORMAT = "adastate.rollout"
-VERSION = 1
+VERSION, BEFORE = 2, 1
 OPTIONAL = ("hidden", "latents", "recent", "noisy", "given")
-_UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, AttributeError, OverflowError, ValueError)
+LAYER = ("anchor_slots", "ring_slots", "frames", "positions", "pinned")
+_UNREADABLE = (OSError, MemoryError)
 
 
-def save_state(state: RolloutState, path: Path | str) -> Path:
-    """Write `state` to `path` (.safetensors). A crash leaves either the old file or the new one."""
-    path = Path(path)
+def save_state(state: RolloutState, path: Path | str, new: bool = False) -> Path:
+    """Write `state` to `path` (.safetensors). A crash leaves either the old file or the new one.
+
+    `new`: FileExistsError if there is a file already. ValueError for a state that holds numbers that are none.
+    """
     tensors: dict[str, torch.Tensor] = {"pending": state.pending}
     for name in OPTIONAL:
         if getattr(state, name) is not None:
@@ -39,38 +46,29 @@ def save_state(state: RolloutState, path: Path | str) -> Path:
         "next_frame": state.next_frame,
         "next_chunk": state.next_chunk,
         "emitted": state.emitted,
-        "cache": [
-            {name: getattr(layer, name) for name in ("anchor_slots", "ring_slots", "frames", "positions", "pinned")}
-            for layer in state.cache
-        ],
+        "cache": [{name: getattr(layer, name) for name in LAYER} for layer in state.cache],
         "stream": {k: v for k, v in state.stream.items() if k not in streamed},
         "absorption": {k: v for k, v in state.absorption.items() if k not in absorbed},
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(header)}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    texts = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(header, allow_nan=False)}
+    return write_tensors(path, tensors, texts, new)
 
 
-def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    metadata = metadata or {}
-    if metadata.get("format") != FORMAT:
+def _header(path: Path, file: TensorFile) -> tuple[Fields, int]:
+    """The state's own header and the format's version, of a file that is a state."""
+    texts = Fields(file.texts, "metadata")
+    if file.texts.get("format") != FORMAT:
         raise ValueError(f"{path.name} is a safetensors file but not a rollout state; choose one that this pack saved")
-    if metadata.get("version") != str(VERSION):
+    version = str(file.texts.get("version"))
+    if version not in (str(VERSION), str(BEFORE)):
         raise ValueError(
-            f"{path.name} has state format {metadata.get('version')}; this version of the pack reads {VERSION}"
+            f"{path.name} has state format {version[:20]}; this version of the pack reads {BEFORE} and {VERSION}"
         )
-    return json.loads(metadata["state"])
-
-
-def _explained(path: Path, error: Exception) -> ValueError:
-    if isinstance(error, ValueError) and str(error).startswith(path.name):
-        return error
-    return ValueError(f"{path.name} cannot be read as a rollout state: {error}")
+    for name in ("format", "version", *(("checksums",) if version == str(VERSION) else ())):
+        texts.text(name)
+    header = parsed(texts.text("state"))
+    texts.done()
+    return Fields(header), int(version)
 
 
 def state_chunk(path: Path | str) -> int:
@@ -78,68 +76,45 @@ def state_chunk(path: Path | str) -> int:
     `load_state`."""
     path = Path(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return int(_read_header(path, file.metadata())["next_chunk"])
-    except _UNREADABLE as error:
-        raise _explained(path, error) from error
+        with open(path, "rb") as file:
+            opened = TensorFile(file)
+            header, version = _header(path, opened)
+            if version == VERSION:
+                opened.check_header()
+            return header.whole("next_chunk")
+    except (*_UNREADABLE, Damage) as error:
+        raise refusal(path.name, error, "rollout state") from error
 
 
 def load_state(path: Path | str) -> RolloutState:
-    """Read a state that `save_state` wrote. ValueError, naming the file and the reason, for anything else."""
+    """Read a state that `save_state` wrote. ValueError, naming the file, the field and the reason, for anything else."""
     path = Path(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = _read_header(path, file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        layers = tuple(_layer(i, entry, tensors) for i, entry in enumerate(header["cache"]))
-        streamed = {n.removeprefix("stream."): t for n, t in tensors.items() if n.startswith("stream.")}
-        absorbed = {n.removeprefix("absorption."): t for n, t in tensors.items() if n.startswith("absorption.")}
-        state = RolloutState(
-            spec=header["spec"],
-            next_frame=int(header["next_frame"]),
-            next_chunk=int(header["next_chunk"]),
-            emitted=int(header["emitted"]),
-            cache=layers,
-            pending=tensors["pending"],
-            **{name: tensors.get(name) for name in OPTIONAL},
-            stream=header["stream"] | streamed,
-            absorption=header.get("absorption", {}) | absorbed,
-        )
-    except _UNREADABLE as error:
-        raise _explained(path, error) from error
-    if reason := _damage(state):
-        raise ValueError(f"{path.name} is damaged ({reason}); use another state, or make it again")
-    return state
+        with open(path, "rb") as file:
+            opened = TensorFile(file)
+            header, version = _header(path, opened)
+            tensors = opened.read(checked=version == VERSION)
+        check_state(header, Tensors(tensors), before=version == BEFORE)
+    except (*_UNREADABLE, Damage) as error:
+        raise refusal(path.name, error, "rollout state") from error
+    values = header.values
 
+    def under(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-def _damage(state: RolloutState) -> str | None:
-    """What contradicts itself in a state read from a file, or None."""
-    tensors = [state.pending, *(getattr(state, name) for name in OPTIONAL)]
-    if not isinstance(state.spec, dict):
-        return "its settings are missing"
-    if any(t is not None and (t.ndim != 5 or t.dtype != torch.float32) for t in tensors):
-        return "its latents are not video latents"
-    if state.emitted < 0 or state.next_chunk < 0 or state.next_frame != state.emitted + state.pending.shape[2]:
-        return "its counters contradict each other"
-    if state.latents is not None and state.latents.shape[2] != state.emitted:
-        return "it does not hold the latents it counts"
-    for layer in state.cache:
-        numbers = [*layer.anchor_slots, *layer.ring_slots, *layer.frames, layer.pinned]
-        positions = [p for p in layer.positions if p is not None]
-        if not all(type(n) is int for n in numbers) or not all(
-            isinstance(p, int | float) and math.isfinite(p) for p in positions
-        ):
-            return "its cache's frame numbers are not numbers"
-    return None
-
-
-def _layer(index: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LayerSnapshot:
-    prefix = f"cache.{index}."
-    return LayerSnapshot(
-        anchor_slots=tuple(entry["anchor_slots"]),
-        ring_slots=tuple(entry["ring_slots"]),
-        frames=tuple(entry["frames"]),
-        positions=tuple(entry["positions"]),
-        pinned=entry.get("pinned", 0),
-        tensors={name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)},
+    return RolloutState(
+        spec=values["spec"],
+        next_frame=values["next_frame"],
+        next_chunk=values["next_chunk"],
+        emitted=values["emitted"],
+        cache=tuple(_layer(entry, under(f"cache.{i}.")) for i, entry in enumerate(values["cache"])),
+        pending=tensors["pending"],
+        **{name: tensors.get(name) for name in OPTIONAL},
+        stream=values["stream"] | under("stream."),
+        absorption=values.get("absorption", {}) | under("absorption."),
     )
+
+
+def _layer(entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LayerSnapshot:
+    slots = {name: tuple(entry[name]) for name in LAYER if name != "pinned"}
+    return LayerSnapshot(**slots, pinned=entry.get("pinned", 0), tensors=tensors)

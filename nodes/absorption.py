@@ -226,7 +226,9 @@ class SaveAbsorptionNode(Node):
             "solved_for": state.absorption.get("solved_for", {})
         }
         name = write_new(
-            filename_prefix, ABSORPTION_SUFFIX, lambda path: save_solution(solution, settings, belongs_to, path)
+            filename_prefix,
+            ABSORPTION_SUFFIX,
+            lambda path: save_solution(solution, settings, belongs_to, path, new=True),
         )
         return io.NodeOutput(name, ui=ui.PreviewText(f"{name}\n{len(solution.chosen)} layers: {list(solution.chosen)}"))
 

@@ -44,7 +44,7 @@ class SaveStateNode(Node):
 
     @classmethod
     def execute(cls, state: RolloutState, filename_prefix: str) -> io.NodeOutput:
-        name = write_new(filename_prefix, STATE_SUFFIX, lambda path: save_state(state, path))
+        name = write_new(filename_prefix, STATE_SUFFIX, lambda path: save_state(state, path, new=True))
         return io.NodeOutput(name, ui=ui.PreviewText(f"{name}\n{state!r}"))
 
 

@@ -55,6 +55,19 @@ def choose(fits: dict[int, Fit], settings: AbsorptionSettings, layers: int) -> t
     return tuple(sorted(sorted(fits, key=lambda layer: (score(fits[layer]), layer))[: settings.layers(layers)]))
 
 
+def small_plan(layer: LayerPlan, settings: AbsorptionSettings, pinned: int) -> LayerPlan:
+    """The plan of a layer once it has been switched and keeps `pinned` first frames of its window."""
+    window = min(settings.local_window_frames, layer.window_frames)
+    keep_raw = layer.keep_raw and window + pinned > 0
+    return replace(layer, window_frames=window, pinned_frames=pinned, keep_raw=keep_raw)
+
+
+def watched_of(chosen: tuple[int, ...], settings: AbsorptionSettings) -> tuple[int, ...]:
+    """Those of the switched layers that keep their history, evenly spread."""
+    wanted = len(chosen) if settings.monitor_layers < 0 else settings.monitor_layers
+    return chosen[:: max(1, len(chosen) // wanted)][:wanted] if wanted else ()
+
+
 class Absorber:
     """Mutable, private to one run, like the cache that it shrinks."""
 
@@ -62,7 +75,7 @@ class Absorber:
         self, settings: AbsorptionSettings, cache: KVCache, anchor: Anchor, rope: Rope, solution: Solution | None = None
     ) -> None:
         """`solution`: one made before for the same model, prompt and seed; then nothing is collected."""
-        self.settings, self.cache = settings, cache
+        self.settings, self.cache, self.anchor = settings, cache, anchor
         pinned = settings.pinned(anchor.frames) if anchor.state_frames else settings.sink_frames
         self.corrections = Corrections(settings, cache, pinned, rope)
         self.phase = PHASES[0] if settings.layers(len(cache.layers)) else PHASES[2]
@@ -169,11 +182,10 @@ class Absorber:
     def _switch(self, solution: Solution, pinned: int, moved: bool) -> _Switch:
         """The small caches of the chosen layers, with what they keep (`moved`) or empty, to be restored."""
         chosen = solution.chosen
-        wanted = len(chosen) if self.settings.monitor_layers < 0 else self.settings.monitor_layers
-        watched = chosen[:: max(1, len(chosen) // wanted)][:wanted] if wanted else ()
+        watched = watched_of(chosen, self.settings)
         plans = list(self.cache.plan.layers)
         for i in chosen:
-            plans[i] = self._small_plan(i, pinned)
+            plans[i] = small_plan(plans[i], self.settings, pinned)
         made = _Switch(replace(self.cache.plan, layers=tuple(plans)))
         for i in chosen:
             old = self.cache.layers[i]
@@ -203,11 +215,6 @@ class Absorber:
         self._take(self.solution, self._switch(self.solution, pinned, moved=False))
         self.collector = self._collector(self.histories)
         self.chunks_since, self.watched = chunks_since, watched
-
-    def _small_plan(self, layer: int, pinned: int) -> LayerPlan:
-        old, local = self.cache.plan.layers[layer], self.settings.local_window_frames
-        window = min(local, old.window_frames)
-        return replace(old, window_frames=window, pinned_frames=pinned, keep_raw=old.keep_raw and window + pinned > 0)
 
     def _on_device(self, correction: Correction) -> Correction | None:
         """As attention applies it; None for one that does nothing."""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from .absorber import PHASES, Absorber, blocks_of
-from .settings import AbsorptionSettings, settings_from
+from ..files.header_check import Damage, Fields, Tensors, Unreadable, refusal
+from ..files.tensor_file import TensorFile, parsed, write_tensors
+from .absorber import PHASES, Absorber
+from .check import PARTS, check_absorption, check_numbers, check_solution, settings_of
+from .settings import AbsorptionSettings
 from .solve import Correction, Fit, Solution
 
-FORMAT, VERSION = "adastate.absorption", 1
-PARTS = ("constant", "matrix", "left", "right")
+# 2 has checksums and is refused without them; 1, of packs before, is read with all checks but that one
+FORMAT, VERSION, BEFORE = "adastate.absorption", 2, 1
 
 
 def solution_state(solution: Solution) -> dict[str, Any]:
@@ -34,29 +34,21 @@ def solution_state(solution: Solution) -> dict[str, Any]:
 
 
 def solution_from(state: dict[str, Any], settings: AbsorptionSettings, layers: int, width: int, heads: int) -> Solution:
-    """What `solution_state` gave; ValueError if it does not fit this model and these settings."""
-    chosen, blocks = tuple(state["chosen"]), blocks_of(settings, heads)
-    known = len(chosen) == settings.layers(layers) and list(chosen) == sorted(set(chosen))
-    if not known or not all(type(i) is int and 0 <= i < layers for i in chosen):
-        raise ValueError(f"it switches layers {list(chosen)}, which do not fit {settings.layers(layers)} of {layers}")
-    size = width // blocks
-    shapes = {"constant": (width,), "matrix": (blocks, size, size)}
-    if settings.scope == "lowrank" and settings.rank < size:
-        rank = settings.rank
-        pair = {"constant": (width,), "left": (1, size, rank), "right": (1, rank, size)}
-    else:
-        pair = shapes
-    fits = {int(i): Fit(None, float(ridge), float(a), float(b)) for i, ridge, a, b in state["fits"]}
+    """What `solution_state` gave; ValueError, naming the field, if it does not fit this model and these settings."""
+    fields, tensors = _parts(state)
+    chosen = check_solution(fields, "", tensors, settings, layers, width, heads)
+    fits = {i: Fit(None, float(ridge), float(a), float(b)) for i, ridge, a, b in state["fits"]}
     for i in chosen:
         parts = {name: state.get(f"fit.{i}.{name}") for name in PARTS}
-        held = {name: tuple(t.shape) for name, t in parts.items() if isinstance(t, torch.Tensor)}
-        if held not in (shapes, pair) or any(t is not None and t.dtype != torch.float32 for t in parts.values()):
-            raise ValueError(f"its correction of layer {i} does not have the shape that scope {settings.scope} gives")
-        numbers = fits[i]
-        fits[i] = Fit(Correction(**parts), numbers.ridge, numbers.residual, numbers.discrepancy)
-    if any(not math.isfinite(f.residual) or not math.isfinite(f.discrepancy) for f in fits.values()):
-        raise ValueError("its residuals are not numbers")
+        fits[i] = replace(fits[i], correction=Correction(**parts))
     return Solution(chosen, fits)
+
+
+def _parts(state: dict[str, Any], where: str = "") -> tuple[Fields, Tensors]:
+    """A flat state's values and tensors, to be checked; the tensors are named with `where`."""
+    prefix = f"{where}." if where else ""
+    tensors = {f"{prefix}{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return Fields({n: v for n, v in state.items() if not isinstance(v, torch.Tensor)}, where), Tensors(tensors)
 
 
 def absorber_state(absorber: Absorber) -> dict[str, Any]:
@@ -78,29 +70,32 @@ def absorber_state(absorber: Absorber) -> dict[str, Any]:
 
 
 def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
-    """Go on from what `absorber_state` gave: before the cache is restored, whose plan changes here."""
+    """Go on from what `absorber_state` gave: before the cache is restored, whose plan changes here.
+
+    ValueError, before anything has changed, if it does not fit.
+    """
+    plan, settings = absorber.cache.plan, absorber.settings
+    fields, tensors = _parts(state, "absorption")
     try:
-        if state["phase"] not in PHASES:
-            raise ValueError(f"its phase {state['phase']!r} is not known")
-        if state["phase"] == PHASES[0]:
-            absorber.collector.restore(under("collector.", state))
-        elif state["phase"] == PHASES[2]:
-            absorber.phase = PHASES[2]
-        else:
-            plan = absorber.cache.plan
-            saved = under("solution.", state)
-            absorber.solution = solution_from(
-                saved, absorber.settings, len(plan.layers), plan.width, absorber.cache.heads
-            )
-            absorber.resume_switched(int(state["pinned"]), int(state["chunks_since"]), list(state["watched"]))
-            absorber.seconds, absorber.solved_for = float(state["seconds"]), dict(state["solved_for"])
-            absorber.due = bool(state.get("due", False))
-            absorber.first_residuals = {int(i): float(one) for i, one in state.get("first_residuals", [])}
-            absorber.collector.restore({"chunks": 0} | under("collector.", state))
-            for i, history in absorber.histories.items():
-                history.restore(state, f"history.{i}", (plan.batch, plan.tokens, plan.width), plan.dtype)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"the state's absorption is damaged: {error}") from error
+        check_absorption(fields, tensors, settings, plan, absorber.anchor)
+        tensors.done()
+    except Damage as error:
+        raise ValueError(f"the state's absorption is damaged: {error}; use another state, or make it again") from error
+    if state["phase"] == PHASES[0]:
+        absorber.collector.restore(under("collector.", state))
+    elif state["phase"] == PHASES[2]:
+        absorber.phase = PHASES[2]
+    else:
+        saved = under("solution.", state)
+        absorber.solution = solution_from(saved, settings, len(plan.layers), plan.width, absorber.cache.heads)
+        watched = [dict(entry) for entry in state["watched"]]
+        absorber.resume_switched(state.get("pinned", 0), state["chunks_since"], watched)
+        absorber.seconds, absorber.solved_for = float(state["seconds"]), dict(state["solved_for"])
+        absorber.due = state.get("due", False)
+        absorber.first_residuals = {i: float(one) for i, one in state.get("first_residuals", [])}
+        absorber.collector.restore({"chunks": 0} | under("collector.", state))
+        for i, history in absorber.histories.items():
+            history.restore(state, f"history.{i}", (plan.batch, plan.tokens, plan.width), plan.dtype)
 
 
 def under(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
@@ -109,35 +104,55 @@ def under(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_solution(
-    solution: Solution, settings: AbsorptionSettings, belongs_to: dict[str, Any], path: Path | str
+    solution: Solution,
+    settings: AbsorptionSettings,
+    belongs_to: dict[str, Any],
+    path: Path | str,
+    new: bool = False,
 ) -> Path:
-    """Write a solved correction with what it belongs to (JSON-able: model, sizes, prompt, seed)."""
-    path = Path(path)
+    """Write a solved correction with what it belongs to (JSON-able: model, sizes, prompt, seed).
+
+    `new`: FileExistsError if there is a file already.
+    """
     state = solution_state(solution)
-    tensors = {name: t.contiguous() for name, t in state.items() if isinstance(t, torch.Tensor)}
+    tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
     header = {name: value for name, value in state.items() if name not in tensors}
     header |= {"settings": settings.describe(), "belongs_to": belongs_to}
-    metadata = {"format": FORMAT, "version": str(VERSION), "absorption": json.dumps(header)}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    texts = {"format": FORMAT, "version": str(VERSION), "absorption": json.dumps(header, allow_nan=False)}
+    return write_tensors(path, tensors, texts, new)
 
 
 def load_solution(path: Path | str) -> tuple[AbsorptionSettings, dict[str, Any], dict[str, Any]]:
-    """(settings, what it belongs to, the state for `solution_from`). ValueError, naming the file, for anything else."""
+    """(settings, what it belongs to, the state for `solution_from`). ValueError, naming file and field, for anything else."""
     path = Path(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-                raise ValueError("it is not an absorption of this pack's format version 1")
-            header = json.loads(metadata["absorption"])
-            state = {name: file.get_tensor(name) for name in file.keys()}
-        settings = settings_from(header["settings"])
-        return settings, dict(header["belongs_to"]), state | {"chosen": header["chosen"], "fits": header["fits"]}
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path.name} cannot be read as a saved absorption: {error}") from error
+        with open(path, "rb") as file:
+            opened = TensorFile(file)
+            texts, version = Fields(opened.texts, "metadata"), str(opened.texts.get("version"))
+            if opened.texts.get("format") != FORMAT or version not in (str(VERSION), str(BEFORE)):
+                raise Unreadable(f"it is not an absorption of this pack's format version {BEFORE} or {VERSION}")
+            for name in ("format", "version", *(("checksums",) if version == str(VERSION) else ())):
+                texts.text(name)
+            header = Fields(parsed(texts.text("absorption")))
+            texts.done()
+            state = opened.read(checked=version == str(VERSION))
+    except (OSError, MemoryError, Damage) as error:
+        raise refusal(path.name, error, "saved absorption") from error
+    try:
+        settings, belongs_to = settings_of(header.inner("settings")), header.inner("belongs_to")
+        if belongs_to.has("solved_for"):
+            belongs_to.inner("solved_for")
+        _check_alone(check_numbers(header), Tensors(state))
+        header.done()
+    except Damage as error:
+        raise refusal(path.name, error, "saved absorption") from error
+    return settings, belongs_to.values, state | {name: header.values[name] for name in ("chosen", "fits")}
+
+
+def _check_alone(chosen: tuple[int, ...], tensors: Tensors) -> None:
+    """What can be said of a solution's tensors without its model: those of the chosen layers, and no others."""
+    for i in chosen:
+        for name in (f"fit.{i}.{part}" for part in PARTS):
+            if tensors.has(name):
+                tensors.take(name, tuple(tensors.tensors[name].shape), torch.float32)
+    tensors.done()

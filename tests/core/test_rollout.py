@@ -346,8 +346,8 @@ def test_bad_state_files_are_refused_by_name(tmp_path):
     for path, message in [(garbage, "cannot be read"), (foreign, "not a rollout state"), (newer, "format 99")]:
         with pytest.raises(ValueError, match=message):
             load_state(path)
-    for path in (empty, tmp_path / "missing.safetensors"):
-        with pytest.raises(ValueError, match="cannot be read"):
+    for path, message in ((empty, "damaged: spec is missing"), (tmp_path / "missing.safetensors", "cannot be read")):
+        with pytest.raises(ValueError, match=message):
             load_state(path)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from adastate_pack.adastate_core import rollout_file, state_history
 from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive
+from adastate_pack.adastate_core.files import tensor_file
 from adastate_pack.adastate_core.rollout_file import load_state
 from adastate_pack.nodes import output
 from adastate_pack.nodes import stream as stream_nodes
@@ -76,14 +77,15 @@ def names_in(folder: Path) -> list[str]:
 
 def test_the_points_stay_even_and_few_on_disk(rollout, stream, folders, monkeypatch):
     folder, seen = folders / "output" / "video" / "take_00001_.history", []
-    original = rollout_file.save_file
+    original = rollout_file.write_tensors
 
-    def save_file(tensors, path, **more):
-        original(tensors, path, **more)
+    def write_tensors(path, *more):
+        written = original(path, *more)
         if folder.is_dir():
             seen.append(len(names_in(folder)))
+        return written
 
-    monkeypatch.setattr(rollout_file, "save_file", save_file)
+    monkeypatch.setattr(rollout_file, "write_tensors", write_tensors)
     report = json.loads(rollout(length=117, stream=stream(history_chunks=1, history_states=3)).args[2])
     assert report["history"] == [4, 8]  # 1 2 3, then 2 4 6, then 4 8
     assert names_in(folder) == ["chunk_000004.state.safetensors", "chunk_000008.state.safetensors"]
@@ -232,16 +234,16 @@ def test_hostile_names_are_refused_or_passed_over(rollout, stream, folders, node
 def test_a_write_that_dies_leaves_whole_states_only_and_the_video_goes_on(
     rollout, stream, folders, monkeypatch, caplog
 ):
-    original, calls = rollout_file.save_file, []
+    original, calls = tensor_file._write, []
 
-    def save_file(tensors, path, **more):
-        calls.append(Path(path).name)
-        if len(calls) == 2:
-            Path(path).write_bytes(b"half a state")
+    def write(file, tensor):
+        calls.append(Path(file.name).name)
+        if len(set(calls)) == 2:
+            file.write(b"half a tensor")
             raise OSError("disk full")
-        original(tensors, path, **more)
+        return original(file, tensor)
 
-    monkeypatch.setattr(rollout_file, "save_file", save_file)
+    monkeypatch.setattr(tensor_file, "_write", write)
     result = rollout(length=LENGTH, stream=stream())
     assert len(frames_of(folders / "output" / "video" / "take_00001_.mp4")) == LENGTH
     assert json.loads(result.args[2])["history"] == [2, 6] and "disk full" in caplog.text

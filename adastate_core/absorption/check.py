@@ -1,0 +1,175 @@
+"""Whether an absorption from a file, or the part of a state that is one, is whole and is of the settings that it names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from ..anchors import Anchor
+from ..cache_plan import CachePlan
+from ..files.header_check import Damage, Fields, Tensors, number, shown, whole
+from .absorber import PHASES, blocks_of, small_plan, watched_of
+from .moments import FIELDS
+from .settings import AbsorptionSettings
+
+PARTS = ("constant", "matrix", "left", "right")
+
+
+def settings_of(described: Fields) -> AbsorptionSettings:
+    """What `AbsorptionSettings.describe` described; of packs before, what came in later has its default."""
+    takes = {"int": lambda n: described.whole(n, -1), "float": described.number, "bool": described.yes_no}
+    takes |= {"str": described.text, "float | None": lambda n: _ridge_of(described, n)}
+    found = {f.name: takes[str(f.type)](f.name) for f in fields(AbsorptionSettings) if described.has(f.name)}
+    described.done()
+    try:
+        return AbsorptionSettings(**found)
+    except ValueError as error:
+        raise Damage(f"{described.where} does not go together ({error})") from error
+
+
+def _ridge_of(described: Fields, name: str) -> float | None:
+    return None if described.any(name) is None else _ridge(described.path(name), described.any(name))
+
+
+def _ridge(path: str, value: Any) -> float:
+    """A ridge as a text, "inf" among them."""
+    try:
+        ridge = float(value) if isinstance(value, str) and len(value) < 40 else math.nan
+    except ValueError:
+        ridge = math.nan
+    if not ridge >= 0:
+        raise Damage(f"{path} is {shown(value)}, not the text of a number of at least 0")
+    return ridge
+
+
+def check_absorption(
+    state: Fields, tensors: Tensors, settings: AbsorptionSettings | None, plan: CachePlan, anchor: Anchor
+) -> tuple[tuple[int, ...], int]:
+    """Damage unless a rollout of this `plan` (before any switch) can go on from the absorption in `state`.
+
+    Its tensors are `absorption.NAME` of `tensors`. What it gives are the layers that are switched, and how many frames of the
+    window they pin.
+    """
+    if settings is None:
+        state.done()
+        return (), 0
+    phase = state.text("phase", PHASES)
+    pinned, count = state.whole("pinned") if state.has("pinned") else 0, len(plan.layers)
+    chosen: tuple[int, ...] = ()
+    collected: Any = range(count) if phase == PHASES[0] else ()
+    if phase == PHASES[1]:
+        most = settings.sink_frames if anchor.state_frames == 0 else settings.pinned(anchor.frames)
+        if pinned > most:
+            raise Damage(f"{state.path('pinned')} is {pinned}, more than the {most} of the settings")
+        chosen = check_solution(state, "solution.", tensors, settings, count, plan.width, plan.heads)
+        collected = watched_of(chosen, settings)
+        state.whole("chunks_since")
+        state.number("seconds", 0)
+        state.inner("solved_for")
+        if state.has("due"):
+            state.yes_no("due")
+        _check_watched(state, count)
+        for i in collected:
+            _check_history(state, tensors, i, settings, plan, pinned)
+    elif pinned:
+        raise Damage(f"{state.path('pinned')} is {pinned}, although no layer is switched")
+    if phase != PHASES[2] and (phase == PHASES[0] or state.has("collector.chunks")):
+        chunks, blocks = state.whole("collector.chunks"), blocks_of(settings, plan.heads)
+        for kind in ("seen", "held_out") if chunks else ():
+            for i in collected:
+                _check_moments(tensors, f"{state.where}.collector.{kind}.{i}", plan.width, blocks)
+    state.done()
+    return chosen, pinned
+
+
+def check_solution(
+    state: Fields, prefix: str, tensors: Tensors, settings: AbsorptionSettings, layers: int, width: int, heads: int
+) -> tuple[int, ...]:
+    """Damage unless the entries under `prefix` are a solution for a model of these sizes; the chosen layers."""
+    chosen, wanted = check_numbers(state, prefix), settings.layers(layers)
+    if len(chosen) != wanted or any(i >= layers for i in chosen):
+        raise Damage(f"{state.path(prefix)}chosen is {shown(list(chosen))}, not {wanted} of {layers} layers")
+    blocks = blocks_of(settings, heads)
+    size = width // blocks
+    for i in chosen:
+        path = f"{state.where}.{prefix}fit.{i}." if state.where else f"{prefix}fit.{i}."
+        tensors.take(f"{path}constant", (width,), torch.float32)
+        low = settings.scope == "lowrank" and settings.rank < size and not tensors.has(f"{path}matrix")
+        if low:
+            tensors.take(f"{path}left", (1, size, settings.rank), torch.float32)
+            tensors.take(f"{path}right", (1, settings.rank, size), torch.float32)
+        else:
+            tensors.take(f"{path}matrix", (blocks, size, size), torch.float32)
+    return chosen
+
+
+def check_numbers(state: Fields, prefix: str = "") -> tuple[int, ...]:
+    """Damage unless `chosen` and `fits` are layers in their order and a solution's numbers; the chosen layers."""
+    chosen, name = tuple(state.wholes(f"{prefix}chosen")), state.path(f"{prefix}fits")
+    if list(chosen) != sorted(set(chosen)):
+        raise Damage(f"{state.path(prefix)}chosen is {shown(list(chosen))}, not layers in their order, each once")
+    seen = []
+    for i, one in enumerate(state.listed(f"{prefix}fits")):
+        if not isinstance(one, list | tuple) or len(one) != 4:
+            raise Damage(f"{name}[{i}] is {shown(one)}, not layer, ridge and two residuals")
+        seen.append(whole(f"{name}[{i}][0]", one[0]))
+        _ridge(f"{name}[{i}][1]", one[1])
+        for j in (2, 3):
+            number(f"{name}[{i}][{j}]", one[j], 0)
+    if len(seen) != len(set(seen)) or not set(chosen) <= set(seen):
+        raise Damage(f"{name} are of layers {shown(seen)}, not each once and all of chosen, {shown(list(chosen))}")
+    return chosen
+
+
+def _check_watched(state: Fields, layers: int) -> None:
+    """What the monitor has measured, for reports and for drift."""
+    for i, entry in enumerate(state.listed("watched")):
+        one = Fields(entry, f"{state.path('watched')}[{i}]")
+        one.whole("frame")
+        one.whole("layer", 0, layers - 1)
+        one.number("residual", 0)
+        for name in ("solved_at", "discrepancy"):
+            if one.has(name):
+                one.number(name, 0)
+        if one.has("refreshed"):
+            one.yes_no("refreshed")
+        one.done()
+    for i, pair in enumerate(state.listed("first_residuals")) if state.has("first_residuals") else ():
+        path = f"{state.path('first_residuals')}[{i}]"
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise Damage(f"{path} is {shown(pair)}, not a layer and its residual")
+        whole(f"{path}[0]", pair[0], 0, layers - 1)
+        number(f"{path}[1]", pair[1], 0)
+
+
+def _check_history(
+    state: Fields, tensors: Tensors, layer: int, settings: AbsorptionSettings, plan: CachePlan, pinned: int
+) -> None:
+    """What left a watched layer's cache: as many frames as its numbers say, keys and values [B, n, P, width]."""
+    name = f"history.{layer}"
+    frames, path = state.listed(f"{name}.frames"), state.path(f"{name}.frames")
+    for i, pair in enumerate(frames):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise Damage(f"{path}[{i}] is {shown(pair)}, not a frame and its position")
+        whole(f"{path}[{i}][0]", pair[0])
+        if pair[1] is not None:
+            number(f"{path}[{i}][1]", pair[1])
+    most = max(one.window_frames for one in plan.layers) - small_plan(plan.layers[layer], settings, pinned).ring_frames
+    if len(frames) > max(0, most):
+        raise Damage(f"{path} are {len(frames)}, more than the {max(0, most)} that the settings keep")
+    for kind in ("keys", "values") if frames else ():
+        shape = (plan.batch, len(frames), plan.tokens, plan.width)
+        tensors.take(f"{state.path(name)}.{kind}", shape, plan.dtype)
+
+
+def _check_moments(tensors: Tensors, path: str, width: int, blocks: int) -> None:
+    """One layer's statistics (moments.py): sums over rows, of which the energies and the count are not below 0."""
+    size = width // blocks
+    shapes = ((), (width,), (width,), (blocks, size, size), (blocks, size, size), (), ())
+    for name, shape in zip(FIELDS, shapes, strict=True):
+        tensor = tensors.take(f"{path}.{name}", shape, torch.float32)
+        if not shape and float(tensor) < 0:
+            raise Damage(f"{path}.{name} is {float(tensor):g}, not at least 0")
