@@ -341,6 +341,8 @@ class DeepLayer(LayerSlots):
             and saved.pinned == 0
             and {name: tuple(t.shape) for name, t in saved.tensors.items()} == shapes
             and saved.tensors["ids"].dtype == torch.int64
+            and saved.tensors["queries"].dtype == torch.float32
+            and all(saved.tensors[name].dtype == plan.dtype for name in ("keys", "values", "raw"))
         )
         if not fits:
             raise ValueError("the state's cache does not have the layout that its settings say: the file is damaged")

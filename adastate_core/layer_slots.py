@@ -278,7 +278,13 @@ class LayerSlots(ABC):
             and saved.ring_slots[: saved.pinned] == tuple(range(saved.pinned))
             and saved.pinned <= window <= self.layer.ring_frames
         )
-        if not slots_fit or {name: tuple(t.shape) for name, t in saved.tensors.items()} != shapes:
+        float32 = ("blend_keys", "blend_values", "scales")
+        dtypes_fit = all(
+            t.dtype == (torch.float32 if name in float32 else self.plan.dtype)
+            or (self.plan.cache_dtype != "model" and name in ("keys", "values"))  # codes, which their layer looks at
+            for name, t in saved.tensors.items()
+        )
+        if not (slots_fit and dtypes_fit) or {name: tuple(t.shape) for name, t in saved.tensors.items()} != shapes:
             raise ValueError("the state's cache does not have the layout that its settings say: the file is damaged")
 
 

@@ -51,8 +51,16 @@ def advanced(
 
 
 def under_way(noisy: torch.Tensor | None, next_chunk: int, chunk_frames: int, steps: int) -> tuple[Block, ...]:
-    """The blocks that a state kept [B, C, n * F, h, w]: the oldest is one step from its end, each other one behind it."""
+    """The blocks that a state kept [B, C, n * F, h, w]: the oldest is one step from its end, each other one behind it.
+
+    ValueError if they are not whole chunks, each with a step of its own behind it.
+    """
     if noisy is None or not noisy.shape[2]:
         return ()
+    if noisy.shape[2] % chunk_frames or noisy.shape[2] >= steps * chunk_frames:
+        raise ValueError(
+            f"the state holds {noisy.shape[2]} latent frames under way, not whole chunks of {chunk_frames} and at most "
+            f"{steps - 1} of them: it is damaged"
+        )
     parts = noisy.split(chunk_frames, dim=2)
     return tuple(Block(next_chunk + i, steps - 1 - i, part) for i, part in enumerate(parts))

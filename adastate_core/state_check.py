@@ -14,16 +14,17 @@ import torch
 from .absorption.check import check_absorption, settings_of, small_plan
 from .anchors import KINDS, Anchor
 from .cache_plan import CACHE_DTYPES, CachePlan, LayerPlan
+from .carried_check import carried
 from .files.header_check import Damage, Fields, Tensors, number, shown
 from .kv_storage import CODES
 from .rollout_spec import ModelGeometry, RolloutSpec
 from .rope import POSITION_MODES
 from .taehv_stream import KIND as TINY
+from .vae_stream import FEATURES
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # pictures of a decoder's layers are so many times as wide and high as the latent
 _SCALES = (1, 2, 4, 8)
-_FEATURES = 64
 
 
 def check_state(header: Fields, tensors: Tensors, before: bool) -> None:
@@ -273,28 +274,13 @@ def check_stream(stream: Fields, tensors: Tensors, spec: RolloutSpec, emitted: i
 
 
 def _check_decoder(stream: Fields, tensors: Tensors, spec: RolloutSpec, seen: int, prefix: str, dims: int) -> None:
-    """What a decoder carries, numbered without a gap, all of one dtype and of the pictures' size.
-
-    A full VAE's are [B, c, 1 or 2, s h, s w] and marks in their place, a tiny one's [B, c, s h, s w].
-    """
-    marks = stream.wholes("vae_markers", 0, _FEATURES - 1) if dims == 5 else []
-    found = {name: t for name, t in tensors.tensors.items() if name.startswith(f"stream.{prefix}")}
-    places = {f"stream.{prefix}{i}": i for i in range(_FEATURES)}
-    numbers = sorted([*marks, *(places[name] for name in found if name in places)])
-    if numbers != list(range(len(numbers))) or (seen and not numbers):
-        missing = next((i for i, n in enumerate([*numbers, -1]) if i != n), 0)
-        raise Damage(f"stream.{prefix}{missing} is missing, or is there twice")
-    if not seen and numbers:
-        raise Damage(f"stream.{prefix}0 is there, although no latent was decoded")
-    dtype = next(iter(found.values())).dtype if found else torch.float32
-    if dtype not in _DTYPES.values():
-        raise Damage(
-            f"stream.{prefix}{numbers[0]} is {str(dtype).removeprefix('torch.')}, not a decoder's floating point"
-        )
-    for name in places:
-        if name in found:
-            frames = (found[name].shape[2] if found[name].ndim == 5 and found[name].shape[2] in (1, 2) else 2,)
-            sizes = {(spec.height * scale, spec.width * scale) for scale in _SCALES}
-            size = tuple(found[name].shape[-2:])
-            size = size if size in sizes else (spec.height, spec.width)
-            tensors.take(name, (spec.batch, None, *(frames if dims == 5 else ()), *size), dtype)
+    """What a decoder carries: of a full VAE [B, c, 1 or 2, s h, s w] and marks in their place, of a tiny one [B, c, s h, s w]."""
+    marks = stream.wholes("vae_markers", 0, FEATURES - 1) if dims == 5 else []
+    if len(marks) != len(set(marks)):
+        raise Damage(f"stream.vae_markers are {shown(list(marks))}, not each once")
+    found = carried(tensors.tensors, f"stream.{prefix}", dims, seen, marks)
+    sizes = [(spec.height * scale, spec.width * scale) for scale in _SCALES]
+    for i, tensor in found.items():
+        size = tuple(tensor.shape[-2:]) if tuple(tensor.shape[-2:]) in sizes else sizes[0]
+        frames = ((tensor.shape[2] if tensor.shape[2] in (1, 2) else 2),) if dims == 5 else ()
+        tensors.take(f"stream.{prefix}{i}", (spec.batch, None, *frames, *size), tensor.dtype)

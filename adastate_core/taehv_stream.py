@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .carried_check import carried
+from .files.header_check import Damage, Fields
 from .vae_stream import require_finite
 
 # What a snapshot of this decoder is told by; one of a full VAE has no such entry.
@@ -111,11 +113,14 @@ class TaehvStream:
             raise ValueError(
                 "the state holds no tiny VAE's memory; its stream was decoded by a full VAE, or not at all"
             )
-        seen = int(saved["vae_latents_seen"])
-        layout = _memories(self.decoder) if seen else []
-        entries = [saved.get(f"taehv_memory_{i}") for i in range(len(layout))]
-        if not _fits(entries, layout):
-            raise ValueError("the state's decoder memory is damaged; resume without a stream, or make it again")
+        try:
+            seen = Fields(saved).whole("vae_latents_seen")
+            entries = list(carried(saved, "taehv_memory_", 4, seen).values())
+            _check_fits(entries, _memories(self.decoder) if seen else [])
+        except Damage as error:
+            raise ValueError(
+                f"the state's decoder memory is damaged: {error}; resume without a stream, or make it again"
+            ) from error
         self._memory = [entry.to(device=device, dtype=dtype, copy=True) for entry in entries]
         self.latents_seen = seen
 
@@ -136,14 +141,17 @@ def _memories(decoder: nn.Sequential) -> list[tuple[int, int]]:
     return found
 
 
-def _fits(entries: list[Any], layout: list[tuple[int, int]]) -> bool:
-    """Whether carried frames from a file belong to one another and to the decoder."""
-    shapes = set()
-    for entry, (channels, scale) in zip(entries, layout, strict=True):
-        if not isinstance(entry, torch.Tensor) or entry.ndim != 4 or not entry.is_floating_point():
-            return False
-        batch, width, rows, columns = entry.shape
-        if not bool(torch.isfinite(entry).all()) or width != channels or rows % scale or columns % scale:
-            return False
-        shapes.add((batch, rows // scale, columns // scale))
-    return len(shapes) <= 1
+def _check_fits(entries: list[torch.Tensor], layout: list[tuple[int, int]]) -> None:
+    """Damage unless carried frames from a file belong to one another and to the decoder."""
+    if len(entries) != len(layout):
+        raise Damage(f"it holds {len(entries)} frames of the {len(layout)} that this decoder carries")
+    pictures = set()
+    for i, (entry, (channels, scale)) in enumerate(zip(entries, layout, strict=True)):
+        _, width, rows, columns = entry.shape
+        if width != channels or rows % scale or columns % scale:
+            raise Damage(
+                f"taehv_memory_{i} is {list(entry.shape)}, not {channels} channels of {scale} times the latent's size"
+            )
+        pictures.add((rows // scale, columns // scale))
+    if len(pictures) > 1:
+        raise Damage(f"its frames are of latents of {len(pictures)} sizes")

@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .carried_check import carried
+from .files.header_check import Damage, Fields
+
 # More than any decoder needs (33 causal convolutions in Wan 2.1's); unused entries stay None.
-_LIST_LENGTH = 64
+FEATURES = 64
 # What the decoder leaves in the list between the first and the second call of a temporal upsampler.
 _FIRST_CALL_MARKER = "Rep"
+_DAMAGED = "the state's decoder cache is damaged: {}; resume without a stream, or make it again"
 
 
 def cache_bytes(width: int, rows: int, columns: int, batch: int, dtype: torch.dtype) -> int:
@@ -77,8 +81,9 @@ class VaeStream:
 
     def reset(self) -> None:
         """Start a new video."""
-        self._features: list[torch.Tensor | str | None] = [None] * _LIST_LENGTH
+        self._features: list[torch.Tensor | str | None] = [None] * FEATURES
         self.latents_seen = 0
+        self._unproven = False  # whether the entries are a file's, and no call has used them yet
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +118,8 @@ class VaeStream:
     def _call(self, features: torch.Tensor) -> list[torch.Tensor]:
         before = list(self._features)
         out = self.codec.decoder(features, feat_cache=self._features, feat_idx=[0])
+        if self._unproven:
+            self._prove(before)
         for i, (old, new) in enumerate(zip(before, self._features, strict=True)):
             self._features[i] = _kept(old, new)
         return list(out) if isinstance(out, list | tuple) else [out]
@@ -137,23 +144,35 @@ class VaeStream:
         return saved
 
     def restore(self, saved: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
-        """Go on from a snapshot; ValueError if there is none in `saved` or it is damaged."""
+        """Go on from a snapshot; ValueError if there is none in `saved` or it is damaged.
+
+        Which entries this decoder has is known once it has run: a missing one is told by the first `step`.
+        """
         self.reset()
         if "vae_latents_seen" not in saved:
             raise ValueError("the state holds no decoder cache; it was not made by a streamed rollout")
-        entries: dict[int, torch.Tensor | str] = dict.fromkeys(saved.get("vae_markers", ()), _FIRST_CALL_MARKER)
-        for name, value in saved.items():
-            if name.startswith("vae_feature_"):
-                entries[int(name.removeprefix("vae_feature_"))] = value
-        for i, value in entries.items():
-            whole = isinstance(value, str) or (
-                value.ndim == 5 and value.is_floating_point() and bool(torch.isfinite(value).all())
-            )
-            if not (isinstance(i, int) and 0 <= i < _LIST_LENGTH and whole):
-                raise ValueError("the state's decoder cache is damaged; resume without a stream, or make it again")
-            moved = value if isinstance(value, str) else value.to(device=device, dtype=dtype, copy=True)
-            self._features[i] = moved
-        self.latents_seen = int(saved["vae_latents_seen"])
+        fields = Fields(saved)
+        try:
+            seen = fields.whole("vae_latents_seen")
+            marks = fields.wholes("vae_markers", 0, FEATURES - 1)
+            features = carried(saved, "vae_feature_", 5, seen, marks)
+            if len(features) + len(marks) > FEATURES:
+                raise Damage(f"it has {len(features) + len(marks)} entries, and a decoder at most {FEATURES}")
+        except Damage as error:
+            raise ValueError(_DAMAGED.format(error)) from error
+        for i in marks:
+            self._features[i] = _FIRST_CALL_MARKER
+        for i, value in features.items():
+            self._features[i] = value.to(device=device, dtype=dtype, copy=True)
+        self.latents_seen, self._unproven = seen, bool(seen)
+
+    def _prove(self, before: list[torch.Tensor | str | None]) -> None:
+        """After the first call that goes on from a file: every entry was there, and is one that the decoder takes."""
+        for i, (old, new) in enumerate(zip(before, self._features, strict=True)):
+            if (old is None and new is not None) or (isinstance(old, torch.Tensor) and new is old):
+                what = "missing" if old is None else "not one of this decoder's"
+                raise ValueError(_DAMAGED.format(f"vae_feature_{i} is {what}"))
+        self._unproven = False
 
 
 def _kept(old: torch.Tensor | str | None, new: torch.Tensor | str | None) -> torch.Tensor | str | None:

@@ -137,21 +137,57 @@ def test_a_decode_that_fails_leaves_the_stream_where_it_was(vae, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "words"),
     [
-        {"vae_markers": [99]},
-        {"vae_feature_-1": torch.zeros(1, 1, 1, 1, 1)},
-        {"vae_feature_3": torch.zeros(2, 2)},
-        {"vae_feature_3": torch.full((1, 1, 1, 1, 1), float("nan"))},
+        ({"vae_markers": [99]}, "vae_markers"),
+        ({"vae_markers": [True]}, "vae_markers"),
+        ({"vae_markers": [3]}, "vae_feature_3 is marked as empty too"),
+        ({"vae_latents_seen": 1.5}, "vae_latents_seen is 1.5"),
+        ({"vae_feature_-1": torch.zeros(1, 1, 1, 1, 1)}, "vae_feature_-1"),
+        ({"vae_feature_63": torch.zeros(1, 1, 1, 1, 1)}, "vae_feature_63"),
+        ({"vae_feature_3": torch.zeros(2, 2)}, "vae_feature_3"),
+        ({"vae_feature_3": None}, "vae_feature_3"),
+        ({"vae_feature_3": "float16"}, "vae_feature_3 has another dtype"),
+        ({"vae_feature_3": "int64"}, "vae_feature_3"),
+        ({"vae_feature_3": "nan"}, "vae_feature_3 holds NaN"),
     ],
     ids=str,
 )
-def test_damaged_decoder_caches_are_refused(vae, damage):
+def test_damaged_decoder_caches_are_refused(vae, damage, words):
     stream = VaeStream(vae.first_stage_model)
     with torch.no_grad():
         stream.step(latents(2))
-    with pytest.raises(ValueError, match="damaged"):
-        stream.restore(stream.snapshot() | damage, "cpu", torch.float32)
+    saved = stream.snapshot()
+    change = {"float16": torch.Tensor.half, "int64": torch.Tensor.long, "nan": lambda t: t * float("nan")}
+    damage = {n: change[v](saved[n]) if isinstance(v, str) else v for n, v in damage.items()}
+    with pytest.raises(ValueError, match=f"damaged: .*{words}"):
+        stream.restore(saved | damage, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("seen", [1, 2, 3])
+def test_a_decoder_cache_without_one_of_its_entries_or_with_another_is_refused(vae, seen):
+    """What the decoder has at its end cannot be known before it runs; the first call tells, and leaves the stream alone."""
+    source = VaeStream(vae.first_stage_model)
+    with torch.no_grad():
+        source.step(latents(seen))
+        saved = source.snapshot()
+        entries = [n for n in saved if n.startswith("vae_feature_")]
+        for name in entries:
+            stream = VaeStream(vae.first_stage_model)
+            less = {n: value for n, value in saved.items() if n != name}
+            with pytest.raises(
+                ValueError, match=f"damaged: {name} is missing|vae_feature_[0-9]+ is there, but not all"
+            ):
+                stream.restore(less, "cpu", torch.float32)
+                stream.step(latents(1))
+        more = saved | {f"vae_feature_{len(entries) + len(saved['vae_markers'])}": saved["vae_feature_0"]}
+        stream = VaeStream(vae.first_stage_model)
+        stream.restore(more, "cpu", torch.float32)
+        with pytest.raises(ValueError, match="is not one of this decoder's"):
+            stream.step(latents(1))
+        stream = VaeStream(vae.first_stage_model)
+        stream.restore(saved, "cpu", torch.float32)
+        assert torch.equal(stream.step(latents(2)), source.step(latents(2)))
 
 
 def test_the_decode_node_gives_what_the_hosts_decode_gives(vae, node):
