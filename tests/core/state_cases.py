@@ -1,0 +1,90 @@
+"""States of every anchor, storage and absorption phase, of several chunks at once, and with a decoder's cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from test_rollout import W_PIXELS, H, spec_for
+from tiny_model import TinyModel
+
+from adastate_core.absorption.settings import AbsorptionSettings
+from adastate_core.anchors import (
+    AnchorAdaptive,
+    AnchorDeep,
+    AnchorEMA,
+    AnchorMemory,
+    AnchorReplay,
+    AnchorStatic,
+)
+from adastate_core.rollout import Rollout, RolloutSpec, RolloutState, Settings
+from adastate_core.schedule import Schedule
+
+WARM = {"warmup_frames": 12, "local_window_frames": 3, "sink_frames": 1}
+WATCHED = WARM | {"monitor_layers": -1, "monitor_chunks": 2, "refresh": "always", "ratio": 1.0}
+
+
+def _absorbed(**settings: Any) -> dict[str, Any]:
+    return {"W": 100, "absorption": AbsorptionSettings(**settings)}
+
+
+# what differs from a plain rollout: of the spec, and how far it is rolled out
+CASES: dict[str, dict[str, Any]] = {
+    "none": {"W": 6},
+    "static": {"anchor": AnchorStatic(2), "W": 3, "batch": 2},
+    "static_absolute": {"anchor": AnchorStatic(1), "W": 6, "positions": "absolute"},
+    "ema": {"anchor": AnchorEMA(2, 0.9), "W": 6, "dtype": torch.bfloat16},
+    "memory": {"anchor": AnchorMemory(1), "W": 3},
+    "replay": {"anchor": AnchorReplay(6), "W": 9},
+    "adaptive": {"anchor": AnchorAdaptive(2, strength=0.5), "W": 4},
+    "deep": {"anchor": AnchorDeep(2, 4, 8), "W": 6, "length": 19},
+    "host_memory": {"anchor": AnchorEMA(2, 0.9), "W": 6, "cache_device": "host memory"},
+    "fp8": {"anchor": AnchorStatic(2), "W": 6, "cache_dtype": "fp8"},
+    "int8": {"anchor": AnchorAdaptive(1, strength=0.5), "cache_dtype": "int8", "cache_device": "host memory"},
+    "rolling": {"blocks": 3, "W": 6, "length": 7},
+    "warming": _absorbed(**WARM) | {"length": 9},
+    "switched": _absorbed(**WARM) | {"length": 16},
+    "lowrank": _absorbed(**WARM, scope="lowrank", rank=2) | {"anchor": AnchorAdaptive(1), "length": 16},
+    "watched": _absorbed(**WATCHED) | {"length": 24},
+    "nothing_absorbed": _absorbed(**(WARM | {"warmup_frames": 3})) | {"length": 9},
+    "full_vae": {"stream": "full"},
+    "tiny_vae": {"stream": "tiny"},
+}
+
+
+@cache
+def made(name: str) -> tuple[RolloutSpec, RolloutState]:
+    """A case's spec, and its state after a cut within a chunk."""
+    one = dict(CASES[name])
+    length, stream = one.pop("length", 10), one.pop("stream", "")
+    late = {key: one.pop(key) for key in ("absorption", "cache_dtype", "cache_device", "blocks") if key in one}
+    spec = replace(spec_for(TinyModel(), **one), **late)
+    rollout = go_on(spec)
+    list(rollout.chunks(length))
+    return spec, rollout.snapshot(carried(stream, length))
+
+
+def go_on(spec: RolloutSpec, state: RolloutState | None = None) -> Rollout:
+    """A rollout of a case, from its state."""
+    schedule = Schedule.shifted(max(2, spec.blocks), 5.0)
+    return Rollout(TinyModel(), spec, Settings(7, schedule), state=state, keep_latents=True)
+
+
+def carried(kind: str, seen: int) -> dict[str, Any]:
+    """What a state keeps of a stream whose decoder has seen `seen` latents, with small random tensors for its layers."""
+    if not kind:
+        return {}
+    files = {"frames_written": 4 * seen - 3, "file_frames": [4 * seen - 3], "files": ["a.mp4"], "run_id": "ab"}
+    torch.manual_seed(1)
+    if kind == "full":
+        sizes = {0: (3, 2, 1), 2: (4, 2, 2), 3: (4, 1, 4), 4: (2, 2, 8)}
+        named = {f"vae_feature_{i}": torch.randn(1, c, t, H * s, W_PIXELS * s) for i, (c, t, s) in sizes.items()}
+        return files | {"vae_latents_seen": seen, "vae_markers": [1]} | named
+    memories = [torch.randn(1, 3, H * s, W_PIXELS * s).half() for s in (1, 2, 4)]
+    return (
+        files
+        | {"vae_latents_seen": seen, "vae_kind": "taehv"}
+        | {f"taehv_memory_{i}": t for i, t in enumerate(memories)}
+    )
