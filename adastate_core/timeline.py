@@ -7,7 +7,8 @@ lines   `0:00 a meadow`, and on the next line `5s {flush} a desert`: when each b
 A time is `5s`, `2.5s`, `1:02.5` (m:ss) or `1:00:00` (h:mm:ss), in seconds of video; a number alone is none. A transition in
 braces behind a time names how the video changes to that prompt; in bars it may stand alone: `snow [{flush}]`. `#` behind a
 time is Infinity-RoPE's scene cut, `{rope cut}`: the prompt that carries it begins with the cut. A mark may say its end too,
-`[0s-3s: a meadow]`, as FramePack Studio allows; it has to be where the next begins.
+`[0s-3s: a meadow]`, as FramePack Studio allows, and so may a line, `0:00-0:05 a meadow` or `0-5s: a meadow`; it has to be where
+the next begins.
 Lines that start with `//` and blank lines are left out, and so are spaces at both ends of a line. A line without a time
 belongs to the prompt above it, but one that starts with a digit must start with a time. A text without marks is one prompt.
 """
@@ -36,7 +37,12 @@ _NEAR = r"(?:[-+]?\.?[0-9][^\s\[\]{}#:|]*|[-+]?(?:[nN][aA][nN]|[iI][nN][fF](?:in
 # Every run of spaces belongs to one quantifier: two side by side would try all ways to share it.
 _CHANGE = r"\s*(?:\#\s*)?(?:\{[^{}\n]*\}\s*)?"
 _BRACKET = re.compile(rf"\[\s*(?:[-+]?{_TIME}(?![\w.])|{_NEAR}(?={_CHANGE}[:\]])|(?=(?:\#|\{{[^{{}}\n]*\}})\s*\]))")
-_LINE = re.compile(rf"^[^\S\n]*[-+]?{_TIME}(?=[\s#{{]|:\s|:?\Z)|\A\s*0(?=\s)", re.M)
+# Behind a line's first time, or number: an end in the same form.
+_UNTIL = rf"[^\S\n]*[-\u2013][^\S\n]*(?={_TIME}(?![\w.]))"
+_SPAN = re.compile(r"[0-9]+(?:\.[0-9]+)?(?=[^\S\n]*[-\u2013][^\S\n]*[0-9]+(?:\.[0-9]+)?[sS](?![\w.]))")
+_END = re.compile(_UNTIL)
+_LINE = re.compile(rf"^[^\S\n]*(?:[-+]?{_TIME}(?=[\s#{{]|:\s|:?\Z|{_UNTIL})|{_SPAN.pattern})|\A\s*0(?=\s)", re.M)
+_OTHER_DIGITS = re.compile(r"(?:^[^\S\n]*|\[\s*)(\d+(?:[:\uff1a]\d\d)+|\d+(?:\.\d+)?[sS\uff53\uff33](?!\w))", re.M)
 _DIGIT_LINE = re.compile(r"^[^\S\n]*(?=[-+]?\.?[0-9])", re.M)
 _TIME_AT = re.compile(rf"{_TIME}(?![\w.])")
 _WORD = re.compile(r"[^\s\[\]{}#|]+")
@@ -76,12 +82,13 @@ class _Prompt:
 
 
 class _Source:
-    """A text with its comments blanked, read from an offset on."""
+    """A text with its comments and byte order mark blanked, read from an offset on; a carriage return ends a line."""
 
     def __init__(self, text: str) -> None:
         if len(text) > LONGEST_TEXT:
             raise TimelineError(f"the text has {len(text)} characters; at most {LONGEST_TEXT} are read", 1, 1)
-        self.text = _COMMENT.sub(lambda comment: " " * len(comment[0]), text)
+        plain = re.sub(r"\r(?!\n)", "\n", " " + text[1:] if text.startswith("\ufeff") else text)
+        self.text = _COMMENT.sub(lambda comment: " " * len(comment[0]), plain)
         self.breaks = [at for at, character in enumerate(self.text) if character == "\n"]
 
     def place(self, at: int) -> tuple[int, int]:
@@ -125,12 +132,18 @@ class _Source:
                 raise self.error(at, f"found the negative time {found}; times count from 0, and {_TIMES}")
             hint = "is too long for a time" if match else "is no time"
             raise self.error(at, f"{found} {hint}; {_TIMES}")
+        return self.seconds(at, match[0]), match.end()
+
+    def seconds(self, at: int, digits: str) -> Fraction:
+        """What the time or number at an offset says in seconds."""
+        if len(digits) > _LONGEST_NUMBER:
+            raise self.error(at, f"{self.found(at)} is too long for a time; {_TIMES}")
         seconds = Fraction(0)
-        for part in match[0].rstrip("sS").split(":"):
+        for part in digits.rstrip("sS").split(":"):
             seconds = seconds * 60 + Fraction(part)
         if seconds > LONGEST:
             raise self.error(at, f"{self.found(at)} is too late; times go up to 100 hours ({LONGEST}s)")
-        return seconds, match.end()
+        return seconds
 
     def transition(self, at: int, own_line: bool) -> tuple[str | None, int]:
         """The `#` or `{name}` at an offset, if there is one, and where it ends."""
@@ -183,6 +196,10 @@ def parse_timeline(text: str, shared: str = "", duration: float | None = None) -
 
 def _read(source: _Source, duration: Fraction | None) -> list[_Prompt]:
     """The prompts by the grammar that the first mark of the text belongs to."""
+    if not source.text.isascii():
+        for time in _OTHER_DIGITS.finditer(source.text):
+            if not time[1].isascii():
+                raise source.error(time.start(1), f"{time[1][:24]!r} is no time in the digits 0 to 9; {_TIMES}")
     bracket = _BRACKET.search(source.text)
     if _LINE.search(source.text):
         if bracket:
@@ -262,6 +279,12 @@ def _marks(source: _Source) -> list[_Prompt]:
         prompt.start, prompt.end, prompt.transition = head.time, head.end, head.transition
         prompts.append(prompt)
         here = source.skip(close + 1)
+    _check_ends(source, prompts)
+    return prompts
+
+
+def _check_ends(source: _Source, prompts: Sequence[_Prompt]) -> None:
+    """TimelineError where a prompt ends elsewhere than the next begins."""
     for prompt, following in zip(prompts, prompts[1:], strict=False):
         if prompt.end is not None and prompt.end != following.start:
             raise source.error(
@@ -269,7 +292,6 @@ def _marks(source: _Source) -> list[_Prompt]:
                 f"the prompt before ends at {_plain(prompt.end)} and this begins at {_plain(following.start)}; "
                 "each lasts until the next: leave the end out",
             )
-    return prompts
 
 
 def _closing_bracket(source: _Source, opened: int, here: int) -> int:
@@ -352,14 +374,23 @@ def _lines(source: _Source) -> list[_Prompt]:
         prompts.append(source.prompt(source.skip(0), 0, starts[0]))
         prompts[0].start = Fraction(0)
     for at, following in zip(starts, [*starts[1:], len(source.text)], strict=True):
-        seconds, here = source.time(at)
+        if span := _SPAN.match(source.text, at):
+            seconds, here = source.seconds(at, span[0]), span.end()
+        else:
+            seconds, here = source.time(at)
+        end = None
+        if until := _END.match(source.text, here):
+            end, here = source.time(until.end())
+            if end <= seconds:
+                raise source.error(until.end(), f"the prompt ends at {_plain(end)}, no later than it begins")
         transition, here = source.transition(here, own_line=True)
         here += source.text.startswith(":", here)
         if here < len(source.text) and not source.text[here].isspace():
             raise source.error(here, f"found {source.found(here)} right behind a time; put a space between")
         prompt = source.prompt(at, here, following)
-        prompt.start, prompt.transition = seconds, transition
+        prompt.start, prompt.end, prompt.transition = seconds, end, transition
         prompts.append(prompt)
+    _check_ends(source, prompts)
     return prompts
 
 
@@ -418,7 +449,7 @@ def _shared(shared: str, text: str) -> str:
 def locate(text: str, entry: TimedText, offset: int) -> tuple[int, int]:
     """Line and column in `text` of the character at `offset` of the text of an entry read from it (without `shared`)."""
     source = _Source(text)
-    at = sum(len(line) + 1 for line in text.split("\n")[: entry.line - 1]) + entry.column - 1
+    at = (source.breaks[entry.line - 2] + 1 if entry.line > 1 else 0) + entry.column - 1
     for _ in range(sum(not character.isspace() for character in entry.text[:offset])):
         at = source.skip(at) + 1
     return source.place(source.skip(at))

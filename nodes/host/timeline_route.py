@@ -126,7 +126,7 @@ def _entries(given: list[Any]) -> list[TimedText]:
             raise ValueError(f"prompt {number} has {len(text)} characters; it may have {LONGEST_TEXT}: shorten it")
         if not (transition is None or isinstance(transition, str)):
             raise ValueError(f"prompt {number} has {shown(transition)} as its transition; give its name, or null")
-        lines = (line.strip() for line in text.split("\n"))
+        lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
         read.append(TimedText(float(seconds), "\n".join(line for line in lines if line), transition))
     return sorted(read, key=lambda entry: entry.seconds)
 

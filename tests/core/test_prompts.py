@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from adastate_core.prompts import (
     locate,
     parse_timeline,
 )
-from adastate_core.timeline import LONGEST_TEXT, MOST_PROMPTS, MOST_WORDS, _Source
+from adastate_core.timeline import LONGEST_TEXT, MOST_PROMPTS, MOST_WORDS, _Source, grammar_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,6 +145,11 @@ PIECES = [
 ]  # fmt: skip
 
 
+def broken(text: str) -> str:
+    """A text whose lines all end as those of the reader do."""
+    return re.sub(r"\r(?!\n)", "\n", text)
+
+
 def test_no_text_crashes_it():
     """Random texts of the grammar's characters parse to a timeline, or fail at a place that is in the text."""
     chance = random.Random(7)
@@ -154,18 +160,18 @@ def test_no_text_crashes_it():
         try:
             entries = parse_timeline(text, duration=duration)
         except TimelineError as error:
-            lines = text.split("\n")
+            lines = broken(text).split("\n")
             assert 1 <= error.line <= len(lines) and 1 <= error.column <= len(lines[error.line - 1]) + 1, text
             refused += 1
             continue
         parsed += 1
         with pytest.raises(TimelineError) as unknown:
             words_over_time(text)
-        assert 1 <= unknown.value.line <= text.count("\n") + 1, text
+        assert 1 <= unknown.value.line <= broken(text).count("\n") + 1, text
         assert entries[0].seconds == 0 and all(e.text.strip() for e in entries), text
         assert all(a.seconds < b.seconds for a, b in zip(entries, entries[1:], strict=False)), text
         for entry in entries:
-            assert entry.text.startswith(text.split("\n")[entry.line - 1][entry.column - 1]), text
+            assert entry.text.startswith(broken(text).split("\n")[entry.line - 1][entry.column - 1]), text
     assert parsed > 1000 and refused > 1000
 
 
@@ -198,13 +204,40 @@ def test_long_texts_do_not_take_forever():
     assert done.returncode == 0 and done.stdout == "101\n", done.stderr[-2000:]
 
 
+def test_what_people_mean_as_a_timeline_is_one():
+    cat_and_dog = [(0, "a cat", None), (5, "a dog", None)]
+    for text in (
+        "0:00-0:05 a cat\n0:05-0:10 a dog",
+        "0-5s: a cat\n5-10s: a dog",
+        "0 - 5s a cat\n5s \u2013 10s a dog",
+        "0:00-0:05: a cat\n5s a dog",
+        "\ufeff0:00 a cat\n0:05 a dog",
+        "0:00 a cat\r0:05 a dog",
+        "0:00 a cat\r\n0:05 a dog\r\n",
+    ):
+        assert read(text) == cat_and_dog, text
+        assert grammar_of(text) == "lines"
+    assert read("0-5s {cut} a cat\n5s a dog")[0] == (0, "a cat", "cut")
+    for text, place, words in (
+        ("0-5s a cat\n6-10s a dog", (2, 1), "the prompt before ends at 5s and this begins at 6s"),
+        ("0-0s a cat\n6-10s a dog", (1, 3), "the prompt ends at 0s, no later than it begins"),
+        ("\uff10:\uff10\uff10 a cat\n\uff10:\uff10\uff15 a dog", (1, 1), "is no time in the digits 0 to 9"),
+        ("0s a cat\r \u0665s a dog", (2, 2), "is no time in the digits 0 to 9"),
+        ("a cat [\uff15s: a dog]", (1, 8), "is no time in the digits 0 to 9"),
+    ):
+        with pytest.raises(TimelineError, match=words) as refusal:
+            parse_timeline(text)
+        assert (refusal.value.line, refusal.value.column) == place, text
+    assert read("\uff11\uff16:9 and 3-4 dogs, 5s apart") == [(0, "\uff11\uff16:9 and 3-4 dogs, 5s apart", None)]
+
+
 def test_places_are_those_that_counting_gives():
     chance = random.Random(3)
     for _ in range(300):
         text = "".join(chance.choice("a\n \r") for _ in range(chance.randrange(40)))
         source = _Source(text)
         for at in range(len(text) + 1):
-            before = text[:at].split("\n")
+            before = broken(text)[:at].split("\n")
             assert source.place(at) == (len(before), len(before[-1]) + 1)
 
 
