@@ -161,7 +161,9 @@ class VideoSink:
         try:
             self.stop()
         except Exception as error:  # noqa: BLE001  the frames before are in the file
-            self._warn(f"the end of {self.path.name} could not be written ({error}), so its last frame may be missing")
+            self._warn(
+                f"the end of {self.path.name} could not be written ({_why(error)}), so its last frame may be missing"
+            )
             return self.path
         try:
             if self.frames:
@@ -171,12 +173,17 @@ class VideoSink:
                 left = "it is left as it grew, in fragments, and plays"
             else:
                 left = "it was moved or removed while it was written; its frames are where it is now, in fragments"
-            self._warn(f"{self.path.name} could not be rewritten with its index in front ({error}): {left}")
+            self._warn(f"{self.path.name} could not be rewritten with its index in front ({_why(error)}): {left}")
         return self.path
 
     def _warn(self, sentence: str) -> None:
         self.warning = sentence
         log.warning("%s", sentence)
+
+
+def _why(error: Exception) -> str:
+    """What an exception says, without the path of a temporary file."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def parameter_sets(extradata: bytes) -> list[bytes]:

@@ -49,5 +49,5 @@ def free_memory() -> None:
 
 def _reason(error: Exception) -> str:
     """The first line of what an exception says, or its name."""
-    lines = str(error).strip().splitlines()
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
     return lines[0][:_LONGEST] if lines else type(error).__name__
