@@ -19,7 +19,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _DummyPrivateUse1Hook,
+    _setup_privateuseone_for_python_backend,
+)
 
 DEVICE = torch.device("privateuseone", 0)
 REFUSED = (torch.float64, torch.complex32, torch.complex64, torch.complex128)
@@ -49,6 +53,16 @@ class Held(torch.Tensor):
         return run(func, args, kwargs or {})
 
 
+class OutOfOrder(_DummyBackendModule):
+    def is_available(self) -> bool:
+        return False
+
+
+class OutOfOrderHook(_DummyPrivateUse1Hook):
+    def is_available(self) -> bool:
+        return False
+
+
 class NoDoubleDevice(TorchDispatchMode):
     """While it is entered, tensors may be made on DEVICE."""
 
@@ -70,8 +84,11 @@ class NoDoubleDevice(TorchDispatchMode):
 
 @functools.cache
 def _register() -> None:
-    """Tell torch that there is such a device: it asks for the guard of one before it indexes."""
-    _setup_privateuseone_for_python_backend()
+    """Tell torch that there is such a device: it asks for the guard of one before it indexes.
+
+    It is said to be out of order, so that nothing else (torch.accelerator, other fake devices) counts on it.
+    """
+    _setup_privateuseone_for_python_backend(backend_module=OutOfOrder(), hook=OutOfOrderHook())
 
 
 def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
