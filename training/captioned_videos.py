@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+
+from adastate_core.files.tensor_file import write_tensors
 
 from .host_models import LATENT_MEAN, LATENT_STD, use_host
 from .run import Run, log
@@ -107,8 +108,7 @@ def write_clips(config: dict, models: HostModels, pairs: list[tuple[Path, str]],
         raise ValueError(f"{len(latents)} videos are long enough; held_out = {held} of them leaves none to train on")
     for name, part in (("held_out", slice(0, held)), ("train", slice(held, None))):
         words = torch.tensor(numbers[part]).view(-1, 1, 1).expand(-1, config["latent_frames"] // CHUNK_LATENTS, 1)
-        tensors = {"latents": torch.stack(latents[part]), "words": words.contiguous()}
-        save_file(tensors, folder / f"{name}.safetensors")
+        write_tensors(folder / f"{name}.safetensors", {"latents": torch.stack(latents[part]), "words": words}, {})
 
 
 @torch.no_grad()
@@ -123,9 +123,9 @@ def main() -> None:
         texts = [line.strip() for line in Path(config["prompts"]).read_text().splitlines() if line.strip()]
         chunks = config["latent_frames"] // CHUNK_LATENTS
         words = torch.arange(len(texts)).view(-1, 1, 1).expand(-1, chunks, 1)
-        save_file({"words": words.contiguous()}, run.folder / "train.safetensors")
+        write_tensors(run.folder / "train.safetensors", {"words": words}, {})
     every = list(models.embeddings([*texts, config["negative_prompt"]]))
-    save_file(ragged(every), run.folder / "texts.safetensors")
+    write_tensors(run.folder / "texts.safetensors", ragged(every), {})
     log.info("%d prompts in %s", len(texts), run.folder)
 
 

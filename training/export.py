@@ -13,7 +13,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
+
+from adastate_core.files.whole_file import whole_file
 
 from .run import Run, log
 
@@ -49,7 +51,8 @@ def main() -> None:
             )
         target = Path(run.config["folder"]) / kind / entry["file"]
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(halves, target, metadata=metadata)
+        with whole_file(target) as file:
+            file.write(save(halves, metadata=metadata))
         target.chmod(0o644)
         log.info("%s: %.2f MB", target, target.stat().st_size / 1e6)
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from adastate_core.demo_words import VOCABULARY
+from adastate_core.files.tensor_file import write_tensors
 
 from .codec import encode_clip
 from .host_models import LATENT_MEAN, LATENT_STD, build_codec
@@ -57,7 +58,7 @@ def main() -> None:
             words.append(word_numbers(scene, chunks))
             if (i + 1) % 200 == 0:
                 log.info("%s: %d of %d clips, %.3f s a clip", name, i + 1, count, (time.monotonic() - start) / (i + 1))
-        save_file({"latents": torch.stack(latents), "words": torch.stack(words)}, target)
+        write_tensors(target, {"latents": torch.stack(latents), "words": torch.stack(words)}, {})
 
 
 def load(path: str) -> tuple[torch.Tensor, torch.Tensor]:

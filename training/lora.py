@@ -10,9 +10,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.utils import parametrize
+
+from adastate_core.files.whole_file import whole_file
 
 from .bare_model import load_denoiser
 
@@ -76,7 +78,8 @@ def save_lora(parts: dict[str, torch.Tensor], path: Path, rollout: dict) -> None
     """bf16 safetensors with the settings it was trained for as metadata (key "adastate", JSON)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     halves = {name: value.to(torch.bfloat16).contiguous() for name, value in parts.items()}
-    save_file(halves, path, metadata={"format": "pt", "adastate": json.dumps(rollout)})
+    with whole_file(path) as file:
+        file.write(save(halves, metadata={"format": "pt", "adastate": json.dumps(rollout)}))
     path.chmod(0o644)
 
 

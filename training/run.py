@@ -13,6 +13,8 @@ from typing import Any
 import tomllib
 import torch
 
+from adastate_core.files.whole_file import whole_file
+
 from .curves import draw_curves
 from .lora import low_rank_parts, save_lora, whole_weights
 from .parallel import Workers
@@ -85,9 +87,8 @@ class Run:
         """Write the weights as they are now to `folder/model.pt`, and trained updates alone to `folder/lora.safetensors`."""
         if not self.workers.first:
             return
-        temporary = self.folder / "model.pt.tmp"
-        torch.save(whole_weights(model), temporary)
-        temporary.replace(self.folder / "model.pt")
+        with whole_file(self.folder / "model.pt") as file:
+            torch.save(whole_weights(model), file)
         if parts := low_rank_parts(model):
             save_lora(parts, self.folder / "lora.safetensors", self.config)
 
@@ -112,15 +113,14 @@ class Run:
         self._tick = time.monotonic()
 
     def save(self) -> None:
-        """Write the checkpoint to a temporary name, then rename it, so that a kill leaves the one before."""
+        """Write the checkpoint in one piece, so that a kill leaves the one before."""
         self._saved = time.monotonic()
         if not self.workers.first:
             return
         state: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "rng": torch.get_rng_state()}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        temporary = self.folder / "last.pt.tmp"
-        torch.save(state, temporary)
-        temporary.replace(self.folder / "last.pt")
+        with whole_file(self.folder / "last.pt") as file:
+            torch.save(state, file)
 
     def advance(self, **figures: float) -> None:
         """Count a step; logs every `log_every` steps with rate and time left, saves every 2 minutes."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from adastate_core.files.tensor_file import write_tensors
 from adastate_core.schedule import Schedule
 
 from .bare_model import load_denoiser
@@ -70,7 +71,7 @@ def main() -> None:
         if not target.exists():
             clips = torch.arange(first, first + config["batch"]) % len(latents)
             solved = solve(student, latents[clips].float(), words[clips], schedule, config["rollout_steps"], 9 + first)
-            save_file({"clips": clips, "trajectories": solved.half().contiguous()}, target)
+            write_tensors(target, {"clips": clips, "trajectories": solved.half()}, {})
         run.advance(clips=first + config["batch"])
 
 
