@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .files.header_check import Damage, Fields, Tensors, refusal
+from .files.header_check import Damage, Fields, Tensors, refusal, shown
 from .files.tensor_file import TensorFile, parsed, write_tensors
 from .kv_cache import LayerSnapshot
 from .rollout import RolloutState
@@ -62,7 +62,7 @@ def _header(path: Path, file: TensorFile) -> tuple[Fields, int]:
     version = str(file.texts.get("version"))
     if version not in (str(VERSION), str(BEFORE)):
         raise ValueError(
-            f"{path.name} has state format {version[:20]}; this version of the pack reads {BEFORE} and {VERSION}"
+            f"{path.name} has state format {shown(version)}; this version of the pack reads {BEFORE} and {VERSION}"
         )
     for name in ("format", "version", *(("checksums",) if version == str(VERSION) else ())):
         texts.text(name)

@@ -153,6 +153,7 @@ class VideoSink:
         finally:
             container, self._container = self._container, None
             container.close()
+        self.sync()
 
     def close(self) -> Path:
         """End the file and remux it to a plain mp4 with its index in front; a failure becomes `warning`."""

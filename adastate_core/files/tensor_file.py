@@ -143,7 +143,11 @@ class TensorFile:
         return tensors
 
     def _read(self, entry: Entry, checked: bool) -> tuple[torch.Tensor, int]:
-        tensor, checksum = torch.empty(entry.shape, dtype=entry.dtype), 0
+        try:
+            tensor, checksum = torch.empty(entry.shape, dtype=entry.dtype), 0
+        except RuntimeError as error:
+            size = entry.end - entry.start
+            raise MemoryError(f"there is no room in memory for {shown(entry.name)}, {size} bytes") from error
         data = memoryview(_bytes_of(tensor))
         self._file.seek(self._data + entry.start)
         for start in range(0, len(data), _BLOCK):
