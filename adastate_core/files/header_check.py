@@ -29,7 +29,7 @@ class Unreadable(Damage):
 def refusal(name: str, error: Exception, what: str) -> ValueError:
     """What to say about file `name`, which should be a `what` and gave `error` (Damage, or that it cannot be opened)."""
     if isinstance(error, Damage) and not isinstance(error, Unreadable):
-        return ValueError(f"{name} is damaged: {error}; use another {what}, or make it again")
+        return ValueError(f"{name} is damaged: {error}; use another {what.split()[-1]}, or make it again")
     return ValueError(f"{name} cannot be read as a {what}: {error}")
 
 
