@@ -381,10 +381,3 @@ class Past:
         for latents, frames in shapes:
             if latents is not None and (latents.shape != self.shape(frames) or latents.dtype != torch.float32):
                 raise ValueError("the state's latents do not have the shape that its settings say: it is damaged")
-        most = (self.spec.blocks - 1) * self.spec.chunk_frames
-        noisy = 0 if state.noisy is None else state.noisy.shape[2]
-        if noisy > most or noisy % self.spec.chunk_frames:
-            raise ValueError(
-                f"the state holds {noisy} latent frames that are still being denoised, and its settings allow at most {most} in "
-                f"chunks of {self.spec.chunk_frames}: it is damaged"
-            )

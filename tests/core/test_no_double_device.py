@@ -139,7 +139,7 @@ def test_absorption_is_solved_and_refreshed(numbers):
 
     def make(model, state):
         rollout = Rollout(model, spec, Settings(7, SCHEDULE), state=state)
-        reports.append(rollout.attention.absorber)
+        reports.append(rollout.absorber)
         return rollout
 
     near = NEAR_CODES if "int8" in numbers else dict(atol=5e-4, rtol=5e-4)

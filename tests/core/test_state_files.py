@@ -441,7 +441,7 @@ def absorption(tmp_path) -> Path:
     spec, _ = made("switched")
     rollout = go_on(spec)
     list(rollout.chunks(16))
-    solution = rollout.attention.absorber.solution
+    solution = rollout.absorber.solution
     return save_solution(solution, spec.absorption, copy.deepcopy(BELONGS), tmp_path / "a.absorption.safetensors")
 
 
@@ -464,7 +464,7 @@ def test_a_state_holds_what_was_watched_as_it_was():
     state = rollout.snapshot()
     watched = list(state.absorption["watched"])
     list(rollout.chunks(36))
-    assert state.absorption["watched"] == watched and rollout.attention.absorber.watched != watched
+    assert state.absorption["watched"] == watched and rollout.absorber.watched != watched
 
 
 def test_a_state_of_numbers_that_are_none_is_not_written_over_a_good_one(tmp_path):

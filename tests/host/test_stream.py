@@ -12,6 +12,7 @@ import pytest
 import torch
 from adastate_pack.adastate_core import video_sink
 from adastate_pack.adastate_core.anchors import AnchorAdaptive
+from adastate_pack.adastate_core.files import whole_file
 from adastate_pack.adastate_core.rollout import Rollout
 from adastate_pack.adastate_core.rollout_file import load_state
 from adastate_pack.adastate_core.vae_stream import VaeStream, cache_bytes, pictures_of
@@ -486,7 +487,7 @@ def test_a_rewrite_that_fails_costs_a_warning_and_no_output(rollout, stream, fol
 
     monkeypatch.setattr(video_sink, "_rewrite", rewrite)
     if how == "held open":
-        monkeypatch.setattr(video_sink.os, "replace", replace)
+        monkeypatch.setattr(whole_file.os, "replace", replace)
     result = rollout(length=33, stream=stream(filename_prefix="take"))
     monkeypatch.undo()
     latent, state, report, video = result.args
@@ -511,7 +512,7 @@ def test_a_rendered_video_that_cannot_be_rewritten_is_given_as_it_grew(vae, node
     assert "could not be rewritten" in caplog.text
 
 
-def test_an_interrupt_among_the_start_frames_saves_no_half_past(rollout, stream, folders, monkeypatch):
+def test_a_failure_among_the_start_frames_keeps_those_and_the_rest_of_them(rollout, stream, folders, monkeypatch):
     start = {"samples": latents(8)}
     whole = rollout(start_latent=start, length=57, stream=stream(filename_prefix="whole"))
     original, calls = adapter.HostModel.velocity, []
@@ -526,6 +527,9 @@ def test_an_interrupt_among_the_start_frames_saves_no_half_past(rollout, stream,
     with pytest.raises(torch.cuda.OutOfMemoryError):
         rollout(start_latent=start, length=57, stream=stream(filename_prefix="cut"))
     monkeypatch.undo()
-    assert [p.name for p in (folders / "output").iterdir()] == ["whole_00001_.mp4"]
-    assert len(frames_of(folders / "output" / "whole_00001_.mp4")) == 57
-    assert whole.args[0]["samples"].shape[2] == 15
+    state = load_state(folders / "output" / "cut_00001_.state.safetensors")
+    assert len(frames_of(folders / "output" / "cut_00001_.mp4")) == 9 and state.given.shape[2] == 5
+    on = rollout(resume=state, length=57, stream=stream(filename_prefix="on", join=True))
+    assert torch.equal(on.args[0]["samples"], whole.args[0]["samples"])
+    frames, expected = (frames_of(folders / "output" / f"{name}_00001_.mp4") for name in ("on", "whole"))
+    assert len(frames) == 57 and torch.equal(frames[:9], expected[:9])
