@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -49,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lowrank": _absorbed(**WARM, scope="lowrank", rank=2) | {"anchor": AnchorAdaptive(1), "length": 16},
     "watched": _absorbed(**WATCHED) | {"length": 24},
     "nothing_absorbed": _absorbed(**(WARM | {"warmup_frames": 3})) | {"length": 9},
+    "given": {"W": 6, "given": 8, "stop": 2},
     "full_vae": {"stream": "full"},
     "tiny_vae": {"stream": "tiny"},
 }
@@ -60,10 +62,20 @@ def made(name: str) -> tuple[RolloutSpec, RolloutState]:
     one = dict(CASES[name])
     length, stream = one.pop("length", 10), one.pop("stream", "")
     late = {key: one.pop(key) for key in ("absorption", "cache_dtype", "cache_device", "blocks") if key in one}
+    given, stop = one.pop("given", 0), one.pop("stop", 0)
     spec = replace(spec_for(TinyModel(), **one), **late)
     rollout = go_on(spec)
-    list(rollout.chunks(length))
-    return spec, rollout.snapshot(carried(stream, length))
+    if not given:
+        list(rollout.chunks(length))
+        return spec, rollout.snapshot(carried(stream, length))
+    rollout.on_step, passes = lambda *_: passes.append(1) or len(passes) <= stop or _end(), []
+    with contextlib.suppress(KeyboardInterrupt):
+        list(rollout.chunks(length, torch.randn(1, 4, given, H, W_PIXELS)))
+    return spec, rollout.snapshot()
+
+
+def _end() -> None:
+    raise KeyboardInterrupt
 
 
 def go_on(spec: RolloutSpec, state: RolloutState | None = None) -> Rollout:

@@ -201,7 +201,7 @@ def test_lost_checksums_are_refused(tmp_path):
 
 
 # what a state of before may do without: what came in later, what need not be there, and what only the decoder can miss
-MAY_MISS = re.compile(r"recent|noisy|latents|stream\.(vae_feature_4|taehv_memory_2)")
+MAY_MISS = re.compile(r"recent|noisy|given|latents|stream\.(vae_feature_4|taehv_memory_2)")
 
 
 def is_copy(name: str, key: str) -> bool:
@@ -349,7 +349,7 @@ def test_more_chunks_under_way_than_steps_are_refused(tmp_path):
         text = refusal(changed(path, lambda t, _, n=frames: t.__setitem__("noisy", cut_frames(t["noisy"], n))))
         assert f"noisy is {frames} latent frames" in text
     spec, state = made("rolling")
-    with pytest.raises(ValueError, match="9 latent frames under way"):
+    with pytest.raises(ValueError, match="9 latent frames"):
         go_on(spec, replace(state, noisy=cut_frames(state.noisy, 9)))
 
 
@@ -383,7 +383,16 @@ def test_unknown_and_missing_fields_are_named(tmp_path, where):
     assert f"{where}.mood".lstrip(".") in text
     if where == "spec.absorption":
         return  # what came in later has its default
-    optional = {"blocks", "restart_frames", "overlap_frames", "cache_dtype", "pinned", "first_residuals", "solved_for"}
+    optional = {
+        "blocks",
+        "restart_frames",
+        "overlap_frames",
+        "cache_dtype",
+        "pinned",
+        "first_residuals",
+        "solved_for",
+        "due",
+    }
     for key in set(at(json.loads(texts["state"]))) - optional:
         assert key.split(".")[0] in refusal(changed(path, lambda _, header, key=key: at(header).pop(key)))
 
