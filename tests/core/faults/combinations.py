@@ -1,0 +1,153 @@
+"""What is combined, and the rollout that a combination stands for."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from dataclasses import dataclass
+
+import torch
+from tiny_model import TinyModel
+
+from adastate_core.absorption.settings import AbsorptionSettings
+from adastate_core.anchors import (
+    Anchor,
+    AnchorAdaptive,
+    AnchorDeep,
+    AnchorEMA,
+    AnchorMemory,
+    AnchorReplay,
+    AnchorStatic,
+)
+from adastate_core.prompt_plan import PromptChange, PromptPlan
+from adastate_core.rollout import RolloutSpec, Settings
+from adastate_core.schedule import Schedule
+
+from .pairs import Value, pairwise
+
+FRAMES, BLOCKS, WINDOW, ABSORBED_WINDOW = 3, 3, 6, 9
+DIMENSIONS = {
+    "anchor": ("none", "static", "ema", "memory", "replay", "adaptive", "changed adaptive", "deep"),
+    "storage": ("model", "8 bits", "host", "int8 host"),
+    "absorption": ("none or warming", "switching", "switched"),
+    "transition": ("none", "cut", "recache", "flush", "rope cut", "soft"),
+    "blocks": ("1", "several"),
+}
+ADAPTIVE = ("adaptive", "changed adaptive")
+# a part of each side that a refusal has to name
+WORDS = {
+    "deep": ("deep anchor",),
+    "8 bits": ("fp8", "int8"),
+    "host": ("host memory",),
+    "int8 host": ("int8", "host memory"),
+    "switching": ("absorption",),
+    "switched": ("absorption",),
+    "several": ("chunks denoised together",),
+    "adaptive": ("adaptive",),
+    "changed adaptive": ("adaptive",),
+}
+
+
+def refused(a: Value, b: Value) -> bool:
+    """Whether a spec takes no rollout with both values."""
+    pair = {a[1]: a[0], b[1]: b[0]}
+    if pair.get("deep") == "anchor":
+        return any(pair.get(v) == "storage" for v in DIMENSIONS["storage"][1:]) or bool(
+            {"switching", "switched", "several"} & set(pair)
+        )
+    return "several" in pair and bool({"switching", "switched", *ADAPTIVE} & set(pair))
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One of each dimension's values. `variant` numbers what a value leaves open (which 8 bits, which adaptive anchor)."""
+
+    anchor: str = "none"
+    storage: str = "model"
+    absorption: str = "none or warming"
+    transition: str = "none"
+    blocks: str = "1"
+
+    @property
+    def name(self) -> str:
+        """Unique, readable, usable as a file's name."""
+        values = (self.anchor, self.storage, self.absorption, self.transition, self.blocks)
+        return ", ".join(f"{value} {name}" if value in ("none", "1", "several") else value
+                         for name, value in zip(DIMENSIONS, values, strict=True))  # fmt: skip
+
+    @property
+    def variant(self) -> int:
+        return zlib.crc32(self.name.encode())
+
+    @property
+    def chunk(self) -> int:
+        """The generated chunk whose operations fail."""
+        return 5 if self.absorption == "switched" else 4
+
+    def policy(self) -> Anchor:
+        changed = ({"strength": 0.5}, {"strength": 0.5, "freeze_frame": 12}, {"strength": 0.5, "reset_frames": 7})
+        return {
+            "none": Anchor(),
+            "static": AnchorStatic(3),
+            "ema": AnchorEMA(3, 0.6),
+            "memory": AnchorMemory(2),
+            "replay": AnchorReplay(9),
+            "adaptive": AnchorAdaptive(1 + self.variant % 2),
+            "changed adaptive": AnchorAdaptive(1, **changed[self.variant % 3]),
+            "deep": AnchorDeep(3, 4, 8),
+        }[self.anchor]
+
+    def absorbed(self) -> AbsorptionSettings | None:
+        """Warming: it collects in the chunk. Switching: it solves and switches in its commit. Switched: it is measured and
+        solved anew."""
+        warming = self.anchor != "deep" and self.blocks == "1" and self.variant % 2 == 0
+        if self.absorption == "none or warming" and not warming:
+            return None
+        common = dict(local_window_frames=2, sink_frames=1, ratio=0.5)
+        if self.absorption == "switched":
+            return AbsorptionSettings(warmup_frames=12, monitor_layers=-1, monitor_chunks=2, refresh="always", **common)
+        return AbsorptionSettings(
+            warmup_frames=15 if self.absorption == "switching" else 30, monitor_layers=-1, monitor_chunks=2, **common
+        )
+
+    def spec(self, model: TinyModel) -> RolloutSpec:
+        """ValueError where the values do not go together."""
+        absorption, eight = self.absorbed(), ("int8", "fp8")[self.variant % 2]
+        dtype, device = {
+            "model": ("model", "gpu"),
+            "8 bits": (eight, "gpu"),
+            "host": ("model", "host memory"),
+            "int8 host": ("int8", "host memory"),
+        }[self.storage]
+        return RolloutSpec(
+            geometry=model.geometry, batch=1, height=4, width=6, chunk_frames=FRAMES,
+            window_frames=ABSORBED_WINDOW if absorption else WINDOW, anchor=self.policy(),
+            positions="fixed" if self.variant % 3 == 0 and self.anchor != "deep" else "packed", dtype=torch.float32,
+            absorption=absorption, blocks=BLOCKS if self.blocks == "several" else 1,
+            cache_dtype=dtype, cache_device=device,
+        )  # fmt: skip
+
+    def settings(self) -> Settings:
+        return Settings(7, Schedule.shifted(BLOCKS if self.blocks == "several" else 2, 5.0))
+
+    def prompts(self) -> PromptPlan | None:
+        """The prompt changes with the chunk whose operations fail."""
+        if self.transition == "none":
+            return None
+        texts = [
+            torch.randn(1, 3, TinyModel.TEXT_WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
+        ]
+        change = PromptChange(self.chunk * FRAMES, texts[1], self.transition, 2)
+        return PromptPlan([PromptChange(0, texts[0]), change], FRAMES)
+
+
+def combinations() -> list[Combination]:
+    """Every allowed pair of values, in as few as a greedy choice finds."""
+    return [Combination(**values) for values in pairwise(DIMENSIONS, refused)]
+
+
+def refusals() -> list[tuple[Combination, tuple[str, str]]]:
+    """Every pair of values that is refused, alone, and the two values."""
+    values = [(name, value) for name, options in DIMENSIONS.items() for value in options]
+    pairs = [(a, b) for a, b in itertools.combinations(values, 2) if a[0] != b[0] and refused(a, b)]
+    return [(Combination(**dict(pair)), (pair[0][1], pair[1][1])) for pair in pairs]
