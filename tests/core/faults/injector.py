@@ -76,13 +76,15 @@ class Injector(TorchDispatchMode):
         self.wanted, self.kind, self.late = wanted, kind, late
         self.operations: list[Operation] = []
         self.failed: Operation | None = None
+        # what the failed one was to write to, held so that no other tensor gets its address
+        self.held: Any = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         number, operation = len(self.operations), Operation(str(func), _written(func, args, kwargs))
         self.operations.append(operation)
         if self.failed is None and self.wanted(number, operation):
-            self.failed = operation
+            self.failed, self.held = operation, (args, kwargs) if operation.writes else None
             if self.late:
                 func(*args, **kwargs)
             raise self.kind(f"injected at operation {number}, {operation.name}")
