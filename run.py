@@ -4,6 +4,8 @@
   python3 run.py demo [WORKFLOW.json]   make a long video with the shipped model, in a real ComfyUI
   python3 run.py serve [--port N]       start ComfyUI with the pack, for a browser; further flags go to ComfyUI
   python3 run.py test [LAYER] [...]     style and all tests, or one folder of tests/; further arguments go to pytest
+  python3 run.py faults [--sample N] [--seed S] [--only NAME] [--at "MODE N"]
+                                        fail everything that a chunk does, in turn: nothing may be lost; writes a table
   python3 run.py bench [NAME ...]       run all of benchmarks/, or those named
   python3 run.py train STAGE [...]      run one stage of training/ with its arguments
   python3 run.py setup                  only set up
@@ -226,6 +228,21 @@ def test(arguments: list[str]) -> int:
     return int(bad_style or not all(good for good, _, _ in results))
 
 
+def faults(arguments: list[str]) -> int:
+    """Fault injection: what a streamed run asks of the system, then every operation of a chunk (tests/core/faults)."""
+    host = ensure_ready(TEST_MODULES)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    row, ended = CACHE / "faults" / "stream.json", []
+    if not arguments:
+        row.parent.mkdir(parents=True, exist_ok=True)
+        row.unlink(missing_ok=True)
+        os.environ |= {"ADASTATE_FAULTS": "all", "ADASTATE_FAULTS_ROW": str(row)}
+        ended.append(not run_layer("host", host, ["test_faults.py"])[0])
+        arguments = ["--row", str(row)]
+    ended.append(run_child([str(host.python), "-m", "faults", *arguments], host, ROOT / "tests" / "core"))
+    return int(any(ended))
+
+
 def choose(kind: str, folder: Path, names: list[str]) -> list[str]:
     """`names`, or all scripts of this folder if none is named; a sentence that lists them if one is unknown."""
     known = sorted(path.stem for path in folder.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
@@ -259,7 +276,15 @@ def setup(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench, "train": train, "setup": setup}
+COMMANDS = {
+    "demo": demo,
+    "serve": serve,
+    "test": test,
+    "faults": faults,
+    "bench": bench,
+    "train": train,
+    "setup": setup,
+}
 
 
 def main(arguments: list[str]) -> int:

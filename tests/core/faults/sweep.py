@@ -119,7 +119,8 @@ def failures(one: dict[str, Any]) -> list[str]:
     kinds: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
     for mode, n, name, word, why in one["bad"]:
         kinds.setdefault((mode, word, re.sub(r"[0-9.]+(e-?[0-9]+)?$", "...", why)), []).append((n, name))
-    return [
+    said = [f"- {one['name']}: {sentence}" for sentence in one.get("said", [])]
+    return said + [
         f"- {one['name']}: {len(found)} {word}, the first is `{mode} {found[0][0]}` ({found[0][1]}): {why}"
         for (mode, word, why), found in kinds.items()
     ]
@@ -170,6 +171,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--at", help='one injection, as failures name it: "before 123"')
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--fresh", action="store_true", help="do again what was done before with the same code")
+    parser.add_argument("--row", type=Path, help="a file with the row of what was failed elsewhere, for the table")
     parser.add_argument("--table", type=Path, help=f"where the table goes (all of it: {TABLE.relative_to(ROOT)})")
     options = parser.parse_args(arguments)
     every = combinations()
@@ -193,13 +195,15 @@ def main(arguments: list[str]) -> int:
     else:
         picked = sample(options.sample, options.seed, {one: Trial(one, options.seed) for one in chosen})
         rows = [row(one, [(m, n) for c, m, n in picked if c == one], options.seed) for one in chosen]
+    if options.row is not None and options.row.is_file():
+        rows.append(json.loads(options.row.read_text(encoding="utf-8")))
     whole = options.sample is None and not options.only
     seconds = time.monotonic() - started
     text = table(rows, notes(options, seconds))
     say(text)
     if path := options.table or (TABLE if whole else None):
         path.write_text(text)
-    return int(any(one["bad"] for one in rows))
+    return int(any(one["bad"] or one.get("said") for one in rows))
 
 
 def notes(options: argparse.Namespace, seconds: float) -> list[str]:

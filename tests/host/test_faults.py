@@ -1,0 +1,169 @@
+"""A streamed run in which one thing that it asks of the system fails: what it returned or saved goes on to the bits of the
+whole, a good autosave stays, finished frames stay.
+
+`python3 run.py faults` sets ADASTATE_FAULTS=all, and all of them fail in turn; else one of each kind does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from adastate_pack.adastate_core.anchors import AnchorAdaptive
+from adastate_pack.adastate_core.rollout_file import load_state
+from adastate_pack.nodes import stream as stream_nodes
+from file_faults import Faults
+
+SEED = 0
+LENGTH, CHUNKS = 33, (9, 21, 33)  # frames of the video, and after each of its chunks
+
+
+class Run:
+    """A run of the rollout node into a folder of its own, with what its sinks were given."""
+
+    def __init__(self, rollout, stream, folders, patch) -> None:
+        self.rollout, self.stream, self.out, self.patch = rollout, stream, folders / "output", patch
+        self.written: list[torch.Tensor] = []
+        write = stream_nodes.VideoSink.write
+
+        def keep(sink, pictures):
+            write(sink, pictures)
+            self.written.append(pictures.clone())
+
+        patch.setattr(stream_nodes.VideoSink, "write", keep)
+
+    def __call__(self, name: str, **more):
+        self.written.clear()
+        stream = self.stream(filename_prefix=f"{name}/take")
+        return self.rollout(length=LENGTH, anchor=AnchorAdaptive(1), stream=stream, keep_latents=True, **more)
+
+    def pictures(self) -> torch.Tensor:
+        return torch.cat(self.written) if self.written else torch.zeros(0, 32, 32, 3, dtype=torch.uint8)
+
+    def faulty(self, name: str, n: int | None):
+        """(outputs or None, what was raised or None, the faults, the autosave's frames as something failed)."""
+        state, seen = self.out / name / "take_00001_.state.safetensors", []
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(self.out, n, SEED)
+            faults.install(patch)
+            faults.when = lambda: (patch.undo(), seen.append(load_state(state).emitted if state.is_file() else 0))
+            try:
+                return self(name), None, faults, 0
+            except BaseException as error:  # noqa: BLE001
+                return None, error, faults, seen[0] if seen else 0
+
+
+def frames_of(path: Path) -> torch.Tensor:
+    """The frames of a file that decode; none of one that is no video."""
+    try:
+        with av.open(str(path)) as container:
+            frames = [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+    except (av.error.FFmpegError, OSError, IndexError):
+        frames = []
+    return torch.stack(frames) if frames else torch.zeros(0, 32, 32, 3, dtype=torch.uint8)
+
+
+@pytest.fixture
+def run(rollout, vae, node, folders, monkeypatch):
+    def stream(**inputs):
+        defaults = {
+            "vae": vae, "fps": 16.0, "codec": "h264", "quality": 18, "preview": True, "autosave_seconds": 1e-6,
+            "join": False, "history_chunks": 1, "history_states": 2,
+        }  # fmt: skip
+        return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
+
+    return Run(rollout, stream, folders, monkeypatch)
+
+
+def check(run: Run, n: int, whole: dict) -> list[str]:
+    """What one failure broke, in sentences; nothing if it is as it should be."""
+    name = f"f{n}"
+    outputs, error, faults, saved_before = run.faulty(name, n)
+    if faults.failed is None:
+        return [f"only {len(faults.points)} operations came"]
+    bad, made = [], run.pictures()
+    folder = run.out / name
+    video, save = folder / "take_00001_.mp4", folder / "take_00001_.state.safetensors"
+    found = frames_of(video)
+    if not torch.equal(found[: len(made)], whole["frames"][: len(made)]):
+        bad.append(f"{len(made)} frames were written, and the video has {len(found)}, or others")
+    state = None
+    if outputs is not None:
+        if not torch.equal(outputs.args[0]["samples"], whole["latents"]):
+            bad.append("the latents that were returned are others")
+        if len(found) != LENGTH:
+            bad.append(f"the run returned, and its video has {len(found)} frames")
+    if save.is_file():
+        try:
+            state = load_state(save)
+        except ValueError as reason:
+            bad.append(f"the autosave cannot be read: {reason}")
+    if state is not None and state.emitted < saved_before:
+        bad.append(f"an autosave of {saved_before} latents was replaced by one of {state.emitted}")
+    if outputs is None and state is None and len(made):
+        bad.append(f"{len(made)} frames were written, and there is no state to go on from")
+    if state is not None:
+        bad += resumed(run, name, state, whole)
+    bad += [f"{path.name} was left" for path in left(folder) if not faults.failed.startswith(("unlink", "remove"))]
+    told = type(error).__name__ if error else "returned"
+    return [f"{n} ({faults.failed}), {told}: {one}" for one in bad]
+
+
+def resumed(run: Run, name: str, state, whole: dict) -> list[str]:
+    """Go on from an autosave; what is not as in the whole."""
+    frames = state.stream["frames_written"]
+    if frames not in CHUNKS or not torch.equal(
+        frames_of(run.out / name / "take_00001_.mp4")[:frames], whole["frames"][:frames]
+    ):
+        return [f"the autosave counts {frames} frames, which the video does not have"]
+    if state.emitted * 4 - 3 >= LENGTH:
+        ended = state.latents if state.latents is not None else torch.zeros(0)
+        return [] if torch.equal(ended, whole["state"]) else ["the latents in the last autosave are others"]
+    outputs = run(f"{name}-rest", resume=state)
+    bad = []
+    if not torch.equal(outputs.args[0]["samples"], whole["latents"]):
+        bad.append("the latents of the resumed run are others")
+    if not torch.equal(run.pictures(), whole["pictures"][frames:]):
+        bad.append("the pictures of the resumed run are others")
+    return bad
+
+
+def left(folder: Path) -> list[Path]:
+    """Files that are neither the video nor a state."""
+    known = (".mp4", ".state.safetensors")
+    return [p for p in folder.rglob("*") if p.is_file() and (not p.name.endswith(known) or ".tmp" in p.name)]
+
+
+def test_what_fails_loses_nothing(run):
+    outputs, error, faults, _ = run.faulty("whole", None)
+    assert error is None
+    whole = {
+        "latents": outputs.args[0]["samples"],
+        "state": outputs.args[1].latents,
+        "pictures": run.pictures(),
+        "frames": frames_of(run.out / "whole" / "take_00001_.mp4"),
+    }
+    assert len(whole["frames"]) == len(whole["pictures"]) == LENGTH
+    kinds: dict[str, list[int]] = {}
+    for n, name in enumerate(faults.points):
+        kinds.setdefault(name, []).append(n)
+    assert {"decode", "encode", "open video w", "write video", "close video", "mkdir folder"} <= set(kinds)
+    luck = random.Random(SEED)
+    every = os.environ.get("ADASTATE_FAULTS") == "all"
+    picked = range(len(faults.points)) if every else sorted(luck.choice(numbers) for numbers in kinds.values())
+    if only := os.environ.get("ADASTATE_FAULT"):
+        picked = [int(only)]
+    found = {n: check(run, n, whole) for n in picked}
+    bad = [sentence for sentences in found.values() for sentence in sentences]
+    lines = [f"{name}: {len(numbers)}" for name, numbers in kinds.items()]
+    print(f"{len(picked)} of {len(faults.points)} failed ({'; '.join(lines)})")  # noqa: T201
+    if row := os.environ.get("ADASTATE_FAULTS_ROW"):
+        counts = {"wrong": sum(map(bool, found.values())), "good": sum(not one for one in found.values())}
+        text = {"name": "files, video, decode, encode and threads of a streamed run", "operations": len(faults.points)}
+        Path(row).write_text(json.dumps(text | {"counts": {"once": counts}, "bad": [], "said": bad}), encoding="utf-8")
+    assert not bad, f"{len(bad)} with seed {SEED}; one alone: ADASTATE_FAULT=n\n" + "\n".join(bad)
