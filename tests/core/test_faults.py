@@ -46,6 +46,24 @@ def test_what_does_not_go_together_is_refused_by_both_names(combination, sides):
         assert any(word in str(caught.value) for word in WORDS[side])
 
 
+@pytest.mark.parametrize("absorption", DIMENSIONS["absorption"])
+def test_the_chunk_that_fails_is_in_the_phase_that_its_name_says(absorption):
+    for combination in combinations():
+        if combination.absorption == absorption and combination.absorbed() is not None:
+            trial = Trial(combination)
+            rollout = trial.rollout()
+            next(rollout.chunks(trial.length))
+            before, after = trial.before.absorption, rollout.snapshot().absorption
+            phases = {"switching": ("warming", "switched"), "switched": ("switched", "switched")}
+            assert (before["phase"], after["phase"]) == phases.get(absorption, ("warming", "warming"))
+            if combination.transition == "flush":  # then there is no history to look at
+                continue
+            if absorption == "switched":
+                assert len(after["watched"]) > len(before["watched"])
+            elif absorption == "none or warming":
+                assert after["collector.chunks"] > before["collector.chunks"]
+
+
 def test_every_allowed_pair_of_values_is_in_a_combination():
     values = [(name, value) for name, options in DIMENSIONS.items() for value in options]
     held = [set(vars(one).items()) for one in combinations()]

@@ -25,7 +25,7 @@ from adastate_core.schedule import Schedule
 
 from .pairs import Value, pairwise
 
-FRAMES, BLOCKS, WINDOW, ABSORBED_WINDOW = 3, 3, 6, 9
+FRAMES, BLOCKS, WINDOW = 3, 3, 6
 DIMENSIONS = {
     "anchor": ("none", "static", "ema", "memory", "replay", "adaptive", "changed adaptive", "deep"),
     "storage": ("model", "8 bits", "host", "int8 host"),
@@ -100,10 +100,11 @@ class Combination:
     def absorbed(self) -> AbsorptionSettings | None:
         """Warming: it collects in the chunk. Switching: it solves and switches in its commit. Switched: it is measured and
         solved anew."""
-        warming = self.anchor != "deep" and self.blocks == "1" and self.variant % 2 == 0
+        warming = self.anchor != "deep" and self.blocks == "1" and self.variant % 2 == 1
         if self.absorption == "none or warming" and not warming:
             return None
-        common = dict(local_window_frames=2, sink_frames=1, ratio=0.5)
+        ridge = None if self.variant % 4 == 0 else 0.3  # each of seven that are tried is a solve of every layer
+        common = dict(local_window_frames=2, sink_frames=1, ratio=0.5, ridge=ridge)
         if self.absorption == "switched":
             return AbsorptionSettings(warmup_frames=12, monitor_layers=-1, monitor_chunks=2, refresh="always", **common)
         return AbsorptionSettings(
@@ -121,7 +122,7 @@ class Combination:
         }[self.storage]
         return RolloutSpec(
             geometry=model.geometry, batch=1, height=4, width=6, chunk_frames=FRAMES,
-            window_frames=ABSORBED_WINDOW if absorption else WINDOW, anchor=self.policy(),
+            window_frames=WINDOW, anchor=self.policy(),
             positions="fixed" if self.variant % 3 == 0 and self.anchor != "deep" else "packed", dtype=torch.float32,
             absorption=absorption, blocks=BLOCKS if self.blocks == "several" else 1,
             cache_dtype=dtype, cache_device=device,
