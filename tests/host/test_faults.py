@@ -105,6 +105,8 @@ def check(run: Run, n: int, whole: dict) -> list[str]:
             bad.append(f"the autosave cannot be read: {reason}")
     if state is not None and state.emitted < saved_before:
         bad.append(f"an autosave of {saved_before} latents was replaced by one of {state.emitted}")
+    if outputs is None and len(made) == LENGTH and isinstance(error, Exception):
+        bad.append("all frames were written, and the run returned nothing")
     if outputs is None and state is None and len(made):
         bad.append(f"{len(made)} frames were written, and there is no state to go on from")
     if state is not None:
@@ -124,7 +126,10 @@ def resumed(run: Run, name: str, state, whole: dict) -> list[str]:
     if state.emitted * 4 - 3 >= LENGTH:
         ended = state.latents if state.latents is not None else torch.zeros(0)
         return [] if torch.equal(ended, whole["state"]) else ["the latents in the last autosave are others"]
-    outputs = run(f"{name}-rest", resume=state)
+    try:
+        outputs = run(f"{name}-rest", resume=state)
+    except Exception as error:  # noqa: BLE001
+        return [f"the autosave cannot be gone on from: {error}"]
     bad = []
     if not torch.equal(outputs.args[0]["samples"], whole["latents"]):
         bad.append("the latents of the resumed run are others")
