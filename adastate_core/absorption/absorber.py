@@ -175,8 +175,8 @@ class Absorber:
         first = self.cache.layers[0].window.values()
         switch = self._switch(solution, sum(slot.frame < self.corrections.pinned for slot in first), moved=True)
         collector = self._collecting_on(switch.histories)
-        self._take(solution, switch)
         self.collector, self.solved_for = collector, dict(self.origin)
+        self._take(solution, switch)
         self.seconds = time.perf_counter() - start
 
     def _switch(self, solution: Solution, pinned: int, moved: bool) -> _Switch:
