@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tiny_model import TinyModel
@@ -26,6 +26,7 @@ from adastate_core.schedule import Schedule
 from .pairs import Value, pairwise
 
 FRAMES, BLOCKS, WINDOW = 3, 3, 6
+LEVELS = "two levels"
 DIMENSIONS = {
     "anchor": ("none", "static", "ema", "memory", "replay", "adaptive", "changed adaptive", "deep"),
     "storage": ("model", "8 bits", "host", "int8 host"),
@@ -60,20 +61,25 @@ def refused(a: Value, b: Value) -> bool:
 
 @dataclass(frozen=True)
 class Combination:
-    """One of each dimension's values. `variant` numbers what a value leaves open (which 8 bits, which adaptive anchor)."""
+    """One of each dimension's values; with `levels` the last noisy step keeps a past of its own beside the clean one.
+
+    `variant` numbers what a value leaves open (which 8 bits, which adaptive anchor).
+    """
 
     anchor: str = "none"
     storage: str = "model"
     absorption: str = "none or warming"
     transition: str = "none"
     blocks: str = "1"
+    levels: str = ""
 
     @property
     def name(self) -> str:
         """Unique, readable, usable as a file's name."""
         values = (self.anchor, self.storage, self.absorption, self.transition, self.blocks)
-        return ", ".join(f"{value} {name}" if value in ("none", "1", "several") else value
-                         for name, value in zip(DIMENSIONS, values, strict=True))  # fmt: skip
+        words = [f"{value} {name}" if value in ("none", "1", "several") else value
+                 for name, value in zip(DIMENSIONS, values, strict=True)]  # fmt: skip
+        return ", ".join([*words, self.levels] if self.levels else words)
 
     @property
     def variant(self) -> int:
@@ -100,7 +106,7 @@ class Combination:
     def absorbed(self) -> AbsorptionSettings | None:
         """Warming: it collects in the chunk. Switching: it solves and switches in its commit. Switched: it is measured and
         solved anew."""
-        warming = self.anchor != "deep" and self.blocks == "1" and self.variant % 2 == 1
+        warming = self.anchor != "deep" and self.blocks == "1" and not self.levels and self.variant % 2 == 1
         if self.absorption == "none or warming" and not warming:
             return None
         ridge = None if self.variant % 4 == 0 else 0.3  # each of seven that are tried is a solve of every layer
@@ -129,7 +135,8 @@ class Combination:
         )  # fmt: skip
 
     def settings(self) -> Settings:
-        return Settings(7, Schedule.shifted(BLOCKS if self.blocks == "several" else 2, 5.0))
+        schedule = Schedule.shifted(BLOCKS if self.blocks == "several" else 2, 5.0)
+        return Settings(7, replace(schedule, kept=(1,)) if self.levels else schedule)
 
     def prompts(self) -> PromptPlan | None:
         """The prompt changes with the chunk whose operations fail."""
@@ -143,8 +150,10 @@ class Combination:
 
 
 def combinations() -> list[Combination]:
-    """Every allowed pair of values, in as few as a greedy choice finds."""
-    return [Combination(**values) for values in pairwise(DIMENSIONS, refused)]
+    """Every allowed pair of values, in as few as a greedy choice finds, and some with a past at two noise levels."""
+    pairs = [Combination(**values) for values in pairwise(DIMENSIONS, refused)]
+    two = (("ema", "model", "none"), ("changed adaptive", "int8 host", "flush"), ("memory", "8 bits", "cut"))
+    return pairs + [Combination(a, storage, transition=t, levels=LEVELS) for a, storage, t in two]
 
 
 def refusals() -> list[tuple[Combination, tuple[str, str]]]:
