@@ -152,7 +152,7 @@ class Reference:
                     v = self.run(model, cache, x, sigma, i, context)
                     written = torch.cat([state - sigma * v[:, :, :states], past], 2)
                     self.run(model, cache, written, one * 0, i, context, clean=True)
-                    cache.commit(self.anchor, 3 * i, 3)
+                    cache.cache.commit(self.anchor, 3 * i, 3)
                 total.append((v[:, :, states:] - (eps - clean)).square().mean())
                 if i in cuts:
                     moved.cache.restore(still.cache.snapshot())
