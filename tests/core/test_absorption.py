@@ -115,7 +115,7 @@ def test_the_runs_correction_is_the_fit_on_what_its_layers_gave(anchor):
         found = absorber.solution.fits[layer].correction
         torch.testing.assert_close(found.matrix.double(), matrix, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(found.constant.double(), constant, atol=2e-3, rtol=2e-3)
-    history_chunks = 12 // 3 - (2 if anchor.kind == "adaptive" else 2)
+    history_chunks = 12 // 3 - 2  # in the first two all frames of the past are local
     assert len(recorder.rows[0]) == history_chunks * (len(SCHEDULE.sigmas) + 1)
 
 
