@@ -4,6 +4,7 @@
   python3 run.py demo [WORKFLOW.json]   make a long video with the shipped model, in a real ComfyUI
   python3 run.py serve [--port N]       start ComfyUI with the pack, for a browser; further flags go to ComfyUI
   python3 run.py test [LAYER] [...]     style and all tests, or one folder of tests/; further arguments go to pytest
+  python3 run.py test quick [...]       style and, in under a minute, some tests of every layer that needs no browser
   python3 run.py faults [--sample N] [--seed S] [--only NAME] [--at "MODE N"]
                                         fail everything that a chunk does, in turn: nothing may be lost; writes a table
   python3 run.py bench [NAME ...]       run all of benchmarks/, or those named
@@ -41,6 +42,7 @@ OUTPUT = ROOT / "output"
 # where two layers run at a time: the longest first, so that both lanes end together
 SLOWEST = ["web", "training", "api", "core", "host"]
 LAYERS = ["core", "training", "runpy", "host", "api", "web"]  # run in this order, then whatever else is in tests/
+QUICK = ["core", "runpy", "host", "api"]  # those with tests that are marked quick
 TEST_MODULES = {"pytest": "pytest", "ruff": "ruff", "websocket": "websocket-client"}
 
 
@@ -196,10 +198,12 @@ def run_layer(
 def test(arguments: list[str]) -> int:
     """Style, then every layer of tests, each in a process of its own."""
     names = test_layers(ROOT / "tests")
-    if arguments and arguments[0].isidentifier():
+    if arguments and arguments[0] == "quick":
+        names, arguments = QUICK, ["-m", "quick", *arguments[1:]]
+    elif arguments and arguments[0].isidentifier():
         if arguments[0] not in names:
             raise SetupError(
-                f"There is no folder tests/{arguments[0]} with a pytest.ini; there are: {', '.join(names)}."
+                f"There is no folder tests/{arguments[0]} with a pytest.ini; there are: {', '.join(names)}, and quick."
             )
         names, arguments = [arguments[0]], arguments[1:]
     host = ensure_ready(TEST_MODULES)

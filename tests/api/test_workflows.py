@@ -22,6 +22,7 @@ def test_every_ui_workflow_has_an_api_twin_and_back():
     assert all((ROOT / "workflows" / f"{name}.jpg").is_file() for name in ui)
 
 
+@pytest.mark.quick
 def test_the_pack_is_loaded_and_described(client):
     info = client.server.request("/object_info/AdaStateRollout")["AdaStateRollout"]
     assert info["output_node"] and info["output"] == ["LATENT", "ADASTATE_STATE", "STRING", "VIDEO"]
@@ -29,6 +30,7 @@ def test_the_pack_is_loaded_and_described(client):
     assert not [line for line in failed if "AdaState" in line]
 
 
+@pytest.mark.quick
 def test_long_video(client):
     outputs = client.run(workflow("long_video", n5__length=97))
     report, shown = report_of(outputs), outputs["5"]["images"][0]

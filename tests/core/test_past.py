@@ -176,6 +176,7 @@ class Remembering(Schedule):
         return Solver()
 
 
+@pytest.mark.quick
 def test_a_schedule_may_keep_two_noise_levels_and_a_solvers_memory(tmp_path):
     """Step 1 sees what it made itself of the chunks before, step 0 and the clean pass the clean past: against a whole run of
     each step over a cache of its own, with nothing shared but the latents."""
@@ -233,6 +234,7 @@ def test_levels_are_steps_of_every_chunk_and_go_with_neither_absorption_nor_roll
             Rollout(model, spec_for(model, W=12, **more), Settings(7, kept))
 
 
+@pytest.mark.quick
 def test_a_write_that_fails_twice_is_told_with_its_layer_and_is_finished_by_the_third_look(monkeypatch):
     spec, failing = spec_for(TinyModel(), W=6), []
     expected = rolled(Rollout(TinyModel(), spec, Settings(7, SCHEDULE)), 15)
@@ -271,6 +273,7 @@ def test_a_recache_after_a_rope_cut_is_the_same_in_a_resumed_run():
     assert torch.equal(torch.cat([begun, rolled(start(first.snapshot()), 18)], 2), whole)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("anchor", [Anchor(), AnchorStatic(4), AnchorAdaptive(1)], ids=lambda a: a.kind)
 @pytest.mark.parametrize("stopped", [0, 1, 2])
 def test_an_interrupt_among_given_frames_keeps_the_rest_of_them(anchor, stopped, tmp_path):
@@ -358,6 +361,7 @@ def test_a_state_keeps_what_it_was(tmp_path):
     assert fits == kept and given.absorber.report()["monitor"]
 
 
+@pytest.mark.quick
 def test_what_fails_between_the_commit_and_the_switch_is_made_up_for(monkeypatch, tmp_path):
     """The solve is due once the warm-up is over: in this run, or in the one that goes on from its state."""
     from adastate_core.absorption import absorber as module

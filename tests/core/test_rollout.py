@@ -109,6 +109,7 @@ class MaskedAttention(SlowAttention):
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.unflatten(-1, (self.heads, -1))).flatten(2)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("positions", ["packed", "absolute"])
 def test_a_window_over_everything_is_one_masked_pass(positions):
     """With W >= T and no anchor the clean passes are one block-causal pass over the whole video."""
@@ -200,6 +201,7 @@ def test_an_interrupt_at_any_step_leaves_the_last_whole_chunk(step, anchor, tmp_
     assert torch.equal(torch.cat([*kept, rest], 2), whole)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("bad", ["noisy", "clean"])
 def test_nan_ends_the_rollout_and_keeps_what_came_before(bad):
     class Broken(TinyModel):
@@ -247,6 +249,7 @@ def test_the_plan_of_the_1_3b_holds_at_most_8_frames():
     assert spec.plan().kv_bytes == 8 * frame
 
 
+@pytest.mark.quick
 def test_layers_may_have_plans_of_their_own():
     """A layer with a shorter window sees fewer frames, at the positions they have in the full layers."""
     model = TinyModel()

@@ -59,6 +59,7 @@ def plain_output(model):
     return model.model.apply_model(x, torch.tensor([0.7]), c_crossattn=context)
 
 
+@pytest.mark.quick
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_first_pass_is_the_hosts_own_forward(model, positive, batch):
@@ -72,6 +73,7 @@ def test_a_first_pass_is_the_hosts_own_forward(model, positive, batch):
     torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=3e-6)
 
 
+@pytest.mark.quick
 @torch.no_grad()
 @pytest.mark.parametrize(
     "anchor", [Anchor(), AnchorStatic(1), AnchorEMA(2, 0.5), AnchorAdaptive(1)], ids=lambda a: a.kind

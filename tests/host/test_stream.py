@@ -43,6 +43,7 @@ def stream(vae, node):
     return make
 
 
+@pytest.mark.quick
 @torch.no_grad()
 @pytest.mark.parametrize("split", [[7], [1] * 7, [1, 3, 3], [3, 3, 1], [2, 5], [4, 1, 2]], ids=str)
 def test_any_split_decodes_to_the_bits_of_one_whole_decode(vae, split):
@@ -191,6 +192,7 @@ def test_a_decoder_cache_without_one_of_its_entries_or_with_another_is_refused(v
         assert torch.equal(stream.step(latents(2)), source.step(latents(2)))
 
 
+@pytest.mark.quick
 def test_the_decode_node_gives_what_the_hosts_decode_gives(vae, node):
     z = latents(4, batch=2)
     ours = node("AdaStateDecode")(latent={"samples": z}, vae=vae).args[0]

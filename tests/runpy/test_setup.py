@@ -105,6 +105,7 @@ def test_error_of_a_failed_prompt():
     assert "interrupted" in run.error_text({"status": {"status_str": "error", "messages": []}})
 
 
+@pytest.mark.quick
 def test_layers_in_order(tmp_path):
     for name in ("web", "zeta", "core", "host"):
         (tmp_path / name).mkdir()
