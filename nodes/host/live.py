@@ -28,6 +28,7 @@ from . import rerun
 from .live_history import History
 from .live_pictures import Encoder
 from .rerun import Place
+from .safely import attempt
 
 log = logging.getLogger("adastate")
 ENDED_RUNS = 8  # how many finished ones a page can still ask for
@@ -101,17 +102,15 @@ class LiveRun:
             self._send("adastate.start", {"about": about})
 
     def hidden_state(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """The picture [h, w, 3] that `draw` makes, or None while such pictures have had their share of the run's time."""
+        """The picture [h, w, 3] that `draw` makes, or None if that fails and while such pictures have had their share of the
+        run's time. An interrupt, which any layer of a decoder may bring, is raised."""
         now = time.perf_counter()
         self._allowed = min(_STATE_SAVED, self._allowed + _STATE_SHARE * (now - self._asked))
         self._asked = now
         if self._allowed < 0:
             return None
         try:
-            return draw()
-        except Exception as error:  # noqa: BLE001  a preview is never worth a rollout
-            log.warning("a hidden state's preview could not be made: %s", error)
-            return None
+            return attempt("a hidden state's preview could not be made", draw)[0]
         finally:
             self._allowed -= time.perf_counter() - now
 

@@ -7,6 +7,7 @@ import io
 import threading
 import time
 
+import comfy.ops
 import pytest
 import torch
 from adastate_pack.nodes.host import live, rerun
@@ -154,3 +155,14 @@ def test_pictures_of_a_hidden_state_keep_to_their_share_of_the_time():
     while run.hidden_state(draw) is not None:
         pass
     assert 1 <= len(made) <= 6
+
+
+def test_an_interrupt_in_the_picture_of_a_hidden_state_is_not_lost():
+    """The host asks for interrupts in every layer, a decoder's too, and asks once: whoever catches it has to raise it."""
+    import comfy.model_management as management
+
+    layer = comfy.ops.manual_cast.Linear(2, 2)
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        live.LiveRun(None).hidden_state(lambda: layer(torch.zeros(1, 2)))
+    management.throw_exception_if_processing_interrupted()
