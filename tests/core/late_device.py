@@ -215,7 +215,7 @@ class LateDevice(TorchDispatchMode):
 
     def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One operator: at once on the CPU, else into the queue of the current stream."""
-        tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        tensors = _tensors((args, kwargs))
         held = [t for t in tensors if isinstance(t, Late)]
         asked = kwargs.get("device")
         there = bool(held) if asked is None else asked.type == DEVICE.type
@@ -256,8 +256,8 @@ class LateDevice(TorchDispatchMode):
             self.current.run()
             return _mapped(_late, func(*args, **kwargs))
         out = func(*args, **kwargs)  # for its shape: of numbers that may not be there yet
-        made = [t for t in _leaves(out) if isinstance(t, torch.Tensor)]
-        if not _views(func, made, args):
+        made = _tensors(out)
+        if not _views(func, made, args):  # a view is there at once
             for t in made:
                 if t.is_floating_point():
                     t.fill_(NOT_YET)
@@ -311,17 +311,23 @@ def _gpu() -> LateDevice:
 
 def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
     """An operator's arguments or results, shallow as they are, with a function of each."""
-    if isinstance(tree, tuple | list):
-        return type(tree)([_mapped(function, one) for one in tree])
-    if isinstance(tree, dict):
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([_mapped(function, one) for one in tree])
+    if kind is dict:
         return {name: _mapped(function, one) for name, one in tree.items()}
     return function(tree)
 
 
-def _leaves(tree: Any) -> list[Any]:
-    found: list[Any] = []
-    _mapped(found.append, tree)
-    return found
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    """The tensors in it."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        return []
+    return [leaf for one in tree for leaf in _tensors(one)]
 
 
 def _inner(t: Any) -> Any:
@@ -347,10 +353,10 @@ def _waits(func: Any, args: tuple) -> bool:
 
 
 def _views(func: Any, made: list[torch.Tensor], args: tuple) -> bool:
-    given = {t.untyped_storage().data_ptr() for t in _leaves(args) if isinstance(t, torch.Tensor)}
+    given = {t.untyped_storage().data_ptr() for t in _tensors(args)}
     return bool(made) and all(t.untyped_storage().data_ptr() in given and t.numel() for t in made)
 
 
 def _fill(made: list[torch.Tensor], out: Any) -> None:
-    for t, one in zip(made, [t for t in _leaves(out) if isinstance(t, torch.Tensor)], strict=True):
+    for t, one in zip(made, _tensors(out), strict=True):
         t.copy_(one)

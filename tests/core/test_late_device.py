@@ -3,21 +3,22 @@ does all at once, and the CPU's."""
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import replace
 
 import pytest
 import test_no_double_device as others
 import test_transitions as transitions
 import torch
-from late_device import Event, LateDevice, Stream
+from late_device import LateDevice, Stream
 from no_double_device import model_on
-from systems_fast import rollout_of
-from test_rollout import ANCHORS, SCHEDULE
+from systems_fast import spec_of
+from test_rollout import ANCHORS
 from tiny_model import TinyModel
 
 from adastate_core.anchors import AnchorAdaptive, AnchorMemory, AnchorReplay
-from adastate_core.kv_storage import Workspace
-from adastate_core.rollout import Rollout, Settings
+from adastate_core.kv_storage import StoredLayer, Workspace
+from adastate_core.rollout import NonFiniteError, Rollout, Settings
+from adastate_core.schedule import Schedule
 
 HOST = "host memory"
 KINDS = ("model", "fp8", "int8")
@@ -30,19 +31,25 @@ KEPT = {
     "adaptive": ANCHORS["adaptive2"],
     "adaptive, slower": AnchorAdaptive(1, strength=0.5),
 }
-# a chunk is given up before this pass of it
-STOPS = {(3, 2), (4, 1)}
+# (chunk, pass) before which it is given up; at the second attempt no table of rotations has to be waited for any more
+STOPS = [(3, 0), (3, 0), (4, 2), (4, 0)]
+TWO_STEPS = Schedule((1.0, 0.6))
+
+
+def model():
+    """Of 3 layers: the third lands where the first one's frames are in use."""
+    return TinyModel(layers=3)
 
 
 class Stop(Exception):
     pass
 
 
-def rolled(make, lengths, every_chunk=False, stops=frozenset()):
+def rolled(make, lengths, every_chunk=False, stops=()):
     """Latents, and tensors of the states: after every length, from which another rollout goes on, or `every_chunk`.
 
-    `make(state, on_step)`. A rollout that is stopped before a pass of `stops` goes on as it is."""
-    left, pieces, states, state = set(stops), [], [], None
+    `make(state, on_step)`. A rollout that is stopped before a pass of `stops` gives a state and goes on as it is."""
+    left, pieces, states, state = list(stops), [], [], None
 
     def stop(chunk, step, steps, x0):
         if (chunk, step) in left:
@@ -58,7 +65,7 @@ def rolled(make, lengths, every_chunk=False, stops=frozenset()):
                     if every_chunk:
                         states.append(tensors_of(rollout.snapshot()))
             except Stop:
-                continue
+                states.append(tensors_of(rollout.snapshot()))
         state = rollout.snapshot()
         states.append(tensors_of(state))
     assert not left
@@ -76,8 +83,8 @@ def tensors_of(state):
 def on(when, make, **how):
     """`rolled` on the device; `make(model, state, on_step)`."""
     with LateDevice(when) as late:
-        model = model_on(late.device, TinyModel())
-        out = rolled(lambda state, stop: make(model, state, stop), **how)
+        placed = model_on(late.device, model())
+        out = rolled(lambda state, stop: make(placed, state, stop), **how)
         late.synchronize()
         assert late.from_host and late.to_host
     return out
@@ -94,7 +101,7 @@ def same(found, expected):
 
 def check(make, near, **how):
     at_once = on("at once", make, **how)
-    expected, _ = rolled(lambda state, stop: make(TinyModel(), state, stop), **how)
+    expected, _ = rolled(lambda state, stop: make(model(), state, stop), **how)
     torch.testing.assert_close(at_once[0], expected, **near)
     for when in ("late", "early"):
         assert same(on(when, make, **how), at_once), when
@@ -104,43 +111,123 @@ def near_of(cache_dtype):
     return others.NEAR if cache_dtype == "model" else others.NEAR_CODES
 
 
-@pytest.mark.parametrize("name", KEPT)
-@pytest.mark.parametrize("cache_dtype", KINDS)
-def test_anchors(name, cache_dtype):
-    """A snapshot in the middle that another rollout goes on from, or one after every chunk."""
-    every_chunk = (list(KEPT).index(name) + KINDS.index(cache_dtype)) % 2 == 1
-    changed = dict(anchor=KEPT[name], window_frames=6, positions="packed", cache_dtype=cache_dtype, cache_device=HOST)
+def stored(name, cache_dtype="model", transition=None, **changed):
+    """`make` of a rollout of a preset over a cache in host memory."""
+    changed = dict(cache_dtype=cache_dtype, cache_device=HOST) | changed
+    plan = transitions.plan_of(transitions.rows_of(transition), 3) if transition else None
 
     def make(model, state, stop):
-        return rollout_of("self_forcing", model, state=state, on_step=stop, **changed)
+        spec = spec_of(name, model, **changed)
+        return Rollout(model, spec, Settings(7, TWO_STEPS), state=state, on_step=stop, prompts=plan)
 
-    check(make, near_of(cache_dtype), lengths=(18,) if every_chunk else (12, 18), every_chunk=every_chunk)
-
-
-@pytest.mark.parametrize(
-    ("transition", "cache_dtype"), [("recache", "model"), ("recache", "int8"), ("flush", "model"), ("flush", "fp8")]
-)
-@pytest.mark.parametrize("name", ["longlive", "memrope"])
-def test_transitions(name, transition, cache_dtype):
-    """Undone where the chunk is interrupted, and made again."""
-    plan = transitions.plan_of(transitions.rows_of(transition), 3)
-
-    def make(model, state, stop):
-        return rollout_of(
-            name, model, state=state, on_step=stop, prompts=plan, cache_dtype=cache_dtype, cache_device=HOST
-        )
-
-    check(make, near_of(cache_dtype), lengths=(18,), stops=STOPS)
+    return make
 
 
-@pytest.mark.parametrize(("scope", "name", "cache_dtype"), [("head", "static1", "model"), ("layer", "ema2", "int8")])
-@pytest.mark.parametrize("every_chunk", [False, True])
-def test_absorption(scope, name, cache_dtype, every_chunk):
-    """Caches that shrink, and the monitor's history of what leaves them."""
+def absorbed(scope="head", name="static1", cache_dtype="model", solution=None):
     spec = others.absorbed_spec(scope, "always", name, "packed", cache_dtype, HOST)
 
     def make(model, state, stop):
-        return Rollout(model, spec, Settings(7, SCHEDULE), state=state, on_step=stop)
+        spec_here = replace(spec, geometry=model.geometry)
+        return Rollout(model, spec_here, Settings(7, TWO_STEPS), state=state, on_step=stop, solution=solution)
 
+    return make
+
+
+@pytest.mark.parametrize("cache_dtype", KINDS)
+@pytest.mark.parametrize("name", KEPT)
+def test_anchors(name, cache_dtype):
+    """A snapshot in the middle that another rollout goes on from, or one after every chunk."""
+    every_chunk = (list(KEPT).index(name) + KINDS.index(cache_dtype)) % 2 == 1
+    make = stored("self_forcing", cache_dtype, anchor=KEPT[name], window_frames=6, positions="packed")
+    check(make, near_of(cache_dtype), lengths=(15,) if every_chunk else (9, 15), every_chunk=every_chunk)
+
+
+@pytest.mark.parametrize(
+    ("name", "transition", "cache_dtype"),
+    [
+        ("longlive", "recache", "model"), ("longlive", "flush", "fp8"), ("memrope", "recache", "int8"),
+        ("memrope", "flush", "model"), ("infinity_rope", "flush", "int8"),
+    ],
+)  # fmt: skip
+def test_transitions(name, transition, cache_dtype):
+    """Undone where the chunk is interrupted, and made again."""
+    check(stored(name, cache_dtype, transition), near_of(cache_dtype), lengths=(18,), stops=STOPS)
+
+
+@pytest.mark.parametrize(
+    ("scope", "name", "cache_dtype", "every_chunk"),
+    [("head", "static1", "model", True), ("layer", "ema2", "int8", False), ("head", "adaptive2", "model", False)],
+)
+def test_absorption(scope, name, cache_dtype, every_chunk):
+    """Caches that shrink, and the monitor's history of what leaves them."""
     near = others.NEAR_CODES if cache_dtype == "int8" else dict(atol=5e-4, rtol=5e-4)
-    check(make, near, lengths=(21,) if every_chunk else (15, 21), every_chunk=every_chunk)
+    lengths = (18,) if every_chunk else (15, 18)
+    check(absorbed(scope, name, cache_dtype), near, lengths=lengths, every_chunk=every_chunk)
+
+
+def without_settling(method):
+    """StoredLayer's `method` without the wait in it."""
+
+    def change(patch):
+        whole, settle, inside = getattr(StoredLayer, method), Workspace.settle, []
+
+        def changed(self, *numbers):
+            inside.append(None)
+            try:
+                return whole(self, *numbers)
+            finally:
+                inside.pop()
+
+        patch.setattr(StoredLayer, method, changed)
+        patch.setattr(Workspace, "settle", lambda self: None if inside else settle(self))
+
+    return change
+
+
+def without(wait, first):
+    """No `wait` of the first stream, or of the others."""
+
+    def change(patch):
+        whole = getattr(Stream, wait)
+
+        def changed(self, other):
+            if (self is self.gpu.streams[0]) is not first:
+                whole(self, other)
+
+        patch.setattr(Stream, wait, changed)
+
+    return change
+
+
+def solved():
+    rollout = absorbed()(model(), None, None)
+    list(rollout.chunks(15))
+    return rollout.absorber.solution
+
+
+EMA = dict(anchor=KEPT["ema"], window_frames=6, positions="packed")
+MISSING = {
+    "snapshot": (without_settling("snapshot"), lambda: stored("self_forcing", **EMA), dict(lengths=(9, 12))),
+    "restore": (
+        without_settling("restore"), lambda: stored("longlive", transition="recache"), dict(lengths=(18,), stops=STOPS),
+    ),
+    "shrunk": (without_settling("shrunk"), lambda: absorbed(solution=solved()), dict(lengths=(15,))),
+    "a pass begins": (without("wait_stream", first=False), lambda: stored("self_forcing", **EMA), dict(lengths=(24,))),
+    "landed": (without("wait_event", first=True), lambda: stored("self_forcing", **EMA), dict(lengths=(24,))),
+    "used": (without("wait_event", first=False), lambda: stored("self_forcing", **EMA), dict(lengths=(24,))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wait", MISSING)
+def test_a_wait_that_is_missing_gives_other_bits(wait):
+    change, made, how = MISSING[wait]
+    make, wrong = made(), []
+    right = on("at once", make, **how)
+    for when in ("late", "early"):
+        with pytest.MonkeyPatch.context() as patch:
+            change(patch)
+            try:
+                wrong.append(not same(on(when, make, **how), right))
+            except NonFiniteError:
+                wrong.append(True)
+    assert any(wrong)
