@@ -24,6 +24,7 @@ Memory is never given to another tensor while work on it is queued: `record_stre
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -338,23 +339,30 @@ def _late(t: Any) -> Any:
     return Late(t) if isinstance(t, torch.Tensor) else t
 
 
+@functools.cache
+def _schema(func: Any) -> tuple[tuple[int, ...], tuple[str, ...], bool]:
+    """Which arguments an operator writes to, by place and by name, and whether it gives numbers or shapes that depend on them."""
+    written = [(i, one.name) for i, one in enumerate(func._schema.arguments) if _written(one)]
+    others = any("Tensor" not in str(one.type) for one in func._schema.returns) or not func._schema.returns
+    counts = func in COUNTED or "linalg" in func.name() or others
+    return tuple(i for i, _ in written), tuple(name for _, name in written), counts
+
+
 def _written_of(func: Any, args: tuple, kwargs: dict[str, Any], held: list[Held]) -> list[Held]:
     """The tensors of the device that an operator writes to."""
-    inner = [a for a, one in zip(args, func._schema.arguments, strict=False) if _written(one)]
-    inner += [kwargs[a.name] for a in func._schema.arguments if a.name in kwargs and _written(a)]
+    places, names, _ = _schema(func)
+    inner = [args[i] for i in places if i < len(args)] + [kwargs[name] for name in names if name in kwargs]
     return [next(t for t in held if t.inner is one) for one in inner]
 
 
 def _waits(func: Any, args: tuple) -> bool:
     """Whether an operator's result, or its shape, is not to be had without the numbers."""
-    if func in COUNTED or "linalg" in func.name() or any("Tensor" not in str(r.type) for r in func._schema.returns):
-        return True
-    return func in INDEXED and any(t is not None and t.dtype == torch.bool for t in args[1])
+    return _schema(func)[2] or (func in INDEXED and any(t is not None and t.dtype == torch.bool for t in args[1]))
 
 
 def _views(func: Any, made: list[torch.Tensor], args: tuple) -> bool:
-    given = {t.untyped_storage().data_ptr() for t in _tensors(args)}
-    return bool(made) and all(t.untyped_storage().data_ptr() in given and t.numel() for t in made)
+    given = [t.untyped_storage()._cdata for t in _tensors(args)]
+    return bool(given and made) and all(t.untyped_storage()._cdata in given for t in made)
 
 
 def _fill(made: list[torch.Tensor], out: Any) -> None:

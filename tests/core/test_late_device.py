@@ -111,6 +111,32 @@ def near_of(cache_dtype):
     return others.NEAR if cache_dtype == "model" else others.NEAR_CODES
 
 
+def test_the_stand_in_is_late():
+    with LateDevice("late") as late:
+        x, host = torch.ones(2, device=late.device), torch.zeros(2).pin_memory()
+        host.copy_(x, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        assert host.tolist() == [0, 0]
+        event.synchronize()
+        assert host.tolist() == [1, 1]
+        y = host.to(late.device, non_blocking=True) + x
+        host.fill_(5)
+        assert y.cpu().tolist() == [6, 6]
+        side = torch.cuda.Stream(late.device)
+        x.mul_(3)
+        with torch.cuda.stream(side):
+            host.copy_(x, non_blocking=True)
+        side.synchronize()
+        assert host.tolist() == [1, 1]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            host.copy_(x, non_blocking=True)
+        side.synchronize()
+        assert host.tolist() == [3, 3]
+        assert x.mul_(2).cpu().tolist() == [6, 6] and float(x.sum()) == 12
+
+
 def stored(name, cache_dtype="model", transition=None, **changed):
     """`make` of a rollout of a preset over a cache in host memory."""
     changed = dict(cache_dtype=cache_dtype, cache_device=HOST) | changed
