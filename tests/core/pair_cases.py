@@ -159,8 +159,10 @@ class Pair(Combination):
 
 @functools.cache
 def cases() -> tuple[Pair, ...]:
-    """Every pair of values that is not excluded, in as few as a greedy choice finds, in a random order."""
+    """Every pair of values that is not excluded, in as few as a greedy choice finds, and three values that showed something
+    together; in a random order."""
     found = [Pair(**values) for values in pairwise(DIMENSIONS, excluded, SEED)]
+    found += [Pair("static", "model", device=GOES, transition="flush", resume="from a file", given="some")]
     return tuple(sample(SEED, len(found), found))
 
 
