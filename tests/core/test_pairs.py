@@ -1,6 +1,6 @@
 """Where two features meet (pair_cases.py): any cut and resume of a rollout equals the whole, bit for bit.
 
-pytest test_pairs.py -k quick-     # the first few of a random order
+pytest test_pairs.py -m quick     # the first few of a random order
 """
 
 from __future__ import annotations
@@ -168,11 +168,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def name_of(case: object) -> str:
-    return ("quick-" if case in cases()[:QUICK] else "") + case.name
+def marked() -> list:
+    """All combinations, of which the first few of a random order are of the quick tier."""
+    quick = cases()[:QUICK]
+    return [pytest.param(one, id=one.name, marks=[pytest.mark.quick] if one in quick else []) for one in cases()]
 
 
-@pytest.mark.parametrize("case", cases(), ids=name_of)
+@pytest.mark.parametrize("case", marked())
 def test_any_cut_and_resume_equals_the_whole(case, tmp_path):
     whole, run = Whole(case), Run(case, case.devices()[0], tmp_path)
     for cut in case.cuts():
