@@ -159,10 +159,18 @@ class Pair(Combination):
 
 @functools.cache
 def cases() -> tuple[Pair, ...]:
-    """Every pair of values that is not excluded, in as few as a greedy choice finds, and three values that showed something
-    together; in a random order."""
+    """Every pair of values that is not excluded, in as few as a greedy choice finds, and some of three values that showed
+    something together; in a random order."""
     found = [Pair(**values) for values in pairwise(DIMENSIONS, excluded, SEED)]
     found += [Pair("static", "model", device=GOES, transition="flush", resume="from a file", given="some")]
+    found += [
+        Pair(anchor, storage, "switched", transition, resume="from a file", restart=restart, interrupt="in a chunk")
+        for anchor, storage, transition, restart in (
+            ("adaptive", "model", "recache", "off"),
+            ("ema", "int8", "flush", "off"),
+            ("changed adaptive", "model", "none", "on"),
+        )
+    ]
     return tuple(sample(SEED, len(found), found))
 
 

@@ -134,20 +134,20 @@ class Whole:
         assert not place, f"{how}: the latents are right, and the state after them differs at {place}"
 
 
-def interrupted(run: Run) -> Run:
-    """Run to where the combination has its interrupt."""
+def interrupted(run: Run, second: bool) -> Run:
+    """Run to where the combination has its first or its `second` interrupt; the first of a chunk's is the transition's."""
     case, luck = run.case, run.case.luck("interrupt")
     steps = len(case.settings().schedule.sigmas) if case.blocks == "1" else 1
     if case.interrupt == "in a chunk":
-        stop = (case.chunk + luck.choice((0, 0, 1)), luck.randrange(steps + 1))
-        run.rollout.on_step = lambda chunk, step, *_: _raise() if (chunk, step) == stop else None
+        stops = (case.chunk, luck.randrange(steps + 1)), (luck.randrange(1, case.chunk + 2), luck.randrange(steps + 1))
+        run.rollout.on_step = lambda chunk, step, *_: _raise() if (chunk, step) == stops[second] else None
     elif case.interrupt == "in the transition":
         # the passes of a recache or a restart come first, and no step is told of them
-        run.until(case.start).model.left = luck.choice((1, 2))
-    elif luck.random() < 0.5:  # AMONG: in the first or in the second pass over them
+        run.until(case.start).model.left = 1 + second
+    elif second:  # AMONG: in the middle of the first or second pass over them, or before the second one
         run.model.left = luck.choice((1, 2))
     else:
-        told = itertools.count(luck.choice((0, 1)))
+        told = itertools.count()
         run.rollout.on_step = lambda *_: _raise() if next(told) == 1 else None
     with pytest.raises(Interrupt):
         run.until(case.length)
@@ -182,16 +182,15 @@ def test_any_cut_and_resume_equals_the_whole(case, tmp_path):
         assert state.emitted == run.left
         run = run.resume(state)
     whole.equals(run.until(case.length), f"cut at {case.cuts()}")
-    if case.interrupt == "none":
-        return
-    run = interrupted(Run(case, case.devices()[0], tmp_path))
-    state = run.rollout.snapshot()
-    assert state.emitted == run.left
-    assert case.interrupt != AMONG or (state.given is not None and state.next_frame < GIVEN)
-    taken, resumed = flat(state), run.resume(state)
-    whole.equals(run.until(case.length), "the interrupted rollout itself")
-    assert not difference(flat(state), taken), "a state that was taken changed later"
-    whole.equals(resumed.until(case.length), "another rollout after the interrupt")
+    for second in (False, True) if case.interrupt != "none" else ():
+        run = interrupted(Run(case, case.devices()[0], tmp_path), second)
+        state = run.rollout.snapshot()
+        assert state.emitted == run.left
+        assert case.interrupt != AMONG or (state.given is not None and state.next_frame < GIVEN)
+        taken, resumed = flat(state), run.resume(state)
+        whole.equals(run.until(case.length), "the interrupted rollout itself")
+        assert not difference(flat(state), taken), "a state that was taken changed later"
+        whole.equals(resumed.until(case.length), "another rollout after the interrupt")
 
 
 @pytest.mark.parametrize(("case", "sides"), refusals(), ids=str)
