@@ -2,22 +2,81 @@
 
 A policy answers these questions when a chunk has been committed: does a content frame go to the anchor instead of
 the window (`slot_of`), what happens with a frame that leaves the window (`evicted`), what becomes of the clean state
-(`state_committed`), and what else changes then (`committed`). They act on the draft of one layer's cache, and take keys
-and values as sources, which make them when they are called: what a source of the window gives is gone after the commit.
+(`state_committed`), and what else changes then (`committed`). It acts on one layer at a time, through a `LayerView`, and
+takes keys and values as sources, which make them when they are called: what a source of the window gives is gone after
+the commit.
+
+`register` makes a policy of another pack known by its kind (docs/extending.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+import torch
 
-    import torch
+# raw key and value [B, P, width] of a frame, made when they are asked for
+Source = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
-    from .layer_draft import LayerDraft
-    from .layer_slots import Source
+
+class LayerView(Protocol):
+    """All that a policy may see of a layer, and do to it, while a chunk is committed. Frames are video frames; slots count
+    from 0 to the policy's `frames` - 1."""
+
+    @property
+    def window_frames(self) -> int:
+        """How many frames the layer's window holds when it is full."""
+        ...
+
+    def frame_in(self, slot: int) -> int | None:
+        """The video frame that an anchor slot stands for, or None while it is empty."""
+        ...
+
+    def set_anchor(self, slot: int, frame: int, source: Source) -> None:
+        """Put a raw key and value into an anchor slot."""
+        ...
+
+    def blend_anchor(self, slot: int, source: Source, weight: float) -> None:
+        """Move a filled anchor slot by `weight` towards a raw key and value, in float32. For policies that say `blends`."""
+        ...
+
+    def clear_anchor(self) -> None:
+        """Empty every anchor slot."""
+        ...
+
+    def keep_first(self, first_frame: int, content_frames: int) -> None:
+        """Keep those of the frames just committed that are among the video's first `replay_frames`."""
+        ...
+
+    def replay(self, source: int, frame: int) -> None:
+        """Put the kept first frame `source` in the place, and at the position, of window frame `frame`."""
+        ...
+
+
+class RolloutNumbers(Protocol):
+    """What a policy may check of the rollout that it is asked for (RolloutSpec), latent frames throughout."""
+
+    chunk_frames: int
+    window_frames: int
+    positions: str
+    blocks: int
+    cache_dtype: str
+    cache_device: str
+    layers: Any
+    absorption: Any
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a policy asks for that chooses tokens by attention (deep_sink.py), in latent frames: `staged_frames` are read
+    beside the sink once it has chosen, `query_frames` of them are the newest past ones, whose queries judge. `shift`: what
+    was chosen moves in time."""
+
+    staged_frames: int
+    query_frames: int
+    shift: bool
 
 
 @dataclass(frozen=True)
@@ -29,6 +88,14 @@ class Anchor:
     relative_only: ClassVar[bool] = False
     blends: ClassVar[bool] = False
     state_after_past: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
+
+    def check(self, rollout: RolloutNumbers) -> None:
+        """ValueError, in a sentence, for a rollout whose other settings do not go with this policy."""
+
+    def selection(self, chunk_frames: int) -> Selection | None:
+        """For a policy that `selects`: what attention chooses of what lies between anchor and newest frames."""
+        return None
 
     @property
     def frames(self) -> int:
@@ -44,16 +111,16 @@ class Anchor:
         """First content frames whose keys and values are kept beside the cache, to be put into the window again."""
         return 0
 
-    def evicted(self, layer: LayerDraft, frame: int, source: Source, place: tuple[int, int] = (0, 1)) -> None:
+    def evicted(self, layer: LayerView, frame: int, source: Source, place: tuple[int, int] = (0, 1)) -> None:
         """Frame `frame` leaves the window of `layer`; `source` makes its raw key and value [B, P, heads * head_dim].
 
         `place` = (i, n): it is the i-th of n frames that leave at this commit.
         """
 
-    def state_committed(self, layer: LayerDraft, states: Sequence[Source], first_frame: int = 0) -> None:
+    def state_committed(self, layer: LayerView, states: Sequence[Source], first_frame: int = 0) -> None:
         """The clean state of the chunk from `first_frame` on is known: a source of raw key and value a state frame."""
 
-    def committed(self, layer: LayerDraft, first_frame: int, content_frames: int) -> None:
+    def committed(self, layer: LayerView, first_frame: int, content_frames: int) -> None:
         """Content frames `first_frame`... are in the cache, and what had to leave has left."""
 
     def bystander(self, end: int) -> Anchor:
@@ -105,7 +172,7 @@ class AnchorEMA(AnchorStatic):
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay is {self.decay}; it must lie between 0 (replace) and 1 (keep for good)")
 
-    def evicted(self, layer: LayerDraft, frame: int, source: Source, place: tuple[int, int] = (0, 1)) -> None:
+    def evicted(self, layer: LayerView, frame: int, source: Source, place: tuple[int, int] = (0, 1)) -> None:
         layer.blend_anchor(frame % self.sink_frames, source, 1.0 - self.decay)
 
 
@@ -133,7 +200,7 @@ class AnchorMemory(AnchorStatic):
     def frames(self) -> int:
         return self.sink_frames + 2
 
-    def evicted(self, layer: LayerDraft, frame: int, source: Source, place: tuple[int, int] = (0, 1)) -> None:
+    def evicted(self, layer: LayerView, frame: int, source: Source, place: tuple[int, int] = (0, 1)) -> None:
         index, count = place
         key, value = (t.float().mean(1, keepdim=True).expand_as(t) for t in source())
 
@@ -141,9 +208,9 @@ class AnchorMemory(AnchorStatic):
             return key, value
 
         for slot, rate in ((self.sink_frames, self.long_rate), (self.sink_frames + 1, self.short_rate)):
-            if slot not in layer.anchor:
+            if (first := layer.frame_in(slot)) is None:
                 layer.set_anchor(slot, frame, mean)
-            elif layer.anchor[slot].frame == frame - index:  # the first e is still being gathered
+            elif first == frame - index:  # the first e is still being gathered
                 layer.blend_anchor(slot, mean, 1.0 / (index + 1))
             else:
                 share = rate / count  # what each of n frames has in the end, whichever order they come in
@@ -179,10 +246,10 @@ class AnchorReplay(Anchor):
         chosen = list(range(number * frames, (number + 1) * frames))
         return chosen[::-1] if back else chosen
 
-    def committed(self, layer: LayerDraft, first_frame: int, content_frames: int) -> None:
+    def committed(self, layer: LayerView, first_frame: int, content_frames: int) -> None:
         layer.keep_first(first_frame, content_frames)
-        full = max(self.first_frames, layer.layer.window_frames)
-        if first_frame >= full and layer.layer.window_frames >= 2 * content_frames:
+        full = max(self.first_frames, layer.window_frames)
+        if first_frame >= full and layer.window_frames >= 2 * content_frames:
             turn = (first_frame - full) // content_frames
             for i, source in enumerate(self.block(turn, content_frames)):
                 layer.replay(source, first_frame - content_frames + i)
@@ -222,11 +289,11 @@ class AnchorAdaptive(Anchor):
     def blends(self) -> bool:  # type: ignore[override]
         return self.strength < 1.0
 
-    def state_committed(self, layer: LayerDraft, states: Sequence[Source], first_frame: int = 0) -> None:
-        if self.freeze_frame and first_frame >= self.freeze_frame and layer.anchor:
+    def state_committed(self, layer: LayerView, states: Sequence[Source], first_frame: int = 0) -> None:
+        if self.freeze_frame and first_frame >= self.freeze_frame and layer.frame_in(0) is not None:
             return
         for slot in range(self.state_frames):
-            if self.strength < 1.0 and slot in layer.anchor:
+            if self.strength < 1.0 and layer.frame_in(slot) is not None:
                 layer.blend_anchor(slot, states[slot], self.strength)
             else:
                 layer.set_anchor(slot, slot, states[slot])
@@ -236,10 +303,10 @@ class AnchorAdaptive(Anchor):
             return Anchor()
         return AnchorAdaptive(self.state_frames, self.state_after_past)
 
-    def committed(self, layer: LayerDraft, first_frame: int, content_frames: int) -> None:
+    def committed(self, layer: LayerView, first_frame: int, content_frames: int) -> None:
         end = first_frame + content_frames
         if self.reset_frames and first_frame // self.reset_frames != end // self.reset_frames:
-            layer.anchor.clear()
+            layer.clear_anchor()
 
 
 @dataclass(frozen=True)
@@ -270,13 +337,42 @@ class AnchorDeep(AnchorStatic):
                 f"budget_frames is {self.budget_frames}; it counts sink and recent frames and must be at least {least}"
             )
 
-    def staged_frames(self, chunk_frames: int) -> int:
-        """What a budget leaves of the past beside the sink: chosen tokens and recent frames, without the chunk."""
-        return self.budget_frames - self.sink_frames - chunk_frames
+    def selection(self, chunk_frames: int) -> Selection:
+        """A budget leaves chosen tokens and recent frames of the past beside the sink; the chunk is one of the recent."""
+        staged = self.budget_frames - self.sink_frames - chunk_frames
+        return Selection(staged, self.recent_frames - chunk_frames, self.shift_selected)
 
-    def past_recent_frames(self, chunk_frames: int) -> int:
-        """Recent frames that lie before the chunk."""
-        return self.recent_frames - chunk_frames
+    def check(self, rollout: RolloutNumbers) -> None:
+        if rollout.positions != "packed":
+            raise ValueError(
+                f"positions is {rollout.positions!r}, but the deep anchor puts sink, chosen tokens and recent frames side by "
+                "side in time; choose 'packed'"
+            )
+        if rollout.cache_dtype != "model" or rollout.cache_device != "gpu":
+            raise ValueError(
+                f"cache_dtype is {rollout.cache_dtype!r} and cache_device {rollout.cache_device!r}, but the deep anchor chooses "
+                "among cached tokens as they are; choose 'model' and 'gpu'"
+            )
+        others = {
+            "absorption": rollout.absorption is not None,
+            "chunks denoised together": rollout.blocks > 1,
+            "layers": rollout.layers is not None,
+        }
+        if what := next((name for name, asked in others.items() if asked), None):
+            raise ValueError(
+                f"the deep anchor decides by itself what every layer caches and does not go with {what}; use another anchor"
+            )
+        if self.recent_frames < rollout.chunk_frames:
+            raise ValueError(
+                f"recent_frames is {self.recent_frames} and counts the chunk of {rollout.chunk_frames} latent frames; "
+                f"it must be at least {rollout.chunk_frames}"
+            )
+        least = self.selection(rollout.chunk_frames).staged_frames
+        if rollout.window_frames < least:
+            raise ValueError(
+                f"window_frames is {rollout.window_frames}, but the deep anchor's budget of {self.budget_frames} latent frames "
+                f"needs at least {least} beside a sink of {self.sink_frames} and a chunk of {rollout.chunk_frames}"
+            )
 
 
 KINDS: dict[str, type[Anchor]] = {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-
-from .anchors import Anchor, AnchorDeep
 
 CACHE_DTYPES = ("model", "fp8", "int8")
 CACHE_DEVICES = ("gpu", "host memory")
@@ -23,26 +23,19 @@ class StoreSize:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """One layer's buffers, in latent frames. Layers of one plan may differ.
+class LayerSpec(ABC):
+    """One layer's buffers, in latent frames; layers of one plan may differ. A kind of storage is a subclass, which knows its
+    bytes and builds itself.
 
-    `keep_raw`: an un-rotated copy of the window's keys; `blend_frames`: anchor frames kept raw in float32;
-    `pinned_frames`: window frames beside `window_frames` that never leave (a sink that was window once);
-    `replay_frames`: first frames kept raw beside the cache. Of a deep sink (deep_sink.py): `spare_frames` beside the window
-    until the next chunk chooses, `staged_frames` that it chooses, `query_frames` whose summed queries are kept, and
-    `shift_selected` of its anchor.
+    `blend_frames`: anchor frames kept raw in float32; `pinned_frames`: window frames beside `window_frames` that never
+    leave (a sink that was window once); `replay_frames`: first frames kept raw beside the cache.
     """
 
     anchor_frames: int
     window_frames: int
-    keep_raw: bool = False
-    blend_frames: int = 0
-    pinned_frames: int = 0
-    replay_frames: int = 0
-    spare_frames: int = 0
-    staged_frames: int = 0
-    query_frames: int = 0
-    shift_selected: bool = False
+    blend_frames: int = field(default=0, kw_only=True)
+    pinned_frames: int = field(default=0, kw_only=True)
+    replay_frames: int = field(default=0, kw_only=True)
 
     @property
     def ring_frames(self) -> int:
@@ -53,17 +46,20 @@ class LayerPlan:
         """What is held apart from the scratch; an anchor that blends has its float32 frames only."""
         return StoreSize(self.anchor_frames - self.blend_frames + self.ring_frames, self.blend_frames)
 
-    @staticmethod
-    def of(anchor: Anchor, window_frames: int, chunk_frames: int, positions: str) -> LayerPlan:
-        """The plan that an anchor policy and a window need under a position mode."""
-        if isinstance(anchor, AnchorDeep):
-            staged, queries = anchor.staged_frames(chunk_frames), anchor.past_recent_frames(chunk_frames)
-            deep = dict(spare_frames=chunk_frames, staged_frames=staged, query_frames=queries)
-            return LayerPlan(anchor.frames, window_frames, keep_raw=True, shift_selected=anchor.shift_selected, **deep)
-        moves = positions != "absolute"
-        keep_raw = moves and window_frames > 0 and (window_frames > chunk_frames or anchor.blends)
-        blended = anchor.frames if anchor.blends else 0
-        return LayerPlan(anchor.frames, window_frames, keep_raw, blended, replay_frames=anchor.replay_frames)
+    @abstractmethod
+    def bytes(self, plan: CachePlan) -> dict[str, int]:
+        """Bytes of one such layer by the names of `CachePlan.bytes`."""
+
+    @abstractmethod
+    def build(self, plan: CachePlan, device: torch.device, workspace: Any) -> Any:
+        """The layer's empty buffers (a LayerSlots); `workspace` is what layers that are stored apart share."""
+
+    def small(self, window_frames: int, pinned_frames: int) -> LayerSpec:
+        """The same with another window, of which `pinned_frames` never leave."""
+        return replace(self, window_frames=window_frames, pinned_frames=pinned_frames)
+
+    def replay_bytes(self, plan: CachePlan) -> int:
+        return 2 * self.replay_frames * plan.frame_bytes
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class CachePlan:
     state_frames: int
     chunk_frames: int
     dtype: torch.dtype
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerSpec, ...]
     text_tokens: int = 0
     vae_bytes: int = 0
     absorption_bytes: int = 0
@@ -124,60 +120,35 @@ class CachePlan:
         Layers that are stored apart have `scales` of their 8 bits, the shared `scratch` and, in host memory, the two
         buffers of the `prefetch`; what lies in host memory has names that start with HOST.
         """
+        sizes: dict[str, int] = {}
+        for layer in self.layers:
+            for name, size in layer.bytes(self).items():
+                sizes[name] = sizes.get(name, 0) + size
         text = self.batch * self.text_tokens * self.width * self.dtype.itemsize
         others = {
-            "replay": 2 * sum(layer.replay_frames for layer in self.layers) * self.frame_bytes,
             "text_kv": 2 * len(self.layers) * text,
             "absorption": self.absorption_bytes,
             "vae_cache": self.vae_bytes,
         }
-        if any(layer.spare_frames for layer in self.layers):
-            others["selection"] = sum(self._selection_bytes(layer) for layer in self.layers)
-        return (self._stored() if self.expands else self._rotated()) | others
+        return sizes | (self._shared() if self.expands else {}) | others
 
-    def _rotated(self) -> dict[str, int]:
-        kept = sum(layer.anchor_frames + layer.ring_frames + layer.spare_frames for layer in self.layers)
-        copies = sum(layer.ring_frames + layer.spare_frames for layer in self.layers if layer.keep_raw)
-        return {
-            "k": kept * self.frame_bytes,
-            "v": kept * self.frame_bytes,
-            "rotated_copy": copies * self.frame_bytes,
-            "current": 2 * len(self.layers) * self.current_frames * self.frame_bytes,
-            "ema": self._blended_bytes(sum(layer.blend_frames for layer in self.layers)),
-        }
-
-    def _stored(self) -> dict[str, int]:
-        host = self.cache_device != "gpu"
-        kept = sum(layer.store_size.frames for layer in self.layers)
-        held = {
-            "k": kept * self._code_bytes,
-            "v": kept * self._code_bytes,
-            "scales": kept * self._scale_bytes,
-            "current": 2 * len(self.layers) * self.current_frames * self.frame_bytes,
-            "ema": self._blended_bytes(sum(layer.blend_frames for layer in self.layers)),
-        }
-        most = self.largest_store
-        landing = most.frames * (2 * self._code_bytes + self._scale_bytes) + self._blended_bytes(most.blend_frames)
-        shared = {"scratch": 2 * self.most_slots * self.frame_bytes, "prefetch": 2 * landing if host else 0}
-        return {f"{HOST}{name}" if host else name: size for name, size in held.items()} | shared
+    def _shared(self) -> dict[str, int]:
+        """What layers that are stored apart have in common (kv_storage.Workspace)."""
+        most, host = self.largest_store, self.cache_device != "gpu"
+        landing = most.frames * (2 * self.code_bytes + self.scale_bytes) + self.blended_bytes(most.blend_frames)
+        return {"scratch": 2 * self.most_slots * self.frame_bytes, "prefetch": 2 * landing if host else 0}
 
     @property
-    def _code_bytes(self) -> int:
+    def code_bytes(self) -> int:
         """One layer's stored keys (or values) of one latent frame."""
         return self.frame_bytes if self.cache_dtype == "model" else self.batch * self.tokens * self.width
 
     @property
-    def _scale_bytes(self) -> int:
+    def scale_bytes(self) -> int:
         """One layer's scales of one latent frame, of keys and values."""
         return 0 if self.cache_dtype == "model" else 2 * self.batch * self.heads * 4
 
-    def _selection_bytes(self, layer: LayerPlan) -> int:
-        """A deep sink's staged frames, its chosen tokens' ids (those in the cache, those being chosen) and summed queries."""
-        chosen = (layer.staged_frames - layer.query_frames) * self.tokens
-        queries = (layer.query_frames + self.chunk_frames) * self.width * 4
-        return 2 * layer.staged_frames * self.frame_bytes + self.batch * (2 * 8 * chosen + queries)
-
-    def _blended_bytes(self, frames: int) -> int:
+    def blended_bytes(self, frames: int) -> int:
         """Keys and values of `frames` in float32."""
         return 2 * frames * self.batch * self.tokens * self.width * 4
 

@@ -11,61 +11,68 @@ queries of the recent frames. They and the r newest frames are put into `staged`
 the chunk reads [sink | current | staged]. Home stays as it was until the chunk is committed, so an interrupted chunk leaves
 the past alone. Both readings are one slice of the buffers.
 
-The sum over queries needs their sum only: a clean pass keeps that of every frame, at time 0, and time turns it later.
-Scores are in float32, one a token for all heads of a layer (the authors' code sums over heads), own to a layer and a batch
-item; of equal ones the older token is taken. Chosen tokens stay in the order of time.
+How tokens are chosen is in deep_choice.py.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from .anchors import AnchorDeep
-from .cache_plan import CachePlan, LayerPlan
-from .layer_slots import LayerSlots, LayerSnapshot, Slot, Source, to_cpu, write_turned
+from .anchors import Anchor, Selection, Source
+from .cache_plan import CachePlan, LayerSpec
+from .deep_choice import choose, gathered, summed
+from .layer_draft import write_frame
+from .layer_slots import LayerSlots, LayerSnapshot, Slot, to_cpu, write_turned
 from .rope import Layout, Rope, Turn
 
-if TYPE_CHECKING:
-    from .rollout_spec import RolloutSpec
 
+@dataclass(frozen=True)
+class DeepSpec(LayerSpec):
+    """`selection` of the policy; `spare_frames` beside the window until the next chunk chooses."""
 
-def check_deep(spec: RolloutSpec) -> None:
-    """ValueError for a rollout whose other settings do not go with its AnchorDeep."""
-    anchor = spec.anchor
-    if not isinstance(anchor, AnchorDeep):
-        return
-    if spec.positions != "packed":
-        raise ValueError(
-            f"positions is {spec.positions!r}, but the deep anchor puts sink, chosen tokens and recent frames side by side "
-            "in time; choose 'packed'"
-        )
-    if spec.cache_dtype != "model" or spec.cache_device != "gpu":
-        raise ValueError(
-            f"cache_dtype is {spec.cache_dtype!r} and cache_device {spec.cache_device!r}, but the deep anchor chooses among "
-            "cached tokens as they are; choose 'model' and 'gpu'"
-        )
-    if spec.absorption is not None or spec.blocks > 1 or spec.layers is not None:
-        what = (
-            "absorption" if spec.absorption is not None else "chunks denoised together" if spec.blocks > 1 else "layers"
-        )
-        raise ValueError(
-            f"the deep anchor decides by itself what every layer caches and does not go with {what}; use another anchor"
-        )
-    if anchor.recent_frames < spec.chunk_frames:
-        raise ValueError(
-            f"recent_frames is {anchor.recent_frames} and counts the chunk of {spec.chunk_frames} latent frames; "
-            f"it must be at least {spec.chunk_frames}"
-        )
-    least = anchor.staged_frames(spec.chunk_frames)
-    if spec.window_frames < least:
-        raise ValueError(
-            f"window_frames is {spec.window_frames}, but the deep anchor's budget of {anchor.budget_frames} latent frames "
-            f"needs at least {least} beside a sink of {anchor.sink_frames} and a chunk of {spec.chunk_frames}"
-        )
+    selection: Selection = field(kw_only=True)
+    spare_frames: int = field(kw_only=True)
+
+    @property
+    def ring_frames(self) -> int:
+        return self.window_frames + self.spare_frames
+
+    @property
+    def staged_frames(self) -> int:
+        return self.selection.staged_frames
+
+    @property
+    def query_frames(self) -> int:
+        return self.selection.query_frames
+
+    @property
+    def chosen_frames(self) -> int:
+        """Frames' worth of tokens that are chosen."""
+        return self.staged_frames - self.query_frames
+
+    def bytes(self, plan: CachePlan) -> dict[str, int]:
+        kept = (self.anchor_frames + self.ring_frames) * plan.frame_bytes
+        # staged frames; ids of the chosen tokens, in the cache and of the chunk that chooses; summed queries
+        ids = 2 * 8 * plan.batch * self.chosen_frames * plan.tokens
+        queries = 4 * plan.batch * (self.query_frames + plan.chunk_frames) * plan.width
+        return {
+            "k": kept,
+            "v": kept,
+            "rotated_copy": self.ring_frames * plan.frame_bytes,
+            "current": 2 * plan.current_frames * plan.frame_bytes,
+            "ema": 0,
+            "replay": self.replay_bytes(plan),
+            "selection": 2 * self.staged_frames * plan.frame_bytes + ids + queries,
+        }
+
+    def build(self, plan: CachePlan, device: torch.device, workspace: Any) -> DeepLayer:
+        return DeepLayer(plan, self, device)
 
 
 class DeepLayer(LayerSlots):
@@ -73,12 +80,12 @@ class DeepLayer(LayerSlots):
 
     selects: ClassVar[bool] = True
 
-    def __init__(self, plan: CachePlan, layer: LayerPlan, device: torch.device) -> None:
+    def __init__(self, plan: CachePlan, layer: DeepSpec, device: torch.device) -> None:
         super().__init__(plan, layer, device)
-        self.shift = layer.shift_selected
-        self.home_frames = layer.window_frames + layer.spare_frames
+        self.shift = layer.selection.shift
+        self.home_frames = layer.ring_frames
         self.recent = layer.query_frames
-        self.chosen_frames = layer.staged_frames - layer.query_frames
+        self.chosen_frames = layer.chosen_frames
         batch, tokens, width = plan.batch, plan.tokens, plan.width
         slots = self.home_frames + layer.anchor_frames + plan.current_frames + layer.staged_frames
         self.k = torch.zeros((batch, slots, tokens, width), dtype=plan.dtype, device=device)
@@ -131,7 +138,7 @@ class DeepLayer(LayerSlots):
             "rotated_copy": self.raw.nbytes,
             "current": 2 * current,
             "ema": 0,
-            "replay": 0,
+            "replay": 0 if self.first_frames is None else self.first_frames.nbytes,
             "selection": 2 * staged + sum(t.nbytes for t in tables),
         }
 
@@ -169,28 +176,22 @@ class DeepLayer(LayerSlots):
         due = self.count > self.layer.window_frames and not self.compressed
         if not (due or clean):
             return
-        frames = q.shape[1] // self.plan.tokens
-        turned = rope.rotate(q.float().unflatten(-1, (heads, -1)), rope.turn(None, [0.0] * frames))
-        sums = turned.flatten(2).unflatten(1, (frames, -1)).sum(2)
+        sums = summed(q, q.shape[1] // self.plan.tokens, rope, heads)
         if due:
             self._choose(sums, layout, rope, heads)
             self._stage(layout, rope, heads)
             self.compressed = True
         if clean:
-            self.new_queries[:, :frames].copy_(sums)
+            self.new_queries[:, : sums.shape[1]].copy_(sums)
 
     def _choose(self, sums: torch.Tensor, layout: Layout, rope: Rope, heads: int) -> None:
         """Fill `picked`, every key and query being where it is with all of home in place."""
         first, candidates = len(self.anchor), self.count - self.recent
         content = layout.content + self.count - self.held
         places = [*range(first + candidates, first + self.count), *range(content, content + sums.shape[1])]
-        turn = rope.turn_tokens(places, torch.arange(len(places)), torch.zeros(len(places), dtype=torch.int64))
-        queries = torch.cat([self.queries, sums], 1).unflatten(-1, (heads, -1))
-        query = rope.rotate(queries, turn).sum(1).flatten(1)[:, :, None]
-        # a frame at a time: a copy of all candidates in float32 would outgrow the buffers
-        scores = [(self.k[:, self.home_index(i)].float() @ query)[..., 0] for i in range(candidates)]
-        order = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True).indices
-        self.picked.copy_(order[:, : self.picked.shape[1]].sort(dim=1).values)
+        keys = [self.k[:, self.home_index(i)] for i in range(candidates)]
+        queries = torch.cat([self.queries, sums], 1)
+        self.picked.copy_(choose(keys, queries, places, self.picked.shape[1], rope, heads))
 
     def picked_ids(self) -> torch.Tensor:
         """[B, C * P] `ids` of the picked tokens."""
@@ -200,10 +201,6 @@ class DeepLayer(LayerSlots):
         whole = whole.expand(self.plan.batch, -1)
         ids = torch.cat([self.ids, whole], 1) if self.chosen else whole
         return ids.gather(1, self.picked)
-
-    def _gathered(self, source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, N, width] of frames [B, n, P, width]."""
-        return source.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, self.plan.width))
 
     def _stage(self, layout: Layout, rope: Rope, heads: int) -> None:
         """Put picked tokens and the newest frames at the places in time that they have in the chunk's passes."""
@@ -217,9 +214,9 @@ class DeepLayer(LayerSlots):
             ages = 1 << layout.first_frame.bit_length()  # a length that seldom changes
             places, which = range(layout.content, layout.content - ages, -1), layout.first_frame - ids // tokens
         turn = rope.turn_tokens(places, which, ids % tokens)
-        self._rotate(self._gathered(self.raw, self.picked), turn, self.k[:, chosen].flatten(1, 2), heads)
+        self._rotate(gathered(self.raw, self.picked), turn, self.k[:, chosen].flatten(1, 2), heads)
         mirrored = self.home_index(self.picked // tokens) * tokens + self.picked % tokens
-        self.v[:, chosen].flatten(1, 2).copy_(self._gathered(self.v[:, : self.home_frames], mirrored))
+        self.v[:, chosen].flatten(1, 2).copy_(gathered(self.v[:, : self.home_frames], mirrored))
         for j in range(self.recent):
             i, to = self.count - self.recent + j, self.chosen_frames + j
             self._rotate(self.raw[:, i], rope.turn(None, [first + to]), self.k[:, start + to], heads)
@@ -265,6 +262,9 @@ class DeepLayer(LayerSlots):
     def scratch(self) -> torch.Tensor | None:
         """[B, C * P, width]: chosen tokens on their way."""
         return self.raw.new_empty((self.plan.batch, self.chosen_frames * self.plan.tokens, self.plan.width))
+
+    def draft(self, scratch: torch.Tensor | None) -> DeepDraft:
+        return DeepDraft(self, scratch)
 
     def staged(self, frame: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = self.current_start + frame
@@ -354,3 +354,87 @@ class DeepLayer(LayerSlots):
         self.raw[:, :count] = saved.tensors["raw"].to(self.raw)
         self.ids.copy_(saved.tensors["ids"])
         self.queries.copy_(saved.tensors["queries"])
+
+
+class DeepDraft:
+    """What a commit will make of a deep sink's layer (as LayerDraft): what the chunk did not choose is forgotten in it."""
+
+    def __init__(self, cache: DeepLayer, scratch: torch.Tensor) -> None:
+        """`scratch`: what `DeepLayer.scratch` gives."""
+        self.cache, self._scratch = cache, scratch
+        self.anchor = {slot: replace(entry) for slot, entry in cache.anchor.items()}
+        self.window = OrderedDict((i, replace(entry)) for i, entry in cache.window.items())
+        self.chosen = cache.chosen
+        self.writes: list[Callable[[], object]] = []
+        self.left: list[Callable[[], None]] = []
+
+    def fill(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
+        """Content that a pass staged enters home or the sink, after home has become what the chunk chose."""
+        cache = self.cache
+        if cache.compressed:
+            self._settle()
+        for i in range(content_frames):
+            source = partial(cache.staged, state_frames + i)
+            if (slot := anchor.slot_of(first_frame + i)) is not None:
+                self.set_anchor(slot, first_frame + i, source)
+            else:
+                index = self.chosen + len(self.window)
+                self.writes.append(partial(write_frame, cache.enter, index, source))
+                self.window[index] = Slot(first_frame + i)
+        queries = torch.cat([cache.queries, cache.new_queries[:, :content_frames]], 1)
+        self.writes.append(partial(cache.queries.copy_, queries[:, queries.shape[1] - cache.recent :]))
+        self.writes.append(self._take_books)
+        anchor.committed(self, first_frame, content_frames)
+
+    @property
+    def window_frames(self) -> int:
+        return self.cache.layer.window_frames
+
+    def frame_in(self, slot: int) -> int | None:
+        """The video frame that a sink slot holds, or None while it is empty."""
+        held = self.anchor.get(slot)
+        return None if held is None else held.frame
+
+    def set_anchor(self, slot: int, frame: int, source: Source) -> None:
+        """Put a raw key and value [B, P, width] into a sink slot."""
+        self.writes.append(partial(write_frame, self.cache.write_anchor, slot, source))
+        self.anchor[slot] = Slot(frame)
+
+    def clear_anchor(self) -> None:
+        """Empty every sink slot."""
+        self.anchor.clear()
+
+    def blend_anchor(self, slot: int, source: Source, weight: float) -> None:
+        raise TypeError("a sink beside chosen tokens is never blended")
+
+    def keep_first(self, first_frame: int, content_frames: int) -> None:
+        raise TypeError("a sink beside chosen tokens keeps no first frames")
+
+    def replay(self, source: int, frame: int) -> None:
+        raise TypeError("a sink beside chosen tokens replays nothing")
+
+    def _settle(self) -> None:
+        """Home becomes what is in `staged`."""
+        cache = self.cache
+        first, count, chosen, staged = len(self.anchor), cache.count, cache.chosen_frames, cache.layer.staged_frames
+        index = cache.picked[..., None].expand(-1, -1, cache.plan.width)
+        kept = self._scratch.unflatten(1, (chosen, -1)) if chosen else self._scratch[:, :0, None]
+        self.writes += [
+            partial(torch.gather, cache.raw.flatten(1, 2), 1, index, out=self._scratch),
+            partial(cache.raw[:, :chosen].copy_, kept),
+            partial(cache.ids.copy_, cache.picked_ids()),
+        ]
+        for j in range(cache.recent):  # upwards: a frame that is moved lies above all places that are filled before it
+            target, source = cache.raw[:, chosen + j], cache.raw[:, count - cache.recent + j]
+            self.writes.append(partial(target.copy_, source))
+        for i in range(staged):
+            for buffer in (cache.k, cache.v):
+                target, source = buffer[:, cache.home_index(i)], buffer[:, cache.staged_start + i]
+                self.writes.append(partial(target.copy_, source))
+        frames = [slot.frame for slot in self.window.values()][len(self.window) - cache.recent :]
+        self.window = OrderedDict((i, Slot(f, first + i)) for i, f in zip(range(chosen, staged), frames, strict=True))
+        self.chosen = chosen
+
+    def _take_books(self) -> None:
+        self.cache.chosen, self.cache.compressed = self.chosen, False
+        self.cache.take_books(self.anchor, self.cache.pinned, self.window)

@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
-from .layer_slots import LayerSlots, Slot, Source
-
-if TYPE_CHECKING:
-    from .anchors import Anchor
+from .anchors import Anchor, Source
+from .layer_slots import LayerSlots, Slot
 
 Write = Callable[[], object]
 
 
 class LayerDraft:
-    """A layer as an anchor's policy sees it while a chunk is committed: `anchor`, `set_anchor`, `blend_anchor`, `keep_first`,
-    `replay`. What it is told is done when the `writes` run, in order; `left` are to be called once they have."""
+    """A layer as an anchor's policy sees it while a chunk is committed (anchors.LayerView). What it is told is done when the
+    `writes` run, in order; `left` are to be called once they have."""
 
     def __init__(self, cache: LayerSlots, scratch: torch.Tensor | None) -> None:
         """`scratch` [2, 2, B, P, width] float32: where an anchor that blends is made before it is written."""
@@ -98,6 +95,19 @@ class LayerDraft:
         if self.cache.on_evict is not None:
             key, value = (t.to(self.cache.plan.dtype) for t in source())
             self.left.append(self.cache.on_evict(frame, position, key, value))
+
+    @property
+    def window_frames(self) -> int:
+        return self.layer.window_frames
+
+    def frame_in(self, slot: int) -> int | None:
+        """The video frame that an anchor slot stands for, or None while it is empty."""
+        held = self.anchor.get(slot)
+        return None if held is None else held.frame
+
+    def clear_anchor(self) -> None:
+        """Empty every anchor slot."""
+        self.anchor.clear()
 
     def set_anchor(self, slot: int, frame: int, source: Source) -> None:
         """Put a raw key and value [B, P, width] into an anchor slot."""

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 
-from .cache_plan import CachePlan, LayerPlan
-from .rope import Layout
+from .anchors import Anchor, Source
+from .cache_plan import CachePlan, LayerSpec
+from .rope import Layout, Rope
 
-# raw key and value [B, P, width] of a frame, made when they are asked for
-Source = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 # given (frame, position, key, value) of a frame that is to leave, its key raw where position is None: copies what it wants
 # to keep, and returns what is to be called once the frame has left
 Receiver = Callable[[int, float | None, torch.Tensor, torch.Tensor], Callable[[], None]]
@@ -57,6 +56,20 @@ class LayerSnapshot:
         return sum(t.nbytes for t in self.tensors.values())
 
 
+class Draft(Protocol):
+    """What a commit will make of one layer, drawn up without changing it: `writes` to be run in order, each of which may be run
+    again, and `left`, to be called once they have."""
+
+    @property
+    def writes(self) -> list[Callable[[], object]]: ...
+
+    left: list[Callable[[], None]]
+
+    def fill(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
+        """Content that a pass staged enters, the oldest leave, then the policy sets the anchor."""
+        ...
+
+
 class LayerSlots(ABC):
     """The books of one layer. Mutable, private to one run; a subclass holds the keys and values.
 
@@ -68,7 +81,7 @@ class LayerSlots(ABC):
     # whether it has to `see` the queries of a pass before it is read
     selects: ClassVar[bool] = False
 
-    def __init__(self, plan: CachePlan, layer: LayerPlan, device: torch.device) -> None:
+    def __init__(self, plan: CachePlan, layer: LayerSpec, device: torch.device) -> None:
         self.plan, self.layer, self.device = plan, layer, device
         # told of every frame that is to leave the window
         self.on_evict: Receiver | None = None
@@ -121,7 +134,7 @@ class LayerSlots(ABC):
         history = [self.window_start + ring for ring, _ in ordered if ring not in newest | first]
         return tuple([slice(run[0], run[-1] + 1) for run in runs(sorted(part))] for part in (local, history))
 
-    def kept_by(self, layer: LayerPlan) -> list[tuple[int, Slot]]:
+    def kept_by(self, layer: LayerSpec) -> list[tuple[int, Slot]]:
         """Ring slots and frames that a smaller plan keeps: the oldest `pinned_frames` and the newest, oldest first."""
         ordered = list((self.pinned | self.window).items())
         newest = ordered[max(layer.pinned_frames, len(ordered) - layer.window_frames) :]
@@ -186,6 +199,30 @@ class LayerSlots(ABC):
     def read_slots(self, slots: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a run of buffer slots, each [B, tokens, width]: views."""
         return self.k[:, slots].flatten(1, 2), self.v[:, slots].flatten(1, 2)
+
+    @abstractmethod
+    def draft(self, scratch: torch.Tensor | None) -> Draft:
+        """An empty draft of a commit; `scratch` is what `scratch` gave."""
+
+    @abstractmethod
+    def bytes(self) -> dict[str, int]:
+        """Bytes really allocated, by the plan's names."""
+
+    @abstractmethod
+    def turns(self, layout: Layout, rope: Rope, heads: int) -> Iterator[Callable[[], None]]:
+        """Writes that bring every cached key to its position in `layout`, one after another; only where it changed."""
+
+    @abstractmethod
+    def keep_raw_current(self, keys: torch.Tensor) -> None:
+        """After a clean pass has attended: what is staged to be cached are the un-rotated keys [B, n * P, width]."""
+
+    @abstractmethod
+    def snapshot(self) -> LayerSnapshot:
+        """A copy on the CPU of all that is cached (what is staged for the current chunk is not)."""
+
+    @abstractmethod
+    def restore(self, saved: LayerSnapshot) -> None:
+        """Take over a snapshot of a layer with the same spec; the snapshot stays as it is. ValueError if it does not fit."""
 
     @abstractmethod
     def staged(self, frame: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from .absorption.absorber import absorption_bytes
-from .absorption.settings import AbsorptionSettings
+from .absorption.settings import AbsorptionSettings, absorption_bytes
 from .anchors import Anchor, anchor_from
-from .cache_plan import CACHE_DEVICES, CACHE_DTYPES, CachePlan, LayerPlan
-from .deep_sink import check_deep
+from .cache_plan import CACHE_DEVICES, CACHE_DTYPES, CachePlan, LayerSpec
+from .layer_specs import describe_layer, described_alike, layer_spec, stored
 from .rope import POSITION_MODES
 from .schedule import Schedule
 
@@ -52,7 +51,7 @@ class RolloutSpec:
     positions: str
     dtype: torch.dtype
     model: str = ""
-    layers: tuple[LayerPlan, ...] | None = None
+    layers: tuple[LayerSpec, ...] | None = None
     absorption: AbsorptionSettings | None = None
     blocks: int = 1
     restart_frames: int = 0
@@ -86,7 +85,7 @@ class RolloutSpec:
                 "choose 'packed' or 'fixed'"
             )
         self._check_schedule()
-        check_deep(self)
+        self.anchor.check(self)
 
     def _check_schedule(self) -> None:
         """What several blocks at once and restarts ask for."""
@@ -124,7 +123,7 @@ class RolloutSpec:
 
     def plan(self, text_tokens: int = 0, vae_bytes: int = 0) -> CachePlan:
         """The cache plan; its `bytes()` is what a run will use."""
-        layer = LayerPlan.of(self.anchor, self.window_frames, self.chunk_frames, self.positions)
+        layer = layer_spec(self.anchor, self.window_frames, self.chunk_frames, self.positions)
         plan = CachePlan(
             batch=self.batch,
             tokens=self.tokens,
@@ -140,7 +139,7 @@ class RolloutSpec:
             cache_device=self.cache_device,
         )
         if plan.expands:  # what is stored is raw itself
-            plan = replace(plan, layers=tuple(replace(one, keep_raw=False) for one in plan.layers))
+            plan = replace(plan, layers=tuple(stored(one) for one in plan.layers))
         if self.absorption is None:
             return plan
         return replace(plan, absorption_bytes=absorption_bytes(self.absorption, plan, self.geometry.heads))
@@ -158,7 +157,7 @@ class RolloutSpec:
             "anchor": self.anchor.describe(),
             "positions": self.positions,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "layers": None if self.layers is None else [asdict(layer) for layer in self.layers],
+            "layers": None if self.layers is None else [describe_layer(layer) for layer in self.layers],
             "absorption": None if self.absorption is None else self.absorption.describe(),
             "blocks": self.blocks,
             "restart_frames": self.restart_frames,
@@ -174,6 +173,10 @@ class RolloutSpec:
             other["anchor"] = anchor_from(other["anchor"]).describe()
         except (KeyError, TypeError, ValueError):
             pass  # then it differs, and is told as it stands
+        try:
+            other["layers"] = other["layers"] and [described_alike(one) for one in other["layers"]]
+        except (KeyError, TypeError):
+            pass
         phrases = []
         for name, value in mine.items():
             theirs = other.get(name)

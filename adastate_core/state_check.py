@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 
-from .absorption.check import check_absorption, settings_of, small_plan
+from .absorption.absorber import small_layer
+from .absorption.check import check_absorption, settings_of
 from .anchors import KINDS, Anchor
-from .cache_plan import CACHE_DTYPES, CachePlan, LayerPlan
+from .cache_plan import CACHE_DTYPES, CachePlan, LayerSpec
 from .carried_check import carried
+from .deep_sink import DeepSpec
+from .eight_bits import CODES
 from .files.header_check import Damage, Fields, Tensors, number, shown
-from .kv_storage import CODES
+from .layer_specs import FIELDS_OF_BEFORE, layer_from
 from .rollout_spec import ModelGeometry, RolloutSpec
 from .rope import POSITION_MODES
+from .rotated_layer import RotatedSpec
 from .taehv_stream import KIND as TINY
 from .vae_stream import FEATURES
 
@@ -49,11 +53,11 @@ def check_state(header: Fields, tensors: Tensors, before: bool) -> None:
     # one cache after the other where noise levels have their own, which absorption does not go with
     if not layers or len(layers) % count or (spec.absorption is not None and len(layers) != count):
         raise Damage(f"cache has {len(layers)} layers, and the settings' model {count}")
-    books: dict[LayerPlan, Any] = {}
+    books: dict[LayerSpec, Any] = {}
     for i, entry in enumerate(layers):
         layer = plan.layers[i % count]
         if i in chosen:
-            layer = small_plan(layer, spec.absorption, pinned)
+            layer = small_layer(layer, spec.absorption, pinned)
         book = _Book.of(Fields(entry, f"cache.{i}"), layer, next_frame, before)
         _check_layer(book, spec, plan, layer, tensors, i, next_frame)
         if (other := books.setdefault(layer, (i, book.entries)))[1] != book.entries:
@@ -82,7 +86,7 @@ def spec_of(described: Fields, before: bool) -> RolloutSpec:
         "model": described.text("model"),
         "layers": None
         if layers is None
-        else tuple(_plan_of(described, i, e) for i, e in enumerate(described.listed("layers"))),
+        else tuple(_layer_of(described, i, e) for i, e in enumerate(described.listed("layers"))),
         "absorption": None if settings is None else settings_of(described.inner("absorption")),
         "blocks": later("blocks", 1, lambda name: described.whole(name, 1)),
         "restart_frames": later("restart_frames", 0, described.whole),
@@ -98,8 +102,12 @@ def spec_of(described: Fields, before: bool) -> RolloutSpec:
 
 def _typed(values: Fields, kind: type) -> dict[str, Any]:
     """The fields of a dataclass of numbers and switches; those that are missing have their default."""
-    takes = {"int": values.whole, "float": values.number, "bool": values.yes_no}
-    found = {one.name: takes[str(one.type)](one.name) for one in fields(kind) if values.has(one.name)}
+    takes = {"int": values.whole, "float": values.number, "bool": values.yes_no, "str": values.text}
+    found = {
+        one.name: takes[getattr(one.type, "__name__", one.type)](one.name)
+        for one in fields(kind)
+        if values.has(one.name)
+    }
     values.done()
     return found
 
@@ -112,10 +120,14 @@ def _anchor_of(described: Fields) -> Anchor:
         raise Damage(f"spec.anchor does not go together ({error})") from error
 
 
-def _plan_of(described: Fields, index: int, entry: Any) -> LayerPlan:
+def _layer_of(described: Fields, index: int, entry: Any) -> LayerSpec:
     path = f"{described.path('layers')}[{index}]"
+    values = Fields(entry, path)
+    for name, neutral in FIELDS_OF_BEFORE.items():
+        if values.has(name) and values.any(name) != neutral:
+            raise Damage(f"{path}.{name} is {shown(values.any(name))}, but a deep sink's layers are never given")
     try:
-        return LayerPlan(**_typed(Fields(entry, path), LayerPlan))
+        return layer_from(**_typed(values, RotatedSpec))
     except TypeError as error:
         raise Damage(f"{path} is not whole ({error})") from error
 
@@ -163,7 +175,7 @@ class _Book:
         return self.anchors, self.rings, self.frames, self.pinned
 
     @staticmethod
-    def of(entry: Fields, layer: LayerPlan, next_frame: int, before: bool) -> _Book:
+    def of(entry: Fields, layer: LayerSpec, next_frame: int, before: bool) -> _Book:
         """Damage unless a layer of this plan can hold it."""
         anchors, rings, frames = (tuple(entry.wholes(n)) for n in ("anchor_slots", "ring_slots", "frames"))
         positions = tuple(
@@ -172,8 +184,8 @@ class _Book:
         )
         pinned = entry.whole("pinned") if not before or entry.has("pinned") else 0
         entry.done()
-        where, held, most = entry.where, len(rings), layer.ring_frames + layer.spare_frames
-        first = rings[0] if rings and layer.spare_frames else 0
+        where, held, most = entry.where, len(rings), layer.ring_frames
+        first = rings[0] if rings and isinstance(layer, DeepSpec) else 0
         if sorted(anchors) != list(range(len(anchors))) or len(anchors) > layer.anchor_frames:
             raise Damage(f"{where}.anchor_slots are {list(anchors)}, not the first of {layer.anchor_frames}")
         if sorted(rings) != list(range(first, first + held)) or first + held > most:
@@ -197,7 +209,7 @@ class _Book:
 
 
 def _check_layer(
-    book: _Book, spec: RolloutSpec, plan: CachePlan, layer: LayerPlan, tensors: Tensors, index: int, next_frame: int
+    book: _Book, spec: RolloutSpec, plan: CachePlan, layer: LayerSpec, tensors: Tensors, index: int, next_frame: int
 ) -> None:
     """All tensors of a layer's cache (LayerSnapshot says which there are), each frame [B, n, P, width]."""
 
@@ -210,7 +222,7 @@ def _check_layer(
         take(name, layer.replay_frames, *frame, dtype=plan.dtype)
     for name in ("blend_keys", "blend_values") if blends else ():
         take(name, layer.blend_frames, *frame)
-    if layer.spare_frames:
+    if isinstance(layer, DeepSpec):
         _check_deep(book, spec, plan, layer, take, next_frame)
         return
     count = anchors + held
@@ -225,16 +237,16 @@ def _check_layer(
         take(name, count, *frame, dtype=stored)
     if eight:
         take("scales", count, 2, plan.heads, positive=True)
-    elif layer.keep_raw:
+    elif isinstance(layer, RotatedSpec) and layer.keep_raw:
         # keys that are stored as they are, un-rotated, have no raw copy beside them
         rotated = any(p is not None for p in book.positions[anchors:])
         if rotated or tensors.has(f"cache.{index}.raw"):
             take("raw", held, *frame, dtype=plan.dtype)
 
 
-def _check_deep(book: _Book, spec: RolloutSpec, plan: CachePlan, layer: LayerPlan, take: Any, next_frame: int) -> None:
+def _check_deep(book: _Book, spec: RolloutSpec, plan: CachePlan, layer: DeepSpec, take: Any, next_frame: int) -> None:
     """A deep sink's (deep_sink.py): chosen tokens lie between the sink and the window's frames."""
-    most = layer.staged_frames - layer.query_frames
+    most = layer.chosen_frames
     chosen = book.rings[0] if book.rings else 0
     if chosen not in (0, most) or list(book.anchors) != sorted(book.anchors) or list(book.rings) != sorted(book.rings):
         raise Damage(f"a layer of cache has ring_slots {shown(list(book.rings))}, which do not begin at 0 or {most}")

@@ -161,7 +161,7 @@ def attention_errors(host: Any, exact: Any, spec: Any, settings: Any, state: Any
 
 def rounded(layer: Any, spec: Any) -> Any:
     """A layer's snapshot in the model's dtype as one in 8 bits of the same frames."""
-    from adastate_pack.adastate_core.kv_storage import quantised
+    from adastate_pack.adastate_core.eight_bits import quantised
     from adastate_pack.adastate_core.layer_slots import without_copies
 
     layer = without_copies(layer, spec.anchor.blends)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..adastate_core.anchors import Anchor
-from ..adastate_core.kv_storage import check_cache_dtype
+from ..adastate_core.eight_bits import check_cache_dtype
 from ..adastate_core.prompt_plan import PromptChange, PromptPlan
 from ..adastate_core.prompts import PromptAt, Prompts
 from ..adastate_core.rollout import Chunk, Rollout, RolloutSpec, RolloutState, Settings

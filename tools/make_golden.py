@@ -51,7 +51,7 @@ def rollout_cases() -> dict[str, dict[str, Any]]:
     """By name: `spec` (changes to a plain one), and what else differs: sigmas, prompts, given, keep, stop, length."""
     from adastate_core import anchors as a
     from adastate_core.absorption.settings import AbsorptionSettings as Absorption
-    from adastate_core.cache_plan import LayerPlan
+    from adastate_core.rotated_layer import RotatedSpec as LayerPlan
 
     def case(*, stop: int = 12, length: int = 24, **more: Any) -> dict[str, Any]:
         other = {name: more.pop(name) for name in ("sigmas", "prompts", "given", "keep") if name in more}

@@ -49,10 +49,30 @@ class Frame:
 
 @dataclass
 class LayerGraph:
-    """One layer's cached frames; what an anchor policy needs of a LayerCache."""
+    """One layer's cached frames, as an anchor policy sees them (adastate_core.anchors.LayerView)."""
 
+    window_frames: int
+    replay_frames: int = 0
     anchor: dict[int, Frame] = field(default_factory=dict)
     window: list[Frame] = field(default_factory=list)
+    # the video's first frames, of a policy that puts them into the window again
+    first: list[Frame] = field(default_factory=list)
+    # what the commit under way has just cached
+    newest: list[Frame] = field(default_factory=list)
+
+    def frame_in(self, slot: int) -> int | None:
+        return self.anchor[slot].index if slot in self.anchor else None
+
+    def clear_anchor(self) -> None:
+        self.anchor.clear()
+
+    def keep_first(self, first_frame: int, content_frames: int) -> None:
+        self.first += self.newest[: max(0, min(content_frames, self.replay_frames - first_frame))]
+
+    def replay(self, source: int, frame: int) -> None:
+        for i, held in enumerate(self.window):
+            if held.index == frame:
+                self.window[i] = Frame(frame, self.first[source].key, self.first[source].value)
 
     def set_anchor(self, slot: int, frame: int, source: Callable[[], Pair]) -> None:
         self.anchor[slot] = Frame(frame, *source())
@@ -100,7 +120,8 @@ def rotated(x: torch.Tensor, turn: Turn, heads: int) -> torch.Tensor:
 class GraphAttention:
     """One rollout's cache with gradient: `place` once a chunk, `begin` every pass, `commit` after a clean one.
 
-    `anchor`, `window_frames`, `positions` are those of a RolloutSpec; the cache belongs to one batch of clips.
+    `anchor`, `window_frames`, `positions` are those of a RolloutSpec; the cache belongs to one batch of clips. ValueError for
+    an anchor that cannot be trained.
     """
 
     def __init__(
@@ -114,10 +135,15 @@ class GraphAttention:
         gradients: Gradients = Gradients(),  # noqa: B008
         kernel: Kernel = plain_attention,
     ) -> None:
+        if anchor.selects:
+            raise ValueError(
+                f"the {anchor.kind} anchor chooses tokens by attention, which has no gradient, so it cannot be trained; train with "
+                "another anchor, and use this one with the weights"
+            )
         self.rope, self.heads, self.kernel = rope, heads, kernel
         self.anchor, self.window_frames, self.positions = anchor, window_frames, positions
         self.gradients = gradients
-        self.layers = [LayerGraph() for _ in range(layers)]
+        self.layers = [LayerGraph(window_frames, anchor.replay_frames) for _ in range(layers)]
         self.tokens = rope.rows * rope.columns
         self.next_frame = self.next_chunk = 0
 
@@ -165,25 +191,37 @@ class GraphAttention:
         cut = self.gradients.cuts_state(self.next_chunk)
         for number, layer in enumerate(self.layers):
             keys, values = (t.unflatten(1, (-1, self.tokens)) for t in self._pass.staged[number])
+            layer.newest = []
             for i in range(content_frames):
                 key, value = keys[:, states + i], values[:, states + i]
                 if not self.gradients.window:
                     key, value = key.detach(), value.detach()
-                self._enter(layer, self.next_frame + i, key, value)
+                layer.newest.append(Frame(self.next_frame + i, key, value))
+            self._enter(layer)
             if states:
                 pairs = [(keys[:, i], values[:, i]) for i in range(states)]
                 if cut:
                     pairs = [(key.detach(), value.detach()) for key, value in pairs]
-                self.anchor.state_committed(layer, [partial(tuple, pair) for pair in pairs])
+                self.anchor.state_committed(layer, [partial(tuple, pair) for pair in pairs], self.next_frame)
+            self.anchor.committed(layer, self.next_frame, content_frames)
         self.next_frame += content_frames
         self.next_chunk += 1
 
-    def _enter(self, layer: LayerGraph, frame: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        slot = self.anchor.slot_of(frame)
-        if slot is not None:
-            layer.set_anchor(slot, frame, lambda: (key, value))
-            return
-        layer.window.append(Frame(frame, key, value))
-        if len(layer.window) > self.window_frames:
-            oldest = layer.window.pop(0)
-            self.anchor.evicted(layer, oldest.index, lambda: (oldest.key, oldest.value))
+    def _enter(self, layer: LayerGraph) -> None:
+        """What was just cached goes to the anchor or into the window, the oldest leave it."""
+        slots = {frame.index: self.anchor.slot_of(frame.index) for frame in layer.newest}
+        entering = sum(slot is None for slot in slots.values())
+        leaving, left = max(0, len(layer.window) + entering - self.window_frames), 0
+        for frame in layer.newest:
+            if (slot := slots[frame.index]) is not None:
+                layer.set_anchor(slot, frame.index, partial(_pair, frame))
+                continue
+            layer.window.append(frame)
+            if len(layer.window) > self.window_frames:
+                oldest = layer.window.pop(0)
+                self.anchor.evicted(layer, oldest.index, partial(_pair, oldest), (left, leaving))
+                left += 1
+
+
+def _pair(frame: Frame) -> Pair:
+    return frame.key, frame.value

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..anchors import Anchor
-from ..cache_plan import CachePlan, LayerPlan
+from ..cache_plan import CachePlan, LayerSpec
 from ..kv_cache import KVCache
 from ..layer_slots import LayerSlots
 from ..rope import Rope
@@ -24,24 +24,12 @@ from .collector import Collector
 from .corrections import Corrections
 from .host_history import HostHistory
 from .moments import Moments
-from .settings import AbsorptionSettings
+from .settings import AbsorptionSettings, blocks_of
 from .solve import Correction, Fit, Solution, fit, residual
 
 # measurements that are kept; beyond that every second instant is forgotten
 MOST_WATCHED = 2048
 PHASES = ("warming", "switched", "nothing to absorb")
-
-
-def blocks_of(settings: AbsorptionSettings, heads: int) -> int:
-    """Blocks of the statistics: one a head, or one for the layer."""
-    return heads if settings.scope == "head" else 1
-
-
-def absorption_bytes(settings: AbsorptionSettings, plan: CachePlan, heads: int) -> int:
-    """The most that statistics and corrections take on the device: those seen, held out and of the chunk under way."""
-    if not settings.layers(len(plan.layers)):
-        return 0
-    return 3 * len(plan.layers) * Moments.nbytes_of(plan.width, blocks_of(settings, heads))
 
 
 def choose(fits: dict[int, Fit], settings: AbsorptionSettings, layers: int) -> tuple[int, ...]:
@@ -55,11 +43,9 @@ def choose(fits: dict[int, Fit], settings: AbsorptionSettings, layers: int) -> t
     return tuple(sorted(sorted(fits, key=lambda layer: (score(fits[layer]), layer))[: settings.layers(layers)]))
 
 
-def small_plan(layer: LayerPlan, settings: AbsorptionSettings, pinned: int) -> LayerPlan:
-    """The plan of a layer once it has been switched and keeps `pinned` first frames of its window."""
-    window = min(settings.local_window_frames, layer.window_frames)
-    keep_raw = layer.keep_raw and window + pinned > 0
-    return replace(layer, window_frames=window, pinned_frames=pinned, keep_raw=keep_raw)
+def small_layer(layer: LayerSpec, settings: AbsorptionSettings, pinned: int) -> LayerSpec:
+    """A layer once it has been switched and keeps `pinned` first frames of its window."""
+    return layer.small(min(settings.local_window_frames, layer.window_frames), pinned)
 
 
 def watched_of(chosen: tuple[int, ...], settings: AbsorptionSettings) -> tuple[int, ...]:
@@ -185,7 +171,7 @@ class Absorber:
         watched = watched_of(chosen, self.settings)
         plans = list(self.cache.plan.layers)
         for i in chosen:
-            plans[i] = small_plan(plans[i], self.settings, pinned)
+            plans[i] = small_layer(plans[i], self.settings, pinned)
         made = _Switch(replace(self.cache.plan, layers=tuple(plans)))
         for i in chosen:
             old = self.cache.layers[i]

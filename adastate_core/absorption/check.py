@@ -11,9 +11,9 @@ import torch
 from ..anchors import Anchor
 from ..cache_plan import CachePlan
 from ..files.header_check import Damage, Fields, Tensors, number, shown, whole
-from .absorber import PHASES, blocks_of, small_plan, watched_of
+from .absorber import PHASES, small_layer, watched_of
 from .moments import FIELDS
-from .settings import AbsorptionSettings
+from .settings import AbsorptionSettings, blocks_of
 
 PARTS = ("constant", "matrix", "left", "right")
 
@@ -157,7 +157,7 @@ def _check_history(
         whole(f"{path}[{i}][0]", pair[0])
         if pair[1] is not None:
             number(f"{path}[{i}][1]", pair[1])
-    most = max(one.window_frames for one in plan.layers) - small_plan(plan.layers[layer], settings, pinned).ring_frames
+    most = max(one.window_frames for one in plan.layers) - small_layer(plan.layers[layer], settings, pinned).ring_frames
     if len(frames) > max(0, most):
         raise Damage(f"{path} are {len(frames)}, more than the {max(0, most)} that the settings keep")
     for kind in ("keys", "values") if frames else ():

@@ -6,6 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..cache_plan import CachePlan
+from .moments import Moments
+
 SCOPES = ("head", "layer", "lowrank")
 REFRESHES = ("never", "drift", "always")
 SELECTIONS = ("residual", "discrepancy", "explained")
@@ -99,3 +102,15 @@ def settings_from(description: dict[str, Any]) -> AbsorptionSettings:
     """What `describe` described; ValueError or TypeError for anything else."""
     ridge = description.get("ridge")
     return AbsorptionSettings(**(description | {"ridge": None if ridge is None else float(ridge)}))
+
+
+def blocks_of(settings: AbsorptionSettings, heads: int) -> int:
+    """Blocks of the statistics: one a head, or one for the layer."""
+    return heads if settings.scope == "head" else 1
+
+
+def absorption_bytes(settings: AbsorptionSettings, plan: CachePlan, heads: int) -> int:
+    """The most that statistics and corrections take on the device: those seen, held out and of the chunk under way."""
+    if not settings.layers(len(plan.layers)):
+        return 0
+    return 3 * len(plan.layers) * Moments.nbytes_of(plan.width, blocks_of(settings, heads))

@@ -17,7 +17,7 @@ from tiny_model import TinyModel
 from adastate_core.absorption.saved import load_solution, solution_from
 from adastate_core.absorption.settings import settings_from
 from adastate_core.anchors import anchor_from
-from adastate_core.cache_plan import LayerPlan
+from adastate_core.layer_specs import layer_from as LayerPlan
 from adastate_core.prompt_plan import PromptChange, PromptPlan
 from adastate_core.rollout import ModelGeometry, Rollout, RolloutSpec, Settings
 from adastate_core.rollout_file import load_state

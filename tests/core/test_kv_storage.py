@@ -11,7 +11,7 @@ from test_rollout import ANCHORS, SCHEDULE, W_PIXELS, H, roll, slow_numbers, spe
 from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
-from adastate_core.kv_storage import check_cache_dtype
+from adastate_core.eight_bits import check_cache_dtype
 from adastate_core.rollout_file import load_state, save_state
 
 HEADS, TOKENS = 2, 6

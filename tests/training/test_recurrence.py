@@ -8,7 +8,16 @@ import pytest
 import torch
 from tiny_denoiser import tiny_denoiser
 
-from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic, anchor_from
+from adastate_core.anchors import (
+    Anchor,
+    AnchorAdaptive,
+    AnchorDeep,
+    AnchorEMA,
+    AnchorMemory,
+    AnchorReplay,
+    AnchorStatic,
+    anchor_from,
+)
 from adastate_core.attention import CachedAttention, plain_attention
 from adastate_core.demo_words import VOCABULARY, prompt
 from adastate_core.kv_cache import KVCache
@@ -43,12 +52,16 @@ def model():
 
 @torch.no_grad()
 @pytest.mark.parametrize("positions", ["fixed", "packed"])
-@pytest.mark.parametrize("window", [3, 5])
+@pytest.mark.parametrize("window", [3, 5, 6])
 @pytest.mark.parametrize(
     "anchor",
-    [Anchor(), AnchorStatic(2), AnchorEMA(1, 0.9), AnchorAdaptive(1), AnchorAdaptive(2), AnchorAdaptive(2, True)],
+    [
+        Anchor(), AnchorStatic(2), AnchorEMA(1, 0.9), AnchorMemory(1), AnchorReplay(6), AnchorAdaptive(1), AnchorAdaptive(2),
+        AnchorAdaptive(2, True), AnchorAdaptive(1, strength=0.5), AnchorAdaptive(1, freeze_frame=6),
+        AnchorAdaptive(1, reset_frames=6),
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_the_rollout_with_gradient_is_the_products(model, anchor, window, positions):
     bare = BareModel(copy.deepcopy(model), prompt(WORDS))
     spec = RolloutSpec(bare.geometry, 1, 4, 4, 3, window, anchor, positions, torch.float32)
@@ -77,6 +90,11 @@ def test_the_rollout_with_gradient_is_the_products(model, anchor, window, positi
         ours.append(x0[:, :, states:])
     for a, b in zip(ours, product, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+
+
+def test_what_chooses_tokens_is_refused_by_name():
+    with pytest.raises(ValueError, match="the deep anchor chooses tokens"):
+        GraphAttention(Rope(128, 2, 2), 2, 1, AnchorDeep(3, 4, 8), 8, "packed")
 
 
 class Double(torch.nn.Module):

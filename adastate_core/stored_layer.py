@@ -1,8 +1,7 @@
 """Caches that hold less on the device: frames stored as they are or in 8 bits, there or in host memory.
 
 A stored layer keeps its frames un-rotated. When a pass comes to it, they are expanded into one scratch in the compute
-dtype that all layers share, laid out as attention reads it, keys rotated to their positions on the way. From host
-memory they land in one of two device buffers first, the next layer's while this one's are used.
+dtype that all layers share (workspace.py), laid out as attention reads it, keys rotated to their positions on the way.
 """
 
 from __future__ import annotations
@@ -12,185 +11,42 @@ from dataclasses import dataclass
 
 import torch
 
-from .cache_plan import CachePlan, LayerPlan, StoreSize
-from .layer_slots import LayerSlots, LayerSnapshot, Slot, Source, to_cpu, without_copies
+from .anchors import Source
+from .cache_plan import HOST, CachePlan, LayerSpec
+from .eight_bits import quantised, unpack, unpack_rotated
+from .layer_draft import LayerDraft
+from .layer_slots import LayerSlots, LayerSnapshot, Slot, to_cpu, without_copies
 from .rope import Layout, Rope, Turn
+from .workspace import Store, Workspace
 
-# dtype and largest code
-CODES = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
 KINDS = ("keys", "values")
-TINY = torch.finfo(torch.float32).tiny
 
 
-def check_cache_dtype(cache_dtype: str, device: torch.device) -> None:
-    """ValueError if `device` cannot cast to and from the 8-bit floats that `cache_dtype` asks for."""
-    if cache_dtype != "fp8":
-        return
-    try:
-        torch.ones(1, device=device).to(CODES["fp8"][0]).float()
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise ValueError(f"cache_dtype is fp8, which the device {device} cannot cast; choose int8 or model") from error
+@dataclass(frozen=True)
+class StoredSpec(LayerSpec):
+    """Frames in a store of the plan's `cache_dtype` and `cache_device`."""
 
+    def bytes(self, plan: CachePlan) -> dict[str, int]:
+        kept = self.store_size.frames
+        held = {
+            "k": kept * plan.code_bytes,
+            "v": kept * plan.code_bytes,
+            "scales": kept * plan.scale_bytes,
+            "current": 2 * plan.current_frames * plan.frame_bytes,
+            "ema": plan.blended_bytes(self.blend_frames),
+        }
+        if plan.cache_device != "gpu":
+            held = {f"{HOST}{name}": size for name, size in held.items()}
+        return held | {"replay": self.replay_bytes(plan)}
 
-def quantised(x: torch.Tensor, heads: int, cache_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [B, P, heads * d] of one frame as 8-bit codes of the same shape and float32 scales [B, heads].
-
-    Symmetric: a head's largest magnitude becomes the largest code. What is stored stands for code * scale.
-    """
-    dtype, most = CODES[cache_dtype]
-    rows = x.float().unflatten(-1, (heads, -1))
-    scale = (rows.abs().amax((1, 3)) / most).clamp_min(TINY)
-    codes = (rows / scale[:, None, :, None]).clamp(-most, most)
-    return (codes.round() if cache_dtype == "int8" else codes).to(dtype).flatten(2), scale
-
-
-def unpack(packed: torch.Tensor, scale: torch.Tensor | None, heads: int, out: torch.Tensor) -> None:
-    """Write frames [n, B, P, width], times their scales [n, B, heads], to `out` [B, n, P, width]: one rounding."""
-    out.copy_(packed.transpose(0, 1))
-    if scale is not None:  # codes are exact in every compute dtype; the product is made in float32
-        out.unflatten(-1, (heads, -1)).mul_(scale.transpose(0, 1)[:, :, None, :, None])
-
-
-def unpack_rotated(packed: torch.Tensor, scale: torch.Tensor | None, heads: int, turn: Turn, out: torch.Tensor) -> None:
-    """The same for keys, turned by the `turn` of their n frames."""
-    frames, batch, tokens = packed.shape[:3]
-    rows = packed.transpose(0, 1).float().reshape(batch, frames * tokens, heads, -1)
-    turned = Rope.rotate(rows, turn).unflatten(1, (frames, tokens))
-    if scale is not None:
-        turned.mul_(scale.transpose(0, 1)[:, :, None, :, None])
-    out.copy_(turned.flatten(-2))
-
-
-@dataclass
-class Store:
-    """Frames one after another: `codes` [n, 2, B, P, width] (keys, values), `scales` [n, 2, B, heads] float32 of 8-bit
-    codes, and `blend` [A, 2, B, P, width] float32 of an anchor that blends."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor | None
-    blend: torch.Tensor | None
-
-    @staticmethod
-    def of(plan: CachePlan, size: StoreSize, device: torch.device, pinned: bool) -> Store:
-        """An empty store of `size` on `device`; `pinned`: in page-locked memory."""
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
-
-        frame = (2, plan.batch, plan.tokens, plan.width)
-        return Store(
-            zeros(size.frames, *frame, dtype=CODES[plan.cache_dtype][0] if plan.cache_dtype in CODES else plan.dtype),
-            zeros(size.frames, 2, plan.batch, plan.heads) if plan.cache_dtype in CODES else None,
-            zeros(size.blend_frames, *frame) if size.blend_frames else None,
-        )
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.codes, self.scales, self.blend) if t is not None)
-
-    def take(self, other: Store, low: int, high: int) -> None:
-        """Copy the frames low..high - 1 of another store, and all that blend; on a device, without waiting."""
-        self.codes[low:high].copy_(other.codes[low:high], non_blocking=True)
-        if self.scales is not None:
-            self.scales[low:high].copy_(other.scales[low:high], non_blocking=True)
-        if other.blend is not None:
-            self.blend[: len(other.blend)].copy_(other.blend, non_blocking=True)
-
-
-class _Landing:
-    """A device store that one layer's frames are copied to, and when that is done and no longer needed."""
-
-    def __init__(self, plan: CachePlan, device: torch.device, side: torch.cuda.Stream | None) -> None:
-        self.store = Store.of(plan, plan.largest_store, device, pinned=False)
-        self.layer: int | None = None
-        self.side = side
-        if side is not None:
-            self.ready, self.used = torch.cuda.Event(), torch.cuda.Event()
-            for tensor in (self.store.codes, self.store.scales, self.store.blend):
-                if tensor is not None:  # freed in the middle of a copy, it must not be given to anyone before its end
-                    tensor.record_stream(side)
-
-    def fetch(self, index: int, layer: StoredLayer) -> None:
-        """Start copying a layer's frames here, after the last use of what lies here."""
-        self.layer = index
-        if self.side is None:
-            self.store.take(layer.store, *layer.stored_range)
-            return
-        self.side.wait_event(self.used)
-        with torch.cuda.stream(self.side):
-            self.store.take(layer.store, *layer.stored_range)
-            self.ready.record()
-
-    def use(self, layer: StoredLayer) -> None:
-        """Expand what has landed."""
-        if self.side is not None:
-            torch.cuda.current_stream(layer.device).wait_event(self.ready)
-        layer.expand(self.store)
-        if self.side is not None:
-            self.used.record(torch.cuda.current_stream(layer.device))
-
-
-class Workspace:
-    """What all stored layers share on the device: `k` and `v` [B, slots, P, width] for the layer whose turn it is."""
-
-    def __init__(self, plan: CachePlan, device: torch.device) -> None:
-        self.device = device
-        self.host = plan.cache_device != "gpu"
-        self.side = torch.cuda.Stream(device) if self.host and device.type == "cuda" else None
-        self.fit(plan)
-
-    def fit(self, plan: CachePlan) -> None:
-        """Have the size that `plan` says; what is in it is lost. If there is no room, the next pass tries again."""
-        self.plan, self.k, self.v = plan, None, None
-        self.landings: list[_Landing] = []
-        self._allocate()
-
-    def _allocate(self) -> None:
-        plan = self.plan
-        shape = (plan.batch, plan.most_slots, plan.tokens, plan.width)
-        k, v = (torch.zeros(shape, dtype=plan.dtype, device=self.device) for _ in range(2))
-        self.landings = [_Landing(plan, self.device, self.side) for _ in range(2)] if self.host else []
-        self.k, self.v = k, v
-
-    def bytes(self) -> dict[str, int]:
-        """Bytes really allocated, by the plan's names."""
-        prefetch = sum(landing.store.nbytes for landing in self.landings)
-        return {"scratch": self.k.nbytes + self.v.nbytes, "prefetch": prefetch}
-
-    def begin(self, layers: list[StoredLayer]) -> None:
-        """A pass starts: what was fetched before may be stale."""
-        if self.k is None:
-            self._allocate()
-        for landing in self.landings:
-            landing.layer = None
-        if self.side is not None:
-            self.side.wait_stream(torch.cuda.current_stream(self.device))
-        if self.landings:
-            self.landings[0].fetch(0, layers[0])
-
-    def open(self, layers: list[StoredLayer], index: int) -> None:
-        """Expand layer `index`, and start fetching the next one."""
-        if not self.landings:
-            layers[index].expand(layers[index].store)
-            return
-        here, other = self.landings[index % 2], self.landings[(index + 1) % 2]
-        if here.layer != index:
-            here.fetch(index, layers[index])
-        if index + 1 < len(layers):
-            other.fetch(index + 1, layers[index + 1])
-        here.use(layers[index])
-
-    def settle(self) -> None:
-        """Wait until host memory holds what was written to it, and nothing reads it any more."""
-        if self.side is not None:
-            torch.cuda.current_stream(self.device).synchronize()
-            self.side.synchronize()
+    def build(self, plan: CachePlan, device: torch.device, workspace: Workspace) -> StoredLayer:
+        return StoredLayer(plan, self, device, workspace)
 
 
 class StoredLayer(LayerSlots):
     """One layer's frames in a store. Mutable, private to one run; `k` and `v` are the shared scratch."""
 
-    def __init__(self, plan: CachePlan, layer: LayerPlan, device: torch.device, workspace: Workspace) -> None:
+    def __init__(self, plan: CachePlan, layer: StoredSpec, device: torch.device, workspace: Workspace) -> None:
         super().__init__(plan, layer, device)
         self.workspace = workspace
         place = torch.device("cpu") if workspace.host else device
@@ -265,11 +121,11 @@ class StoredLayer(LayerSlots):
             self.staging[i, 0].copy_(keys[:, i], non_blocking=True)
             self.staging[i, 1].copy_(values[:, i], non_blocking=True)
 
-    def empty(self, layer: LayerPlan) -> StoredLayer:
+    def empty(self, layer: StoredSpec) -> StoredLayer:
         """A cache of the same kind for `layer`, with nothing in it."""
         return StoredLayer(self.plan, layer, self.device, self.workspace)
 
-    def shrunk(self, layer: LayerPlan) -> StoredLayer:
+    def shrunk(self, layer: StoredSpec) -> StoredLayer:
         """The same layer with a smaller plan: its anchor, the window's oldest `pinned_frames` and newest frames."""
         self.workspace.settle()
         small = self.empty(layer)
@@ -305,6 +161,9 @@ class StoredLayer(LayerSlots):
         if self.store.scales is not None:
             codes = self._unpacked(codes, self.store.scales[index].to(self.device, non_blocking=True))
         return codes[0], codes[1]
+
+    def draft(self, scratch: torch.Tensor | None) -> LayerDraft:
+        return LayerDraft(self, scratch)
 
     def staged(self, frame: int) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = self.staging[frame].to(self.device, non_blocking=True)
