@@ -107,6 +107,11 @@ class Anchor:
         return None
 
     @property
+    def takes_evicted(self) -> bool:
+        """Whether it is told of frames that leave the window; un-rotated keys are kept for it. It has to be `relative_only`."""
+        return self.blends
+
+    @property
     def replay_frames(self) -> int:
         """First content frames whose keys and values are kept beside the cache, to be put into the window again."""
         return 0
@@ -375,9 +380,50 @@ class AnchorDeep(AnchorStatic):
             )
 
 
-KINDS: dict[str, type[Anchor]] = {
-    cls.kind: cls for cls in (Anchor, AnchorStatic, AnchorEMA, AnchorMemory, AnchorReplay, AnchorAdaptive, AnchorDeep)
-}
+# every policy that is known, by its kind, and what tests roll out to hold it to the pack's promises
+KINDS: dict[str, type[Anchor]] = {}
+EXAMPLES: dict[str, tuple[Anchor, ...]] = {}
+
+
+def register(policy: type[Anchor], *examples: Anchor) -> type[Anchor]:
+    """Make a policy known by its `kind`: states, absorptions and the pack's own tests then find it.
+
+    `examples` are instances for tests (default: the one with its default numbers). The same class may be registered again.
+    ValueError for a class that is no frozen dataclass under Anchor, for a kind that is not a plain name, and for one that
+    another class has.
+    """
+    name = getattr(policy, "__name__", repr(policy))
+    if not (isinstance(policy, type) and issubclass(policy, Anchor) and _is_frozen(policy)):
+        raise ValueError(f"{name} is no policy; it must be a frozen dataclass under Anchor")
+    if not (isinstance(policy.kind, str) and policy.kind.isidentifier()):
+        raise ValueError(f"{name} has the kind {policy.kind!r}; a kind is one plain name, such as first_and_last")
+    taken = KINDS.get(policy.kind)
+    if taken is not None and (taken.__module__, taken.__qualname__) != (policy.__module__, policy.__qualname__):
+        raise ValueError(f"{name} has the kind {policy.kind!r}, which {taken.__name__} has; give it another kind")
+    examples = examples or (policy(),)
+    if any(one.takes_evicted and not one.relative_only for one in examples):
+        raise ValueError(
+            f"{name} takes what leaves the window, whose place in time is no longer its own; say relative_only"
+        )
+    EXAMPLES[policy.kind] = examples
+    KINDS[policy.kind] = policy
+    return policy
+
+
+def _is_frozen(policy: type) -> bool:
+    """Whether the class itself, not only what it is under, is a frozen dataclass."""
+    return "__dataclass_params__" in vars(policy) and vars(policy)["__dataclass_params__"].frozen
+
+
+for _policy in (Anchor, AnchorStatic, AnchorEMA, AnchorMemory, AnchorReplay, AnchorAdaptive, AnchorDeep):
+    register(_policy)
+OWN_KINDS = frozenset(KINDS)
+
+
+def unknown_kind(kind: object) -> str:
+    """Why there is no policy of a kind, in a sentence."""
+    others = "" if not isinstance(kind, str) else ": install the pack that it comes from"
+    return f"anchor kind {kind!r} is not known; known are {', '.join(KINDS)}{others}"
 
 
 def anchor_from(description: dict[str, Any]) -> Anchor:
@@ -385,5 +431,5 @@ def anchor_from(description: dict[str, Any]) -> Anchor:
     numbers = dict(description)
     kind = numbers.pop("kind", None)
     if kind not in KINDS:
-        raise ValueError(f"anchor kind {kind!r} is not known; known are {', '.join(KINDS)}")
+        raise ValueError(unknown_kind(kind))
     return KINDS[kind](**numbers)

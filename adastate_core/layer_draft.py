@@ -84,7 +84,7 @@ class LayerDraft:
                 raw, shown = partial(self.cache.leaving, ring), partial(self.cache.shown, ring)
                 position = self.cache.shown_position(oldest)
             self._tell(oldest.frame, position, shown)
-            if anchor.blends:
+            if anchor.takes_evicted:
                 anchor.evicted(self, oldest.frame, raw, place)
             del self.window[ring]
         self._entering[ring] = source

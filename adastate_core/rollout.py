@@ -77,6 +77,10 @@ class Rollout:
             raise ValueError(
                 f"{spec.blocks} chunks denoised together take {spec.blocks} steps, and the schedule has {len(schedule.sigmas)}"
             )
+        if spec.blocks > 1 and schedule.sampler != "renoising":
+            raise ValueError(
+                f"the sampler {schedule.sampler} does not go with {spec.blocks} chunks denoised together; use renoising"
+            )
         if schedule.kept and (spec.blocks > 1 or spec.absorption is not None):
             raise ValueError(
                 "steps with a past of their own go neither with absorption nor with chunks denoised together"

@@ -41,7 +41,7 @@ class RotatedSpec(LayerSpec):
         return RotatedSpec(
             anchor.frames,
             window_frames,
-            keep_raw=moves and window_frames > 0 and (window_frames > chunk_frames or anchor.blends),
+            keep_raw=moves and window_frames > 0 and (window_frames > chunk_frames or anchor.takes_evicted),
             blend_frames=anchor.frames if anchor.blends else 0,
             replay_frames=anchor.replay_frames,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,15 +25,18 @@ class Schedule:
 
     `first_sigmas`, if there are any, are those of the first generated chunk (Causal-Forcing++'s 1- and 2-step weights).
     Noisy passes see the past as the clean ones left it. The steps in `kept` have a past at their own noise level: they see
-    what they themselves made of the chunks before, and no other pass does.
+    what they themselves made of the chunks before, and no other pass does. `sampler` is one of SAMPLERS.
     """
 
     sigmas: tuple[float, ...]
     context_timestep: float = 0.0
     first_sigmas: tuple[float, ...] = ()
     kept: tuple[int, ...] = ()
+    sampler: str = "renoising"
 
     def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {self.sampler!r}; it must be one of {', '.join(SAMPLERS)}")
         if self.kept and (self.first_sigmas or sorted({*self.kept} & {*range(len(self.sigmas))}) != list(self.kept)):
             raise ValueError(
                 f"steps {list(self.kept)} are to have a past of their own; they must be steps of the {len(self.sigmas)} that every "
@@ -82,7 +85,7 @@ class Schedule:
 
     def solver(self, chunk: int, noises: torch.Tensor) -> Solver:
         """A fresh solver for generated chunk `chunk`; `noises` [steps, B, C, frames, h, w] float32."""
-        return Renoising(self.for_chunk(chunk), noises)
+        return SAMPLERS[self.sampler](self.for_chunk(chunk), noises)
 
     @staticmethod
     def from_sigmas(sigmas: Sequence[float] | torch.Tensor) -> Schedule:
@@ -124,6 +127,25 @@ class Renoising:
         if following == len(self.sigmas):
             return x0, x0
         return x0, renoised(x0, self.noises[following], self.sigmas[following])
+
+
+# the samplers that are known: each makes a solver of a chunk's sigmas and noises [steps, B, C, frames, h, w] float32
+SAMPLERS: dict[str, Callable[[tuple[float, ...], torch.Tensor], Solver]] = {"renoising": Renoising}
+
+
+def register_sampler(name: str, make: Callable[[tuple[float, ...], torch.Tensor], Solver]) -> None:
+    """Make a sampler known by its name, for presets to use. ValueError for a name that is no plain one or is taken."""
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f"the sampler's name is {name!r}; a name is one plain word, such as euler")
+    taken = SAMPLERS.get(name)
+    if taken is not None and _place(taken) != _place(make):
+        raise ValueError(f"the sampler {name} is known already; give yours another name")
+    SAMPLERS[name] = make
+
+
+def _place(thing: object) -> tuple[object, object]:
+    """Where a function or class was written."""
+    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)
 
 
 def noise(seed: int, chunk: int, step: int, shape: Sequence[int], state: bool = False) -> torch.Tensor:

@@ -13,12 +13,12 @@ import torch
 
 from .absorption.absorber import small_layer
 from .absorption.check import check_absorption, settings_of
-from .anchors import KINDS, Anchor
+from .anchors import KINDS, Anchor, unknown_kind
 from .cache_plan import CACHE_DTYPES, CachePlan, LayerSpec
 from .carried_check import carried
 from .deep_sink import DeepSpec
 from .eight_bits import CODES
-from .files.header_check import Damage, Fields, Tensors, number, shown
+from .files.header_check import Damage, Fields, Tensors, Unreadable, number, shown
 from .layer_specs import FIELDS_OF_BEFORE, layer_from
 from .rollout_spec import ModelGeometry, RolloutSpec
 from .rope import POSITION_MODES
@@ -113,7 +113,10 @@ def _typed(values: Fields, kind: type) -> dict[str, Any]:
 
 
 def _anchor_of(described: Fields) -> Anchor:
-    kind = KINDS[described.text("kind", KINDS)]
+    name = described.text("kind")
+    if name not in KINDS:
+        raise Unreadable(unknown_kind(name))
+    kind = KINDS[name]
     try:
         return kind(**_typed(described, kind))
     except ValueError as error:

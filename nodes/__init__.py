@@ -8,6 +8,7 @@ import traceback
 from typing_extensions import override
 
 from .host.api import ComfyExtension, io
+from .host.extensions import offer, when_all_are_loaded
 from .host.files import add_own_models
 from .host.live_routes import add_routes
 
@@ -38,6 +39,8 @@ class AdaStateExtension(ComfyExtension):
             raise
         add_own_models()
         add_routes()
+        offer()
+        when_all_are_loaded()
         return [
             *models.NODES,
             *anchors.NODES,

@@ -69,7 +69,11 @@ class Resolved:
         """The preset's own step list unless steps or shift were asked for."""
         if self.preset is not None and not self.schedule_asked:
             return self.preset.schedule
-        return Schedule.shifted(self.numbers["steps"], self.numbers["shift"])
+        return self._sampled(Schedule.shifted(self.numbers["steps"], self.numbers["shift"]))
+
+    def _sampled(self, schedule: Schedule) -> Schedule:
+        """With the preset's sampler."""
+        return schedule if self.preset is None else replace(schedule, sampler=self.preset.sampler)
 
     def given_schedule(self, sigmas: Sequence[float]) -> Schedule:
         """A SIGMAS list as the schedule of every chunk, so that the rollout and the sampler node take one alike.
@@ -77,7 +81,7 @@ class Resolved:
         Only where it is the preset's own list the preset's steps for the first chunk go with it: a SIGMAS has no room for
         them. ValueError for a list that does not fall.
         """
-        given = Schedule.from_sigmas(sigmas)
+        given = self._sampled(Schedule.from_sigmas(sigmas))
         return replace(given, first_sigmas=self.preset.schedule.first_sigmas) if self._is_presets(given) else given
 
     def _is_presets(self, schedule: Schedule) -> bool:

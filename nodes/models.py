@@ -23,6 +23,7 @@ from .host.checkpoints import (
     with_lora,
     with_preset,
 )
+from .host.extensions import preset_names
 from .host.node import Node
 from .inspection import inspect_file, plan_text
 from .job import check_size
@@ -76,7 +77,7 @@ class LoadModelNode(Node):
                 widget(
                     io.Combo,
                     "preset",
-                    options=["auto", *PRESETS, "none"],
+                    options=["auto", *preset_names(), "none"],
                     default="auto",
                     optional=True,
                     tooltip=_PRESET_TOOLTIP,
@@ -156,7 +157,7 @@ class ModelPresetNode(Node):
                 widget(
                     io.Combo,
                     "preset",
-                    options=list(PRESETS),
+                    options=preset_names(),
                     default="self_forcing",
                     tooltip="What every auto input of the rollout follows; a number or an anchor of your own still wins.",
                 ),

@@ -11,6 +11,7 @@ from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import (
+    EXAMPLES,
     Anchor,
     AnchorAdaptive,
     AnchorDeep,
@@ -23,12 +24,13 @@ from adastate_core.prompt_plan import PromptChange, PromptPlan
 from adastate_core.rollout import RolloutSpec, Settings
 from adastate_core.schedule import Schedule
 
+from .others import others
 from .pairs import Value, pairwise
 
 FRAMES, BLOCKS, WINDOW = 3, 3, 6
 LEVELS = "two levels"
 DIMENSIONS = {
-    "anchor": ("none", "static", "ema", "memory", "replay", "adaptive", "changed adaptive", "deep"),
+    "anchor": ("none", "static", "ema", "memory", "replay", "adaptive", "changed adaptive", "deep", *others()),
     "storage": ("model", "8 bits", "host", "int8 host"),
     "absorption": ("none or warming", "switching", "switched"),
     "transition": ("none", "cut", "recache", "flush", "rope cut", "soft"),
@@ -91,6 +93,8 @@ class Combination:
         return 5 if self.absorption == "switched" else 4
 
     def policy(self) -> Anchor:
+        if self.anchor in others():
+            return EXAMPLES[self.anchor][self.variant % len(EXAMPLES[self.anchor])]
         changed = ({"strength": 0.5}, {"strength": 0.5, "freeze_frame": 12}, {"strength": 0.5, "reset_frames": 7})
         return {
             "none": Anchor(),
