@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,21 +10,10 @@ import torch
 from .absorption.settings import AbsorptionSettings, absorption_bytes
 from .anchors import Anchor, anchor_from
 from .cache_plan import CACHE_DEVICES, CACHE_DTYPES, CachePlan, LayerSpec
+from .geometry import ModelGeometry
 from .layer_specs import describe_layer, described_alike, layer_spec, stored
 from .rope import POSITION_MODES
 from .schedule import Schedule
-
-
-@dataclass(frozen=True)
-class ModelGeometry:
-    """The shape of a causal Wan model: latent channels, layers, heads, channels a head, spatial patch."""
-
-    channels: int
-    layers: int
-    heads: int
-    head_dim: int
-    patch: int = 2
-
 
 # what states that do not mention it were made with
 _NEUTRAL = {"blocks": 1, "restart_frames": 0, "overlap_frames": 0, "cache_dtype": "model"}
@@ -148,7 +137,7 @@ class RolloutSpec:
         """What has to match, by name, JSON-able."""
         return {
             "model": self.model,
-            "geometry": asdict(self.geometry),
+            "geometry": self.geometry.describe(),
             "batch": self.batch,
             "height": self.height,
             "width": self.width,
@@ -167,7 +156,7 @@ class RolloutSpec:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Where a state's description differs from this spec, a phrase each; empty if it can go on."""
-        mine = self.describe()
+        mine, stride = self.describe(), self.geometry.space.stride
         other = _NEUTRAL | other
         try:
             other["anchor"] = anchor_from(other["anchor"]).describe()
@@ -185,7 +174,7 @@ class RolloutSpec:
             if name == "model":
                 phrases.append("model is another checkpoint, or the same one loaded in another weight dtype")
             elif name in ("width", "height") and isinstance(theirs, int):
-                phrases.append(f"{name} is {8 * theirs} in the state and {8 * value} here")
+                phrases.append(f"{name} is {stride * theirs} in the state and {stride * value} here")
             else:
                 phrases.append(f"{name} is {theirs} in the state and {value} here")
         return phrases

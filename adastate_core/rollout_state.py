@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .geometry import space_of
 from .layer_slots import LayerSnapshot
 
 
@@ -44,5 +45,5 @@ class RolloutState:
         return sum(layer.nbytes for layer in self.cache) + sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
     def __repr__(self) -> str:
-        frames = max(0, 4 * (self.emitted - 1) + 1)
+        frames = space_of(self.spec).pictures(self.emitted)
         return f"RolloutState({self.emitted} latents = {frames} frames, {self.nbytes / 2**20:.1f} MiB)"

@@ -19,8 +19,9 @@ from .carried_check import carried
 from .deep_sink import DeepSpec
 from .eight_bits import CODES
 from .files.header_check import Damage, Fields, Tensors, Unreadable, number, shown
+from .geometry import SPACES, WAN21, ModelGeometry
 from .layer_specs import FIELDS_OF_BEFORE, layer_from
-from .rollout_spec import ModelGeometry, RolloutSpec
+from .rollout_spec import RolloutSpec
 from .rope import POSITION_MODES
 from .rotated_layer import RotatedSpec
 from .taehv_stream import KIND as TINY
@@ -75,6 +76,7 @@ def spec_of(described: Fields, before: bool) -> RolloutSpec:
 
     inner = described.inner("geometry")
     geometry = {name: inner.whole(name, 1, 10**6) for name in ("channels", "layers", "heads", "head_dim", "patch")}
+    space = SPACES[inner.text("space", SPACES)] if inner.has("space") else WAN21
     inner.done()
     settings, layers = later("absorption", None, described.any), described.any("layers")
     values = {
@@ -95,7 +97,7 @@ def spec_of(described: Fields, before: bool) -> RolloutSpec:
     }
     described.done()
     try:
-        return RolloutSpec(ModelGeometry(**geometry), **values)
+        return RolloutSpec(ModelGeometry(**geometry, space=space), **values)
     except ValueError as error:
         raise Damage(f"its settings do not go together ({error})") from error
 

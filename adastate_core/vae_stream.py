@@ -16,6 +16,7 @@ from torch import nn
 
 from .carried_check import carried
 from .files.header_check import Damage, Fields
+from .geometry import WAN21
 
 # More than any decoder needs (33 causal convolutions in Wan 2.1's); unused entries stay None.
 FEATURES = 64
@@ -33,8 +34,8 @@ def cache_bytes(width: int, rows: int, columns: int, batch: int, dtype: torch.dt
 
 
 def pictures_of(latents: int) -> int:
-    """Video frames that `latents` latent frames decode to: 1, then 4 each."""
-    return 4 * (latents - 1) + 1 if latents > 0 else 0
+    """Video frames that `latents` latent frames of Wan 2.1 decode to: 1, then 4 each."""
+    return WAN21.pictures(latents)
 
 
 class NonFinitePicturesError(RuntimeError):

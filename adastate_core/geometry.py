@@ -1,0 +1,73 @@
+"""The shapes that everything else is counted in: of the latents that a VAE makes, and of a causal Wan model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What a VAE's latents are to its pictures, and how a model takes them.
+
+    `channels` C of a latent; `stride` and `temporal_stride`, pictures' pixels and pictures a latent one; `patch`, latent
+    pixels a token's side; `latent_format`, the name of the host's class that scales them; `fps`, the rate of what the models
+    were trained on. The first latent frame is one picture.
+    """
+
+    name: str
+    channels: int
+    stride: int
+    temporal_stride: int
+    patch: int
+    latent_format: str
+    fps: float
+
+    @property
+    def multiple(self) -> int:
+        """What a picture's sides are multiples of, in pixels."""
+        return self.stride * self.patch
+
+    def pictures(self, latents: int) -> int:
+        """How many pictures so many latent frames are, from the first one on."""
+        return self.temporal_stride * (latents - 1) + 1 if latents > 0 else 0
+
+    def latents(self, pictures: int) -> int:
+        """How many latent frames hold so many pictures; the last may hold more."""
+        return (pictures - 1) // self.temporal_stride + 1 if pictures > 0 else 0
+
+    def whole(self, pictures: int) -> int:
+        """The most pictures, up to `pictures`, that are whole latent frames."""
+        return self.pictures((pictures - 1) // self.temporal_stride + 1) if pictures > 0 else 0
+
+    def seconds(self, latents: float, fps: float) -> float:
+        """How long so many latent frames are on screen at `fps` pictures a second."""
+        return latents * self.temporal_stride / fps
+
+
+WAN21 = LatentSpace("Wan 2.1", 16, 8, 4, 2, "Wan21", 16.0)
+SPACES = {space.name: space for space in (WAN21,)}
+
+
+def space_of(spec: dict[str, Any]) -> LatentSpace:
+    """The latent space of a state's spec (RolloutSpec.describe); those of before name none, and are of Wan 2.1."""
+    return SPACES[spec.get("geometry", {}).get("space", WAN21.name)]
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """The shape of a causal Wan model: latent channels, layers, heads, channels a head, spatial patch; and the latent space
+    that it works in."""
+
+    channels: int
+    layers: int
+    heads: int
+    head_dim: int
+    patch: int = 2
+    space: LatentSpace = WAN21
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able. The space is left out where it is Wan 2.1's: states of before do not name it."""
+        names = ("channels", "layers", "heads", "head_dim", "patch")
+        described: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return described if self.space == WAN21 else described | {"space": self.space.name}
