@@ -33,12 +33,12 @@ class LatentSpace:
         return self.temporal_stride * (latents - 1) + 1 if latents > 0 else 0
 
     def latents(self, pictures: int) -> int:
-        """How many latent frames hold so many pictures; the last may hold more."""
+        """How many whole latent frames so many pictures are; what is beyond them is left out."""
         return (pictures - 1) // self.temporal_stride + 1 if pictures > 0 else 0
 
     def whole(self, pictures: int) -> int:
         """The most pictures, up to `pictures`, that are whole latent frames."""
-        return self.pictures((pictures - 1) // self.temporal_stride + 1) if pictures > 0 else 0
+        return self.pictures(self.latents(pictures))
 
     def seconds(self, latents: float, fps: float) -> float:
         """How long so many latent frames are on screen at `fps` pictures a second."""

@@ -4,7 +4,7 @@
     for chunk in rollout.chunks(length): ...          # chunk.latents [B, C, n, h, w]
     state = rollout.snapshot()                        # after any chunk, and after an interrupt
 
-Semantics: design, section 4. Latents are float32 in the model's latent space; the model sees its own dtype.
+Semantics: docs/semantics.md. Latents are float32 in the model's latent space; the model sees its own dtype.
 """
 
 from __future__ import annotations

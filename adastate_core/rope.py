@@ -159,7 +159,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Layout:
-    """Time positions of every frame in one pass, by mode (design, section 4).
+    """Time positions of every frame in one pass, by mode (docs/semantics.md, Positions).
 
     `anchor_capacity` A, `window_capacity` W and `state_frames` S are the rollout's numbers, `anchor_present` a and
     `window_present` w what its fullest layer holds, `first_frame` f the index of the pass's first content frame.

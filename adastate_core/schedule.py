@@ -1,7 +1,7 @@
 """Flow-matching step lists and the noise of a rollout.
 
 The model predicts v = noise - x0, so x0 = x - sigma v; between steps x = (1 - sigma') x0 + sigma' fresh noise
-(Self-Forcing's sampler; design, section 4). Noise depends on (seed, chunk, step) alone.
+(Self-Forcing's sampler; docs/semantics.md, Noise). Noise depends on (seed, chunk, step) alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The semantics of design.md section 4, written a second time: lists, cat, per-frame rotation, float64 angles.
+"""What docs/semantics.md says, written a second time: lists, cat, per-frame rotation, float64 angles.
 
 Shares nothing with adastate_core but the model under test.
 """

@@ -61,6 +61,7 @@ def test_an_infinite_ridge_is_no_absorb_is_a_small_cache(anchor, positions):
 
 @pytest.mark.parametrize("scope", ["head", "layer", "lowrank"])
 def test_the_switched_layers_free_their_history(scope):
+    """semantics: Absorption: the switch."""
     model = TinyModel()
     spec = absorbed_spec(model, window=30, ratio=0.5, scope=scope, rank=2)
     _, rollout, _ = roll(model, spec, 33)
@@ -102,6 +103,7 @@ class Recorder:
 
 @pytest.mark.parametrize("anchor", ANCHORS, ids=lambda a: a.kind)
 def test_the_runs_correction_is_the_fit_on_what_its_layers_gave(anchor):
+    """semantics: Absorption: what is collected."""
     model = TinyModel()
     spec = absorbed_spec(model, anchor, ratio=1.0, ridge=0.3)
     rollout = Rollout(model, spec, Settings(7, SCHEDULE))

@@ -84,6 +84,7 @@ def direct_fit(local: torch.Tensor, full: torch.Tensor, blocks: int, ridge: floa
     ("count", "width", "blocks", "rank"), [(300, 12, 1, None), (300, 12, 3, None), (80, 16, 2, 3), (6, 16, 1, None)]
 )
 def test_the_solve_is_the_direct_fit(count, width, blocks, rank, ridge):
+    """semantics: Absorption: the solve."""
     local, full = activations(count, width, rank)
     found = solve(moments_of(local, full, blocks), ridge)
     matrix, constant = direct_fit(local, full, blocks, ridge)
@@ -144,6 +145,7 @@ def test_the_ridge_is_chosen_on_held_out_rows_and_doing_nothing_wins_where_nothi
 
 
 def test_only_whole_chunks_count_and_the_last_is_held_out():
+    """semantics: Absorption: what is collected."""
     collector = Collector([0], 8, 2, torch.device("cpu"))
     chunks = [
         [(draw(1, 10, 8, seed=10 * c + p), draw(1, 10, 8, seed=10 * c + p + 5)) for p in range(2)] for c in range(3)
@@ -171,6 +173,7 @@ def test_only_whole_chunks_count_and_the_last_is_held_out():
 
 
 def test_layers_are_chosen_by_score_and_then_by_index():
+    """semantics: Absorption: the switch."""
     fits = {i: Fit(None, 1.0, r, d) for i, (r, d) in enumerate([(0.2, 0.9), (0.1, 0.1), (0.2, 0.3), (0.1, 0.5)])}
     assert choose(fits, AbsorptionSettings(ratio=0.75), 4) == (0, 1, 3)
     assert choose(fits, AbsorptionSettings(ratio=0.5, select="discrepancy"), 4) == (1, 2)

@@ -1,4 +1,4 @@
-"""The rollout against its slow twin, and the invariants of design.md section 4."""
+"""The rollout against its slow twin, and the invariants of docs/semantics.md."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def slow_numbers(anchor):
 @pytest.mark.parametrize("positions", ["packed", "fixed", "absolute"])
 @pytest.mark.parametrize(("F", "W"), [(3, 3), (3, 6), (3, 7), (1, 2), (2, 0), (3, 1), (3, 100)])
 def test_equals_the_slow_rollout(anchor, positions, F, W):
+    """semantics: Anchors."""
     if positions == "absolute" and anchor.relative_only:
         pytest.skip("refused: tested in test_refusals")
     model = TinyModel()
@@ -132,6 +133,7 @@ def test_a_window_over_everything_is_one_masked_pass(positions):
 @pytest.mark.parametrize("anchor", ANCHORS.values(), ids=ANCHORS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_going_on_from_a_file_gives_the_same_bits(anchor, dtype, tmp_path):
+    """semantics: Going on from a state."""
     model = TinyModel()
     for F, W in ((3, 3), (3, 7), (2, 1)):
         spec = spec_for(model, F=F, W=W, anchor=anchor, dtype=dtype)
@@ -158,6 +160,7 @@ def test_going_on_leaves_the_state_as_it_was():
 
 
 def test_a_shorter_video_is_a_prefix():
+    """semantics: Lengths."""
     model = TinyModel()
     spec = spec_for(model, anchor=AnchorAdaptive(1))
     long, _, _ = roll(model, spec, 13)
@@ -180,6 +183,7 @@ def test_kept_latents_are_all_since_frame_0():
 @pytest.mark.parametrize("step", [0, 1, 2])
 @pytest.mark.parametrize("anchor", [ANCHORS["none"], ANCHORS["adaptive1"], ANCHORS["ema3"]], ids=lambda a: a.kind)
 def test_an_interrupt_at_any_step_leaves_the_last_whole_chunk(step, anchor, tmp_path):
+    """semantics: What an interrupt leaves."""
     model = TinyModel()
     spec = spec_for(model, anchor=anchor)
     whole, _, _ = roll(model, spec, 15)
@@ -227,6 +231,7 @@ def test_nan_ends_the_rollout_and_keeps_what_came_before(bad):
 @pytest.mark.parametrize("anchor", ANCHORS.values(), ids=ANCHORS.keys())
 @pytest.mark.parametrize(("F", "W"), [(3, 3), (3, 9), (1, 0)])
 def test_bytes_are_what_the_plan_said(anchor, F, W):
+    """semantics: Memory."""
     model = TinyModel()
     spec = spec_for(model, batch=2, F=F, W=W, anchor=anchor, dtype=torch.bfloat16)
     planned = spec.plan()
@@ -241,6 +246,7 @@ def test_bytes_are_what_the_plan_said(anchor, F, W):
 
 
 def test_the_plan_of_the_1_3b_holds_at_most_8_frames():
+    """semantics: Memory."""
     model = TinyModel(layers=30, heads=1)
     geometry = model.geometry.__class__(channels=16, layers=30, heads=12, head_dim=128)
     spec = RolloutSpec(geometry, 1, 60, 104, 3, 3, AnchorAdaptive(1), "packed", torch.bfloat16)
@@ -326,6 +332,7 @@ def test_lengths_and_start_latents_are_checked():
 
 
 def test_a_state_of_another_rollout_is_refused_naming_each_difference():
+    """semantics: Going on from a state."""
     model = TinyModel()
     _, rollout, _ = roll(model, spec_for(model), 6)
     state = rollout.snapshot()

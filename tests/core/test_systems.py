@@ -55,6 +55,7 @@ def test_the_slow_rotation_is_the_other_slow_rotation():
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "krea_14b"])
 def test_a_preset_is_its_systems_loop(name):
+    """semantics: Anchors. semantics: Chunks denoised together. semantics: Restarts."""
     ours = fast(name)
     loop = SYSTEMS[name]
     length = ours.shape[2] + (12 if name == "rolling_forcing" else 0)  # the slow one's ramp at the end is left out
@@ -110,7 +111,7 @@ def test_the_adaptive_anchors_numbers(numbers, F, positions, tmp_path):
 
 @pytest.mark.parametrize("length", [9, 24])
 def test_rolling_forcing_ramps_down_as_its_own_loop(length):
-    """Shorter than the window of 5 blocks, and longer."""
+    """Shorter than the window of 5 blocks, and longer. semantics: Chunks denoised together."""
     model = TinyModel()
     ours = latents_of(rollout_of("rolling_forcing", model, ramp_down=True), length)
     assert model.calls == length // 3 + 4 + length // 3

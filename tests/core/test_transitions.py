@@ -93,6 +93,7 @@ def slow(kind, transition, length=LENGTH):
 
 @pytest.mark.parametrize(("kind", "transition"), CASES)
 def test_a_transition_is_its_slow_loop(kind, transition):
+    """semantics: A change of the prompt."""
     torch.testing.assert_close(whole(kind, transition), slow(kind, transition), atol=1e-4, rtol=1e-4)
 
 
@@ -211,6 +212,7 @@ def test_a_recache_of_everything_is_longlives_one_masked_pass():
 
 
 def test_the_prompt_of_a_chunk_is_that_of_its_middle():
+    """semantics: A change of the prompt."""
     seen = []
 
     class Watching(TinyModel):
