@@ -86,7 +86,7 @@ def versions(host: Host, folder: Path) -> str:
     names = [bound.partition("==")[0] for bound in lower_bounds(BOUNDS.read_text())]
     code = (
         "import importlib.metadata as m, sys; found = {d.name.lower(): d.version for d in m.distributions(path=sys.argv[1:2])}; "
-        "print(', '.join(f'{n} {found[n]}' for n in sys.argv[2:] if n in found))"
+        "print(', '.join(f'{n} {found[n.lower()]}' for n in sys.argv[2:] if n.lower() in found))"
     )
     command = [host.python, "-c", code, str(folder), *names]
     done = subprocess.run(command, capture_output=True, text=True, env=child_env())

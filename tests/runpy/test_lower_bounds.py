@@ -66,9 +66,9 @@ def test_they_are_installed_once_and_again_when_the_promise_changes(host, pip, t
     folder = lower_bounds.ensure_bounds(host)
     assert lower_bounds.ensure_bounds(host) == folder == tmp_path / "cache" / "bounds"
     assert pip == [["av==14.2"]] and lower_bounds.versions(host, folder) == "av 14.2"
-    promise.write_text("av>=15.0\nkornia>=0.7.1\n")
+    promise.write_text("av>=15.0\nKornia>=0.7.1\n")
     assert lower_bounds.ensure_bounds(host) == folder and len(pip) == 2
-    assert lower_bounds.versions(host, folder) == "av 15.0, kornia 0.7.1"
+    assert lower_bounds.versions(host, folder) == "av 15.0, Kornia 0.7.1"
     assert [path.name for path in folder.parent.iterdir() if path.suffix == ".part"] == []
 
 
