@@ -4,6 +4,7 @@
   python3 run.py demo [WORKFLOW.json]   make a long video with the shipped model, in a real ComfyUI
   python3 run.py serve [--port N]       start ComfyUI with the pack, for a browser; further flags go to ComfyUI
   python3 run.py test [LAYER] [...]     style and all tests, or one folder of tests/; further arguments go to pytest
+  python3 run.py test bounds [...]      the tests of files and videos with the oldest packages that are promised
   python3 run.py test quick [...]       style and, in under a minute, some tests of every layer that needs no browser
   python3 run.py faults [--sample N] [--seed S] [--only NAME] [--at "MODE N"]
                                         fail everything that a chunk does, in turn: nothing may be lost; writes a table
@@ -30,9 +31,11 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tools import lower_bounds
 from tools.host_client import Server, run_prompt, server_command
 from tools.setup_host import CACHE, ROOT, Host, SetupError, duration, ensure_ready, say
 
@@ -40,7 +43,7 @@ DEMO = ROOT / "workflows" / "api" / "long_video.json"
 BASE = CACHE / "base"  # the server's models, custom_nodes, input, temp and user folders
 OUTPUT = ROOT / "output"
 # where two layers run at a time: the longest first, so that both lanes end together
-SLOWEST = ["web", "training", "api", "core", "host"]
+SLOWEST = ["web", "training", "api", "core", "host", "bounds host", "bounds core"]
 LAYERS = ["core", "training", "runpy", "host", "api", "web"]  # run in this order, then whatever else is in tests/
 QUICK = ["core", "runpy", "host", "api"]  # those with tests that are marked quick
 TEST_MODULES = {"pytest": "pytest", "ruff": "ruff", "websocket": "websocket-client"}
@@ -133,9 +136,15 @@ def serve(arguments: list[str]) -> int:
     return run_child([*command, *flags], host, host.path)
 
 
-def run_child(command: list[str], host: Host, folder: Path = ROOT, said: IO[bytes] | None = None) -> int:
-    """Run a program, ended with this one; returns its exit status. What it says goes to the screen, or into `said`."""
-    process = subprocess.Popen(command, cwd=folder, env=host.env(), stdout=said, stderr=said and subprocess.STDOUT)
+def run_child(
+    command: list[str], host: Host, folder: Path = ROOT, said: IO[bytes] | None = None, front: Path | None = None
+) -> int:
+    """Run a program, ended with this one; returns its exit status. What it says goes to the screen, or into `said`.
+
+    `front`: a folder of packages that come before the environment's.
+    """
+    env = host.env() | ({"PYTHONPATH": str(front)} if front else {})
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=said, stderr=said and subprocess.STDOUT)
     try:
         return process.wait()
     except KeyboardInterrupt:  # it got the Ctrl-C as well: let it end in its own way
@@ -165,71 +174,111 @@ def junit_counts(file: Path) -> tuple[int, int, int] | None:
     return total - failures - errors - skipped, failures + errors, skipped
 
 
+@dataclass(frozen=True)
+class Layer:
+    """Tests that run in a process of their own: a folder of tests/, or files of it, with packages of `front` first."""
+
+    name: str
+    folder: str
+    files: tuple[str, ...] = ()
+    front: Path | None = None
+
+
+def bounds_layers(host: Host) -> list[Layer]:
+    """The tests with the oldest packages, or with those of ADASTATE_AV_PATHS; says which, or why there are none."""
+    folders = lower_bounds.named_folders()
+    if not folders:
+        if reason := lower_bounds.why_skipped(host):
+            say(f"bounds: skipped: {reason}.")
+            return []
+        folders = [lower_bounds.ensure_bounds(host)]
+    layers = []
+    for number, front in enumerate(folders, 1):
+        which = f" {number}" if len(folders) > 1 else ""
+        say(f"bounds{which}: {lower_bounds.versions(host, front)}")
+        layers += [
+            Layer(f"bounds{which} {name}", name, tuple(files), front) for name, files in lower_bounds.TESTS.items()
+        ]
+    return layers
+
+
 def run_layer(
-    name: str, host: Host, arguments: list[str], aside: bool = False
+    layer: Layer, host: Host, arguments: list[str], aside: bool = False
 ) -> tuple[bool, tuple[int, int, int], str]:
-    """One pytest process for one folder of tests; returns success, counts and a line about it.
+    """One pytest process; returns success, counts and a line about it.
 
     `aside`: others run at the same time, so what it says is shown when it has ended.
     """
-    report = CACHE / f"junit-{name}.xml"
+    report = CACHE / f"junit-{layer.name.replace(' ', '-')}.xml"
     report.unlink(missing_ok=True)
     started = time.monotonic()
     if not aside:
-        say(f"== tests/{name}")
+        say(f"== tests: {layer.name}")
     # From inside the folder: pytest puts the current folder on sys.path, and the checkout must never be there
     # together with the host, whose `nodes` and `tests` have the same names.
-    command = [str(host.python), "-m", "pytest", f"--junitxml={report}", *arguments]
+    command = [str(host.python), "-m", "pytest", f"--junitxml={report}", *layer.files, *arguments]
+    folder = ROOT / "tests" / layer.folder
     if aside:
         with tempfile.TemporaryFile() as said:
-            code = run_child(command, host, ROOT / "tests" / name, said)
+            code = run_child(command, host, folder, said, layer.front)
             said.seek(0)
             text = said.read().decode(errors="replace")
-        say(f"== tests/{name}\n{text.rstrip()}")
+        say(f"== tests: {layer.name}\n{text.rstrip()}")
     else:
-        code = run_child(command, host, ROOT / "tests" / name)
+        code = run_child(command, host, folder, front=layer.front)
     counts = junit_counts(report) or (0, 0, 0)
     good = code == 0 or (code == 5 and bool(arguments))  # 5: nothing selected, which is all right with a -k
     line = "{} passed, {} failed, {} skipped".format(*counts)
     line += f", {duration(time.monotonic() - started)}" + ("" if good else f", pytest ended with status {code}")
-    return good, counts, f"{name + ':':10} {line}"
+    return good, counts, f"{layer.name + ':':13} {line}"
 
 
-def test(arguments: list[str]) -> int:
-    """Style, then every layer of tests, each in a process of its own."""
-    names = test_layers(ROOT / "tests")
+def chosen_layers(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The names of the layers that `run.py test` was asked for, and what is left for pytest."""
+    names = [*test_layers(ROOT / "tests"), "bounds"]
     if arguments and arguments[0] == "quick":
-        names, arguments = QUICK, ["-m", "quick", *arguments[1:]]
-    elif arguments and arguments[0].isidentifier():
+        return QUICK, ["-m", "quick", *arguments[1:]]
+    if arguments and arguments[0].isidentifier():
         if arguments[0] not in names:
             raise SetupError(
                 f"There is no folder tests/{arguments[0]} with a pytest.ini; there are: {', '.join(names)}, and quick."
             )
-        names, arguments = [arguments[0]], arguments[1:]
+        return arguments[:1], arguments[1:]
+    return names, arguments
+
+
+def test(arguments: list[str]) -> int:
+    """Style, then every layer of tests, each in a process of its own."""
+    names, arguments = chosen_layers(arguments)
     host = ensure_ready(TEST_MODULES)
     CACHE.mkdir(exist_ok=True)
+    layers = [Layer(name, name) for name in names if name != "bounds"]
+    layers += bounds_layers(host) if "bounds" in names else []
     say("== style")
     checks = (["check"], ["format", "--check"])
     apart = [".", "--extend-exclude", ".cache"]  # the unpacked host; .gitignore says so too, but only to a git checkout
     bad_style = any([run_child([str(host.python), "-m", "ruff", *each, *apart], host) for each in checks])
-    lanes = min(2, os.cpu_count() or 1, len(names))
-    if lanes > 1:
-        say(f"== tests: {', '.join(names)}; {lanes} at a time, each shown when it has ended")
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        first = sorted(names, key=lambda name: SLOWEST.index(name) if name in SLOWEST else len(SLOWEST))
-        with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
-            ended = dict(
-                zip(first, pool.map(lambda name: run_layer(name, host, arguments, aside=True), first), strict=True)
-            )
-        results = [ended[name] for name in names]
-    else:
-        results = [run_layer(name, host, arguments) for name in names]
-    say(f"\n{'style:':10} {'failed' if bad_style else 'passed'}")
+    results = run_layers(layers, host, arguments)
+    say(f"\n{'style:':13} {'failed' if bad_style else 'passed'}")
     for _, _, line in results:
         say(line)
     passed, failed, skipped = (sum(counts[i] for _, counts, _ in results) for i in range(3))
     say(f"total: {passed} passed, {failed} failed, {skipped} skipped")
     return int(bad_style or not all(good for good, _, _ in results))
+
+
+def run_layers(layers: list[Layer], host: Host, arguments: list[str]) -> list[tuple[bool, tuple[int, int, int], str]]:
+    """What `run_layer` says of each, in order; two run at a time where there are two processors."""
+    lanes = min(2, os.cpu_count() or 1, len(layers))
+    if lanes < 2:
+        return [run_layer(layer, host, arguments) for layer in layers]
+    say(f"== tests: {', '.join(layer.name for layer in layers)}; {lanes} at a time, each shown when it has ended")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    first = sorted(layers, key=lambda layer: SLOWEST.index(layer.name) if layer.name in SLOWEST else len(SLOWEST))
+    with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
+        ended = pool.map(lambda layer: run_layer(layer, host, arguments, aside=True), first)
+        by_layer = dict(zip(first, ended, strict=True))
+    return [by_layer[layer] for layer in layers]
 
 
 def faults(arguments: list[str]) -> int:
@@ -241,7 +290,7 @@ def faults(arguments: list[str]) -> int:
         row.parent.mkdir(parents=True, exist_ok=True)
         row.unlink(missing_ok=True)
         os.environ |= {"ADASTATE_FAULTS": "all", "ADASTATE_FAULTS_ROW": str(row)}
-        ended.append(not run_layer("host", host, ["test_faults.py"])[0])
+        ended.append(not run_layer(Layer("host", "host"), host, ["test_faults.py"])[0])
         arguments = ["--row", str(row)]
     ended.append(run_child([str(host.python), "-m", "faults", *arguments], host, ROOT / "tests" / "core"))
     return int(any(ended))

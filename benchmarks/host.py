@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,9 @@ def load_pack() -> None:
     spec.loader.exec_module(module)
 
 
-def random_model(geometry: str, layers: int | None = None, fp8: bool = False) -> Any:
-    """A MODEL of a Wan 2.1 geometry with random weights, through the host's own loader (bf16 on a GPU; `fp8`: 8-bit
-    linear weights, as Load Diffusion Model's weight_dtype gives them)."""
+def random_weights(geometry: str, layers: int | None = None) -> dict[str, torch.Tensor]:
+    """Random weights of a Wan 2.1 geometry, always the same; bf16 on a GPU, else float32."""
     import comfy.ops
-    import comfy.sd
     from comfy.ldm.wan.model import WanModel
 
     width, feed_forward, depth = GEOMETRIES[geometry]
@@ -58,7 +57,16 @@ def random_model(geometry: str, layers: int | None = None, fp8: bool = False) ->
         else:
             fan = value[0].numel() if value.ndim > 1 else 400
             state[name] = (torch.randn(value.shape, generator=generator) / fan**0.5).to(dtype)
-    return comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float8_e4m3fn} if fp8 else {})
+    return state
+
+
+def random_model(geometry: str, layers: int | None = None, fp8: bool = False) -> Any:
+    """A MODEL of a Wan 2.1 geometry with random weights, through the host's own loader (`fp8`: 8-bit linear weights, as
+    Load Diffusion Model's weight_dtype gives them)."""
+    import comfy.sd
+
+    weights = random_weights(geometry, layers)
+    return comfy.sd.load_diffusion_model_state_dict(weights, {"dtype": torch.float8_e4m3fn} if fp8 else {})
 
 
 def add_geometry(parser: argparse.ArgumentParser) -> None:
@@ -105,12 +113,18 @@ def interval(ordered: list[float]) -> tuple[float, float]:
     return ordered[cut], ordered[-1 - cut]
 
 
-def write_table(name: str, title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> None:
-    """Print a Markdown table and keep it under benchmarks/results/."""
+def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def write_table(
+    name: str, title: str, header: list[str], rows: list[list[str]], notes: list[str], more: Sequence[str] = ()
+) -> None:
+    """Print a Markdown table, the notes and further lines (`more`) and keep them under benchmarks/results/."""
     lines = [f"# {title}", "", f"Device: {device_name()}; torch {torch.__version__.split('+')[0]}.", ""]
-    lines += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", *[f"- {note}" for note in notes], ""]
+    lines += [*table_lines(header, rows), "", *[f"- {note}" for note in notes], "", *more]
     text = "\n".join(lines)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text)
