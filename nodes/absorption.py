@@ -27,6 +27,8 @@ from .plots import absorption_plot
 
 CATEGORY = "AdaState/absorption"
 SCHEDULES = {"once": "never", "when it drifts": "drift", "every few chunks": "always"}
+# what reading and drawing raise of any JSON that is something else
+_NO_REPORT = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, MemoryError)
 # what a solved correction has to share with the rollout that takes it
 BELONGS = ("model", "geometry", "height", "width", "chunk_frames", "window_frames", "anchor", "positions", "batch")
 
@@ -288,9 +290,10 @@ class AbsorptionReportNode(Node):
     def execute(cls, report: str) -> io.NodeOutput:
         try:
             absorption = json.loads(report)["absorption"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            picture = absorption_plot(absorption)
+        except _NO_REPORT as error:
             raise ValueError("report is not the REPORT of a rollout with absorption; connect that output") from error
-        return io.NodeOutput(absorption_plot(absorption), json.dumps(absorption, indent=1))
+        return io.NodeOutput(picture, json.dumps(absorption, indent=1))
 
 
 NODES = [AbsorptionNode, SaveAbsorptionNode, LoadAbsorptionNode, AbsorptionReportNode]

@@ -204,4 +204,4 @@ def shown(value: Any) -> str:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (str, int, float)):
         return repr(value[:_MOST_CHARACTERS] if isinstance(value, str) else value)
-    return f"a {type(value).__name__}"
+    return "nothing" if value is None else f"a {type(value).__name__}"
