@@ -184,6 +184,8 @@ def _out_of_range(name: str, value: Any, widget: Any) -> str | None:
 
 
 def _accepted(widget: Any) -> str:
+    if isinstance(widget, io.Combo.Input) and widget.id in ON_DISK:
+        return "it must be the name of a file of the list"
     if isinstance(widget, io.Combo.Input):
         return f"it must be one of {', '.join(map(str, widget.options))}"
     if isinstance(widget, io.String.Input):
