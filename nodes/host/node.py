@@ -2,7 +2,8 @@
 
 The host compares min and max of an input only where validate_inputs does not take it by name, options on some of its versions
 only, and NaN and what comes through a link never. Here all of it is compared when a prompt is queued, and again, links known,
-when the node runs. What comes through a socket is compared too (sockets.py): of a prompt's JSON that may be anything.
+when the node runs. Then what comes through a socket is compared too (sockets.py): of a prompt's JSON that may be anything. When
+it is queued that is not asked, since the host would name the node's sockets in every answer about a widget.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .sockets import socket_fault
 ON_DISK = ("file",)  # combos that list what lies on disk: their nodes look there themselves
 LONGEST_WORDS = LONGEST_TEXT  # characters of a text of many lines
 LONGEST_LINE = 1_000  # of any other, and of a choice
+_PLAIN = {"int", "float", "str", "bool"}
 _MOST_CHARACTERS = 40  # of a value in a sentence
 _MOST_BITS = 64
 _HALF = re.compile("[\ud800-\udfff]")
@@ -73,11 +75,11 @@ def _asked(node: type[Node], execute: Callable[..., Any], inputs: Callable[[], _
 
     def validate_inputs(cls: type[Node], **given: Any) -> bool | str:
         """True, or what is wrong; linked inputs arrive as None and pass."""
-        return _fault(cls, inputs().widgets, given) or _socket_fault(inputs().sockets, given) or True
+        return _fault(cls, inputs().widgets, given) or True
 
     taken = list(inspect.signature(execute).parameters.values())[1:]
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in taken):
-        names = [parameter.name for parameter in taken]
+        names = [parameter.name for parameter in taken if parameter.annotation in _PLAIN]
         names += [name for name in inspect.signature(node.check).parameters if name not in names]
         keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
         validate_inputs.__signature__ = inspect.Signature([keyword(name) for name in ("cls", *names)])

@@ -110,7 +110,7 @@ def test_the_host_hands_every_widget_to_be_compared():
         assert spec.varkw or names <= set(spec.args), (node_id, names - set(spec.args))
         sockets = {i.id for i in node.define_schema().inputs} - names
         assert spec.varkw is None or not sockets, node_id
-        assert sockets <= set(spec.args) or spec.varkw
+        assert sockets & set(spec.args) <= {"prompts", "report"}
 
 
 EVERY_SOCKET = [
@@ -147,12 +147,12 @@ def test_every_socket_takes_its_kind_alone(node_id, name):
     for value in odd:
         if socket.get_io_type().startswith("CONDITIONING") and value == ():
             continue  # of none at all the rollout says how many it takes
-        reason = HostNode(node_id).validate(**(defaults(node_id) | {name: value}))
-        assert isinstance(reason, str) and reason.startswith(f"{name} is ") and len(reason) < 250, (value, reason)
-        assert "it must be" in reason and ": connect " in reason and "\n" not in reason
+        if "file" in defaults(node_id):
+            continue  # of a file that is not there its node says so first
+        reason = run_refusal(node_id, name, value)
+        assert reason.startswith(f"{name} is ") and len(reason) < 250 and "\n" not in reason, (value, reason)
+        assert "it must be" in reason and ": connect " in reason
         reason.encode()
-        if "file" not in defaults(node_id):  # of a file that is not there its node says so first
-            assert run_refusal(node_id, name, value) == reason
     if not socket.optional and "file" not in defaults(node_id) and name != "clip":
         assert re.match(r"\w+ is empty; it must be \w+ .*: connect ", run_refusal(node_id, name, None))
 
