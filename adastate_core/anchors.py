@@ -132,6 +132,10 @@ class Anchor:
         """The policy while frames before `end`, committed before, are committed again: what is in the anchor stays."""
         return Anchor()
 
+    def at_rate(self, fps: float) -> Anchor:
+        """The policy in a video of `fps` frames a second: other than itself only where it was given seconds."""
+        return self
+
     def describe(self) -> dict[str, Any]:
         """Kind and numbers, JSON-able; equal descriptions mean equal behaviour."""
         return {"kind": self.kind} | asdict(self)

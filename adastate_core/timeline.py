@@ -7,10 +7,11 @@ lines   `0:00 a meadow`, and on the next line `5s {flush} a desert`: when each b
 A time is `5s`, `2.5s`, `1:02.5` (m:ss) or `1:00:00` (h:mm:ss), in seconds of video; a number alone is none. A transition in
 braces behind a time names how the video changes to that prompt; in bars it may stand alone: `snow [{flush}]`. `#` behind a
 time is Infinity-RoPE's scene cut, `{rope cut}`: the prompt that carries it begins with the cut. A mark may say its end too,
-`[0s-3s: a meadow]`, as FramePack Studio allows, and so may a line, `0:00-0:05 a meadow` or `0-5s: a meadow`; it has to be where
-the next begins.
+`[0s-3s: a meadow]`, as FramePack Studio allows, and so may a line, `0:00-0:05 a meadow`, `0-5s: a meadow` or `0:00 to 0:05 a
+meadow`; it has to be where the next begins. The last one's end is only read: its prompt lasts to the end of the video.
 Lines that start with `//` and blank lines are left out, and so are spaces at both ends of a line. A line without a time
-belongs to the prompt above it, but one that starts with a digit must start with a time. A text without marks is one prompt.
+belongs to the prompt above it, but one that starts with a digit must start with a time. A text without marks is one prompt,
+and what is meant as a time but written in another way is refused where it stands (timeline_unknown.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from .timeline_unknown import is_plain, unknown_time, without_unseen
+
 TRANSITIONS = ("cut", "recache", "flush", "rope cut", "soft")
 LONGEST = 360_000  # seconds: 100 hours
 LONGEST_TEXT = 200_000  # characters
@@ -30,6 +33,10 @@ MOST_WORDS = 2_000_000  # characters of all prompts, with what they share
 _LONGEST_NUMBER = 40  # characters of a time
 _HASH = "rope cut"
 _TIMES = "a time is written 5s, 2.5s, 1:02.5 or 1:00:00"
+_FORMS = (
+    "a line begins with 0:05, 5s or 0-5s and a space, a mark is [5s: prompt], a length is prompt [5s] | (if it is no time, put 0s "
+    "in front of the text)"
+)
 
 _TIME = r"(?:[0-9]+:[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?|[0-9]+:[0-5][0-9](?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?[sS])"
 # What somebody may have meant as a time: it must be followed by what can follow a time to count as one.
@@ -38,9 +45,11 @@ _NEAR = r"(?:[-+]?\.?[0-9][^\s\[\]{}#:|]*|[-+]?(?:[nN][aA][nN]|[iI][nN][fF](?:in
 _CHANGE = r"\s*(?:\#\s*)?(?:\{[^{}\n]*\}\s*)?"
 _BRACKET = re.compile(rf"\[\s*(?:[-+]?{_TIME}(?![\w.])|{_NEAR}(?={_CHANGE}[:\]])|(?=(?:\#|\{{[^{{}}\n]*\}})\s*\]))")
 # Behind a line's first time, or number: an end in the same form.
-_UNTIL = rf"[^\S\n]*[-\u2013][^\S\n]*(?={_TIME}(?![\w.]))"
-_SPAN = re.compile(r"[0-9]+(?:\.[0-9]+)?(?=[^\S\n]*[-\u2013][^\S\n]*[0-9]+(?:\.[0-9]+)?[sS](?![\w.]))")
+_TO = r"[^\S\n]*(?:-{1,2}>|[-\u2010-\u2015\u2212~\u2192]|(?<=\s)(?:to|until|till)(?=\s))[^\S\n]*"
+_UNTIL = rf"{_TO}(?={_TIME}(?![\w.]))"
+_SPAN = re.compile(rf"[0-9]+(?:\.[0-9]+)?(?={_TO}[0-9]+(?:\.[0-9]+)?[sS](?![\w.]))")
 _END = re.compile(_UNTIL)
+_AND = re.compile(_TO)
 _LINE = re.compile(rf"^[^\S\n]*(?:[-+]?{_TIME}(?=[\s#{{]|:\s|:?\Z|{_UNTIL})|{_SPAN.pattern})|\A\s*0(?=\s)", re.M)
 _OTHER_DIGITS = re.compile(r"(?:^[^\S\n]*|\[\s*)(\d+(?:[:\uff1a]\d\d)+|\d+(?:\.\d+)?[sS\uff53\uff33](?!\w))", re.M)
 _DIGIT_LINE = re.compile(r"^[^\S\n]*(?=[-+]?\.?[0-9])", re.M)
@@ -88,6 +97,7 @@ class _Source:
         if len(text) > LONGEST_TEXT:
             raise TimelineError(f"the text has {len(text)} characters; at most {LONGEST_TEXT} are read", 1, 1)
         plain = re.sub(r"\r(?!\n)", "\n", " " + text[1:] if text.startswith("\ufeff") else text)
+        plain = without_unseen(plain)
         self.text = _COMMENT.sub(lambda comment: " " * len(comment[0]), plain)
         self.breaks = [at for at, character in enumerate(self.text) if character == "\n"]
 
@@ -201,6 +211,9 @@ def _read(source: _Source, duration: Fraction | None) -> list[_Prompt]:
             if not time[1].isascii():
                 raise source.error(time.start(1), f"{time[1][:24]!r} is no time in the digits 0 to 9; {_TIMES}")
     bracket = _BRACKET.search(source.text)
+    if not bracket and is_plain(source.text, _LINE.finditer(source.text)):
+        return [source.prompt(source.skip(0), 0, len(source.text))]
+    _refuse_unknown(source)
     if _LINE.search(source.text):
         if bracket:
             raise source.error(
@@ -214,6 +227,19 @@ def _read(source: _Source, duration: Fraction | None) -> list[_Prompt]:
     if "|" in source.text:
         return _bars(source, duration)
     return [source.prompt(source.skip(0), 0, len(source.text))]
+
+
+def _refuse_unknown(source: _Source) -> None:
+    """TimelineError for what somebody meant as a time and no grammar reads: it would become words of a prompt."""
+    lines = [match.start() for match in _LINE.finditer(source.text)]
+    known = set(lines)
+
+    def reads(at: int) -> bool:
+        return at in known or bool(_BRACKET.match(source.text, source.skip(at)))
+
+    if found := unknown_time(source.text, reads, lines):
+        written = " ".join(source.text[found[0] : found[1]].split())
+        raise source.error(found[0], f"{written[:24]!r} is no time that is read here: {_FORMS}")
 
 
 def grammar_of(text: str) -> str | None:
@@ -238,8 +264,8 @@ class _Head:
         if source.text[here : here + 1] not in ("#", "{"):
             self.time, here = source.time(here)
             until = source.skip(here)
-            if source.text[until : until + 1] in ("-", "\N{EN DASH}"):
-                self.end_at = source.skip(until + 1)
+            if to := _AND.match(source.text, until):
+                self.end_at = source.skip(to.end())
                 self.end, here = source.time(self.end_at)
         self.transition, here = source.transition(here, own_line=False)
         here = source.skip(here)
@@ -337,7 +363,9 @@ def _segment(source: _Source, start: int, end: int) -> _Prompt:
     if rest < end:
         more = "; subtitles behind ';' are not known here" if source.text[rest] == ";" else ""
         raise source.error(
-            rest, f"found {source.found(rest)} behind a length; a bar or the end of the text must follow{more}"
+            rest,
+            f"found {source.found(rest)} behind a length; a bar or the end of the text must follow{more} (when a prompt begins is "
+            "written [5s: prompt], or 5s prompt on a line of its own)",
         )
     if head.time == 0:
         raise source.error(head.at, "a prompt that lasts 0 seconds leaves two at one time; give it a length or drop it")

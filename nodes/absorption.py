@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,14 @@ from .host.files import (
     saved_path,
     write_new,
 )
-from .host.node import Node
+from .host.node import Node, shown
 from .plots import absorption_plot
 
 CATEGORY = "AdaState/absorption"
 SCHEDULES = {"once": "never", "when it drifts": "drift", "every few chunks": "always"}
+_RIDGE = re.compile(r"(?:[0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(?:e[+-]?[0-9]{1,4})?|inf(?:inity)?", re.I | re.A)
+# what reading and drawing raise of any JSON that is something else
+_NO_REPORT = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, MemoryError)
 # what a solved correction has to share with the rollout that takes it
 BELONGS = ("model", "geometry", "height", "width", "chunk_frames", "window_frames", "anchor", "positions", "batch")
 
@@ -76,12 +80,13 @@ def parse_ridge(text: str) -> float | None:
     """None for "auto", else the number; ValueError in one sentence for anything else."""
     if text.strip().lower() == "auto":
         return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = float(text) if _RIDGE.fullmatch(text.strip()) else math.nan
+    if math.isinf(value) and "inf" not in text.lower():
+        value = math.nan  # too many digits, not a wish for no correction
     if not value >= 0:
-        raise ValueError(f"ridge is {text!r}; give auto, or a number of at least 0 such as 0.3 (inf: no correction)")
+        raise ValueError(
+            f"ridge is {shown(text)}; give auto, or a number of at least 0 such as 0.3 (inf: no correction)"
+        )
     return value
 
 
@@ -288,9 +293,10 @@ class AbsorptionReportNode(Node):
     def execute(cls, report: str) -> io.NodeOutput:
         try:
             absorption = json.loads(report)["absorption"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            picture = absorption_plot(absorption)
+        except _NO_REPORT as error:
             raise ValueError("report is not the REPORT of a rollout with absorption; connect that output") from error
-        return io.NodeOutput(absorption_plot(absorption), json.dumps(absorption, indent=1))
+        return io.NodeOutput(picture, json.dumps(absorption, indent=1))
 
 
 NODES = [AbsorptionNode, SaveAbsorptionNode, LoadAbsorptionNode, AbsorptionReportNode]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..adastate_core.anchors import (
@@ -13,6 +14,7 @@ from ..adastate_core.anchors import (
     AnchorMemory,
     AnchorReplay,
     AnchorStatic,
+    anchor_from,
 )
 from .host import api
 from .host.api import io, schema, widget
@@ -20,8 +22,7 @@ from .host.node import Node
 
 CATEGORY = "AdaState/anchors"
 _OUTPUT = "What the rollout looks back to beyond its window. Connect it to AdaState Rollout."
-# 16 pictures a second, 4 pictures a latent frame
-LATENT_FPS = 4
+FPS = 16.0  # of a video without a stream
 LONGEST_SECONDS = 86400.0
 
 
@@ -57,15 +58,51 @@ def _seconds(name: str, tooltip: str) -> io.Input:
         round=0.001,
         optional=True,
         advanced=True,
-        tooltip=f"{tooltip} Seconds of video at 16 fps, so 4 latent frames a second; 0 = never.",
+        tooltip=f"{tooltip} Seconds of video at the stream's fps, 16 without a stream; 0 = never.",
     )
 
 
-def latent_frames(seconds: float) -> int:
-    """The latent frame at `seconds` of video at 16 fps, at least 1; 0 for 0. ValueError for what is no time."""
+def latent_frames(seconds: float, fps: float = FPS) -> int:
+    """The latent frame, of 4 pictures, at `seconds` of video, at least 1; 0 for 0. ValueError for what is no time."""
     if not 0 <= seconds <= LONGEST_SECONDS:
         raise ValueError(f"seconds is {seconds:g}; it must be between 0 (never) and {LONGEST_SECONDS:g}")
-    return max(1, round(seconds * LATENT_FPS)) if seconds else 0
+    return max(1, round(seconds * fps / 4)) if seconds else 0
+
+
+@dataclass(frozen=True)
+class TimedAdaptive(AnchorAdaptive):
+    """An adaptive anchor that was given seconds: until the video's frames a second are known it counts 16."""
+
+    freeze_seconds: float = 0.0
+    reset_seconds: float = 0.0
+
+    def at_rate(self, fps: float) -> AnchorAdaptive:
+        frames = latent_frames(self.freeze_seconds, fps), latent_frames(self.reset_seconds, fps)
+        return AnchorAdaptive(self.state_frames, self.state_after_past, self.strength, *frames)
+
+    def describe(self) -> dict[str, Any]:
+        return self.at_rate(FPS).describe()
+
+
+def anchor_at(asked: Anchor | None, fps: float, resumed: dict[str, Any] | None) -> tuple[Anchor | None, list[str]]:
+    """(the anchor asked for in a video of `fps` frames a second, what is to be told of it).
+
+    `resumed` is the spec of a state to go on from: one of before may count its anchor's seconds at 16 fps, and goes on so.
+    """
+    if asked is None:
+        return None, []
+    anchor, before = asked.at_rate(fps), asked.at_rate(FPS)
+    if resumed is None or anchor == before:
+        return anchor, []
+    try:
+        kept = anchor_from(resumed["anchor"])
+    except (KeyError, TypeError, ValueError):
+        return anchor, []
+    if kept != before:
+        return anchor, []
+    return before, [
+        f"the state counts its anchor's seconds at {FPS:g} fps, not at the stream's {fps:g}, and goes on so"
+    ]
 
 
 class AnchorNoneNode(Node):
@@ -262,8 +299,11 @@ class AnchorAdaptiveNode(Node):
         freeze_seconds: float = 0.0,
         reset_seconds: float = 0.0,
     ) -> io.NodeOutput:
+        if not (freeze_seconds or reset_seconds):
+            return io.NodeOutput(AnchorAdaptive(state_frames, state_after_past, strength))
         freeze, reset = latent_frames(freeze_seconds), latent_frames(reset_seconds)
-        return io.NodeOutput(AnchorAdaptive(state_frames, state_after_past, strength, freeze, reset))
+        timed = TimedAdaptive(state_frames, state_after_past, strength, freeze, reset, freeze_seconds, reset_seconds)
+        return io.NodeOutput(timed)
 
 
 class AnchorDeepNode(Node):

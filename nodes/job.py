@@ -18,6 +18,7 @@ from ..adastate_core.rollout import Chunk, Rollout, RolloutSpec, RolloutState, S
 from ..adastate_core.schedule import Schedule
 from ..adastate_core.vae_stream import pictures_of
 from .absorption import AbsorptionRequest
+from .anchors import anchor_at
 from .defaults import asked_numbers, resolve
 from .host import checks
 from .host import model as host_model
@@ -116,9 +117,10 @@ class Job:
             checks.check_latent("start_latent", request.start_latent)
         contexts = self._contexts()
         context = contexts[0][1]
-        self.resolved = resolve(rollout_defaults(request.model), self._asked(), request.anchor)
+        anchor, told = anchor_at(request.anchor, self.fps, request.resume and request.resume.spec)
+        self.resolved = resolve(rollout_defaults(request.model), self._asked(), anchor)
         self.settings = self.resolved.numbers
-        self.warnings = [*self.resolved.warnings(request.latent_length), *self._ignored()]
+        self.warnings = [*self.resolved.warnings(request.latent_length), *self._ignored(), *told]
         self.model = host_model.HostModel(request.model, context, request.batch_size)
         self.spec = RolloutSpec(
             geometry=self.model.geometry,
@@ -205,8 +207,8 @@ class Job:
             asked = round(entry.seconds * self.fps / 4)
             if asked <= frame:
                 raise ValueError(
-                    f"the prompt at {entry.seconds:g} s falls on latent frame {asked}, as the one before it; prompts must be at "
-                    "least a quarter of a second apart at 16 fps"
+                    f"the prompt at {entry.seconds:g} s falls on latent frame {asked}, as the one before it; at {self.fps:g} fps "
+                    f"prompts must be at least {4 / self.fps:g} s apart"
                 )
             frame = asked
             changes.append(PromptChange(frame, context, entry.transition, entry.chunks, entry.blend))

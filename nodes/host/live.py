@@ -37,8 +37,10 @@ _SPEED_CHUNKS = 8
 _STATE_SHARE, _STATE_SAVED = 0.003, 0.1
 _lock = threading.Lock()
 _runs: OrderedDict[Place, LiveRun] = OrderedDict()
-# clients that run the pack's page: it shows the pictures, so the host's own preview is not wanted there
-_pages: set[str] = set()
+MOST_PAGES = 1024
+_WAITING_PAGES = 16  # that may not have opened their socket yet
+# clients that run the pack's page, oldest first: it shows the pictures, so the host's own preview is not wanted there
+_pages: dict[str, None] = {}
 
 
 def prompt_server() -> Any:
@@ -242,6 +244,13 @@ def find(prompt_id: str, node_id: str) -> LiveRun | None:
 
 
 def page_opened(client: str) -> None:
-    """A client said that it runs the pack's page."""
-    if len(_pages) < 1024:
-        _pages.add(client)
+    """A client said that it runs the pack's page; those whose socket is closed are forgotten, but for the newest."""
+    open_sockets = getattr(prompt_server(), "sockets", {})
+    with _lock:
+        _pages.pop(client, None)
+        _pages[client] = None
+        closed = [page for page in _pages if page not in open_sockets]
+        for page in closed[:-_WAITING_PAGES]:
+            del _pages[page]
+        while len(_pages) > MOST_PAGES:
+            del _pages[next(iter(_pages))]

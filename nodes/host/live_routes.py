@@ -34,7 +34,7 @@ def refused(status: int, text: str) -> web.Response:
 
 async def list_runs(request: web.Request) -> web.Response:
     client = request.query.get("client_id")
-    if client and request.query.get("page"):
+    if client and len(client) <= LONGEST_NAME and request.query.get("page"):
         live.page_opened(client)
     return web.json_response({"runs": [run.summary() for run in live.runs(client)]})
 

@@ -2,7 +2,8 @@
 
 The host compares min and max of an input only where validate_inputs does not take it by name, options on some of its versions
 only, and NaN and what comes through a link never. Here all of it is compared when a prompt is queued, and again, links known,
-when the node runs.
+when the node runs. Then what comes through a socket is compared too (sockets.py): of a prompt's JSON that may be anything. When
+it is queued that is not asked, since the host would name the node's sockets in every answer about a widget.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import functools
 import inspect
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ...adastate_core.timeline import LONGEST_TEXT
 from .api import io
+from .sockets import socket_fault
 
 ON_DISK = ("file",)  # combos that list what lies on disk: their nodes look there themselves
 LONGEST_WORDS = LONGEST_TEXT  # characters of a text of many lines
@@ -23,6 +27,7 @@ LONGEST_LINE = 1_000  # of any other, and of a choice
 _PLAIN = {"int", "float", "str", "bool"}
 _MOST_CHARACTERS = 40  # of a value in a sentence
 _MOST_BITS = 64
+_HALF = re.compile("[\ud800-\udfff]")
 _KINDS = (io.Int.Input, io.Float.Input, io.Combo.Input, io.String.Input, io.Boolean.Input)
 
 
@@ -44,23 +49,33 @@ class Node(io.ComfyNode):
         execute = cls.__dict__.get("execute")
         if execute is None or hasattr(execute.__func__, "holds"):  # the host clones classes for every call
             return
-        widgets = functools.cache(lambda: _widgets(cls))
-        cls.validate_inputs = classmethod(_asked(cls, execute.__func__, widgets))
-        cls.execute = classmethod(_held(execute.__func__, widgets))
+        inputs = functools.cache(lambda: _inputs(cls))
+        cls.validate_inputs = classmethod(_asked(cls, execute.__func__, inputs))
+        cls.execute = classmethod(_held(execute.__func__, inputs))
 
 
-def _widgets(node: type[Node]) -> dict[str, Any]:
-    """The inputs that have a widget, by name; of a socket the node knows what it takes."""
-    inputs = (each for each in node.define_schema().inputs if isinstance(each, _KINDS))
-    return {each.id: each for each in inputs if not getattr(each, "force_input", None)}
+@dataclass(frozen=True)
+class _Inputs:
+    """A node's inputs by name: those that have a widget, and those that take links alone."""
+
+    widgets: dict[str, Any]
+    sockets: dict[str, Any]
 
 
-def _asked(node: type[Node], execute: Callable[..., Any], widgets: Callable[[], dict[str, Any]]) -> Callable[..., Any]:
+def _inputs(node: type[Node]) -> _Inputs:
+    inputs = _Inputs({}, {})
+    for each in node.define_schema().inputs:
+        has_widget = isinstance(each, _KINDS) and not getattr(each, "force_input", None)
+        (inputs.widgets if has_widget else inputs.sockets)[each.id] = each
+    return inputs
+
+
+def _asked(node: type[Node], execute: Callable[..., Any], inputs: Callable[[], _Inputs]) -> Callable[..., Any]:
     """validate_inputs with the names that are compared: the host repeats its answer for every input that it takes."""
 
-    def validate_inputs(cls: type[Node], **inputs: Any) -> bool | str:
+    def validate_inputs(cls: type[Node], **given: Any) -> bool | str:
         """True, or what is wrong; linked inputs arrive as None and pass."""
-        return _fault(cls, widgets(), inputs) or True
+        return _fault(cls, inputs().widgets, given) or True
 
     taken = list(inspect.signature(execute).parameters.values())[1:]
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in taken):
@@ -71,7 +86,7 @@ def _asked(node: type[Node], execute: Callable[..., Any], widgets: Callable[[], 
     return validate_inputs
 
 
-def _held(execute: Callable[..., Any], widgets: Callable[[], dict[str, Any]]) -> Callable[..., Any]:
+def _held(execute: Callable[..., Any], inputs: Callable[[], _Inputs]) -> Callable[..., Any]:
     """`execute` with its inputs compared first, and numbers of other libraries made plain ones."""
     signature = inspect.signature(execute)
     rest = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), "")
@@ -81,15 +96,39 @@ def _held(execute: Callable[..., Any], widgets: Callable[[], dict[str, Any]]) ->
         arguments = dict(signature.bind(cls, *args, **kwargs).arguments)
         arguments.pop("cls")
         given = arguments.pop(rest, {}) | arguments
+        widgets, sockets = inputs().widgets, inputs().sockets
         for name, value in given.items():
-            if value is None and name in widgets():
-                raise ValueError(f"{name} is empty; {_accepted(widgets()[name])}")
-        if reason := _fault(cls, widgets(), given):
+            if value is None and name in widgets:
+                raise ValueError(f"{name} is empty; {_accepted(widgets[name])}")
+        reason = _fault(cls, widgets, given) or _socket_fault(sockets, given) or _unconnected(sockets, given)
+        if reason:
             raise ValueError(reason)
-        return execute(cls, **{name: _plain(widgets().get(name), value) for name, value in given.items()})
+        return execute(cls, **{name: _plain(widgets.get(name), value) for name, value in given.items()})
 
     held.holds = True
     return held
+
+
+def _socket_fault(sockets: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """Of the first socket through which something else came than it takes."""
+    for name, socket in sockets.items():
+        if given.get(name) is not None and (wanted := socket_fault(socket.get_io_type(), given[name])):
+            return f"{name} is {shown(given[name])}; {wanted}"
+    return None
+
+
+def _unconnected(sockets: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """Of the first socket that has to be connected and that nothing came through; of a CLIP the node knows more to say."""
+    for name, socket in sockets.items():
+        types = socket.get_io_type()
+        if (
+            given.get(name) is None
+            and not socket.optional
+            and types != "CLIP"
+            and (wanted := socket_fault(types, None))
+        ):
+            return f"{name} is empty; {wanted}"
+    return None
 
 
 def _fault(node: type[Node], widgets: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
@@ -102,6 +141,8 @@ def _fault(node: type[Node], widgets: Mapping[str, Any], given: Mapping[str, Any
             return _out_of_range(name, value, widget)
         if isinstance(value, str) and len(value) > (most := LONGEST_WORDS if _lines(widget) else LONGEST_LINE):
             return f"{name} has {len(value)} characters; it may have {most}: shorten it"
+        if isinstance(value, str) and (half := _HALF.search(value)):
+            return f"{name} has half a UTF-16 pair as its character {half.start() + 1}; delete it, or write the character again"
     names = inspect.signature(node.check).parameters
     ranges = {name: _out_of_range(name, value, widget) for name, value, widget in known}
     if reason := next((said for name, said in ranges.items() if said and name not in names), None):
@@ -145,6 +186,8 @@ def _out_of_range(name: str, value: Any, widget: Any) -> str | None:
 
 
 def _accepted(widget: Any) -> str:
+    if isinstance(widget, io.Combo.Input) and widget.id in ON_DISK:
+        return "it must be the name of a file of the list"
     if isinstance(widget, io.Combo.Input):
         return f"it must be one of {', '.join(map(str, widget.options))}"
     if isinstance(widget, io.String.Input):
@@ -165,4 +208,4 @@ def shown(value: Any) -> str:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (str, int, float)):
         return repr(value[:_MOST_CHARACTERS] if isinstance(value, str) else value)
-    return f"a {type(value).__name__}"
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from aiohttp import ClientError, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 MOST_BYTES = 4 * 2**20
 _UTF8 = ("utf-8", "utf8", "us-ascii", "ascii")
@@ -46,8 +47,8 @@ async def read_bytes(request: web.Request, most: int = MOST_BYTES) -> bytes:
             body += part
             if len(body) > most:
                 raise BodyError(f"the body has more than {most} bytes; no more are read", 413)
-    except (ClientError, web.HTTPException) as error:
-        raise BodyError("the body cannot be unpacked; send plain JSON") from error
+    except (ClientError, web.HTTPException, web.RequestPayloadError, HttpProcessingError, OSError) as error:
+        raise BodyError("the body cannot be unpacked, or is cut off; send plain JSON") from error
     return bytes(body)
 
 

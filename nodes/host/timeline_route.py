@@ -137,7 +137,7 @@ def _written(
     """A single prompt without a transition may go without a mark, where the text had none."""
     if grammar is None and len(entries) == 1 and entries[0].transition is None and entries[0].seconds == 0:
         plain = entries[0].text
-        if grammar_of(plain) is None:
+        if _stays_one(plain):
             return _read(plain, words, fps, duration)
     first = grammar if grammar in GRAMMARS else "lines"
     fault: ValueError | None = None
@@ -149,3 +149,11 @@ def _written(
         else:
             return _read(text, words, fps, duration)
     raise fault
+
+
+def _stays_one(text: str) -> bool:
+    """Whether a text without a mark is read as the one prompt that it is."""
+    try:
+        return grammar_of(text) is None and len(parse_timeline(text)) == 1
+    except TimelineError:
+        return False

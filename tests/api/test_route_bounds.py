@@ -57,6 +57,13 @@ def test_a_body_in_another_code_is_refused(client, path):
     assert post(client, path, b"{}", f"{JSON}; charset=UTF-8")[0] == 400
     status, _ = post(client, path, gzip.compress(b" " * 2**25), **{"Content-Encoding": "gzip"})
     assert status == 413
+    for code, broken in (
+        ("gzip", b"{}"),
+        ("gzip", gzip.compress(b"{}")[:12]),
+        ("deflate", b"\x78\x9c\xff" * 9),
+    ):
+        status, answer = post(client, path, broken, **{"Content-Encoding": code})
+        assert status == 400 and answer["error"]["message"], (code, broken)
 
 
 @pytest.mark.parametrize(

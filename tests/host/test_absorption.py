@@ -32,6 +32,10 @@ def report_of(out) -> dict:
         ({"ridge": "much"}, "ridge is 'much'; give auto, or a number of at least 0"),
         ({"ridge": "-1"}, "ridge is '-1'"),
         ({"ridge": "nan"}, "ridge is 'nan'"),
+        ({"ridge": "1_0"}, "ridge is '1_0'"),
+        ({"ridge": "1e400"}, "ridge is '1e400'"),
+        ({"ridge": "\u0661"}, "ridge is '\u0661'"),
+        ({"ridge": "0x1p3"}, "ridge is '0x1p3'"),
         ({"scope": "heads"}, "scope is 'heads'; it must be one of head, layer, lowrank"),
         ({"select": "luck"}, "select is 'luck'"),
         ({"schedule": "daily"}, "schedule is 'daily'; it must be one of once, when it drifts"),
@@ -128,3 +132,26 @@ def test_statistics_that_do_not_fit_are_refused_with_the_scope_that_would(rollou
     monkeypatch.setattr(host_model, "available_bytes", lambda patcher: sum(needed.values()) + 1000)
     with pytest.raises(ValueError, match="caches need"):
         rollout(**LONG, absorption=absorption(scope="layer"))
+
+
+ODD_REPORTS = [
+    "5", "[]", "null", "", "{", '{"absorption": 5}', '{"absorption": {}}', '{"absorption": null}', '{"absorption": []}',
+    "[" * 100_000,
+    '{"absorption": {"monitor": [], "residuals": 5}}', '{"absorption": {"monitor": [], "residuals": [{"layer": "a"}]}}',
+    '{"absorption": {"monitor": [5], "residuals": [], "layers": [1]}}', '{"absorption": ' + "9" * 5000 + "}",
+    '{"absorption": {"monitor": [], "residuals": [], "layers": [1e999], "kv_bytes_before": 1, "kv_bytes_after": 1, "phase": "a", '
+    '"solve_seconds": "b"}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_REPORTS, ids=lambda text: text[:40])
+def test_a_report_that_is_none_is_refused(node, text):
+    with pytest.raises(
+        ValueError, match="^report is not the REPORT of a rollout with absorption; connect that output$"
+    ):
+        node("AdaStateAbsorptionReport")(report=text)
+
+
+@pytest.mark.parametrize("text", ["auto", " Auto ", "0", "0.3", ".3", "1e-3", "inf", "INF", "Infinity", "3."])
+def test_ridges_as_people_write_them(node, text):
+    assert node("AdaStateAbsorption").validate(ridge=text) is True

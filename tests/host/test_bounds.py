@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 
 import numpy
 import pytest
@@ -110,6 +111,58 @@ def test_the_host_hands_every_widget_to_be_compared():
         sockets = {i.id for i in node.define_schema().inputs} - names
         assert spec.varkw is None or not sockets, node_id
         assert sockets & set(spec.args) <= {"prompts", "report"}
+
+
+EVERY_SOCKET = [
+    (node_id, i.id)
+    for node_id, node in NODES.items()
+    for i in node.define_schema().inputs
+    if not isinstance(i, WIDGETS) or i.force_input
+]
+
+
+@pytest.mark.parametrize(("node_id", "name"), EVERY_SOCKET, ids=lambda word: word.removeprefix("AdaState"))
+def test_every_socket_takes_its_kind_alone(node_id, name):
+    """A prompt's JSON may hold anything where a link belongs, and the host compares the types of links alone."""
+    socket = next(i for i in NODES[node_id].define_schema().inputs if i.id == name)
+    text = socket.get_io_type() == "STRING"
+    odd = [
+        5,
+        0,
+        -0.0,
+        math.nan,
+        1e300,
+        10**400,
+        True,
+        {},
+        {"samples": 1},
+        {"a": []},
+        [1],
+        [[1, {}]],
+        (),
+        object(),
+        b"a",
+    ]
+    odd += [] if text else ["abc", "", "a" * 10**6, "\ud800"]
+    for value in odd:
+        if socket.get_io_type().startswith("CONDITIONING") and value == ():
+            continue  # of none at all the rollout says how many it takes
+        if "file" in defaults(node_id):
+            continue  # of a file that is not there its node says so first
+        reason = run_refusal(node_id, name, value)
+        assert reason.startswith(f"{name} is ") and len(reason) < 250 and "\n" not in reason, (value, reason)
+        assert "it must be" in reason and ": connect " in reason
+        reason.encode()
+    if not socket.optional and "file" not in defaults(node_id) and name != "clip":
+        assert re.match(r"\w+ is empty; it must be \w+ .*: connect ", run_refusal(node_id, name, None))
+
+
+@pytest.mark.parametrize(("node_id", "name"), EVERY_TEXT, ids=lambda word: word.removeprefix("AdaState"))
+def test_half_a_utf16_pair_is_refused(node_id, name):
+    reason = HostNode(node_id).validate(**(defaults(node_id) | {name: "a\ud83d b"}))
+    assert f"{name} has half a UTF-16 pair as its character 2" in reason
+    reason.encode()
+    assert run_refusal(node_id, name, "a\ud83d b") == reason
 
 
 def test_what_is_linked_passes_until_it_is_known():

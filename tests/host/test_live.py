@@ -6,6 +6,7 @@ import base64
 import io
 import threading
 import time
+from types import SimpleNamespace
 
 import comfy.ops
 import pytest
@@ -166,3 +167,25 @@ def test_an_interrupt_in_the_picture_of_a_hidden_state_is_not_lost():
     with pytest.raises(management.InterruptProcessingException):
         live.LiveRun(None).hidden_state(lambda: layer(torch.zeros(1, 2)))
     management.throw_exception_if_processing_interrupted()
+
+
+def test_the_list_of_pages_ends_somewhere_and_forgets_those_that_left(monkeypatch):
+    """A page that is open stays, whatever opens beside it; those that closed do not pile up."""
+    server = SimpleNamespace(sockets={"mine": object()}, client_id="mine")
+    monkeypatch.setattr(live, "prompt_server", lambda: server)
+    monkeypatch.setattr(live, "_pages", {})
+    live.page_opened("mine")
+    for number in range(5000):
+        live.page_opened(f"gone {number}")
+    assert len(live._pages) < 40
+    assert live.LiveRun(rerun.Place("p", "1")).has_page
+    live.page_opened("about to open its socket")
+    server.sockets["about to open its socket"] = object()
+    server.client_id = "about to open its socket"
+    assert live.LiveRun(rerun.Place("p", "1")).has_page
+    server.sockets |= {f"open {number}": object() for number in range(3 * live.MOST_PAGES)}
+    for name in server.sockets:
+        live.page_opened(name)
+    assert len(live._pages) <= live.MOST_PAGES
+    server.client_id = name
+    assert live.LiveRun(rerun.Place("p", "1")).has_page

@@ -112,18 +112,18 @@ def test_linked_inputs_pass_and_a_duration_shares(node, encoder):
 
 
 def test_a_chain_in_any_order(node):
-    at = node("AdaStatePromptAt")
-    first = at(positive="A", seconds=0.0, transition="cut").args[0]
-    third = at(positive="C", seconds=8.0, transition="soft", prompts=first, blend_chunks=2, blend="spherical").args[0]
-    whole = at(positive="B", seconds=2, transition="flush", prompts=third).args[0]
+    at, (a, b, c) = node("AdaStatePromptAt"), ([[torch.zeros(1, n, 8), {}]] for n in (1, 2, 3))
+    first = at(positive=a, seconds=0.0, transition="cut").args[0]
+    third = at(positive=c, seconds=8.0, transition="soft", prompts=first, blend_chunks=2, blend="spherical").args[0]
+    whole = at(positive=b, seconds=2, transition="flush", prompts=third).args[0]
     assert [(e.seconds, e.conditioning, e.transition) for e in whole.entries] == [
-        (0.0, "A", "cut"), (2.0, "B", "flush"), (8.0, "C", "soft"),
+        (0.0, a, "cut"), (2.0, b, "flush"), (8.0, c, "soft"),
     ]  # fmt: skip
     assert len(first.entries) == 1 and len(third.entries) == 2
     with pytest.raises(ValueError, match="there is a prompt at 8s already"):
-        at(positive="D", seconds=8.0, transition="cut", prompts=whole)
+        at(positive=b, seconds=8.0, transition="cut", prompts=whole)
     with pytest.raises(ValueError, match="seconds is 3 and prompts is not connected"):
-        at(positive="A", seconds=3.0, transition="cut")
+        at(positive=a, seconds=3.0, transition="cut")
 
 
 def test_a_chain_has_to_begin_at_zero(node):
