@@ -20,9 +20,10 @@ from .host.checkpoints import (
     checkpoint_path,
     file_fingerprint,
     load_causal,
-    with_lora,
+    notes_of,
     with_preset,
 )
+from .host.loras import with_lora
 from .host.node import Node
 from .inspection import inspect_file, plan_text
 from .job import check_size
@@ -53,6 +54,11 @@ def _check_file(file: str | None, kind: str = KIND) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _told(notes: list[str]) -> Any:
+    """What a loader shows on its node, or nothing."""
+    return ui.PreviewText("\n".join(notes)) if notes else None
 
 
 class LoadModelNode(Node):
@@ -95,7 +101,8 @@ class LoadModelNode(Node):
 
     @classmethod
     def execute(cls, file: str, weight_dtype: str, preset: str = "auto") -> io.NodeOutput:
-        return io.NodeOutput(load_causal(file, weight_dtype, preset))
+        model = load_causal(file, weight_dtype, preset)
+        return io.NodeOutput(model, ui=_told(notes_of(model)))
 
 
 class LoadLoraNode(Node):
@@ -140,7 +147,8 @@ class LoadLoraNode(Node):
 
     @classmethod
     def execute(cls, model: Any, file: str, strength: float = 1.0) -> io.NodeOutput:
-        return io.NodeOutput(with_lora(model, file, strength))
+        changed, notes = with_lora(model, file, strength)
+        return io.NodeOutput(changed, ui=_told(notes))
 
 
 class ModelPresetNode(Node):
