@@ -266,6 +266,9 @@ def _choose(entries: Mapping[str, Any], parts: Sequence[str]) -> tuple[str, dict
         if mine and any(plain_name(n).startswith(_OF_BLOCKS) for n in mine):
             others = dict.fromkeys(shown_name(n.partition(".")[0]) for n in entries if not n.startswith(f"{part}."))
             plain, twice = _by_plain_name(mine)
+            again = next((n for n in entries if n.startswith(_OF_BLOCKS) and n in plain), "")
+            if again and not twice:
+                twice = f"{shown_name(again)} twice, as it is and under {part}."
             return part, plain, tuple(others), twice
     plain, twice = _by_plain_name(entries)
     return "", plain, (), twice
