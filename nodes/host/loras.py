@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import comfy.lora
@@ -48,10 +49,7 @@ def with_lora(patcher: Any, file: str, strength: float) -> tuple[Any, list[str]]
     lora.check({name: tuple(shape) for name, shape in weights.items()})
     held = _Read(lora.tensors())
     names = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    try:
-        patches = comfy.lora.load_lora(held, names, log_missing=False)
-    except Exception as error:  # a part that is missing shows in whatever the host does with None
-        raise ValueError(f"{file} does not fit together: the host cannot make an update of its weights") from error
+    patches = _patches(file, held, names)
     for target, patch in patches.items():
         name = _key(target)
         _check_fits(file, name, patch, weights.get(name.removeprefix(HOSTS_PREFIX)))
@@ -68,6 +66,19 @@ def with_lora(patcher: Any, file: str, strength: float) -> tuple[Any, list[str]]
     for note in notes:
         log.warning(note)
     return clone, notes
+
+
+def _patches(file: str, held: _Read, names: dict[str, Any]) -> dict[Any, Any]:
+    """The host's patches of these weights; ValueError naming the module of which a part is missing."""
+    try:
+        return comfy.lora.load_lora(held, names, log_missing=False)
+    except Exception as error:  # a part that is missing shows in whatever the host does without it
+        for name, target in names.items():
+            try:
+                comfy.lora.load_lora(held, {name: target}, log_missing=False)
+            except Exception:  # noqa: BLE001
+                raise ValueError(f"{file} is incomplete: parts of {shown_name(name)} are missing") from error
+        raise
 
 
 def _key(target: Any) -> str:
@@ -91,7 +102,8 @@ def _check_fits(file: str, target: str, patch: Any, shape: torch.Size | None) ->
         reached.append(update.shape)
         return update
 
-    patch.calculate_weight(bare, target, 1.0, 1.0, None, function)
+    with suppress(Exception):  # the host catches some of what does not fit, not all
+        patch.calculate_weight(bare, target, 1.0, 1.0, None, function)
     if reached != [bare.shape]:
         raise ValueError(
             f"{file} is a LoRA of another model: {target.removeprefix(HOSTS_PREFIX)} is {list(shape)} here and its update "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 
 import comfy.lora
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import HostNode
 from safetensors.torch import save_file
-from test_models import AUTO, loras, report_of  # noqa: F401
+from test_models import AUTO, loras, models, report_of  # noqa: F401
 
 WIDTH, HIDDEN, STRENGTH = 128, 64, 0.7
 MODULES = {
@@ -261,7 +262,13 @@ REFUSED = {
     "loha": (loha(WIDTH, 64), r"\[128, 128\] here and its update \(loha\) has another size"),
     "lokr": ({"lokr_w1": numbers(8, 8), "lokr_w2": numbers(8, 16)}, r"its update \(lokr\) has another size"),
     "oft": ({"oft_blocks": numbers(5, 16, 16)}, r"its update \(oft\) has another size"),
-    "half a loha": ({"hada_w1_a": numbers(WIDTH, 4)}, "does not fit together|any of them"),
+    "half a loha": ({"hada_w1_a": numbers(WIDTH, 4)}, "is incomplete: parts of .*blocks.0.self_attn.q are missing"),
+    "half a lokr": ({"lokr_w1": numbers(8, 8)}, r"its update \(lokr\) has another size"),
+    "a flat loha": (loha(WIDTH, WIDTH) | {"hada_w2_b": numbers(WIDTH)}, r"its update \(loha\) has another size"),
+    "a flat lokr": (
+        {"lokr_w1": numbers(8, 8), "lokr_w2_a": numbers(16), "lokr_w2_b": numbers(2, 16)},
+        r"its update \(lokr\) has another size",
+    ),
     "alphas": (pair(WIDTH, WIDTH) | {"alpha": numbers(3)}, "alpha of blocks.0.self_attn.q is no single number"),
     "only unknown": ({"dora_scale": numbers(WIDTH, 1)}, "holds 1 weights and the host has no use for any of them"),
 }
@@ -284,3 +291,60 @@ def test_a_text_encoders_lora_and_an_adapter_with_two_sets_are_refused(loras, mo
     put(loras, two)
     with pytest.raises(ValueError, match="a.safetensors holds blocks.0.* twice, as .*default.* and as .*second"):
         ours(model, "a.safetensors")
+
+
+ODD_PARTS = (
+    "lora_A.weight", "diff", "x", "alpha", "dora_scale", "hada_w1_a", "lokr_w1", "oft_blocks", "a1.weight", "w_norm", "b_norm",
+    "set_weight", "reshape_weight", "lora_mid.weight",
+)  # fmt: skip
+ODD_NAMES = (
+    "vace_patch_embedding.weight",
+    "img_emb.emb_pos",
+    "scaled_fp8",
+    "ref_conv.weight",
+    "blocks.x.y",
+    "lora_te_a.alpha",
+)
+
+
+def odd(generator, weights):
+    """A whole file in which some weights are gone, of another shape or kind, or have companions that make no sense."""
+    weights = dict(weights)
+    for _ in range(generator.randint(1, 4)):
+        name, how = generator.choice(list(weights)), generator.randrange(7)
+        value, shape = weights[name], generator.choice([(1,), (3, 3), (2, 4, 4), (1, 2, 3, 4), ()])
+        if how == 0:
+            del weights[name]
+        elif how == 5:
+            weights[f"{name.rpartition('.')[0]}.{generator.choice(ODD_PARTS)}"] = torch.ones(shape)
+        elif how == 6:
+            weights[generator.choice(ODD_NAMES)] = torch.ones(shape)
+        else:
+            weights[name] = (value.flatten(), value.flatten()[:1], torch.zeros(()), value.to(torch.int32))[how - 1]
+    return {name: value.clone() for name, value in weights.items()}
+
+
+def test_odd_files_are_used_or_refused_in_one_sentence(loras, models, model, wan_state):  # noqa: F811
+    """Through the two nodes on the host itself; what is used is also merged, so that nothing fails later."""
+    generator, refused = random.Random(11), 0
+    lora = content("pair and diff_b", NAMES["dots"]) | {"lora_unet_blocks_0_norm3.diff": numbers(WIDTH)}
+    for module, parts in (
+        ("blocks_1_cross_attn_v", loha(WIDTH, WIDTH)),
+        ("blocks_1_cross_attn_q", KINDS["lokr"](WIDTH, WIDTH)),
+    ):
+        lora |= {f"lora_unet_{module}.{part}": value for part, value in parts.items()}
+    for index in range(100):
+        suffix = ("safetensors", "pt")[index % 3 == 0]
+        try:
+            if index % 5:
+                merged(ours(model, put(loras, odd(generator, lora), f"odd.{suffix}")).args[0])
+            else:
+                HostNode("AdaStateLoadModel")(
+                    file=put(models, odd(generator, wan_state), f"odd.{suffix}"), weight_dtype="default"
+                )
+        except ValueError as error:
+            refused += 1
+            text = str(error)
+            assert text.startswith(f"odd.{suffix} ") and "\n" not in text and len(text) < 500, text
+            assert not re.search(r"NoneType|must be 2D|invalid for input|/odd|KeyError", text), text
+    assert 50 < refused < 100
