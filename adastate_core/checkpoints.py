@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .file_kind import TORCH_SUFFIXES, CheckpointError, check_kind, shown_name, unreadable
-from .wan_weights import IS_A_LORA, WanGeometry, counted, geometry_of, unused_weights
+from .wan_weights import IS_A_LORA, WanGeometry, check_scales, counted, geometry_of, unused_weights
 
 PARTS = ("generator_ema", "ema", "generator", "model_ema", "model", "state_dict")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "base_model.model.", "model.", "module.")
@@ -65,6 +65,7 @@ class Checkpoint:
     def geometry(self) -> WanGeometry:
         """Its sizes; ValueError, naming the file, if it is not a whole Wan 2.1 text-to-video transformer."""
         geometry = geometry_of(self.shapes, self.path.name)
+        check_scales(self.shapes, self.metadata, self.path.name)
         if self.twice:
             raise CheckpointError(f"{self.path.name} holds {self.twice}, and nothing says which of them is meant")
         return geometry
@@ -206,6 +207,14 @@ def _as_tensor(name: str, value: Any) -> torch.Tensor | None:
     return None
 
 
+def _is_told(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or _is_container(value)
+
+
+def _beside(name: Any, value: Any) -> str:
+    return f"{shown_name(name)} {value}" if isinstance(value, (int, float)) else shown_name(name)
+
+
 def _is_container(value: Any) -> bool:
     return isinstance(value, (Mapping, list, tuple)) and len(value) > 0
 
@@ -229,9 +238,7 @@ def _inside(content: Any, parts: Sequence[str], file: str) -> tuple[str, Mapping
         if not inner:
             raise CheckpointError(f"{file} holds no weights; {_WANTED}")
         part = max(inner, key=ranks.__getitem__)  # of equals the first
-        beside += [
-            shown_name(n) for n, v in content.items() if n != part and (isinstance(v, torch.Tensor) or _is_container(v))
-        ]
+        beside += [_beside(n, v) for n, v in content.items() if n != part and (_is_told(v) or "alpha" in str(n))]
         content = content[part]
     raise CheckpointError(f"{file} holds no weights, only models inside models; {_WANTED}")
 

@@ -7,8 +7,10 @@ Every weight of a file goes to the host: peft's pairs, kohya's names (`lora_unet
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -115,9 +117,34 @@ class LoraFile:
             for part, name in parts.items():
                 yield hosts_name(module, part), held[name]
 
+    def unread_scale(self) -> str:
+        """What the file says of its scale in a place where the host does not look, or nothing: "alpha 32 for rank 16"."""
+        if any("alpha" in parts for parts in self.modules.values()) or not self.ranks:
+            return ""
+        said = [each for each in self.checkpoint.beside if re.fullmatch(r"\w*alpha\w* [\d.]{1,12}", each)]
+        said += [f"alpha {float(n):g}" for n in _numbers_of(self.checkpoint.metadata, "lora_alpha") if 0 < n < 1e6]
+        ranks = {float(rank) for rank in self.ranks}
+        return next((each for each in said if {float(each.split()[-1])} != ranks), "")
+
     def doubled(self) -> list[str]:
         """The modules with more than one update of the same weight."""
         return [m for m, parts in self.modules.items() if sum(any(p in parts for p in one) for one in _UPDATES) > 1]
+
+
+def _numbers_of(metadata: Mapping[str, str], key: str) -> list[float]:
+    """The numbers under names that end in `key` in peft's or kohya's metadata of a file."""
+    found: dict[str, object] = {"lora_alpha": metadata.get("ss_network_alpha")}
+    try:
+        inner = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):
+        inner = {}
+    found |= inner if isinstance(inner, dict) else {}
+    numbers = []
+    for name, value in found.items():
+        if name.endswith(key) and isinstance(value, (int, float, str)) and re.fullmatch(r"[\d.]{1,12}", str(value)):
+            with suppress(ValueError):
+                numbers.append(float(value))
+    return numbers
 
 
 def hosts_name(module: str, part: str) -> str:

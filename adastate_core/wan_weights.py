@@ -36,6 +36,8 @@ _QUANTISED = (
     "comfy_quant",
     "pre_quant_scale",
 )
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_2")
+QUANTIZATION_KEY = "_quantization_metadata"
 _MARKS = ("scaled_fp8",)
 
 
@@ -144,6 +146,19 @@ def check_family(shapes: Mapping[str, tuple[int, ...]], file: str) -> None:
     if not whole and (part := re.search(r"-(\d{5})-of-(\d{5})\.", file)):
         raise CheckpointError(
             f"{file} is part {int(part[1])} of {int(part[2])} of a model: join the parts to one file, or take the model as one file"
+        )
+
+
+def check_scales(names: Iterable[str], metadata: Mapping[str, str], file: str) -> None:
+    """CheckpointError for scales of quantised weights without the mark that makes the host use them: it would drop them."""
+    names = list(names)
+    scales = [name for name in names if name.rpartition(".")[2] in _SCALES]
+    marked = QUANTIZATION_KEY in metadata or any(name in _MARKS or name.endswith(".comfy_quant") for name in names)
+    if scales and not marked:
+        raise CheckpointError(
+            f"{file} holds {len(scales)} scales of quantised weights (such as {shown_name(scales[0])}) without the mark "
+            "(scaled_fp8) by which the host knows them, and would run without them: take the file in bf16 "
+            "or in ComfyUI's own fp8 layout"
         )
 
 

@@ -112,7 +112,8 @@ class LoadLoraNode(Node):
             node_id="AdaStateLoadLora",
             display_name="Load Causal LoRA",
             category=CATEGORY,
-            description="Puts a causal model's LoRA onto it, in the trainers' own layout too (LongLive's lora.pt).",
+            description="Puts a causal model's LoRA onto it, in the trainers' own layout too (LongLive's lora.pt); what of the "
+            "file is left out is said.",
             search_aliases=["longlive lora", "peft", "lora.pt"],
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model from any loader."),
@@ -120,8 +121,8 @@ class LoadLoraNode(Node):
                     io.Combo,
                     "file",
                     options=checkpoint_files(LORAS) or [""],
-                    tooltip="A LoRA in models/loras with Wan's module names: safetensors, or a trainer's .pt, which is read "
-                    "without running any code in it.",
+                    tooltip="A LoRA in models/loras with Wan's module names or kohya's: safetensors, or a trainer's .pt, which is "
+                    "read without running any code in it.",
                 ),
                 widget(
                     io.Float,

@@ -18,12 +18,12 @@ import torch
 from ...adastate_core.checkpoints import Checkpoint, open_checkpoint, own_metadata
 from ...adastate_core.presets import preset as named_preset
 from ...adastate_core.presets import recognised
+from ...adastate_core.wan_weights import QUANTIZATION_KEY
 from .checks import NOTES_KEY, check_model
 from .model import fingerprint
 
 log = logging.getLogger("adastate")
 DEFAULTS_KEY = "adastate_defaults"
-QUANTIZATION_KEY = "_quantization_metadata"
 KIND, LORAS = "diffusion_models", "loras"
 _WANTED = {KIND: "causal Wan 2.1 checkpoint", LORAS: "LoRA"}
 # what the host's own loader offers, by its words

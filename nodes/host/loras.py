@@ -140,4 +140,10 @@ def _notes(file: str, lora: LoraFile, held: _Read, known: dict[str, str], patche
             f"{file} holds more than one update of {len(doubled)} of its modules, such as {shown_name(doubled[0])}; the host uses "
             "the last of them"
         )
+    if scale := lora.unread_scale():
+        ranks = ", ".join(map(str, lora.ranks))
+        notes.append(
+            f"{file} says {scale} for rank {ranks} where the host does not look for it, so the update has the scale 1: if its "
+            "trainer divides alpha by the rank, give the quotient as strength"
+        )
     return notes

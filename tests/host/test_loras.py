@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 
@@ -348,3 +349,29 @@ def test_odd_files_are_used_or_refused_in_one_sentence(loras, models, model, wan
             assert text.startswith(f"odd.{suffix} ") and "\n" not in text and len(text) < 500, text
             assert not re.search(r"NoneType|must be 2D|invalid for input|/odd|KeyError", text), text
     assert 50 < refused < 100
+
+
+def test_a_scale_where_the_host_does_not_look_is_said(loras, model):  # noqa: F811
+    weights = content("peft", lambda module: f"transformer.{module}")
+    words = "for rank 4 where the host does not look for it, so the update has the scale 1"
+
+    def told(file):
+        ui = ours(model, file).ui
+        return ui.as_dict()["text"][0] if ui else ""
+
+    for metadata in (
+        {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})},
+        {"ss_network_alpha": "8.0"},
+    ):
+        save_file(weights, loras / "meta.safetensors", metadata=metadata)
+        folder_paths.filename_list_cache.clear()
+        assert f"says alpha 8 {words}" in told("meta.safetensors")
+    assert f"says lora_alpha 8 {words}" in told(put(loras, {"generator_lora": weights, "lora_alpha": 8}, "a.pt"))
+    assert told(put(loras, {"generator_lora": weights, "lora_alpha": 4, "step": 9}, "b.pt")) == ""
+    for metadata in (
+        {"lora_adapter_metadata": "[" * 9999},
+        {"lora_adapter_metadata": "[1]", "ss_network_alpha": "None"},
+    ):
+        save_file(weights, loras / "odd.safetensors", metadata=metadata)
+        folder_paths.filename_list_cache.clear()
+        assert told("odd.safetensors") == ""

@@ -527,3 +527,31 @@ def test_what_the_host_raises_at_a_file_is_one_sentence(models, wan_state, monke
         ) as error:
             load(file)
         assert "tuple" not in str(error.value) and "NoneType" not in str(error.value)
+
+
+def test_scales_that_the_host_would_drop_are_refused(models, wan_state):
+    fp8 = {
+        name: value.to(torch.float8_e4m3fn) if name.endswith("ffn.0.weight") else value
+        for name, value in wan_state.items()
+    }
+    fp8 |= {f"blocks.{i}.ffn.0.scale_weight": torch.tensor(2.0) for i in (0, 1)}
+    file = written(models, "a.safetensors", fp8)
+    for read in (load, lambda file: HostNode("AdaStateInspectCheckpoint")(file=file)):
+        with pytest.raises(
+            ValueError, match=r"a.safetensors holds 2 scales of quantised weights \(such as .*without the mark"
+        ):
+            read(file)
+    out = HostNode("AdaStateLoadModel")(
+        file=written(models, "b.safetensors", fp8 | {"scaled_fp8": torch.tensor([], dtype=torch.float8_e4m3fn)}),
+        weight_dtype="default",
+    )
+    assert out.ui is None
+
+
+def test_settings_of_a_file_that_make_no_sense_are_said(models, wan_state, rollout):
+    own = {"steps": 0, "preset": "longlife", "state_frames": 99, "window_frames": 4}
+    file = written(models, "x.safetensors", wan_state, {"adastate": json.dumps(own)})
+    report = report_of(rollout(model=load(file), length=5, **AUTO))
+    words = "the checkpoint's own settings say steps 0, preset 'longlife', state_frames 99, which makes no sense here"
+    assert [each.startswith(words) for each in report["warnings"]] == [True]
+    assert words in HostNode("AdaStateInspectCheckpoint")(file=file).args[0]
