@@ -123,9 +123,9 @@ def load_causal(file: str, weight_dtype: str, asked: str) -> Any:
             error, (torch.OutOfMemoryError, MemoryError, comfy.model_management.InterruptProcessingException)
         ):
             raise
-        raise ValueError(
-            f"{file} is laid out like a Wan transformer but the host cannot load it ({type(error).__name__}, see its log)"
-        ) from error
+        # a RuntimeError names the weight; the others speak of the host's code
+        reason = " ".join(str(error).split())[:300] if isinstance(error, RuntimeError) else "see the log for why"
+        raise ValueError(f"{file} is laid out like a Wan transformer but the host cannot load it: {reason}") from error
     if patcher is None:
         raise ValueError(
             f"{file} is laid out like a Wan transformer but the host does not recognise it; update ComfyUI"
