@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,22 +18,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .file_kind import TORCH_SUFFIXES, CheckpointError, check_kind, shown_name, unreadable
+from .wan_weights import IS_A_LORA, WanGeometry, check_scales, counted, geometry_of, unused_weights
+
 PARTS = ("generator_ema", "ema", "generator", "model_ema", "model", "state_dict")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "base_model.model.", "model.", "module.")
 INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-HEAD_CHANNELS = 128
-TIME_CHANNELS = 256
-PATCH = 2
-OUT_CHANNELS = 16
 MOST_NESTED = 8
 LORA_PART = "generator_lora"
-IS_A_LORA = "is a LoRA and no model: load the model that it belongs to, and put Load Causal LoRA behind it"
+_WANTED = f"a checkpoint has {', '.join(PARTS[:3])} or plain weights"
+_OF_BLOCKS = ("blocks.", "lora_unet_")
+_MOST_AXES = 64  # as torch itself has it
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
-
-
-class CheckpointError(ValueError):
-    """A file that is no checkpoint, in one sentence that names it."""
 
 
 def plain_name(name: str) -> str:
@@ -51,25 +46,11 @@ def plain_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class WanGeometry:
-    """The sizes of a Wan transformer: `width`, `feed_forward`, `layers`, `heads`, latent channels in, text channels."""
-
-    width: int
-    feed_forward: int
-    layers: int
-    heads: int
-    in_channels: int
-    text_channels: int
-
-    @property
-    def parameters(self) -> str:
-        """What people call it."""
-        return {1536: "1.3B", 5120: "14B"}.get(self.width, f"width {self.width}")
-
-
-@dataclass(frozen=True)
 class Checkpoint:
-    """A file that has been looked into: shapes and dtypes by plain name, its metadata, and how to read one tensor."""
+    """A file that has been looked into: shapes and dtypes by plain name, its metadata, and how to read one tensor.
+
+    `beside` names what the file holds besides the model that was taken; `twice` a weight that it has under two names.
+    """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
@@ -77,15 +58,36 @@ class Checkpoint:
     metadata: Mapping[str, str]
     part: str
     _read: Callable[[str], torch.Tensor] = field(repr=False)
+    beside: tuple[str, ...] = ()
+    twice: str = ""
 
     @property
     def geometry(self) -> WanGeometry:
         """Its sizes; ValueError, naming the file, if it is not a whole Wan 2.1 text-to-video transformer."""
-        return geometry_of(self.shapes, self.path.name)
+        geometry = geometry_of(self.shapes, self.path.name)
+        check_scales(self.shapes, self.metadata, self.path.name)
+        if self.twice:
+            raise CheckpointError(f"{self.path.name} holds {self.twice}, and nothing says which of them is meant")
+        return geometry
+
+    def unused(self) -> str:
+        """A sentence that counts the weights which have no place in the model, or nothing. ValueError as of `geometry`."""
+        rest = unused_weights(self.shapes, self.geometry)
+        if not rest:
+            return ""
+        are = "weight that" if len(rest) == 1 else "weights that"
+        return (
+            f"{self.path.name} holds {len(rest)} {are} a Wan 2.1 text-to-video model has no place for and that a rollout does "
+            f"without: {counted(rest)}"
+        )
 
     @property
     def nbytes(self) -> int:
         return sum(torch.Size(shape).numel() * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One weight by its plain name. CheckpointError where the file cannot be read any more."""
+        return self._read(name)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """One weight after the other: a second copy of the whole never exists."""
@@ -97,6 +99,7 @@ def open_checkpoint(path: Path | str, parts: Sequence[str] = PARTS) -> Checkpoin
     """Look into a file; of the models in it the first of `parts`. CheckpointError for what cannot be read safely."""
     path = Path(path)
     try:
+        check_kind(path)
         if path.suffix.lower() in TORCH_SUFFIXES:
             return _open_torch(path, parts)
         return _open_safetensors(path, parts)
@@ -107,16 +110,19 @@ def open_checkpoint(path: Path | str, parts: Sequence[str] = PARTS) -> Checkpoin
             f"{path.name} is a pickle with more than tensors in it and was not read; convert it to safetensors where you trust it"
         ) from error
     except Exception as error:  # what a damaged pickle raises has no bounds
-        raise CheckpointError(f"{path.name} cannot be read as a checkpoint: {_first_line(error)}") from error
+        raise unreadable(path, _plain_reason(error)) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _plain_reason(error: Exception) -> str:
+    """Why a file could not be read, without the words and paths of the library that tried."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
+    return f"it is damaged ({type(error).__name__}); download it again"
 
 
 def _open_safetensors(path: Path, parts: Sequence[str]) -> Checkpoint:
     metadata, entries = _header(path)
-    part, chosen = _choose({name: name for name in entries}, parts)
+    part, chosen, beside, twice = _choose({name: name for name in entries}, parts)
     shapes = {plain: entries[name][1] for plain, name in chosen.items()}
     dtypes = {plain: entries[name][0] for plain, name in chosen.items()}
     opened: list[Any] = []
@@ -127,9 +133,9 @@ def _open_safetensors(path: Path, parts: Sequence[str]) -> Checkpoint:
                 opened.append(safe_open(path, framework="pt", device="cpu"))
             return opened[0].get_tensor(chosen[name])
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: {_first_line(error)}") from error
+            raise unreadable(path, _plain_reason(error)) from error
 
-    return Checkpoint(path, shapes, dtypes, metadata, part, read)
+    return Checkpoint(path, shapes, dtypes, metadata, part, read, beside, twice)
 
 
 def _header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
@@ -138,61 +144,116 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, tu
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(LONGEST_HEADER, size - 8):
-            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: it is cut short or no safetensors file")
+            raise unreadable(path, "it is cut short or no safetensors file; download it again")
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: its header is not JSON") from error
+            raise unreadable(path, "its header is not JSON; download it again") from error
+    if not isinstance(header, dict):
+        raise unreadable(path, "its header names no weights; download it again")
     metadata = header.pop("__metadata__", None)
     metadata = {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
     entries, end = {}, 0
     for name, entry in header.items():
-        shape, (begin, last) = tuple(entry["shape"]), entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(f"{path.name} holds {name} in a number format that is not known here")
-        dtype = _DTYPES[entry["dtype"]]
-        if (
-            any(type(n) is not int or n < 0 for n in (*shape, begin, last))
-            or math.prod(shape) * dtype.itemsize != last - begin
-        ):
-            raise CheckpointError(f"{path.name} cannot be read as a checkpoint: {name} has another size than its shape")
+        dtype, shape, begin, last = _entry(path, name, entry)
         entries[name], end = (dtype, shape), end + last - begin
     if end != size - 8 - length:
-        raise CheckpointError(
-            f"{path.name} cannot be read as a checkpoint: it has {size - 8 - length} bytes of weights and should have {end}"
-        )
+        raise unreadable(path, f"it has {size - 8 - length} bytes of weights and should have {end}; download it again")
     return metadata, entries
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, byte after the last) of one weight in a header; CheckpointError where they contradict."""
+    entry = entry if isinstance(entry, dict) else {}
+    shape, offsets, format_name = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise unreadable(path, f"its header does not say where {shown_name(name)} lies; download it again")
+    if not isinstance(format_name, str) or format_name not in _DTYPES:
+        raise CheckpointError(
+            f"{path.name} holds {shown_name(name)} in a number format that is not known here ({shown_name(format_name)}); take the "
+            "file in bf16, fp16, fp32 or fp8"
+        )
+    dtype, (begin, last) = _DTYPES[format_name], offsets
+    numbers = (*shape[:_MOST_AXES], begin, last)
+    sound = len(shape) <= _MOST_AXES and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+    if not sound or math.prod(shape) * dtype.itemsize != last - begin:
+        raise unreadable(path, f"{shown_name(name)} has another size than its shape; download it again")
+    return dtype, tuple(shape), begin, last
 
 
 def _open_torch(path: Path, parts: Sequence[str]) -> Checkpoint:
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    part = ""
-    for _ in range(MOST_NESTED):
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path.name} holds a {type(content).__name__} and not named weights")
-        if any(isinstance(value, torch.Tensor) for value in content.values()):
-            break
-        inner = next((name for name in parts if isinstance(content.get(name), dict)), None)
-        if inner is None and LORA_PART in content:
-            raise CheckpointError(f"{path.name} {IS_A_LORA}")
-        if inner is None:
-            raise CheckpointError(
-                f"{path.name} holds no weights; a checkpoint has {', '.join(parts[:3])} or plain weights"
-            )
-        part, content = inner, content[inner]
-    else:
-        raise CheckpointError(f"{path.name} holds no weights, only models inside models")
-    flat = {
-        name: value.detach()
-        for name, value in content.items()
-        if isinstance(value, torch.Tensor) and isinstance(name, str)
-    }
+    part, content, beside = _inside(content, parts, path.name)
+    flat = {name: _as_tensor(name, value) for name, value in content.items() if isinstance(name, str)}
+    beside += [shown_name(name) for name, value in content.items() if _is_container(value)]
+    flat = {name: value.detach() for name, value in flat.items() if value is not None}
     if odd := next((name for name, value in flat.items() if not _is_whole(value)), None):
-        raise CheckpointError(f"{path.name} holds {odd} as something else than a plain tensor with all its numbers")
-    inner, chosen = _choose(flat, parts)
+        raise CheckpointError(
+            f"{path.name} holds {shown_name(odd)} as something else than a plain tensor with all its numbers; save it as "
+            "safetensors"
+        )
+    inner, chosen, more, twice = _choose(flat, parts)
     shapes = {name: tuple(t.shape) for name, t in chosen.items()}
     dtypes = {name: t.dtype for name, t in chosen.items()}
-    return Checkpoint(path, shapes, dtypes, {}, part or inner, lambda name: chosen[name])
+    return Checkpoint(path, shapes, dtypes, {}, part or inner, lambda name: chosen[name], (*beside, *more), twice)
+
+
+def _as_tensor(name: str, value: Any) -> torch.Tensor | None:
+    """A weight of a torch file; a LoRA's alpha, which some trainers save as a plain number, too. None for anything else."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if name.endswith(".alpha") and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.tensor(float(value))
+    return None
+
+
+def _is_told(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or _is_container(value)
+
+
+def _beside(name: Any, value: Any) -> str:
+    return f"{shown_name(name)} {value}" if isinstance(value, (int, float)) else shown_name(name)
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (Mapping, list, tuple)) and len(value) > 0
+
+
+def _inside(content: Any, parts: Sequence[str], file: str) -> tuple[str, Mapping[Any, Any], list[str]]:
+    """(the part taken, its named weights, the names of what lies beside) of a torch file's models inside models.
+
+    Of `parts` the first one that holds a model's weights; one that is empty, or holds an optimizer's numbers, hides none.
+    """
+    part, beside = "", []
+    for _ in range(MOST_NESTED):
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{file} holds a {type(content).__name__} and not named weights; {_WANTED}")
+        inner = [name for name in parts if isinstance(content.get(name), Mapping) and content[name]]
+        here = _best(content, (), 1)
+        ranks = {name: _best(content[name], parts, MOST_NESTED) for name in inner}
+        if here and here >= max(ranks.values(), default=0):
+            return part, content, beside
+        if not inner and LORA_PART in content:
+            raise CheckpointError(f"{file} {IS_A_LORA}")
+        if not inner:
+            raise CheckpointError(f"{file} holds no weights; {_WANTED}")
+        part = max(inner, key=ranks.__getitem__)  # of equals the first
+        beside += [_beside(n, v) for n, v in content.items() if n != part and (_is_told(v) or "alpha" in str(n))]
+        content = content[part]
+    raise CheckpointError(f"{file} holds no weights, only models inside models; {_WANTED}")
+
+
+def _best(content: Mapping[Any, Any], parts: Sequence[str], depth: int, seen: frozenset[int] = frozenset()) -> int:
+    """2 where there are weights of blocks, 1 where there are any tensors, else 0; the best of `parts` counts too."""
+    names = [str(name) for name, value in content.items() if isinstance(value, torch.Tensor)]
+    here = 2 if any("blocks." in name or "_blocks_" in name for name in names) else min(1, len(names))
+    if here == 2 or depth <= 1:
+        return here
+    inner = [
+        content[name] for name in parts if isinstance(content.get(name), Mapping) and id(content[name]) not in seen
+    ]
+    seen = seen | {id(content), *map(id, inner)}
+    return max([here, *(_best(each, parts, depth - 1, seen) for each in inner)])
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
@@ -202,73 +263,35 @@ def _is_whole(tensor: torch.Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
-def _choose(entries: Mapping[str, Any], parts: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """(the model taken, its entries by plain name) from flat names, which may hold several models."""
+def _choose(entries: Mapping[str, Any], parts: Sequence[str]) -> tuple[str, dict[str, Any], tuple[str, ...], str]:
+    """(the model taken, its entries by plain name, what lies beside, a weight that is there twice) from flat names.
+
+    The names may hold several models.
+    """
     for part in parts:
         mine = {n.removeprefix(f"{part}."): v for n, v in entries.items() if n.startswith(f"{part}.")}
-        if mine and any(plain_name(n).startswith("blocks.") for n in mine):
-            return part, {plain_name(n): v for n, v in mine.items()}
-    return "", {plain_name(n): v for n, v in entries.items()}
+        if mine and any(plain_name(n).startswith(_OF_BLOCKS) for n in mine):
+            others = dict.fromkeys(shown_name(n.partition(".")[0]) for n in entries if not n.startswith(f"{part}."))
+            plain, twice = _by_plain_name(mine)
+            again = next((n for n in entries if n.startswith(_OF_BLOCKS) and n in plain), "")
+            if again and not twice:
+                twice = f"{shown_name(again)} twice, as it is and under {part}."
+            return part, plain, tuple(others), twice
+    plain, twice = _by_plain_name(entries)
+    return "", plain, (), twice
 
 
-def geometry_of(shapes: Mapping[str, tuple[int, ...]], file: str = "the file") -> WanGeometry:
-    """Sizes from the weights' shapes; CheckpointError for what is missing or does not fit together."""
-    if any(".lora_" in name for name in shapes):
-        raise CheckpointError(f"{file} {IS_A_LORA}")
-    needed = ("patch_embedding.weight", "text_embedding.0.weight", "head.head.weight", "blocks.0.ffn.0.weight")
-    if absent := [name for name in needed if name not in shapes]:
-        raise CheckpointError(f"{file} is not a Wan transformer: it has no {absent[0]}")
-    ranks = {"patch_embedding.weight": 5} | dict.fromkeys(needed[1:], 2)
-    if odd := next((name for name, rank in ranks.items() if len(shapes[name]) != rank or 0 in shapes[name]), None):
-        raise CheckpointError(f"{file} is not a Wan transformer: its {odd} is {list(shapes[odd])}")
-    numbers = sorted({int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d{1,4})\.", name))})
-    if numbers != list(range(len(numbers))):
-        gap = next(i for i, number in enumerate([*numbers, -1]) if number != i)
-        raise CheckpointError(
-            f"{file} is incomplete: it has {len(numbers)} layers up to {numbers[-1]}, and layer {gap} is missing"
-        )
-    width, in_channels = shapes["patch_embedding.weight"][:2]
-    if width % HEAD_CHANNELS:
-        raise CheckpointError(
-            f"{file} has a width of {width}, which is not a whole number of Wan's heads of {HEAD_CHANNELS}"
-        )
-    feed_forward, text = shapes["blocks.0.ffn.0.weight"][0], shapes["text_embedding.0.weight"][1]
-    geometry = WanGeometry(width, feed_forward, len(numbers), width // HEAD_CHANNELS, in_channels, text)
-    for name, shape in _expected(geometry):
-        if name not in shapes:
-            raise CheckpointError(f"{file} does not fit together: {name} is missing")
-        if shapes[name] != shape:
-            raise CheckpointError(
-                f"{file} does not fit together: {name} is {list(shapes[name])} and should be {list(shape)}"
-            )
-    return geometry
-
-
-def _expected(geometry: WanGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every weight of a Wan 2.1 text-to-video transformer of these sizes, with its shape."""
-    width, feed_forward = geometry.width, geometry.feed_forward
-    linear = {
-        "text_embedding.0": (width, geometry.text_channels),
-        "text_embedding.2": (width, width),
-        "time_embedding.0": (width, TIME_CHANNELS),
-        "time_embedding.2": (width, width),
-        "time_projection.1": (6 * width, width),
-        "head.head": (PATCH * PATCH * OUT_CHANNELS, width),
-        "patch_embedding": (width, geometry.in_channels, 1, PATCH, PATCH),
-    }
-    yield "head.modulation", (1, 2, width)
-    for i in range(geometry.layers):
-        yield f"blocks.{i}.modulation", (1, 6, width)
-        yield f"blocks.{i}.norm3.weight", (width,)
-        yield f"blocks.{i}.norm3.bias", (width,)
-        for kind in ("self_attn", "cross_attn"):
-            linear |= {f"blocks.{i}.{kind}.{name}": (width, width) for name in "qkvo"}
-            yield f"blocks.{i}.{kind}.norm_q.weight", (width,)
-            yield f"blocks.{i}.{kind}.norm_k.weight", (width,)
-        linear |= {f"blocks.{i}.ffn.0": (feed_forward, width), f"blocks.{i}.ffn.2": (width, feed_forward)}
-    for name, shape in linear.items():
-        yield f"{name}.weight", shape
-        yield f"{name}.bias", shape[:1]
+def _by_plain_name(entries: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Entries by plain name, and the first of them that two names stand for."""
+    plain: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    twice = ""
+    for name, value in entries.items():
+        own = plain_name(name)
+        if own in plain and not twice:
+            twice = f"{shown_name(own)} twice, as {shown_name(names[own])} and as {shown_name(name)}"
+        plain[own], names[own] = value, name
+    return plain, twice
 
 
 def own_metadata(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ..adastate_core.anchors import Anchor, AnchorAdaptive
 from ..adastate_core.presets import PRESETS, Preset
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedule import Schedule
+from .host.node import shown
 
 MOST_STATE_FRAMES = 16
 FALLBACK = {"steps": 4, "shift": 5.0, "chunk_frames": 3, "window_frames": 3, "positions": "packed"}
@@ -63,6 +64,7 @@ class Resolved:
     preset: Preset | None
     causal: bool
     schedule_asked: bool
+    passed_over: tuple[str, ...] = ()
 
     @property
     def schedule(self) -> Schedule:
@@ -113,14 +115,20 @@ class Resolved:
         """What may surprise, a sentence each."""
         if not self.causal:
             return [NOT_CAUSAL]
+        found = []
+        if self.passed_over:
+            found.append(
+                f"the checkpoint's own settings say {', '.join(self.passed_over)}, which makes no sense here and is passed over"
+            )
         preset = self.preset
         if preset is None or not preset.longer or latent_length <= preset.trained_frames:
-            return []
+            return found
         if self.anchor != preset.anchor:
-            return []
+            return found
         return [
+            *found,
             f"{preset.title} was made for {preset.trained_frames} latent frames ({4 * preset.trained_frames - 3} pictures) and "
-            f"{latent_length} were asked for; {preset.longer}"
+            f"{latent_length} were asked for; {preset.longer}",
         ]
 
 
@@ -140,4 +148,15 @@ def resolve(defaults: dict[str, Any] | None, asked: dict[str, Any], anchor: Anch
         numbers["positions"] = "packed"
     own = preset.settings() if preset else {}
     schedule_asked = any(asked[name] is not None or stated.get(name) not in (None, own.get(name)) for name in _STEPS)
-    return Resolved(numbers, anchor, preset, defaults is not None, schedule_asked)
+    return Resolved(numbers, anchor, preset, defaults is not None, schedule_asked, _passed_over(known))
+
+
+def _passed_over(known: dict[str, Any]) -> tuple[str, ...]:
+    """The settings in a checkpoint's own words that are none: a number out of its range, a preset that nobody knows."""
+    sound = _SOUND | {
+        "preset": lambda value: isinstance(value, str) and value in PRESETS,
+        "state_frames": _whole(0, MOST_STATE_FRAMES),
+        "state_after_past": lambda value: isinstance(value, bool),
+    }
+    odd = [name for name, is_sound in sound.items() if known.get(name) is not None and not is_sound(known[name])]
+    return tuple(f"{name} {shown(known[name])}" for name in odd)

@@ -11,6 +11,7 @@ from ..adastate_core.anchors import Anchor
 from ..adastate_core.checkpoints import TORCH_SUFFIXES, open_checkpoint
 from ..adastate_core.presets import PRESETS
 from ..adastate_core.rollout_spec import ModelGeometry, RolloutSpec
+from ..adastate_core.wan_weights import listed
 from .defaults import Resolved, resolve
 from .host import checks
 from .host import model as host_model
@@ -64,6 +65,10 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
         f"layout: {layout}{f', its {checkpoint.part}' if checkpoint.part else ''}; {len(checkpoint.shapes)} weights, "
         f"{_size(checkpoint.nbytes)} in {', '.join(dtypes)}",
     ]
+    if checkpoint.beside:
+        lines.append(f"not taken, beside its {checkpoint.part or 'weights'}: {listed(checkpoint.beside)}")
+    if unused := checkpoint.unused():
+        lines.append(unused)
     if geometry.in_channels != 16:
         lines.append(f"it takes {geometry.in_channels} input channels; a rollout needs plain text to video with 16")
     if resolved.preset:

@@ -20,10 +20,11 @@ from .host.checkpoints import (
     checkpoint_path,
     file_fingerprint,
     load_causal,
-    with_lora,
+    notes_of,
     with_preset,
 )
 from .host.extensions import preset_names
+from .host.loras import with_lora
 from .host.node import Node
 from .inspection import inspect_file, plan_text
 from .job import check_size
@@ -54,6 +55,11 @@ def _check_file(file: str | None, kind: str = KIND) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _told(notes: list[str]) -> Any:
+    """What a loader shows on its node, or nothing."""
+    return ui.PreviewText("\n".join(notes)) if notes else None
 
 
 class LoadModelNode(Node):
@@ -96,7 +102,8 @@ class LoadModelNode(Node):
 
     @classmethod
     def execute(cls, file: str, weight_dtype: str, preset: str = "auto") -> io.NodeOutput:
-        return io.NodeOutput(load_causal(file, weight_dtype, preset))
+        model = load_causal(file, weight_dtype, preset)
+        return io.NodeOutput(model, ui=_told(notes_of(model)))
 
 
 class LoadLoraNode(Node):
@@ -106,7 +113,8 @@ class LoadLoraNode(Node):
             node_id="AdaStateLoadLora",
             display_name="Load Causal LoRA",
             category=CATEGORY,
-            description="Puts a causal model's LoRA onto it, in the trainers' own layout too (LongLive's lora.pt).",
+            description="Puts a causal model's LoRA onto it, in the trainers' own layout too (LongLive's lora.pt); what of the "
+            "file is left out is said.",
             search_aliases=["longlive lora", "peft", "lora.pt"],
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model from any loader."),
@@ -114,8 +122,8 @@ class LoadLoraNode(Node):
                     io.Combo,
                     "file",
                     options=checkpoint_files(LORAS) or [""],
-                    tooltip="A LoRA in models/loras with Wan's module names: safetensors, or a trainer's .pt, which is read "
-                    "without running any code in it.",
+                    tooltip="A LoRA in models/loras with Wan's module names or kohya's: safetensors, or a trainer's .pt, which is "
+                    "read without running any code in it.",
                 ),
                 widget(
                     io.Float,
@@ -141,7 +149,8 @@ class LoadLoraNode(Node):
 
     @classmethod
     def execute(cls, model: Any, file: str, strength: float = 1.0) -> io.NodeOutput:
-        return io.NodeOutput(with_lora(model, file, strength))
+        changed, notes = with_lora(model, file, strength)
+        return io.NodeOutput(changed, ui=_told(notes))
 
 
 class ModelPresetNode(Node):

@@ -5,24 +5,25 @@ The host's loaders do not pass a file's metadata on, so it is found again by the
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import comfy.lora
+import comfy.model_management
 import comfy.sd
 import folder_paths
 import torch
 
 from ...adastate_core.checkpoints import Checkpoint, open_checkpoint, own_metadata
-from ...adastate_core.lora_file import open_lora
 from ...adastate_core.presets import preset as named_preset
 from ...adastate_core.presets import recognised
-from .checks import check_model
+from ...adastate_core.wan_weights import QUANTIZATION_KEY
+from .checks import NOTES_KEY, check_model
 from .model import fingerprint
 
+log = logging.getLogger("adastate")
 DEFAULTS_KEY = "adastate_defaults"
-QUANTIZATION_KEY = "_quantization_metadata"
 KIND, LORAS = "diffusion_models", "loras"
 _WANTED = {KIND: "causal Wan 2.1 checkpoint", LORAS: "LoRA"}
 # what the host's own loader offers, by its words
@@ -117,10 +118,13 @@ def load_causal(file: str, weight_dtype: str, asked: str) -> Any:
         patcher = comfy.sd.load_diffusion_model_state_dict(
             dict(checkpoint.tensors()), model_options=dict(WEIGHT_DTYPES[weight_dtype]), metadata=metadata
         )
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except Exception as error:  # what weights of odd sizes raise there has no bounds
+        if isinstance(
+            error, (torch.OutOfMemoryError, MemoryError, comfy.model_management.InterruptProcessingException)
+        ):
             raise
-        reason = " ".join(str(error).split())[:300]
+        # a RuntimeError names the weight; the others speak of the host's code
+        reason = " ".join(str(error).split())[:300] if isinstance(error, RuntimeError) else "see the log for why"
         raise ValueError(f"{file} is laid out like a Wan transformer but the host cannot load it: {reason}") from error
     if patcher is None:
         raise ValueError(
@@ -129,22 +133,19 @@ def load_causal(file: str, weight_dtype: str, asked: str) -> Any:
     check_model(patcher)
     if defaults or asked == "none":
         patcher.model_options[DEFAULTS_KEY] = defaults
+    if unused := checkpoint.unused():
+        patcher.model_options[NOTES_KEY] = [unused]
+        log.warning(unused)
     return patcher
+
+
+def notes_of(patcher: Any) -> list[str]:
+    """A sentence each about what of a MODEL's files it does without, as its loaders found it."""
+    return list(patcher.model_options.get(NOTES_KEY, ()))
 
 
 def with_preset(patcher: Any, name: str) -> Any:
     """A clone of a MODEL that is to be rolled out by the preset's rules."""
     clone = patcher.clone()
     clone.model_options[DEFAULTS_KEY] = named_preset(name).settings()
-    return clone
-
-
-def with_lora(patcher: Any, file: str, strength: float) -> Any:
-    """A clone of a MODEL with a LoRA's update at this strength. ValueError for a file that is none, or another model's."""
-    lora = open_lora(checkpoint_path(file, LORAS))
-    weights = patcher.model.diffusion_model.state_dict()
-    lora.check({name: tuple(weight.shape) for name, weight in weights.items()})
-    names = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    clone = patcher.clone()
-    clone.add_patches(comfy.lora.load_lora(dict(lora.tensors()), names), strength)
     return clone

@@ -15,6 +15,9 @@ import comfy.utils
 import torch
 
 MODEL_CLASS = "WAN21_T2V"
+# the host's own autoregressive class has the same weights; only the attention's forward differs, which a rollout replaces
+_MODEL_CLASSES = (MODEL_CLASS, "WAN21_CausalAR_T2V")
+NOTES_KEY = "adastate_notes"  # of model_options: what of a MODEL's files it does without, a sentence each
 LATENT_CHANNELS = 16
 _SKIPPED = "which a rollout would silently skip; remove the node that sets it"
 _CONTROL_OPTIONS = {
@@ -147,12 +150,7 @@ def check_model(patcher: Any, options: Mapping[str, Any] | None = None, sampled:
     that what it calls before a run has been called.
     """
     config = type(patcher.model.model_config).__name__
-    if config == "WAN21_CausalAR_T2V":
-        raise ValueError(
-            "the model is a WAN21_CausalAR_T2V, the host's own autoregressive class, whose attention keeps a cache of its own; "
-            "a rollout needs the same weights as a plain Wan model: remove the causal_ar entry from the file's metadata"
-        )
-    if config != MODEL_CLASS:
+    if config not in _MODEL_CLASSES:
         raise ValueError(
             f"the model is a {config}; a rollout drives Wan 2.1 text-to-video models ({MODEL_CLASS}): load a causal "
             "Wan 2.1 checkpoint such as Self-Forcing with Load Causal Video Model"
@@ -260,7 +258,7 @@ def _unknown(what: str, names: Sequence[str]) -> str:
 
 
 def unknown_options(patcher: Any, options: Mapping[str, Any] | None = None, sampled: bool = False) -> list[str]:
-    """A sentence each about what a MODEL that passed `check_model` carries and nobody here knows."""
+    """A sentence each about what a MODEL that passed `check_model` carries and nobody here knows, and what its files left out."""
     options = patcher.model_options if options is None else options
     inner = options.get("transformer_options", {})
     outer = [str(key) for key in options if key not in _KNOWN_OPTIONS | set(_CONTROL_OPTIONS)]
@@ -292,7 +290,7 @@ def unknown_options(patcher: Any, options: Mapping[str, Any] | None = None, samp
         ),
     ]
     found = [(what, [name for name in names if not name.startswith(_OWN)]) for what, names in found]
-    return [_unknown(what, names) for what, names in found if names]
+    return [*options.get(NOTES_KEY, ()), *(_unknown(what, names) for what, names in found if names)]
 
 
 def overrides_attention(patcher: Any) -> bool:

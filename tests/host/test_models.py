@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import comfy.model_management
@@ -392,3 +393,165 @@ def test_a_lora_that_does_not_fit_is_refused(loras, wan_state, model, node):
     folder_paths.filename_list_cache.clear()
     with pytest.raises(ValueError, match="whole.safetensors is no LoRA"):
         load_lora(model=model, file="whole.safetensors")
+
+
+CAUSAL = {"config": json.dumps({"transformer": {"causal_ar": True}})}
+
+
+def test_a_file_for_the_hosts_own_causal_class_rolls_out_like_any_other(models, wan_state, rollout, positive):
+    """Newer hosts load it as a class of their own, with the same weights; older ones do not read the entry."""
+    import comfy.supported_models
+    import comfy_extras.nodes_custom_sampler as host
+
+    file = written(models, "causal_forcing.safetensors", wan_state, CAUSAL)
+    ours, theirs = load(file, preset="none"), hosts_own(file)
+    newer = hasattr(comfy.supported_models, "WAN21_CausalAR_T2V")
+    assert type(theirs.model.model_config).__name__ == ("WAN21_CausalAR_T2V" if newer else "WAN21_T2V")
+    assert type(ours.model.model_config).__name__ == "WAN21_T2V"
+
+    @torch.no_grad()
+    def run(model):
+        inputs = {"width": 64, "height": 64, "length": 21}
+        sigmas = torch.tensor([1.0, 0.8, 0.0])
+        sampler = HostNode("AdaStateSampler")(chunk_frames=3, window_frames=3, positions="packed").args[0]
+        latent = {"samples": torch.zeros(1, 16, 6, 4, 4)}
+        guider, noise = host.BasicGuider.execute(model, positive).args[0], host.RandomNoise.execute(5).args[0]
+        sampled = host.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args[0]["samples"]
+        plan = json.loads(HostNode("AdaStatePlan")(model=model, **inputs).args[1])["plan_bytes"]
+        out = rollout(model=model, anchor=AnchorAdaptive(1), **AUTO)
+        again = rollout(model=model, **AUTO)
+        assert torch.equal(latents_of(again), latents_of(rollout(model=model, **AUTO)))
+        return [latents_of(out), latents_of(again), sampled], plan, report_of(out)["settings"]
+
+    (mine, plan, settings), (others, their_plan, their_settings) = run(ours), run(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
+    assert (plan, settings) == (their_plan, their_settings)
+    text = HostNode("AdaStateInspectCheckpoint")(file=file).args[0]
+    assert "Wan 2.1 text to video" in text and "Causal-Forcing" in text
+
+
+LEFT_OUT = {
+    "an encoder of sound": ({"audio.encoder.weight": (3, 3), "audio.out.weight": (3,)}, "2 weights .*: 2 of audio"),
+    "image attention": (
+        {f"blocks.{i}.cross_attn.k_img.weight": (128, 128) for i in (0, 1)}, "2 weights .*: 2 of blocks' cross_attn.k_img",
+    ),
+    "a reference": ({"ref_conv.weight": (128, 16, 2, 2)}, "1 weight .*: 1 of ref_conv"),
+}  # fmt: skip
+
+
+def test_what_a_models_file_holds_besides_is_counted_where_it_is_seen(models, wan_state, rollout, caplog):
+    plain = latents_of(rollout(model=load(written(models, "plain.safetensors", wan_state)), length=5))
+    for which, (shapes, words) in LEFT_OUT.items():
+        extra = {name: torch.ones(shape) for name, shape in shapes.items()}
+        file = written(models, "a.safetensors", wan_state | extra)
+        out = HostNode("AdaStateLoadModel")(file=file, weight_dtype="default")
+        text = out.ui.as_dict()["text"][0]
+        assert re.fullmatch(f"a.safetensors holds {words}", text) and text in caplog.text, which
+        assert text in HostNode("AdaStateInspectCheckpoint")(file=file).args[0]
+        made = rollout(model=out.args[0], length=5)
+        assert text in report_of(made)["warnings"] and torch.equal(latents_of(made), plain)
+    assert HostNode("AdaStateLoadModel")(file="plain.safetensors", weight_dtype="default").ui is None
+
+
+def test_other_models_of_a_trainers_file_are_named_by_the_inspection(models, wan_state):
+    content = {
+        "generator": wan_state,
+        "generator_ema": {},
+        "critic": wan_state,
+        "optimizer": {"state": {0: 1}},
+        "step": 3,
+    }
+    file = written(models, "a.pt", content)
+    assert (
+        "not taken, beside its generator: critic, optimizer" in HostNode("AdaStateInspectCheckpoint")(file=file).args[0]
+    )
+    flat = {f"{part}.{name}": value for part in ("generator_ema", "critic") for name, value in wan_state.items()}
+    file = written(models, "a.safetensors", flat)
+    text = HostNode("AdaStateInspectCheckpoint")(file=file).args[0]
+    assert "not taken, beside its generator_ema: critic" in text
+
+
+OTHER_KINDS = {
+    "a VACE model": ({"vace_patch_embedding.weight": (4,), "vace_blocks.0.x": (2,)}, "is a Wan VACE model .*2 weights such as"),
+    "a broken VACE model": ({"vace_patch_embedding.weight": ()}, "is a Wan VACE model .*1 weights such as vace_patch"),
+    "VACE blocks alone": ({"vace_blocks.7.before_proj.weight": (2, 2)}, "is a Wan VACE model"),
+    "image to video": ({"img_emb.proj.0.bias": (4,), "img_emb.emb_pos": ()}, "is a Wan image-to-video model"),
+    "a camera": ({"control_adapter.conv.weight": (4,)}, "is a Wan camera control model"),
+    "sound": ({"casual_audio_encoder.encoder.final_linear.weight": (4,)}, "is a Wan model that is driven by sound"),
+    "faces": ({"face_adapter.fuser_blocks.0.k_norm.weight": (4,)}, "is a Wan Animate model"),
+    "poses": ({"patch_embedding_pose.weight": (4,)}, "is a Wan model that is driven by poses"),
+    "a LoRA too": ({"blocks.0.ffn.0.lora_A.weight": (4, 128)}, "holds a model and 1 weights of a LoRA beside it"),
+    "peft, not merged": ({"blocks.0.ffn.0.base_layer.weight": (4, 128)}, "was saved with a LoRA still apart"),
+}  # fmt: skip
+
+
+def test_another_kind_of_wan_model_is_refused_before_it_is_loaded(models, wan_state, monkeypatch):
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", lambda *a, **k: pytest.fail("loaded"))
+    for shapes, words in OTHER_KINDS.values():
+        file = written(models, "a.safetensors", wan_state | {n: torch.ones(shape) for n, shape in shapes.items()})
+        for run in (load, lambda file: HostNode("AdaStateInspectCheckpoint")(file=file)):
+            with pytest.raises(ValueError, match=f"^a.safetensors {words}") as error:
+                run(file)
+            assert "\n" not in str(error.value)
+
+
+def test_a_weight_that_is_there_twice_is_refused(models, wan_state):
+    twice = renamed(wan_state, "model.") | {"blocks.1.ffn.0.weight": wan_state["blocks.1.ffn.0.weight"] + 1}
+    file = written(models, "a.pt", twice)
+    with pytest.raises(
+        ValueError, match="a.pt holds blocks.1.ffn.0.weight twice, as it is and under model., and nothing says"
+    ):
+        load(file)
+    twice = renamed(wan_state, "module.") | {"_orig_mod.blocks.1.ffn.0.weight": wan_state["blocks.1.ffn.0.weight"]}
+    with pytest.raises(
+        ValueError, match="twice, as _orig_mod.blocks.1.ffn.0.weight and as module.blocks.1.ffn.0.weight"
+    ):
+        load(written(models, "b.safetensors", twice))
+
+
+def test_what_the_host_raises_at_a_file_is_one_sentence(models, wan_state, monkeypatch):
+    file = written(models, "a.safetensors", wan_state)
+    for fault in (
+        IndexError("tuple index out of range"),
+        AttributeError("'NoneType' object"),
+        AssertionError(),
+        KeyError("x"),
+    ):
+
+        def fail(*args, fault=fault, **options):
+            raise fault
+
+        monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", fail)
+        with pytest.raises(
+            ValueError, match="a.safetensors is laid out like a Wan .* the host cannot load it"
+        ) as error:
+            load(file)
+        assert "tuple" not in str(error.value) and "NoneType" not in str(error.value)
+
+
+def test_scales_that_the_host_would_drop_are_refused(models, wan_state):
+    fp8 = {
+        name: value.to(torch.float8_e4m3fn) if name.endswith("ffn.0.weight") else value
+        for name, value in wan_state.items()
+    }
+    fp8 |= {f"blocks.{i}.ffn.0.scale_weight": torch.tensor(2.0) for i in (0, 1)}
+    file = written(models, "a.safetensors", fp8)
+    for read in (load, lambda file: HostNode("AdaStateInspectCheckpoint")(file=file)):
+        with pytest.raises(
+            ValueError, match=r"a.safetensors holds 2 scales of quantised weights \(such as .*without the mark"
+        ):
+            read(file)
+    out = HostNode("AdaStateLoadModel")(
+        file=written(models, "b.safetensors", fp8 | {"scaled_fp8": torch.tensor([], dtype=torch.float8_e4m3fn)}),
+        weight_dtype="default",
+    )
+    assert out.ui is None
+
+
+def test_settings_of_a_file_that_make_no_sense_are_said(models, wan_state, rollout):
+    own = {"steps": 0, "preset": "longlife", "state_frames": 99, "window_frames": 4}
+    file = written(models, "x.safetensors", wan_state, {"adastate": json.dumps(own)})
+    report = report_of(rollout(model=load(file), length=5, **AUTO))
+    words = "the checkpoint's own settings say steps 0, preset 'longlife', state_frames 99, which makes no sense here"
+    assert [each.startswith(words) for each in report["warnings"]] == [True]
+    assert words in HostNode("AdaStateInspectCheckpoint")(file=file).args[0]

@@ -275,9 +275,16 @@ def test_models_that_cannot_be_driven_are_refused(sample, model, positive, monke
     refused(sample, "a UNet wrapper", guider=host.BasicGuider.execute(wrapped, positive).args[0])
     wide = comfy.sd.load_diffusion_model_state_dict(random_wan(in_dim=32))
     refused(sample, "32 input channels", guider=host.BasicGuider.execute(wide, positive).args[0])
+    config = type("WAN21_I2V", (type(model.model.model_config),), {})
+    monkeypatch.setattr(model.model.model_config, "__class__", config)
+    refused(sample, "the model is a WAN21_I2V")
+
+
+def test_the_hosts_own_causal_class_is_taken(sample, model, monkeypatch):
+    expected, _ = sample()
     config = type("WAN21_CausalAR_T2V", (type(model.model.model_config),), {})
     monkeypatch.setattr(model.model.model_config, "__class__", config)
-    refused(sample, "remove the causal_ar entry")
+    assert torch.equal(sample()[0], expected)
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_it_is_allocated(sample, monkeypatch):

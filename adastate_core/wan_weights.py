@@ -1,0 +1,195 @@
+"""Which weights a Wan 2.1 text-to-video transformer has, what its sizes are, and what a file holds besides."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from .file_kind import CheckpointError, shown_name
+
+HEAD_CHANNELS = 128
+TIME_CHANNELS = 256
+PATCH = 2
+OUT_CHANNELS = 16
+IS_A_LORA = "is a LoRA and no model: load the model that it belongs to, and put Load Causal LoRA behind it"
+# what only another kind of Wan model has: the host would load that kind, and a rollout drives plain text to video
+_OTHER_KINDS = (
+    (("vace_patch_embedding.", "vace_blocks."), "a Wan VACE model (control video)"),
+    (("control_adapter.",), "a Wan camera control model"),
+    (("casual_audio_encoder.", "audio_injector.", "audio_proj."), "a Wan model that is driven by sound"),
+    (("face_adapter.", "motion_encoder.", "pose_patch_embedding.", "face_encoder."), "a Wan Animate model"),
+    (
+        ("patch_embedding_mask.", "patch_embedding_pose.", "patch_embedding_global."),
+        "a Wan model that is driven by poses",
+    ),
+    (("img_emb.",), "a Wan image-to-video model"),
+)
+# what quantised files keep beside a layer's weight, and the host reads
+_QUANTISED = (
+    "scale_weight",
+    "scale_input",
+    "weight_scale",
+    "weight_scale_2",
+    "input_scale",
+    "comfy_quant",
+    "pre_quant_scale",
+)
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_2")
+QUANTIZATION_KEY = "_quantization_metadata"
+_MARKS = ("scaled_fp8",)
+
+
+@dataclass(frozen=True)
+class WanGeometry:
+    """The sizes of a Wan transformer: `width`, `feed_forward`, `layers`, `heads`, latent channels in, text channels."""
+
+    width: int
+    feed_forward: int
+    layers: int
+    heads: int
+    in_channels: int
+    text_channels: int
+
+    @property
+    def parameters(self) -> str:
+        """What people call it."""
+        return {1536: "1.3B", 5120: "14B"}.get(self.width, f"width {self.width}")
+
+
+def geometry_of(shapes: Mapping[str, tuple[int, ...]], file: str = "the file") -> WanGeometry:
+    """Sizes from the weights' shapes; CheckpointError for what is missing or does not fit together."""
+    check_family(shapes, file)
+    needed = ("patch_embedding.weight", "text_embedding.0.weight", "head.head.weight", "blocks.0.ffn.0.weight")
+    if absent := [name for name in needed if name not in shapes]:
+        raise CheckpointError(f"{file} is not a Wan transformer: it has no {absent[0]}")
+    ranks = {"patch_embedding.weight": 5} | dict.fromkeys(needed[1:], 2)
+    if odd := next((name for name, rank in ranks.items() if len(shapes[name]) != rank or 0 in shapes[name]), None):
+        raise CheckpointError(f"{file} is not a Wan transformer: its {odd} is {list(shapes[odd])}")
+    numbers = sorted({int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d{1,4})\.", name))})
+    if numbers != list(range(len(numbers))):
+        gap = next(i for i, number in enumerate([*numbers, -1]) if number != i)
+        raise CheckpointError(
+            f"{file} is incomplete: it has {len(numbers)} layers up to {numbers[-1]}, and layer {gap} is missing"
+        )
+    width, in_channels = shapes["patch_embedding.weight"][:2]
+    if width % HEAD_CHANNELS:
+        raise CheckpointError(
+            f"{file} has a width of {width}, which is not a whole number of Wan's heads of {HEAD_CHANNELS}"
+        )
+    feed_forward, text = shapes["blocks.0.ffn.0.weight"][0], shapes["text_embedding.0.weight"][1]
+    geometry = WanGeometry(width, feed_forward, len(numbers), width // HEAD_CHANNELS, in_channels, text)
+    for name, shape in _expected(geometry):
+        if name not in shapes:
+            raise CheckpointError(f"{file} does not fit together: {name} is missing")
+        if shapes[name] != shape:
+            raise CheckpointError(
+                f"{file} does not fit together: {name} is {list(shapes[name])} and should be {list(shape)}"
+            )
+    return geometry
+
+
+def _expected(geometry: WanGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every weight of a Wan 2.1 text-to-video transformer of these sizes, with its shape."""
+    width, feed_forward = geometry.width, geometry.feed_forward
+    linear = {
+        "text_embedding.0": (width, geometry.text_channels),
+        "text_embedding.2": (width, width),
+        "time_embedding.0": (width, TIME_CHANNELS),
+        "time_embedding.2": (width, width),
+        "time_projection.1": (6 * width, width),
+        "head.head": (PATCH * PATCH * OUT_CHANNELS, width),
+        "patch_embedding": (width, geometry.in_channels, 1, PATCH, PATCH),
+    }
+    yield "head.modulation", (1, 2, width)
+    for i in range(geometry.layers):
+        yield f"blocks.{i}.modulation", (1, 6, width)
+        yield f"blocks.{i}.norm3.weight", (width,)
+        yield f"blocks.{i}.norm3.bias", (width,)
+        for kind in ("self_attn", "cross_attn"):
+            linear |= {f"blocks.{i}.{kind}.{name}": (width, width) for name in "qkvo"}
+            yield f"blocks.{i}.{kind}.norm_q.weight", (width,)
+            yield f"blocks.{i}.{kind}.norm_k.weight", (width,)
+        linear |= {f"blocks.{i}.ffn.0": (feed_forward, width), f"blocks.{i}.ffn.2": (width, feed_forward)}
+    for name, shape in linear.items():
+        yield f"{name}.weight", shape
+        yield f"{name}.bias", shape[:1]
+
+
+def check_family(shapes: Mapping[str, tuple[int, ...]], file: str) -> None:
+    """CheckpointError where names show that a file is no plain text-to-video transformer, in words a user knows it by."""
+    whole = "patch_embedding.weight" in shapes and "blocks.0.ffn.0.weight" in shapes
+    if any(".base_layer." in name for name in shapes):
+        raise CheckpointError(
+            f"{file} was saved with a LoRA still apart from its layers (peft's base_layer): merge it there (merge_and_unload) and "
+            "save again"
+        )
+    if lora := sum(".lora_" in name for name in shapes):
+        if not whole:
+            raise CheckpointError(f"{file} {IS_A_LORA}")
+        raise CheckpointError(
+            f"{file} holds a model and {lora} weights of a LoRA beside it, which would be left out: save the LoRA to a file of its "
+            "own and put Load Causal LoRA behind the model"
+        )
+    for prefixes, words in _OTHER_KINDS:
+        if of_it := [name for name in shapes if name.startswith(prefixes)]:
+            raise CheckpointError(
+                f"{file} is {words}, or what is left of one: it holds {len(of_it)} weights such as {shown_name(of_it[0])}; a "
+                "rollout drives plain Wan 2.1 text-to-video models"
+            )
+    if not whole and any(re.match(r"blocks\.\d+\.(attn1|ffn\.net)\.", name) for name in shapes):
+        raise CheckpointError(
+            f"{file} is a Wan model in the layout of diffusers, which the host does not load: take the file with Wan's own names "
+            "(blocks.0.self_attn.q.weight)"
+        )
+    if not whole and (part := re.search(r"-(\d{5})-of-(\d{5})\.", file)):
+        raise CheckpointError(
+            f"{file} is part {int(part[1])} of {int(part[2])} of a model: join the parts to one file, or take the model as one file"
+        )
+
+
+def check_scales(names: Iterable[str], metadata: Mapping[str, str], file: str) -> None:
+    """CheckpointError for scales of quantised weights without the mark that makes the host use them: it would drop them."""
+    names = list(names)
+    scales = [name for name in names if name.rpartition(".")[2] in _SCALES]
+    marked = QUANTIZATION_KEY in metadata or any(name in _MARKS or name.endswith(".comfy_quant") for name in names)
+    if scales and not marked:
+        raise CheckpointError(
+            f"{file} holds {len(scales)} scales of quantised weights (such as {shown_name(scales[0])}) without the mark "
+            "(scaled_fp8) by which the host knows them, and would run without them: take the file in bf16 "
+            "or in ComfyUI's own fp8 layout"
+        )
+
+
+def unused_weights(shapes: Mapping[str, tuple[int, ...]], geometry: WanGeometry) -> list[str]:
+    """The names in a file that the transformer of these sizes has no weight for, and that do not describe one either."""
+    known = {name for name, _ in _expected(geometry)}
+    modules = {name.rpartition(".")[0] for name in known}
+
+    def describes(name: str) -> bool:
+        module, _, last = name.rpartition(".")
+        return name in _MARKS or last in _QUANTISED and module in modules
+
+    return [name for name in shapes if name not in known and not describes(name)]
+
+
+def counted(names: Iterable[str], most: int = 4) -> str:
+    """Weights by the module that they belong to, the largest groups first: "8 of vace_blocks, 2 of img_emb"."""
+    groups = Counter(_group(name) for name in names)
+    told = groups.most_common(most)
+    rest = sum(groups.values()) - sum(count for _, count in told)
+    return ", ".join(f"{count} of {shown_name(group)}" for group, count in told) + (f" and {rest} more" if rest else "")
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """Names on one line, the first of many."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _group(name: str) -> str:
+    """The first word of a name; of a block's weight its module in the block."""
+    if match := re.match(r"blocks\.\d+\.(.+)", name):
+        return "blocks' " + match[1].removesuffix(".weight").removesuffix(".bias")
+    return name.partition(".")[0]
