@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import av
 import numpy
+from av.video.reformatter import VideoReformatter
 
 # H.273's numbers of matrices, as FFmpeg's AVColorSpace has them, with how much of red and of blue is in luma.
 BT709, UNSPECIFIED = 1, 2
@@ -55,11 +56,15 @@ def rgb(frame: av.VideoFrame) -> numpy.ndarray:
     return frame.to_ndarray(format="rgb24")
 
 
-def frame_of(picture: numpy.ndarray, matrix: int = BT709) -> av.VideoFrame:
-    """uint8 RGB [height, width, 3], both even, as a yuv420p frame of limited range; `matrix` BT709 or UNSPECIFIED (BT.601)."""
+def frame_of(picture: numpy.ndarray, matrix: int = BT709, converter: VideoReformatter | None = None) -> av.VideoFrame:
+    """uint8 RGB [height, width, 3], both even, as a yuv420p frame of limited range.
+
+    `matrix` is BT709, or UNSPECIFIED for BT.601 without a tag. A `converter` that is kept for all frames saves its making.
+    """
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
     # The ranges as numbers of the converter's own: PyAV before 17 hands them on as they are, and 1 is full there.
-    frame = frame.reformat(
+    frame = (converter or VideoReformatter()).reformat(
+        frame,
         format="yuv420p",
         src_colorspace=5,
         dst_colorspace=BT709 if matrix == BT709 else 5,

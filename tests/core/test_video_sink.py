@@ -194,8 +194,8 @@ def test_a_rewritten_file_that_is_not_whole_replaces_nothing(tmp_path, monkeypat
     sink, path = growing(tmp_path / "a.mp4"), tmp_path / "a.mp4"
     rewrite, seen = video_sink._rewrite, []
 
-    def damaged(source: Path, new: Path) -> int:
-        count = rewrite(source, new)
+    def damaged(source: Path, new: Path, *beside: object) -> list[int]:
+        count = rewrite(source, new, *beside)
         seen.append(source.read_bytes())
         DAMAGES[damage](new)
         return count
