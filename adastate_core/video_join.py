@@ -21,8 +21,8 @@ class Prefix:
     """The first `frames` frames of a video, and what else its file holds up to then.
 
     `encoding` is the wanted one, in the colours that the video began with: its own parameter sets decide. `has_others`: the
-    file has more tracks than the pictures. ValueError, in a sentence that names both values, for a video of another size,
-    rate or quality, or of another encoder.
+    file has more tracks than the pictures; `left_out`: the kinds of those that this PyAV cannot copy. ValueError, in a
+    sentence that names both values, for a video of another size, rate or quality, or of another encoder.
     """
 
     def __init__(self, source: Path, frames: int, wanted: Encoding) -> None:
@@ -30,6 +30,7 @@ class Prefix:
         with av.open(str(source)) as container:
             self.encoding = self._checked(container, wanted)
             self.has_others = len(container.streams) > 1
+            self.left_out = [track.type for track in container.streams if not can_be_copied(track)]
 
     def _checked(self, container: av.container.InputContainer, wanted: Encoding) -> Encoding:
         if not container.streams.video:
@@ -96,7 +97,7 @@ class Prefix:
         """The tracks beside the pictures, sound above all, and their packets that begin before the last joined frame ends."""
         with av.open(str(self.source)) as container:
             pictures, end = container.streams.video[0], self.frames / self.rate
-            others = [track for track in container.streams if track.index != pictures.index]
+            others = [t for t in container.streams if t.index != pictures.index and can_be_copied(t)]
             yield others, (p for p in packets(container, *others) if p.dts * p.time_base < end)
 
 
@@ -105,8 +106,15 @@ def packets(container: av.container.InputContainer, *streams: av.stream.Stream) 
     return (packet for packet in container.demux(*streams) if packet.dts is not None)
 
 
+def can_be_copied(track: av.stream.Stream) -> bool:
+    """Whether PyAV can make a track with another's parameters; before 16 one without a codec ended the process."""
+    return track.codec_context is not None or int(av.__version__.split(".")[0]) >= 16
+
+
 def copied_track(target: av.container.OutputContainer, track: av.stream.Stream) -> av.stream.Stream:
-    """A track of the target with another's parameters, clock and metadata, for packets that are copied."""
+    """A track of the target with another's parameters and metadata, for packets that are copied. ValueError if it cannot be."""
+    if not can_be_copied(track):
+        raise ValueError(f"PyAV {av.__version__} cannot copy its {track.type} track; PyAV 16 can")
     # Opaque: the parameters as they are. PyAV 14 would else open an encoder, which writes its own into the file.
     made = target.add_stream_from_template(track, opaque=True)
     made.metadata.update(track.metadata)

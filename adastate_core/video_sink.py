@@ -151,12 +151,15 @@ class VideoSink:
 
     def _rewrite_with_others(self) -> None:
         """Remux together with the sound and all else of the joined file; where that fails, a warning, and without."""
-        source = self._beside.source.name
+        source, left_out = self._beside.source.name, " and ".join(sorted(set(self._beside.left_out)))
         try:
             remux(self.path, self._beside)
-        except Exception as error:  # noqa: BLE001  what the file itself has is there
+        except Exception as error:  # noqa: BLE001  the pictures are in the file
             remux(self.path)
-            self._warn(f"what {source} holds beside its pictures, as sound, could not be taken along ({_why(error)})")
+            self._warn(f"sound and other tracks of {source} could not be taken along ({_why(error)})")
+        else:
+            if left_out:
+                self._warn(f"the {left_out} track of {source} could not be taken along; PyAV 16 or newer can copy it")
 
     def _warn(self, sentence: str) -> None:
         self.warning = sentence
@@ -209,9 +212,11 @@ def _rewrite(path: Path, new: Path, beside: Prefix | None) -> list[int]:
 def _require_whole(path: Path, counts: list[int]) -> None:
     """ValueError unless the file is indexed for so many packets a track and the frames at both of its ends decode."""
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+        stream, held_frames = container.streams.video[0], [track.frames for track in container.streams]
         first = next(container.decode(stream), None)
         container.seek(stream.duration, stream=stream)
         last = [packet.decode() for packet in container.demux(stream)]  # from the last keyframe on
-        if [track.frames for track in container.streams] != counts or first is None or not any(last):
+        # a subtitle's track has more: the pauses between its lines
+        short = [held for held, count in zip(held_frames, counts, strict=True) if held < count]
+        if stream.frames != counts[stream.index] or short or first is None or not any(last):
             raise ValueError(f"the rewritten file does not hold {counts[stream.index]} frames that decode")
