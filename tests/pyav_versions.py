@@ -16,8 +16,14 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 LAYERS = {
-    "core": ["test_video_sink.py", "test_video_tail.py", "test_metrics.py"],
-    "host": ["test_stream.py", "test_continue.py", "test_analysis.py"],
+    "core": [
+        "test_video_sink.py",
+        "test_video_colour.py",
+        "test_video_join.py",
+        "test_video_tail.py",
+        "test_metrics.py",
+    ],
+    "host": ["test_stream.py", "test_continue.py", "test_analysis.py", "test_golden.py"],
 }
 
 
