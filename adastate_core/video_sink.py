@@ -8,30 +8,32 @@ it, without re-encoding, to a plain mp4 whose index comes first; where that fail
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import torch
-from av.bitstream import BitStreamFilterContext
+from av.video.reformatter import VideoReformatter
 
 from .files.whole_file import sync_file, whole_file
+from .video_colour import frame_of
+from .video_encoder import CODECS, Encoding
+from .video_join import Prefix, copied_track, packets
+
+__all__ = ["CODECS", "VideoSink", "remux", "to_bytes"]
 
 log = logging.getLogger("adastate")
-CODECS = {"h264": "libx264"}
 _GROWING = {
     "movflags": "frag_every_frame+empty_moov+default_base_moof+use_metadata_tags",
     "flush_packets": "1",
 }
 _FINISHED = {"movflags": "faststart+use_metadata_tags"}
-# How far apart two rates may be and still be one: PyAV 17.0 finished files on a clock of 90,000 ticks a second, on which
-# the frames of 59.94 fps fall beside their times. 23.976 and 24 are three times as far apart.
-_SAME_RATE = Fraction(1, 3000)
 
 
 def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
@@ -60,35 +62,24 @@ class VideoSink:
         prefix: Path | str | None = None,
         prefix_frames: int = 0,
     ) -> None:
-        if codec not in CODECS:
-            raise ValueError(f"codec is {codec!r}; it must be one of {', '.join(CODECS)}")
-        if width % 2 or height % 2:
-            raise ValueError(f"the video is {width}x{height}; H.264 needs even sides")
-        rate = Fraction(fps).limit_denominator(1001)
-        if rate <= 0:
-            raise ValueError(f"fps is {fps}; it must be above 0")
+        encoding = Encoding(width, height, Fraction(fps).limit_denominator(1001), codec, quality)
+        before = None if prefix is None else Prefix(Path(prefix), prefix_frames, encoding)
+        self._matrix = (before.encoding if before else encoding).matrix
         self.path, self.frames, self._sent, self.warning = Path(path), 0, 0, ""
+        self._beside = before if before and before.has_others else None
         self._container = av.open(str(self.path), "w", format="mp4", options=dict(_GROWING))
         for name, value in (metadata or {}).items():
             self._container.metadata[name] = value if isinstance(value, str) else json.dumps(value)
-        self._stream = self._container.add_stream(CODECS[codec], rate=rate)
-        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-        self._stream.time_base = self._stream.codec_context.time_base = 1 / rate
-        self._stream.options = {
-            "crf": str(quality),
-            "preset": "veryfast",
-            "tune": "zerolatency",
-            "bf": "0",
-            "sc_threshold": "0",
-            "forced-idr": "1",
-            "g": "100000",
-        }
-        if prefix is not None:
+        self._stream = replace(encoding, matrix=self._matrix).add_to(self._container)
+        self._converter = VideoReformatter()
+        if before is not None:
             try:
-                self._copy(Path(prefix), prefix_frames)
+                self._container.start_encoding()
+                before.copy(self._mux)
             except BaseException:
                 self._container.close()
                 raise
+        self._sent = self.frames
 
     def __enter__(self) -> VideoSink:
         return self
@@ -99,27 +90,6 @@ class VideoSink:
             return
         with contextlib.suppress(Exception):  # what went wrong first is what is told
             self.stop()
-
-    def _copy(self, source: Path, frames: int) -> None:
-        """Put the first `frames` packets of another file of ours in front, without re-encoding."""
-        self._container.start_encoding()
-        with av.open(str(source)) as container:
-            stream = container.streams.video[0]
-            mine, other = (f"{s.width}x{s.height} at {s.average_rate} fps" for s in (self._stream, stream))
-            own_sets = parameter_sets(self._stream.codec_context.extradata)
-            if not _alike(self._stream, stream) or own_sets != parameter_sets(stream.codec_context.extradata):
-                raise ValueError(
-                    f"{source.name} ({other}) cannot be joined to a video of {mine}, or it has other encoder settings; "
-                    "use the same size and fps, or turn join off"
-                )
-            # An mp4 holds NAL units by length; an encoder's packets, which this stream expects, by start code.
-            to_start_codes = BitStreamFilterContext("h264_mp4toannexb", stream)
-            for packet in _packets(container, frames):
-                for converted in to_start_codes.filter(packet):
-                    self._mux(converted)
-        self._sent = self.frames
-        if self.frames < frames:
-            raise ValueError(f"{source.name} holds {self.frames} frames of the {frames} that were to be joined")
 
     def _mux(self, packet: av.Packet) -> None:
         packet.stream = self._stream
@@ -132,7 +102,7 @@ class VideoSink:
     def write(self, pictures: torch.Tensor) -> None:
         """Append uint8 [t, height, width, 3]; the first of them becomes a keyframe."""
         for i, picture in enumerate(pictures.numpy()):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = frame_of(picture, self._matrix, self._converter)
             frame.pts, frame.time_base = self._sent, self._stream.codec_context.time_base
             self._sent += 1
             frame.pict_type = av.video.frame.PictureType.I if i == 0 else av.video.frame.PictureType.NONE
@@ -167,7 +137,9 @@ class VideoSink:
             )
             return self.path
         try:
-            if self.frames:
+            if self._beside is not None and self.frames:
+                self._rewrite_with_others()
+            elif self.frames:
                 remux(self.path)
         except Exception as error:  # noqa: BLE001  the file is whole and plays without it
             if self.path.exists():
@@ -176,6 +148,18 @@ class VideoSink:
                 left = "it was moved or removed while it was written; its frames are where it is now, in fragments"
             self._warn(f"{self.path.name} could not be rewritten with its index in front ({_why(error)}): {left}")
         return self.path
+
+    def _rewrite_with_others(self) -> None:
+        """Remux together with the sound and all else of the joined file; where that fails, a warning, and without."""
+        source, left_out = self._beside.source.name, " and ".join(sorted(set(self._beside.left_out)))
+        try:
+            remux(self.path, self._beside)
+        except Exception as error:  # noqa: BLE001  the pictures are in the file
+            remux(self.path)
+            self._warn(f"sound and other tracks of {source} could not be taken along ({_why(error)})")
+        else:
+            if left_out:
+                self._warn(f"the {left_out} track of {source} could not be taken along; PyAV 16 or newer can copy it")
 
     def _warn(self, sentence: str) -> None:
         self.warning = sentence
@@ -187,71 +171,52 @@ def _why(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def parameter_sets(extradata: bytes) -> list[bytes]:
-    """The H.264 parameter sets (NAL types 7 and 8) in an encoder's or an mp4's extradata."""
-    if extradata[:1] != b"\x01":
-        units = re.split(b"\x00{2,3}\x01", extradata)
-        return [u for u in units if u and u[0] & 31 in (7, 8)]
-    units, at = [], 5
-    for _ in range(2):
-        count, at = extradata[at] & 31, at + 1
-        for _ in range(count):
-            size = int.from_bytes(extradata[at : at + 2], "big")
-            units.append(extradata[at + 2 : at + 2 + size])
-            at += 2 + size
-    return units
+def _packets(container: av.container.InputContainer) -> Iterator[av.Packet]:
+    yield from packets(container)
 
 
-def _packets(container: av.container.InputContainer, frames: int | None = None) -> Iterator[av.Packet]:
-    for i, packet in enumerate(p for p in container.demux(container.streams.video[0]) if p.dts is not None):
-        if frames is not None and i >= frames:
-            return
-        yield packet
+def remux(path: Path, beside: Prefix | None = None) -> None:
+    """Rewrite a fragmented mp4 in place as a plain one with its index first, all tracks, clocks and metadata unchanged.
 
-
-def _alike(own: av.VideoStream, other: av.VideoStream) -> bool:
-    """Whether two streams have one size and one frame rate."""
-    rates = own.average_rate, other.average_rate
-    if (own.width, own.height) != (other.width, other.height) or not all(rates):
-        return False
-    return abs(rates[1] / rates[0] - 1) < _SAME_RATE
-
-
-def remux(path: Path) -> None:
-    """Rewrite a fragmented mp4 in place as a plain one with its index first, packets, clock and metadata unchanged.
-
-    The new file takes the old one's place only when it was opened again and its first and its last frames decoded. Else
-    an OSError, a ValueError or one of PyAV's says why, and the old file is as it was.
+    `beside`: the other tracks of an earlier video are put beside those of the file. The new file takes the old one's place
+    only when it was opened again and its first and its last frames decoded. Else an OSError, a ValueError or one of PyAV's
+    says why, and the old file is as it was.
     """
     with whole_file(path) as file:
-        count = _rewrite(path, Path(file.name))
-        _require_whole(Path(file.name), count)
+        counts = _rewrite(path, Path(file.name), beside)
+        _require_whole(Path(file.name), counts)
 
 
-def _rewrite(path: Path, new: Path) -> int:
-    """Copy a file's packets to a plain mp4; how many."""
-    count = 0
-    with av.open(str(path)) as source:
-        template = source.streams.video[0]
-        clock = {"video_track_timescale": str(template.time_base.denominator)}
+def _rewrite(path: Path, new: Path, beside: Prefix | None) -> list[int]:
+    """Copy all tracks' packets to a plain mp4; how many of each."""
+    others = contextlib.nullcontext(([], ())) if beside is None else beside.other_tracks()
+    with av.open(str(path)) as source, others as (tracks_beside, packets_beside):
+        clock = {"video_track_timescale": str(source.streams.video[0].time_base.denominator)}
         with av.open(str(new), "w", format="mp4", options=_FINISHED | clock) as target:
             for name, value in source.metadata.items():
                 target.metadata[name] = value
-            # Opaque: the parameters as they are. PyAV 14 would else open an encoder, which writes its own into the file.
-            stream = target.add_stream_from_template(template, opaque=True)
-            for packet in _packets(source):
+            own = [copied_track(target, track) for track in source.streams]
+            more = {track.index: copied_track(target, track) for track in tracks_beside}
+            counts = [0] * (len(own) + len(more))
+            streams = (
+                ((own[p.stream.index], p) for p in _packets(source)),
+                ((more[p.stream.index], p) for p in packets_beside),
+            )
+            for stream, packet in heapq.merge(*streams, key=lambda pair: pair[1].dts * pair[1].time_base):
+                counts[stream.index] += 1
                 packet.stream = stream
                 target.mux(packet)
-                count += 1
-    return count
+    return counts
 
 
-def _require_whole(path: Path, count: int) -> None:
-    """ValueError unless the file is indexed for `count` packets and the frames at both of its ends decode."""
+def _require_whole(path: Path, counts: list[int]) -> None:
+    """ValueError unless the file is indexed for so many packets a track and the frames at both of its ends decode."""
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+        stream, held_frames = container.streams.video[0], [track.frames for track in container.streams]
         first = next(container.decode(stream), None)
         container.seek(stream.duration, stream=stream)
         last = [packet.decode() for packet in container.demux(stream)]  # from the last keyframe on
-        if stream.frames != count or first is None or not any(last):
-            raise ValueError(f"the rewritten file does not hold {count} frames that decode")
+        # a subtitle's track has more: the pauses between its lines
+        short = [held for held, count in zip(held_frames, counts, strict=True) if held < count]
+        if stream.frames != counts[stream.index] or short or first is None or not any(last):
+            raise ValueError(f"the rewritten file does not hold {counts[stream.index]} frames that decode")

@@ -35,13 +35,15 @@ def pictures(video: Path, frames: int, fps: float, height: int, width: int) -> t
     import av
     import torch.nn.functional as F
 
+    from adastate_core.video_colour import rgb
+
     taken: list[torch.Tensor] = []
     with av.open(str(video)) as container:
         stream = container.streams.video[0]
         for frame in container.decode(stream):
             # a frame stands until the next one comes, so slow videos repeat frames and fast ones lose some
             while len(taken) < frames and frame.time >= len(taken) / fps - 1e-6:
-                taken.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+                taken.append(torch.from_numpy(rgb(frame)))
             if len(taken) == frames:
                 break
     if len(taken) < frames:

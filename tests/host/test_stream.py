@@ -473,13 +473,13 @@ def test_a_rewrite_that_fails_costs_a_warning_and_no_output(rollout, stream, fol
     whole = rollout(length=33, stream=stream(filename_prefix="whole"))
     original, moved = video_sink._rewrite, folders / "moved.mp4"
 
-    def rewrite(path, new):
+    def rewrite(path, new, *beside):
         if how == "no room":
             new.write_bytes(b"a part")
             raise av.error.OSError(28, "no space left on device")
         if how == "moved away":
             path.rename(moved)
-        count = original(path, new)
+        count = original(path, new, *beside)
         if how == "no frame decodes":
             new.write_bytes(bytes(1000))
         return count
@@ -507,7 +507,7 @@ def test_a_rewrite_that_fails_costs_a_warning_and_no_output(rollout, stream, fol
 
 
 def test_a_rendered_video_that_cannot_be_rewritten_is_given_as_it_grew(vae, node, monkeypatch, caplog):
-    monkeypatch.setattr(video_sink, "_rewrite", lambda path, new: 1 / 0)
+    monkeypatch.setattr(video_sink, "_rewrite", lambda *_: 1 / 0)
     inputs = {"filename_prefix": "AdaState", "fps": 16.0, "codec": "h264", "quality": 10}
     video = node("AdaStateRenderVideo")(latent={"samples": latents(4)}, vae=vae, **inputs).args[0]
     assert len(frames_of(video.get_stream_source())) == video.get_frame_count() == 13
