@@ -211,7 +211,7 @@ class StreamOutput:
                 attempt("the end of a stream", lambda: self._save_last(rollout, whole))
 
     def _save_last(self, rollout: Rollout, whole: bool) -> None:
-        if not self.targets:
+        if not self.stream.frames or not self.targets:
             self.files.remove()
             return
         self.files.forget()
@@ -238,7 +238,7 @@ class StreamOutput:
 
     def saved(self) -> dict[str, Any]:
         """JSON-able: the last state's name as Load Rollout State lists it, or None, and after which chunks others are kept."""
-        if not self.targets:
+        if not self.stream.frames or not self.targets:
             return {"state": None, "kept": []}
         name = self.targets[0].name.removesuffix(".mp4") + STATE_SUFFIX
         kept = self.history.kept if self.history is not None else []

@@ -80,8 +80,9 @@ def whole_file(path: Path | str, new: bool = False) -> Iterator[IO[bytes]]:
 class Unnamed:
     """A file in `folder` that grows at `path`, a hidden name of its own, until `name` gives it one that nobody has.
 
-    What a killed process leaves of it goes with the next file that is written to the folder. `movable`: whether a name can
-    be given while somebody writes to it; only some of Windows' file systems cannot. OSError if the folder takes no file.
+    What a killed process leaves of it goes with the next file that is written to the folder. `has_links`: whether the file
+    system gives a file a second name; one without should be named before anybody writes to it. OSError if the folder takes no
+    file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,7 +91,7 @@ class Unnamed:
             _sweep(folder, os.fstat(self._file.fileno()).st_mtime)
             if not locked:
                 self._file.close()
-            self.movable = not _WINDOWS or _has_links(self.path)
+            self.has_links = _has_links(self.path)
         except BaseException:
             self.discard()
             raise

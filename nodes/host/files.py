@@ -48,8 +48,9 @@ class NewVideos:
     """The videos of one run, one an ending (".mp4", "b0.mp4"): fresh ones of one number in the host's output folder.
 
     They grow at `paths`, which are hidden and their own, and take their names when something is in them: a process that is
-    killed before leaves nothing that looks like a video. `targets` are their names, which `name` may count up while
-    `named` is False. ValueError for a prefix that cannot be used, OSError if the folder takes no file.
+    killed before leaves nothing that looks like a video. (On a file system without links they have their names at once.)
+    `targets` are their names, which `name` may count up while `named` is False. ValueError for a prefix that cannot be used,
+    OSError if the folder takes no file.
     """
 
     def __init__(self, prefix: str, endings: list[str], width: int = 0, height: int = 0) -> None:
@@ -61,7 +62,7 @@ class NewVideos:
                 with _telling(target.path):
                     self._files.append(Unnamed(target.path.parent))
             self.paths = [file.path for file in self._files]
-            if not all(file.movable for file in self._files):
+            if not all(file.has_links for file in self._files):
                 self.name()
         except BaseException:
             self.forget()

@@ -53,8 +53,12 @@ def check_names(root: Path | str, prefix: str, endings: Iterable[str], width: in
     """
     _check_characters(prefix)
     path = inside(root, expanded(prefix, width, height))
-    for folder in path.relative_to(os.path.abspath(root)).parts[:-1]:
-        _check_length(prefix, folder, path.parent)
+    above = Path(os.path.abspath(root))
+    for folder in path.relative_to(above).parts[:-1]:
+        _check_length(prefix, folder, above)
+        above /= folder
+        if os.path.lexists(above) and not above.is_dir():
+            raise ValueError(f"{_shown(prefix)} needs a folder {_shown(folder)}, and that is a file; give another name")
     longest = max(endings, key=lambda ending: len(ending.encode()))
     _check_length(prefix, f"{path.name}{_NUMBER}{longest}", path.parent)
     return path
