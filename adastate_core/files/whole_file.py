@@ -208,7 +208,7 @@ def _patiently(move: Callable[[Path, Path], None], source: Path, target: Path) -
 
 def _has_links(path: Path) -> bool:
     """Whether the file system gives a file a second name."""
-    second = path.with_name(f"{HIDDEN}{_NO_LOCK}-{secrets.token_hex(8)}.tmp")
+    second = path.with_name(f"{path.name.rpartition('-')[0]}-{secrets.token_hex(8)}.tmp")
     try:
         os.link(path, second)
     except (OSError, NotImplementedError, AttributeError):
