@@ -186,7 +186,7 @@ def test_no_failure_at_the_end_hides_the_first(rollout, stream, monkeypatch, fir
         return original(self, *given)
 
     monkeypatch.setattr(adapter.HostModel, "velocity", velocity)
-    with pytest.raises(type(first)) as told:
+    with pytest.raises(BaseException) as told:  # noqa: B017  a KeyboardInterrupt would end pytest
         rollout(stream=stream(autosave_seconds=0.0, history_chunks=0))
     assert told.value is first
 
