@@ -21,7 +21,7 @@ import av
 import torch
 from av.video.reformatter import VideoReformatter
 
-from .files.whole_file import sync_file, whole_file
+from .files.whole_file import HIDDEN, not_written, sync_file, whole_file
 from .video_colour import frame_of
 from .video_encoder import CODECS, Encoding
 from .video_join import Prefix, copied_track, packets
@@ -77,7 +77,8 @@ class VideoSink:
                 self._container.start_encoding()
                 before.copy(self._mux)
             except BaseException:
-                self._container.close()
+                with contextlib.suppress(Exception):  # what went wrong first is what is told
+                    self._container.close()
                 raise
         self._sent = self.frames
 
@@ -96,7 +97,11 @@ class VideoSink:
         packet.time_base = self._stream.codec_context.time_base
         packet.pts = packet.dts = self.frames
         packet.duration = 1
-        self._container.mux(packet)
+        try:
+            self._container.mux(packet)
+        except OSError as error:
+            name = "the video" if self.path.name.startswith(HIDDEN) else self.path.name
+            raise not_written(f"frame {self.frames + 1} of {name}", error) from error
         self.frames += 1
 
     def write(self, pictures: torch.Tensor) -> None:
@@ -168,7 +173,7 @@ class VideoSink:
 
 def _why(error: Exception) -> str:
     """What an exception says, without the path of a temporary file."""
-    return str(getattr(error, "strerror", None) or error)
+    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
 
 
 def _packets(container: av.container.InputContainer) -> Iterator[av.Packet]:

@@ -20,7 +20,7 @@ from test_video_sink import decoded, moving
 
 from adastate_core.files import whole_file as module
 from adastate_core.files.tensor_file import TensorFile, write_tensors
-from adastate_core.files.whole_file import STALE_SECONDS, reserve, whole_file
+from adastate_core.files.whole_file import STALE_SECONDS, Unnamed, changes, not_written, reserve, whole_file
 from adastate_core.rollout_file import load_state, save_state
 from adastate_core.video_sink import VideoSink, remux
 
@@ -326,4 +326,146 @@ def test_a_write_of_tensors_that_fails_leaves_the_file_before(tmp_path):
         write_tensors(path, {"x": torch.zeros(3), "y": torch.zeros(2).as_subclass(Broken)}, {})
     with open(path, "rb") as file:
         assert torch.equal(TensorFile(file).read(checked=True)["x"], torch.ones(3))
+    assert names(tmp_path) == ["a"]
+
+
+def held(monkeypatch, name: str, times: int) -> list[Path]:
+    """The first calls of a function of `os` fail as Windows says that another program holds the file; what they were for."""
+    original, calls = getattr(os, name), []
+
+    def call(source, *rest):
+        calls.append(Path(rest[0] if rest else source))
+        if len(calls) <= times:
+            raise PermissionError(13, "used by another process")
+        return original(source, *rest)
+
+    monkeypatch.setattr(module.os, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("times", [1, 5, 6])
+def test_a_file_that_a_scanner_holds_for_a_moment_is_replaced_then(tmp_path, monkeypatch, times):
+    path, waited = tmp_path / "a", []
+    path.write_bytes(b"old")
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    calls = held(monkeypatch, "replace", times)
+    if times < 6:
+        write(path, b"new")
+    else:
+        with pytest.raises(PermissionError):
+            write(path, b"new")
+    assert path.read_bytes() == (b"new" if times < 6 else b"old") and names(tmp_path) == ["a"]
+    assert len(calls) == min(times + 1, 6) and len(waited) == min(times, 5) and sum(waited) < 1
+
+
+@pytest.mark.parametrize("last", [OSError(errno.ENOSPC, "no room"), None], ids=["full", "free"])
+def test_what_fails_first_is_told_though_the_file_cannot_be_closed(tmp_path, monkeypatch, last):
+    opened = []
+
+    class File:
+        """Keeps what is written back until it is closed, and meets a full disk then."""
+
+        def __init__(self, file):
+            self.file = file
+            opened.append(self)
+
+        def close(self):
+            self.file.close()
+            if last:
+                raise last
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def opening(path, mode):
+        return File(open(path, mode)) if mode == "x+b" else open(path, mode)
+
+    monkeypatch.setattr(module, "open", opening, raising=False)
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "a"):
+        raise KeyboardInterrupt
+    assert opened[0].file.closed and names(tmp_path) == []
+
+
+def test_a_new_name_that_cannot_be_given_and_not_taken_back_tells_the_first(tmp_path, monkeypatch):
+    """A file system without links: an empty file holds the name, and may not be removed."""
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(module.os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    monkeypatch.setattr(
+        module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "the disk is broken"))
+    )
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "held")))
+    with pytest.raises(OSError, match="the disk is broken"):
+        write(tmp_path / "a", b"new", new=True)
+
+
+def test_windows_renames_to_a_new_name_and_leaves_no_empty_file(tmp_path, monkeypatch):
+    """Without links, as on exFAT: a rename replaces nothing there."""
+    rename, path = os.rename, tmp_path / "a"
+
+    def windows(source, target):
+        if os.path.lexists(target):
+            raise FileExistsError(17, "there is one")
+        rename(source, target)
+
+    monkeypatch.setattr(module, "_WINDOWS", True)
+    monkeypatch.setattr(module.os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links")))
+    monkeypatch.setattr(module.os, "rename", windows)
+    monkeypatch.setattr(module, "reserve", lambda path: pytest.fail("an empty file"))
+    write(path, b"mine", new=True)
+    with pytest.raises(FileExistsError):
+        write(path, b"another's", new=True)
+    assert path.read_bytes() == b"mine" and names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(13, "used"), OSError("?")]
+)
+def test_what_cannot_be_written_is_named_and_stays_of_its_kind(error):
+    told = not_written("a.mp4", error)
+    reason = error.strerror or "?"
+    assert str(told).startswith(f"a.mp4 could not be written ({reason})") and told.reason == reason
+    assert (type(told), told.errno) == (type(error), error.errno)
+    assert ("room" in str(told)) == (error.errno == errno.ENOSPC) and ("another program" in str(told)) == (
+        error.errno == 13
+    )
+
+
+def test_a_file_grows_under_a_hidden_name_and_nobody_elses_is_taken(tmp_path):
+    (tmp_path / "a").write_bytes(b"another's")
+    before, file = changes(), Unnamed(tmp_path)
+    with open(file.path, "wb", buffering=0) as growing:  # by its name, as PyAV does it
+        growing.write(b"one")
+        assert [name for name in names(tmp_path) if not name.startswith(".adastate-")] == ["a"]
+        with pytest.raises(FileExistsError):
+            file.name(tmp_path / "a")
+        assert changes() == before
+        file.name(tmp_path / "b")
+        file.discard()
+        growing.write(b" two")
+    assert names(tmp_path) == ["a", "b"] and (tmp_path / "b").read_bytes() == b"one two" and changes() > before
+    other = Unnamed(tmp_path)
+    other.discard()
+    other.discard()
+    assert names(tmp_path) == ["a", "b"] and (tmp_path / "a").read_bytes() == b"another's"
+
+
+GROWING = """
+from pathlib import Path
+from adastate_core.files.whole_file import Unnamed
+files = [Unnamed(Path(sys.argv[1])) for _ in range(2)]
+files[0].path.write_bytes(b"a part")
+print("there", flush=True)
+sys.stdin.readline()
+"""
+
+
+@posix_only
+def test_what_a_killed_process_was_growing_is_swept_and_a_living_ones_is_not(tmp_path):
+    living, dead = child(GROWING, tmp_path), child(GROWING, tmp_path)
+    kill(dead)
+    assert len(names(tmp_path)) == 4 and all(name.startswith(".adastate-") for name in names(tmp_path))
+    Unnamed(tmp_path).discard()
+    assert len(names(tmp_path)) == 2
+    kill(living)
+    write(tmp_path / "a", b"new")
     assert names(tmp_path) == ["a"]

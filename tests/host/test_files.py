@@ -33,6 +33,24 @@ def test_a_number_that_another_server_takes_meanwhile_is_left_to_it(folders, mon
     assert calls[1].read_bytes() == b"another server's"
 
 
+def test_why_files_could_not_be_made_is_told_though_the_others_cannot_be_removed(folders, monkeypatch):
+    original, calls = files.reserve, []
+
+    def reserve(path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        original(path)
+
+    def held(*_, **__):
+        raise PermissionError(13, "used by another process")
+
+    monkeypatch.setattr(files, "reserve", reserve)
+    monkeypatch.setattr(Path, "unlink", held)
+    with pytest.raises(OSError, match=r"^take_00001_b1.mp4 could not be written \(No space left on device\)"):
+        files.new_files("video/take", ["b0.mp4", "b1.mp4"])
+
+
 def test_a_saved_state_takes_the_next_number_if_another_server_was_faster(rollout, node, folders, monkeypatch):
     original, calls = state_nodes.save_state, []
 
