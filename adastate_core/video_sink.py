@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class VideoSink:
 
     `quality` is the encoder's constant rate factor (0 best .. 51). `metadata` is written before the first packet:
     strings as they are, all else as JSON, as the host's savers embed `workflow` and `prompt`. `prefix` is a video of
-    the same encoder whose first `prefix_frames` frames are copied in front.
+    the same encoder whose first `prefix_frames` frames are copied in front, with `on_copied`, which may raise, after each.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class VideoSink:
         metadata: Mapping[str, Any] | None = None,
         prefix: Path | str | None = None,
         prefix_frames: int = 0,
+        on_copied: Callable[[], None] | None = None,
     ) -> None:
         if codec not in CODECS:
             raise ValueError(f"codec is {codec!r}; it must be one of {', '.join(CODECS)}")
@@ -85,7 +86,7 @@ class VideoSink:
         }
         if prefix is not None:
             try:
-                self._copy(Path(prefix), prefix_frames)
+                self._copy(Path(prefix), prefix_frames, on_copied)
             except BaseException:
                 self._container.close()
                 raise
@@ -100,7 +101,7 @@ class VideoSink:
         with contextlib.suppress(Exception):  # what went wrong first is what is told
             self.stop()
 
-    def _copy(self, source: Path, frames: int) -> None:
+    def _copy(self, source: Path, frames: int, on_copied: Callable[[], None] | None) -> None:
         """Put the first `frames` packets of another file of ours in front, without re-encoding."""
         self._container.start_encoding()
         with av.open(str(source)) as container:
@@ -117,6 +118,8 @@ class VideoSink:
             for packet in _packets(container, frames):
                 for converted in to_start_codes.filter(packet):
                     self._mux(converted)
+                if on_copied is not None:
+                    on_copied()
         self._sent = self.frames
         if self.frames < frames:
             raise ValueError(f"{source.name} holds {self.frames} frames of the {frames} that were to be joined")

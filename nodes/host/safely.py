@@ -28,12 +28,12 @@ def attempt(what: str, make: Callable[[], Made], again: bool = False) -> tuple[M
         except Interrupted:
             raise
         except Exception as error:  # noqa: BLE001
-            reason = _reason(error)
-        log.error("%s: %s%s", what, reason, "; trying once more" if left else "")
+            why = reason(error)
+        log.error("%s: %s%s", what, why, "; trying once more" if left else "")
         if not left:
             break
         free_memory()
-    return None, reason
+    return None, why
 
 
 def free_memory() -> None:
@@ -44,10 +44,10 @@ def free_memory() -> None:
     except Interrupted:
         raise
     except Exception as error:  # noqa: BLE001  a device that has failed says so here too
-        log.warning("memory could not be given back: %s", _reason(error))
+        log.warning("memory could not be given back: %s", reason(error))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: BaseException, longest: int = _LONGEST) -> str:
     """The first line of what an exception says, or its name."""
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    return lines[0][:_LONGEST] if lines else type(error).__name__
+    return lines[0][:longest] if lines else type(error).__name__
