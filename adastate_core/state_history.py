@@ -8,6 +8,7 @@ spread evenly over the whole video, and the disk holds a bounded number of them.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .files.whole_file import sync_folder
 from .rollout import RolloutState
 from .rollout_file import save_state, state_chunk
 
+log = logging.getLogger("adastate")
 SUFFIX = ".state.safetensors"
 FOLDER = ".history"
 _NAME = re.compile(r"chunk_([0-9]{6,9})\.state\.safetensors")
@@ -71,6 +73,7 @@ class StateHistory:
             raise ValueError(f"a history keeps at least 1 state every 1 or more chunks, not {most} every {every}")
         self.folder, self.step, self.most = folder, every, most
         self._kept: dict[int, Path] = {}
+        self.left: list[Path] = []  # states that could not be removed
 
     @property
     def kept(self) -> list[int]:
@@ -84,16 +87,37 @@ class StateHistory:
     def keep(self, state: RolloutState) -> None:
         """Write a state that was wanted; those that have to make room go first, so there are never more than `most`.
 
-        A crash leaves whole files only. OSError if the disk does not take it.
+        The only one there is goes last. A crash leaves whole files only. OSError if the disk does not take it.
         """
+        self.tidy()
         self.step = self._step_with_room()
-        for chunk in [chunk for chunk in self._kept if chunk % self.step]:
-            self._kept.pop(chunk).unlink(missing_ok=True)
+        going = {chunk: path for chunk, path in self._kept.items() if chunk % self.step}
+        last = len(going) == len(self._kept)  # the only one stays until the new one is there
+        if not last:
+            self._remove(going)
         if not self.folder.is_dir():
             self.folder.mkdir(exist_ok=True)
             sync_folder(self.folder.parent)
         name = f"chunk_{state.next_chunk:06}{SUFFIX}"
         self._kept[state.next_chunk] = save_state(state, self.folder / name)
+        if last:
+            self._remove(going)
+
+    def _remove(self, going: dict[int, Path]) -> None:
+        for chunk, path in going.items():
+            self._kept.pop(chunk)
+            self.left.append(path)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what had to make room; what another program holds is left, and tried again with the next state."""
+        for path in self.left.copy():
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s could not be removed (%s); it is tried again", path.name, error.strerror or error)
+            else:
+                self.left.remove(path)
 
     def _step_with_room(self) -> int:
         step = self.step

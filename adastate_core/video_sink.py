@@ -20,7 +20,7 @@ import av
 import torch
 from av.bitstream import BitStreamFilterContext
 
-from .files.whole_file import sync_file, whole_file
+from .files.whole_file import HIDDEN, not_written, sync_file, whole_file
 
 log = logging.getLogger("adastate")
 CODECS = {"h264": "libx264"}
@@ -88,7 +88,8 @@ class VideoSink:
             try:
                 self._copy(Path(prefix), prefix_frames, on_copied)
             except BaseException:
-                self._container.close()
+                with contextlib.suppress(Exception):  # what went wrong first is what is told
+                    self._container.close()
                 raise
 
     def __enter__(self) -> VideoSink:
@@ -129,7 +130,11 @@ class VideoSink:
         packet.time_base = self._stream.codec_context.time_base
         packet.pts = packet.dts = self.frames
         packet.duration = 1
-        self._container.mux(packet)
+        try:
+            self._container.mux(packet)
+        except OSError as error:
+            name = "the video" if self.path.name.startswith(HIDDEN) else self.path.name
+            raise not_written(f"frame {self.frames + 1} of {name}", error) from error
         self.frames += 1
 
     def write(self, pictures: torch.Tensor) -> None:
@@ -187,7 +192,7 @@ class VideoSink:
 
 def _why(error: Exception) -> str:
     """What an exception says, without the path of a temporary file."""
-    return str(getattr(error, "strerror", None) or error)
+    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
 
 
 def parameter_sets(extradata: bytes) -> list[bytes]:

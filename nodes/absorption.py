@@ -207,7 +207,7 @@ class SaveAbsorptionNode(Node):
 
     @classmethod
     def check(cls, filename_prefix: str | None = None) -> str | None:
-        return check_prefix(filename_prefix) if filename_prefix is not None else None
+        return check_prefix(filename_prefix, ABSORPTION_SUFFIX) if filename_prefix is not None else None
 
     @classmethod
     def execute(cls, state: RolloutState, filename_prefix: str) -> io.NodeOutput:

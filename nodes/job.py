@@ -22,7 +22,7 @@ from .host import checks
 from .host import model as host_model
 from .host.checkpoints import rollout_defaults
 from .host.codec import HostDecoder
-from .host.files import Target
+from .host.files import Target, check_video_prefix
 from .host.live import LiveRun
 from .host.node import shown
 from .host.progress import Progress
@@ -147,8 +147,10 @@ class Job:
         self._check_length()
 
     def _check_length(self) -> None:
-        """Everything about length, start and resume that can be known before anything is loaded or written."""
+        """Everything about length, start, resume and names that can be known before anything is loaded or written."""
         request, resume = self.request, self.request.resume
+        if request.stream is not None:
+            check_video_prefix(request.stream.filename_prefix, request.batch_size, request.width, request.height)
         if self.given is not None and self.given.shape[2] >= request.latent_length:
             frames = pictures_of(self.given.shape[2])
             raise ValueError(f"start_latent holds {frames} frames of length {request.length}; length must be longer")

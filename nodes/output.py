@@ -22,9 +22,9 @@ from ..adastate_core.vae_stream import pictures_of
 from ..adastate_core.video_sink import VideoSink
 from .host import model as host_model
 from .host.codec import HostDecoder
-from .host.files import STATE_SUFFIX, Target, new_files, output_file
+from .host.files import STATE_SUFFIX, NewVideos, Target, output_file, video_endings
 from .host.progress import Progress, check_interrupt
-from .host.safely import attempt, free_memory
+from .host.safely import at_the_end, attempt, free_memory
 
 if TYPE_CHECKING:
     from .job import Job
@@ -82,11 +82,6 @@ class _Copied:
             self._progress.step()
 
 
-def video_suffixes(batch: int) -> list[str]:
-    """The ends of the names of a run's videos."""
-    return [".mp4"] if batch == 1 else [f"b{item}.mp4" for item in range(batch)]
-
-
 class StreamOutput:
     """The files of a streamed run: a video an item, and the state that is saved beside the first."""
 
@@ -96,7 +91,7 @@ class StreamOutput:
         request, self.run_id = job.request, uuid.uuid4().hex
         joins = settings.join and request.resume is not None
         self._sources = self._joined() if joins else [(None, 0)] * request.batch_size
-        self.targets: list[Target] = []
+        self.files: NewVideos | None = None
         self.stream: VideoStream | None = None
         self.history: StateHistory | None = None
         self._unfinished: list[str] = []
@@ -112,31 +107,38 @@ class StreamOutput:
     def open(self, progress: Progress) -> None:
         """Bring the decoder to where the state ends, then make the files, the old frames in front. It can be interrupted
         between two frames, and leaves no file if it is."""
-        job, settings, request = self.job, self.settings, self.job.request
+        request, prefix = self.job.request, self.settings.filename_prefix
         before = 0 if request.resume is None else self._restore(request.resume, progress)
-        suffixes = video_suffixes(request.batch_size)
-        self.targets = new_files(settings.filename_prefix, suffixes, request.width, request.height)
+        self.files = NewVideos(prefix, video_endings(request.batch_size), request.width, request.height)
         sinks: list[VideoSink] = []
         try:
             copied = _Copied(progress)
-            for target, (source, frames) in zip(self.targets, self._sources, strict=True):
-                sinks.append(self._sink(target, source, frames, copied.frame))
+            for path, (source, frames) in zip(self.files.paths, self._sources, strict=True):
+                sinks.append(self._sink(path, source, frames, copied.frame))
         except BaseException:
             for sink in sinks:
                 with contextlib.suppress(Exception):
                     sink.stop()
-            self._discard()
+            self.files.remove()
             raise
-        self.stream = VideoStream(job.decoder, sinks, [target.name for target in self.targets], before)
-        every = settings.history_chunks
-        folder = history_folder(self.state_path)
-        self.history = StateHistory(folder, every, settings.history_states) if every else None
+        self.stream = VideoStream(self.job.decoder, sinks, frames_before=before)
         self._saved = time.monotonic()
 
-    def _discard(self) -> None:
-        for target in self.targets:
-            with contextlib.suppress(OSError):  # it stays where something holds it
-                target.path.unlink(missing_ok=True)
+    @property
+    def targets(self) -> list[Target]:
+        """The videos; none before the first chunk is in them, since another server may still take their number."""
+        return self.files.targets if self.files is not None and self.files.named else []
+
+    def _name(self) -> None:
+        """Give the files their names, once something is in them. OSError if the folder does not take them."""
+        if not self.files.named:
+            self.files.name()
+        for sink, target in zip(self.stream.sinks, self.targets, strict=True):
+            sink.path = target.path
+        self.stream.names = [target.name for target in self.targets]
+        every = self.settings.history_chunks
+        if every and self.history is None:
+            self.history = StateHistory(history_folder(self.state_path), every, self.settings.history_states)
 
     def _restore(self, resume: RolloutState, progress: Progress) -> int:
         """Take the decoder's cache from the state, or rebuild it from the newest latents that it keeps; frames so far."""
@@ -161,10 +163,10 @@ class StreamOutput:
         reach = decoder.reach
         return 0 if reach is None else max(0, resume.emitted - reach)
 
-    def _sink(self, target: Target, source: Path | None, frames: int, copied: Callable[[], None]) -> VideoSink:
+    def _sink(self, path: Path, source: Path | None, frames: int, copied: Callable[[], None]) -> VideoSink:
         request = self.job.request
         return VideoSink(
-            target.path,
+            path,
             request.width,
             request.height,
             Fraction(self.settings.fps).limit_denominator(1001),
@@ -213,6 +215,7 @@ class StreamOutput:
         except BaseException:
             rollout.put_back(chunk.latents)
             raise
+        self._name()
         self._write_due()
         self._take_due(rollout)
         return pictures
@@ -246,18 +249,25 @@ class StreamOutput:
     def finish(self, rollout: Rollout, whole: bool) -> None:
         """Finish the files; after an early end, or where states were saved on the way, save the last one.
 
-        A run that wrote nothing leaves nothing. What could not be done is in `warnings`; only an interrupt is raised.
+        A run that wrote nothing leaves nothing. What could not be done is in `warnings`; only an interrupt is raised, and
+        not while another failure is under way.
         """
-        try:
-            self._unfinished += self.stream.close()
-        finally:
-            attempt("the end of a stream", lambda: self._save_last(rollout, whole))
+        with at_the_end("the end of a stream"):
+            if self.stream.frames:
+                attempt("the videos could not be named", self._name)
+            try:
+                self._unfinished += self.stream.close()
+            finally:
+                attempt("the end of a stream", lambda: self._save_last(rollout, whole))
 
     def _save_last(self, rollout: Rollout, whole: bool) -> None:
-        if not self.stream.frames:
-            self._discard()
+        if not self.stream.frames or not self.targets:
+            self.files.remove()
             return
+        self.files.forget()
         self._write_due(autosave=False)
+        if self.history is not None:
+            self.history.tidy()
         if not whole or self.history is not None or self.state_path.exists():
             free_memory()
             self._write(lambda: rollout.snapshot(self.snapshot()), again=True)
@@ -265,11 +275,15 @@ class StreamOutput:
     @property
     def warnings(self) -> list[str]:
         """Sentences about what of the files and states could not be done, without the run having ended for it."""
-        video = self.targets[0].name if self.targets else ""
-        return self._unfinished + [
-            f"{'a state' if failed.count == 1 else f'{failed.count} states'} of {video} could not be saved {where} "
-            f"({failed.reason}); the video lost no frame by it"
-            for where, failed in self._failed.items()
+        video, left = self.targets[0].name if self.targets else "", self.history.left if self.history else []
+        return [
+            *self._unfinished,
+            *(f"{path.parent.name}/{path.name} could not be removed: another program may hold it" for path in left[:1]),
+            *(
+                f"{'a state' if failed.count == 1 else f'{failed.count} states'} of {video} could not be saved {where} "
+                f"({failed.reason}); the video lost no frame by it"
+                for where, failed in self._failed.items()
+            ),
         ]
 
     def saved(self) -> dict[str, Any]:

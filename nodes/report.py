@@ -15,10 +15,10 @@ from ..adastate_core.files.whole_file import whole_file
 from ..adastate_core.rollout import Chunk, Rollout, RolloutState
 from ..adastate_core.vae_stream import pictures_of
 from .host.error_types import describe_error
-from .host.files import Target, new_files
+from .host.files import Target, new_files, video_endings
 from .host.rerun import Place
 from .host.safely import Interrupted, attempt
-from .output import StreamOutput, video_suffixes
+from .output import StreamOutput
 
 if TYPE_CHECKING:
     import torch
@@ -71,12 +71,12 @@ class UnderWay:
 
 def identity(job: Job, run: UnderWay) -> dict[str, Any]:
     """Whose report it is and what its files are called; nothing here can fail."""
-    saved = run.output.saved() if run.output else {}
+    saved = attempt("what a rollout saved could not be listed", run.output.saved)[0] if run.output else None
     return {
         "prompt_id": run.place.prompt_id if run.place else None,
         "node_id": run.place.node_id if run.place else None,
         "videos": [target.name for target in run.output.videos] if run.output else [],
-        "state": saved.get("state"),
+        "state": (saved or {}).get("state"),
         "length": pictures_of(job.request.latent_length),
     }
 
@@ -221,7 +221,7 @@ class ReportFiles:
         if self.output.targets:
             return [Target(_beside(each.path), each.subfolder, each.kind) for each in self.output.targets]
         request, settings = self.output.job.request, self.output.settings
-        suffixes = [suffix.removesuffix(".mp4") + REPORT_SUFFIX for suffix in video_suffixes(request.batch_size)]
+        suffixes = [suffix.removesuffix(".mp4") + REPORT_SUFFIX for suffix in video_endings(request.batch_size)]
         return new_files(settings.filename_prefix, suffixes, request.width, request.height)
 
 

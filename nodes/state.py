@@ -40,7 +40,7 @@ class SaveStateNode(Node):
 
     @classmethod
     def check(cls, filename_prefix: str | None = None) -> str | None:
-        return check_prefix(filename_prefix) if filename_prefix is not None else None
+        return check_prefix(filename_prefix, STATE_SUFFIX) if filename_prefix is not None else None
 
     @classmethod
     def execute(cls, state: RolloutState, filename_prefix: str) -> io.NodeOutput:

@@ -12,7 +12,7 @@ from ..adastate_core.video_sink import CODECS, VideoSink, to_bytes
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.codec import LATENT_SPACES, HostDecoder
-from .host.files import check_prefix, new_file, save_metadata
+from .host.files import VIDEO_SUFFIX, check_prefix, new_file, save_metadata
 from .host.node import Node
 from .host.progress import Progress
 from .output import StreamSettings
@@ -74,8 +74,8 @@ def _history_widgets() -> list[io.Input]:
     ]
 
 
-def _check_prefix(filename_prefix: str | None) -> str | None:
-    reason = check_prefix(filename_prefix) if filename_prefix is not None else None
+def _check_prefix(filename_prefix: str | None, kind: str) -> str | None:
+    reason = check_prefix(filename_prefix, VIDEO_SUFFIX, kind) if filename_prefix is not None else None
     return reason and f"filename_prefix {reason}"
 
 
@@ -117,7 +117,7 @@ class StreamOutputNode(Node):
 
     @classmethod
     def check(cls, filename_prefix: str | None = None) -> str | None:
-        return _check_prefix(filename_prefix)
+        return _check_prefix(filename_prefix, "output")
 
     @classmethod
     def execute(
@@ -206,7 +206,7 @@ class RenderVideoNode(Node):
 
     @classmethod
     def check(cls, filename_prefix: str | None = None) -> str | None:
-        return _check_prefix(filename_prefix)
+        return _check_prefix(filename_prefix, "temp")
 
     @classmethod
     def execute(
@@ -221,7 +221,7 @@ class RenderVideoNode(Node):
     ) -> io.NodeOutput:
         samples = _video_samples(latent)
         height, width = samples.shape[3] * 8, samples.shape[4] * 8
-        target = new_file(filename_prefix, ".mp4", width, height, kind="temp")
+        target = new_file(filename_prefix, VIDEO_SUFFIX, width, height, kind="temp")
         progress = Progress(samples.shape[0] * samples.shape[2])
         rate = Fraction(fps).limit_denominator(1001)
         with VideoSink(target.path, width, height, rate, codec, quality, save_metadata(cls.hidden)) as sink:

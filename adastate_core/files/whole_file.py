@@ -16,7 +16,8 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -28,6 +29,8 @@ except ImportError:  # Windows, where a file that is open cannot be removed anyw
 
 # no writer leaves its file alone for so long
 STALE_SECONDS = 3600.0
+# how the names begin that are the pack's own for some time
+HIDDEN = ".adastate-"
 _NO_LOCK = "0" * 12
 _OWN = re.compile(r"\.adastate-([0-9a-f]{12})-[0-9a-f]{16}\.tmp")
 # what versions before wrote to: `<name>.<pid>.tmp`, beside it safetensors' own hidden names, and `<stem>.<pid>.tmp.mp4`
@@ -38,6 +41,10 @@ _MARK_BEFORE = b'"format":"adastate.'
 _MOST_HEADER = 100_000_000
 # what a file system says that has no fsync
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_WINDOWS = os.name == "nt"
+# seconds between tries to replace a file that another program holds: a virus scanner lets go after some tenths of a second
+_HELD = (0.02, 0.05, 0.1, 0.2, 0.4)
+_count = {"changes": 0}
 
 
 @contextlib.contextmanager
@@ -50,19 +57,85 @@ def whole_file(path: Path | str, new: bool = False) -> Iterator[IO[bytes]]:
     path = Path(path)
     temporary, file, locked = _create(path.parent)
     try:
-        with file:
+        try:
             _sweep(path.parent, os.fstat(file.fileno()).st_mtime)
             yield file
             file.flush()
             _sync(file.fileno())
             if locked:  # nobody takes it for a dead one's until it has its name
                 _publish(temporary, path, new)
+        except BaseException:
+            with contextlib.suppress(OSError):  # what went wrong first is what is told
+                file.close()
+            raise
+        file.close()
         if not locked:
             _publish(temporary, path, new)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+class Unnamed:
+    """A file in `folder` that grows at `path`, a hidden name of its own, until `name` gives it one that nobody has.
+
+    What a killed process leaves of it goes with the next file that is written to the folder. `has_links`: whether the file
+    system gives a file a second name; one without should be named before anybody writes to it. OSError if the folder takes no
+    file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self._file, locked = _create(folder)
+        try:
+            _sweep(folder, os.fstat(self._file.fileno()).st_mtime)
+            if not locked:
+                self._file.close()
+            self.has_links = _has_links(self.path)
+        except BaseException:
+            self.discard()
+            raise
+
+    def name(self, path: Path) -> None:
+        """Give the file its name. FileExistsError if it is taken, however many servers share the folder."""
+        _publish(self.path, path, new=True)
+
+    def unname(self, path: Path) -> None:
+        """Take the name `path` back, so that `name` can give another."""
+        with contextlib.suppress(OSError):
+            if os.path.lexists(self.path):
+                path.unlink(missing_ok=True)
+            else:  # it was moved, where there are no links
+                os.replace(path, self.path)
+
+    def discard(self) -> None:
+        """Remove the hidden name; the file stays where it was given another. It never fails: what is held goes later."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def changes() -> int:
+    """A number that is another one after this process has given a file its name: whoever keeps a listing looks again."""
+    return _count["changes"]
+
+
+def not_written(what: str, error: OSError) -> OSError:
+    """What to raise for `what` (a file's name, what it holds) that met `error`: the same kind, in a sentence.
+
+    Its `reason` is the system's own words.
+    """
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "; free some room on the disk"
+    elif isinstance(error, PermissionError):
+        advice = "; another program may hold it, or its folder may not be written to"
+    else:
+        advice = ""
+    told = type(OSError(error.errno or 0, ""))(f"{what} could not be written ({reason}){advice}")
+    told.errno, told.reason = error.errno, reason
+    return told
 
 
 def reserve(path: Path | str) -> None:
@@ -96,20 +169,53 @@ def _sync(descriptor: int) -> None:
 
 def _publish(temporary: Path, path: Path, new: bool) -> None:
     if not new:
-        os.replace(temporary, path)
-        return
+        _patiently(os.replace, temporary, path)
+    else:
+        _publish_new(temporary, path)
+    _count["changes"] += 1
+
+
+def _publish_new(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)
         return
     except FileExistsError:
         raise
     except (OSError, NotImplementedError, AttributeError):
-        reserve(path)  # a file system without links
+        pass  # a file system without links
+    if _WINDOWS:  # where a rename replaces nothing
+        _patiently(os.rename, temporary, path)
+        return
+    reserve(path)
     try:
-        os.replace(temporary, path)
+        _patiently(os.replace, temporary, path)
     except BaseException:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
         raise
+
+
+def _patiently(move: Callable[[Path, Path], None], source: Path, target: Path) -> None:
+    """Move a file, once more after some time where another program holds it. PermissionError if it still does."""
+    for wait in _HELD:
+        try:
+            move(source, target)
+            return
+        except PermissionError:
+            time.sleep(wait)
+    move(source, target)
+
+
+def _has_links(path: Path) -> bool:
+    """Whether the file system gives a file a second name."""
+    second = path.with_name(f"{HIDDEN}{_NO_LOCK}-{secrets.token_hex(8)}.tmp")
+    try:
+        os.link(path, second)
+    except (OSError, NotImplementedError, AttributeError):
+        return False
+    with contextlib.suppress(OSError):
+        second.unlink()
+    return True
 
 
 @cache
@@ -140,7 +246,7 @@ def _create(folder: Path) -> tuple[Path, IO[bytes], bool]:
     """A fresh temporary in `folder`, open, and whether it is locked."""
     where = _where(folder)
     while True:
-        path = folder / f".adastate-{where}-{secrets.token_hex(8)}.tmp"
+        path = folder / f"{HIDDEN}{where}-{secrets.token_hex(8)}.tmp"
         file = open(path, "x+b")  # noqa: SIM115
         if where == _NO_LOCK:
             return path, file, False
@@ -153,7 +259,8 @@ def _create(folder: Path) -> tuple[Path, IO[bytes], bool]:
         except OSError:
             where = _NO_LOCK
         file.close()
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:

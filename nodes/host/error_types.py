@@ -50,5 +50,8 @@ def error_type(error: BaseException) -> str:
 
 
 def describe_error(error: BaseException) -> dict[str, str]:
-    """JSON-able: the name, and what was said, without the path of a file."""
-    return {"type": error_type(error), "message": reason(error, _LONGEST)}
+    """JSON-able: the name, and what was said, without the path of a file. It never fails."""
+    try:
+        return {"type": error_type(error), "message": reason(error, _LONGEST)}
+    except Exception:  # noqa: BLE001  an exception that cannot be printed
+        return {"type": OTHER, "message": type(error).__name__}

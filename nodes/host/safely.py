@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import comfy.model_management
@@ -34,6 +36,19 @@ def attempt(what: str, make: Callable[[], Made], again: bool = False) -> tuple[M
             break
         free_memory()
     return None, why
+
+
+@contextlib.contextmanager
+def at_the_end(what: str) -> Iterator[None]:
+    """For what is done after a run, in its `finally`: where the run has failed, or was interrupted, and this fails too,
+    or is interrupted, it is logged and the first failure goes on. After a run that went well it is raised."""
+    first = sys.exc_info()[1]
+    try:
+        yield
+    except BaseException as error:
+        if first is None:
+            raise
+        log.error("%s, after %s: %s", what, type(first).__name__, reason(error))
 
 
 def free_memory() -> None:
