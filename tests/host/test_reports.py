@@ -18,7 +18,7 @@ from adastate_pack.adastate_core.files import whole_file
 from adastate_pack.adastate_core.rollout import Rollout
 from adastate_pack.adastate_core.rollout_file import load_state
 from adastate_pack.nodes import job, output, report
-from adastate_pack.nodes.host import error_types, live
+from adastate_pack.nodes.host import error_types, files, live
 from adastate_pack.nodes.host import model as adapter
 from adastate_pack.nodes.host.codec import HostDecoder
 from adastate_pack.nodes.host.model import HostModel
@@ -373,3 +373,91 @@ def test_it_stops_without_a_stream_and_among_start_frames_too(rollout, folders):
 def test_seconds_that_are_none_are_refused(rollout, node, value):
     with pytest.raises(ValueError, match="max_seconds is"):
         rollout(max_seconds=value)
+
+
+# ---- odd moments
+
+
+class Unprintable(RuntimeError):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_an_error_that_cannot_be_printed_has_a_report(rollout, stream, folders, monkeypatch):
+    raises_at(monkeypatch, HostModel, "velocity", Unprintable(), 5)
+    with pytest.raises(Unprintable):
+        rollout(stream=stream())
+    assert read(folders)["error"] == {"type": "internal_error", "message": "Unprintable"}
+    assert read(folders).keys() >= ALWAYS
+
+
+def test_a_listing_that_fails_at_the_end_costs_the_states_name_alone(rollout, stream, folders, monkeypatch):
+    raises_at(monkeypatch, output.StreamOutput, "saved", PermissionError(13, "Permission denied"), 2)
+    made = rollout(stream=stream())
+    assert made.args[3].get_frame_count() == 57
+    assert read(folders)["ended"] == "whole" and read(folders)["state"] is None
+
+
+@pytest.mark.parametrize("when", ["before the first chunk", "while the report is named"])
+def test_two_servers_in_one_folder_keep_to_their_own_reports(rollout, stream, folders, monkeypatch, when):
+    """One fails before its first chunk while the other is about to give its video a name, or the other way round."""
+    opened, reserve, started = output.StreamOutput.open, files.reserve, []
+
+    def fails() -> None:
+        with monkeypatch.context() as patch, contextlib.suppress(MemoryError):
+            patch.setattr(HostModel, "load", lambda *_: (_ for _ in ()).throw(MemoryError()))
+            rollout(stream=stream())
+
+    def opening(self, progress):
+        opened(self, progress)
+        if not started and when == "before the first chunk":  # the number is chosen, and the video not yet named
+            started.append(1)
+            fails()
+
+    def reserving(path):
+        reserve(path)
+        if not started and when != "before the first chunk":  # between a report's name and its look around
+            started.append(1)
+            monkeypatch.setattr(HostModel, "load", load)
+            rollout(stream=stream())
+
+    load = HostModel.load
+    monkeypatch.setattr(output.StreamOutput, "open", opening)
+    monkeypatch.setattr(files, "reserve", reserving)
+    if when == "before the first chunk":
+        rollout(stream=stream())
+    else:
+        fails()
+    told = {path.name: read(folders, f"video/{path.name}") for path in (folders / "output/video").glob("*.report.json")}
+    assert started and sorted(one["ended"] for one in told.values()) == ["failed", "whole"]
+    [name] = [name for name, one in told.items() if one["ended"] == "whole"]
+    video = name.replace(".report.json", ".mp4")
+    assert told[name]["videos"] == [f"video/{video}"]
+    assert [path.name for path in (folders / "output/video").glob("*.mp4")] == [video]
+
+
+@pytest.mark.parametrize("prefix", ["видео/日本", "a.b/take.v2", "video/take_00007_", "video/100% sure"])
+def test_a_report_has_its_videos_name_whatever_that_is(rollout, stream, folders, prefix):
+    rollout(length=9, stream=stream(filename_prefix=prefix))
+    [video], [report_file] = (list((folders / "output").rglob(f"*.{end}")) for end in ("mp4", "report.json"))
+    assert report_file.name == video.name.removesuffix(".mp4") + ".report.json"
+    assert read(folders, report_file.relative_to(folders / "output").as_posix())["videos"] == [f"{prefix}_00001_.mp4"]
+
+
+@pytest.mark.parametrize("when", ["load", "decode again"])
+def test_a_stop_before_the_first_chunk_keeps_one(rollout, stream, folders, monkeypatch, when):
+    kept = rollout(length=21).args[1]
+    runs, run = [], live.LiveRun.__init__
+    monkeypatch.setattr(live.LiveRun, "__init__", lambda self, *given: (run(self, *given), runs.append(self))[0])
+    owner, name = (HostModel, "load") if when == "load" else (output.StreamOutput, "_restore")
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *given: (runs[-1].stop(), original(*given))[1])
+    made = rollout(resume=kept, stream=stream())
+    told = json.loads(made.args[2])
+    assert (told["ended"], told["chunks"], told["stopped"]["frame"], told["stopped"]["by"]) == (
+        "stopped",
+        1,
+        33,
+        "user",
+    )
+    assert read(folders) == told
