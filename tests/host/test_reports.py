@@ -418,8 +418,9 @@ def test_two_servers_in_one_folder_keep_to_their_own_reports(rollout, stream, fo
         reserve(path)
         if not started and when != "before the first chunk":  # between a report's name and its look around
             started.append(1)
-            monkeypatch.setattr(HostModel, "load", load)
-            rollout(stream=stream())
+            with monkeypatch.context() as patch:
+                patch.setattr(HostModel, "load", load)
+                rollout(stream=stream())
 
     load = HostModel.load
     monkeypatch.setattr(output.StreamOutput, "open", opening)
