@@ -50,6 +50,17 @@ class TaehvStream:
         self.latents_seen = 0
 
     @property
+    def reach(self) -> int:
+        """Latent frames after which a stream that begins anew stands, to the bit, where one that has seen the whole video does:
+        each memory block looks one frame back."""
+        return len(_memories(self.decoder)) + 1
+
+    def skip(self, latents: int) -> None:
+        """Begin anew after so many latents of a video: what comes out is right once `reach` more were seen."""
+        self.reset()
+        self.latents_seen = latents
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the carried memory."""
         return sum(t.nbytes for t in self._memory)

@@ -87,6 +87,24 @@ class VaeStream:
         self._unproven = False  # whether the entries are a file's, and no call has used them yet
 
     @property
+    def reach(self) -> int | None:
+        """Latent frames after which a stream that begins anew stands, to the bit, where one that has seen the whole video does;
+        None for a decoder of another make.
+
+        What a call keeps are the last frames that came into each causal convolution, as many as its kernel is long less one,
+        at the latents' rate or a higher one; a stream's first latent, which the temporal upsamplers treat in a way of their
+        own, costs each at most one more.
+        """
+        kernels = [m.kernel_size[0] for m in self.codec.decoder.modules() if isinstance(m, nn.Conv3d)]
+        looks_back = [size for size in kernels if size > 1]
+        return sum(looks_back) + 1 if looks_back else None
+
+    def skip(self, latents: int) -> None:
+        """Begin anew after so many latents of a video: what comes out is right once `reach` more were seen."""
+        self.reset()
+        self.latents_seen = latents
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the carried cache."""
         return sum(t.nbytes for t in self._features if isinstance(t, torch.Tensor))
@@ -102,7 +120,7 @@ class VaeStream:
         start = 0
         try:
             while start < latents.shape[2]:
-                count = 1 if self.latents_seen == 0 else self.frames_per_call
+                count = 1 if all(entry is None for entry in self._features) else self.frames_per_call
                 part = latents[:, :, start : start + count]
                 pieces += self._call(self.codec.conv2(part))
                 start += part.shape[2]

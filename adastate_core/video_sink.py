@@ -11,9 +11,10 @@ import contextlib
 import heapq
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class VideoSink:
 
     `quality` is the encoder's constant rate factor (0 best .. 51). `metadata` is written before the first packet:
     strings as they are, all else as JSON, as the host's savers embed `workflow` and `prompt`. `prefix` is a video of
-    the same encoder whose first `prefix_frames` frames are copied in front.
+    the same encoder whose first `prefix_frames` frames are copied in front, with `on_copied`, which may raise, after each.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class VideoSink:
         metadata: Mapping[str, Any] | None = None,
         prefix: Path | str | None = None,
         prefix_frames: int = 0,
+        on_copied: Callable[[], None] | None = None,
     ) -> None:
         encoding = Encoding(width, height, Fraction(fps).limit_denominator(1001), codec, quality)
         before = None if prefix is None else Prefix(Path(prefix), prefix_frames, encoding)
@@ -75,7 +77,7 @@ class VideoSink:
         if before is not None:
             try:
                 self._container.start_encoding()
-                before.copy(self._mux)
+                before.copy(partial(self._copied, on_copied))
             except BaseException:
                 with contextlib.suppress(Exception):  # what went wrong first is what is told
                     self._container.close()
@@ -91,6 +93,12 @@ class VideoSink:
             return
         with contextlib.suppress(Exception):  # what went wrong first is what is told
             self.stop()
+
+    def _copied(self, told: Callable[[], None] | None, packet: av.Packet) -> None:
+        """A packet of the video that goes in front; whoever waits is told of it, and may interrupt."""
+        self._mux(packet)
+        if told is not None:
+            told()
 
     def _mux(self, packet: av.Packet) -> None:
         packet.stream = self._stream

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,17 @@ from .host.progress import Progress
 from .host.safely import attempt
 from .live import chunk_facts, hidden_picture, run_facts, stop_note
 from .output import StreamOutput, StreamSettings, check_streamable
+from .report import (
+    STOPPED,
+    WHOLE,
+    Made,
+    UnderWay,
+    counts,
+    identity,
+    planned,
+    used,
+    write_short,
+)
 
 MAX_SIZE = 8192
 
@@ -71,26 +81,11 @@ class Request:
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
     cache_dtype: str = "model"
     cache_device: str = "gpu"
+    max_seconds: float = 0.0
 
     @property
     def latent_length(self) -> int:
         return (self.length - 1) // 4 + 1
-
-
-@dataclass
-class Made:
-    """What is remembered of each chunk while a rollout runs: the seconds that it took, and its latents if they are wanted."""
-
-    count: int = 0
-    seconds: list[float] = field(default_factory=list)
-    latents: list[torch.Tensor] = field(default_factory=list)
-
-    def add(self, chunk: Chunk, keep: bool) -> None:
-        self.count += 1
-        if not chunk.given:
-            self.seconds.append(chunk.seconds)
-        if keep:
-            self.latents.append(chunk.latents)
 
 
 @dataclass
@@ -105,13 +100,14 @@ class Result:
     report: dict[str, Any]
     videos: list[Target]
     missing: dict[str, str] = field(default_factory=dict)
+    reports: list[Target] = field(default_factory=list)
 
 
 class Job:
     """Resolves a request against the model, rolls it out, decodes and writes as it goes."""
 
     def __init__(self, request: Request) -> None:
-        self.request = request
+        self.request, self._begun = request, time.monotonic()
         checks.check_model(request.model)
         if request.start_latent is not None:
             checks.check_latent("start_latent", request.start_latent)
@@ -278,35 +274,62 @@ class Job:
         return rollout
 
     def run(self, view: LiveRun | None = None) -> Result:
-        """Load, roll, decode; on any end the files are finished, and after a failure the state is saved beside them.
+        """Load, roll, decode; on any end the files are finished, after a failure the state is saved beside them, and last a
+        report of it, unless the run was refused before anything was loaded.
 
-        `view` is shown each chunk, and may ask to stop: the run then ends after the chunk under way, with what there is.
+        `view` is shown each chunk, and may ask to stop, as max_seconds does: the run then ends after the chunk under way,
+        with what there is.
         """
-        request, progress, view = self.request, Progress(), view or LiveRun(None)
-        rollout = self.rollout(progress)
-        progress.expect(rollout.passes(request.latent_length, 0 if self.given is None else self.given.shape[2]))
-        output = StreamOutput(self, request.stream) if request.stream else None
-        made, ended = Made(), False
-        start = time.perf_counter()
+        view = view or LiveRun(None)
+        output = StreamOutput(self, self.request.stream) if self.request.stream else None
+        run = UnderWay(view.place, output)
+        try:
+            result = self._roll(run, view)
+            if run.reports is not None:
+                result.report["warnings"] += run.reports.write(result.report)
+                result.reports = run.reports.written
+        except BaseException as error:
+            write_short(self, run, error)
+            raise
+        return result
+
+    def _roll(self, run: UnderWay, view: LiveRun) -> Result:
+        """The rollout itself; `run` is told how far it is."""
+        request, progress, output, made = self.request, Progress(), run.output, run.made
+        run.rollout = rollout = self.rollout(progress)
+        passes = rollout.passes(request.latent_length, 0 if self.given is None else self.given.shape[2])
+        progress.expect(passes + (output.steps() if output else 0))
+        if output:
+            output.open(progress)
+        ended = False
+        run.start = time.perf_counter()
         attempt("a rollout's start could not be shown", lambda: view.started(run_facts(self, output and output.run_id)))
         try:
             for chunk in rollout.chunks(request.latent_length, self.given):
                 made.add(chunk, self._holds_latents)
                 pictures = output.step(chunk, rollout)[0] if output else None
                 self._show(view, progress, made.count - 1, chunk, rollout, pictures)
-                if view.stopped:
+                if view.stopped or self._time_is_up:
                     break
             ended = True
         finally:
             if output:
                 output.finish(rollout, whole=ended and rollout.emitted >= request.latent_length)
                 view.saved = attempt("what a rollout saved could not be listed", output.saved)[0] or {}
-        return self._result(rollout, made, time.perf_counter() - start, output, view.saved.get("state"))
+        run.seconds = time.perf_counter() - run.start
+        return self._result(run, view)
 
-    def _result(
-        self, rollout: Rollout, made: Made, seconds: float, output: StreamOutput | None, saved: str | None
-    ) -> Result:
-        """The outputs of a run that is over: where one cannot be made, the others are there. `saved`: its last state's name."""
+    @property
+    def _time_is_up(self) -> bool:
+        return 0 < self.request.max_seconds <= self.seconds_since_begin()
+
+    def seconds_since_begin(self) -> float:
+        """Seconds since the node began to execute."""
+        return time.monotonic() - self._begun
+
+    def _result(self, run: UnderWay, view: LiveRun) -> Result:
+        """The outputs of a run that is over: where one cannot be made, the others are there."""
+        rollout, output, saved = run.rollout, run.output, view.saved.get("state")
         missing: dict[str, str] = {}
 
         def tried(name: str, make: Callable[[], Any], instead: str) -> Any:
@@ -321,11 +344,14 @@ class Job:
             lambda: rollout.snapshot(output.snapshot() if output else {}),
             f"Load Rollout State has {saved}, the last one that was saved" if saved else again,
         )
-        latents = tried("LATENT", lambda: self._latents(rollout, state, made), again)
-        stopped = self._stopped(rollout)
-        more = tried("REPORT", lambda: self._report(rollout, state), "it says only what was counted")
+        latents = tried("LATENT", lambda: self._latents(rollout, state, run.made), again)
+        stopped = self._stopped(rollout, view)
+        more = tried("REPORT", lambda: planned(self) | used(self, rollout, state), "it says only what was counted")
+        if self.request.sigmas is not None:
+            self.warnings.append("sigmas is connected, so steps and shift were not used")
         warnings = [*self.warnings, *missing.values(), *(output.warnings if output else [])]
-        report = self._counts(rollout, made, seconds, output) | (more or {}) | stopped
+        report = {"ended": STOPPED if stopped else WHOLE, "error": None} | identity(self, run) | counts(self, run)
+        report |= (more or {}) | stopped
         report["warnings"] = list(dict.fromkeys(warnings))
         return Result(latents, state, report, output.targets if output else [], missing)
 
@@ -358,13 +384,14 @@ class Job:
             hidden = view.hidden_state(lambda: hidden_picture(self, chunk.hidden))
         view.chunk(chunk_facts(self, number, chunk, rollout), shown, hidden)
 
-    def _stopped(self, rollout: Rollout) -> dict[str, Any]:
+    def _stopped(self, rollout: Rollout, view: LiveRun) -> dict[str, Any]:
         """The report's entry of a rollout that was stopped before its length."""
         if rollout.emitted >= self.request.latent_length:
             return {}
         frames, asked = pictures_of(rollout.emitted), pictures_of(self.request.latent_length)
-        self.warnings.append(stop_note(frames, asked))
-        return {"stopped": {"frame": frames, "of": asked}}
+        limit = None if view.stopped else self.request.max_seconds
+        self.warnings.append(stop_note(frames, asked, limit))
+        return {"stopped": {"frame": frames, "of": asked, "by": "user" if limit is None else "max_seconds"}}
 
     @property
     def _holds_latents(self) -> bool:
@@ -388,77 +415,3 @@ class Job:
             if self.request.keep_latents and self.request.resume is not None:
                 self.warnings.append("the resumed state had not kept its latents, so LATENT holds this run's only")
         return host_model.to_vae_space(self.request.model, latents)
-
-    def _counts(self, rollout: Rollout, made: Made, seconds: float, output: StreamOutput | None) -> dict[str, Any]:
-        """What a report says of any run: nothing here can fail."""
-        before = self.request.resume.emitted if self.request.resume else 0
-        frames, fps = pictures_of(rollout.emitted) - pictures_of(before), self.fps
-        times = sorted(made.seconds)
-        return {
-            "chunks": made.count,
-            "frames": frames,
-            "frames_total": pictures_of(rollout.emitted),
-            "video_seconds": frames / fps,
-            "seconds": round(seconds, 3),
-            "seconds_per_chunk": round(times[len(times) // 2], 4) if times else 0.0,
-            "fps": round(frames / seconds, 2) if seconds else 0.0,
-            "speed": round(frames / fps / seconds, 3) if seconds else 0.0,
-            "files": [target.path.name for target in output.targets] if output else [],
-            **({"history": output.history.kept} if output and output.history else {}),
-        }
-
-    def _report(self, rollout: Rollout, state: RolloutState | None) -> dict[str, Any]:
-        """What a report says besides: bytes, settings, prompts, absorption."""
-        absorption = self._absorption_report(rollout)
-        if self.request.sigmas is not None:
-            self.warnings.append("sigmas is connected, so steps and shift were not used")
-        return {
-            "plan_bytes": self.plan.bytes(),
-            "kv_bytes_planned": self.plan.kv_bytes,
-            "kv_bytes_used": absorption["kv_bytes_before"] if absorption else rollout.cache.nbytes,
-            "host_kv_bytes_used": rollout.cache.host_nbytes,
-            "text_kv_bytes_used": rollout.cache.text_nbytes,
-            "state_bytes": None if state is None else state.nbytes,
-            "settings": self.settings
-            | {"seed": self.request.seed, "anchor": self.spec.anchor.describe(), "sigmas": list(self.schedule.sigmas)}
-            | {"cache_dtype": self.spec.cache_dtype, "cache_device": self.spec.cache_device}
-            | ({"first_sigmas": list(self.schedule.first_sigmas)} if self.schedule.first_sigmas else {})
-            | ({"preset": self.resolved.preset.name} if self.resolved.preset else {}),
-            "prompts": self._prompt_report(),
-            **({"decoder": self.decoder.describe()} if self.decoder else {}),
-            **({"absorption": absorption} if absorption else {}),
-        }
-
-    def _prompt_report(self) -> list[dict[str, Any]]:
-        """Where the prompt changes: the latent frame, the text if it is known, and how."""
-        if self.prompts is None:
-            return []
-        pairs = zip(self.request.positive.entries, self.prompts.changes, strict=True)
-        return [
-            {
-                "seconds": entry.seconds,
-                "latent_frame": change.frame,
-                "text": entry.text,
-                "transition": change.transition,
-            }
-            for entry, change in pairs
-        ]
-
-    def _absorption_report(self, rollout: Rollout) -> dict[str, Any] | None:
-        """The absorber's report, with a warning for what may surprise."""
-        if rollout.absorber is None:
-            return None
-        report = rollout.absorber.report()
-        if report["phase"] == "nothing to absorb" and self.spec.absorption.layers(self.spec.geometry.layers):
-            self.warnings.append(
-                "nothing was absorbed: within the warm-up no layer held more than the sink and the local window; give a larger "
-                "window_frames or warmup_frames, or a smaller local_window_frames"
-            )
-        if others := self.request.absorption.differences(self.origin):
-            self.warnings.append(f"the loaded absorption was solved for another {' and '.join(others)}")
-        return report
-
-
-def report_text(report: dict[str, Any]) -> str:
-    """As JSON; what JSON has no words for is written as Python prints it."""
-    return json.dumps(report, indent=1, default=str)

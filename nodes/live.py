@@ -88,6 +88,7 @@ def chunk_facts(job: Job, number: int, chunk: Chunk, rollout: Rollout) -> dict[s
     }
 
 
-def stop_note(frames: int, asked: int) -> str:
-    """For the report of a rollout that was stopped and kept."""
-    return f"stopped at frame {frames} of {asked}; run it again for the whole video, or go on from STATE"
+def stop_note(frames: int, asked: int, limit: float | None) -> str:
+    """For the report of a rollout that was stopped and kept, by the user or by a `limit` in seconds."""
+    why = "" if limit is None else f" because max_seconds ({limit:g}) had passed"
+    return f"stopped at frame {frames} of {asked}{why}; run it again for the whole video, or go on from STATE"

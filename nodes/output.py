@@ -23,12 +23,14 @@ from ..adastate_core.video_sink import VideoSink
 from .host import model as host_model
 from .host.codec import HostDecoder
 from .host.files import STATE_SUFFIX, NewVideos, Target, output_file, video_endings
+from .host.progress import Progress, check_interrupt
 from .host.safely import at_the_end, attempt, free_memory
 
 if TYPE_CHECKING:
     from .job import Job
 
 RUN_ID = "adastate_run"
+FRAMES_A_STEP = 256  # copied frames that count as much as a pass
 Made = TypeVar("Made")
 
 
@@ -66,37 +68,66 @@ class _Failures:
     reason: str
 
 
+class _Copied:
+    """Progress over frames that are copied; every one of them lets an interrupt through."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._frames = progress, 0
+
+    def frame(self) -> None:
+        self._frames += 1
+        if self._frames % FRAMES_A_STEP:
+            check_interrupt()
+        else:
+            self._progress.step()
+
+
 class StreamOutput:
     """The files of a streamed run: a video an item, and the state that is saved beside the first."""
 
     def __init__(self, job: Job, settings: StreamSettings) -> None:
+        """ValueError if the videos that are to be joined are not there; nothing is written before `open`."""
         self.job, self.settings = job, settings
         request, self.run_id = job.request, uuid.uuid4().hex
-        before = 0 if request.resume is None else self._restore(request.resume)
-        batch = request.batch_size
-        sources = self._joined() if settings.join and request.resume is not None else [(None, 0)] * batch
-        self.files = NewVideos(settings.filename_prefix, video_endings(batch), request.width, request.height)
+        joins = settings.join and request.resume is not None
+        self._sources = self._joined() if joins else [(None, 0)] * request.batch_size
+        self.files: NewVideos | None = None
+        self.stream: VideoStream | None = None
+        self.history: StateHistory | None = None
+        self._unfinished: list[str] = []
+        self._failed: dict[str, _Failures] = {}
+        self._due: _Due | None = None
+
+    def steps(self) -> int:
+        """Steps of progress that `open` takes: one for each latent frame that is decoded again, and for FRAMES_A_STEP copied."""
+        resume, copied = self.job.request.resume, sum(frames for _, frames in self._sources)
+        again = 0 if resume is None else resume.emitted - self._decoded_from(resume)
+        return again + copied // FRAMES_A_STEP
+
+    def open(self, progress: Progress) -> None:
+        """Bring the decoder to where the state ends, then make the files, the old frames in front. It can be interrupted
+        between two frames, and leaves no file if it is."""
+        request, prefix = self.job.request, self.settings.filename_prefix
+        before = 0 if request.resume is None else self._restore(request.resume, progress)
+        self.files = NewVideos(prefix, video_endings(request.batch_size), request.width, request.height)
         sinks: list[VideoSink] = []
         try:
-            for path, (source, frames) in zip(self.files.paths, sources, strict=True):
-                sinks.append(self._sink(path, source, frames))
+            copied = _Copied(progress)
+            for path, (source, frames) in zip(self.files.paths, self._sources, strict=True):
+                sinks.append(self._sink(path, source, frames, copied.frame))
         except BaseException:
             for sink in sinks:
                 with contextlib.suppress(Exception):
                     sink.stop()
             self.files.remove()
             raise
-        self.stream = VideoStream(job.decoder, sinks, frames_before=before)
-        self.history: StateHistory | None = None
-        self._unfinished: list[str] = []
-        self._failed: dict[str, _Failures] = {}
-        self._due: _Due | None = None
+        self.stream = VideoStream(self.job.decoder, sinks, frames_before=before)
         self._saved = time.monotonic()
 
     @property
     def targets(self) -> list[Target]:
         """The videos; none before the first chunk is in them, since another server may still take their number."""
-        return self.files.targets if self.files.named else []
+        return self.files.targets if self.files is not None and self.files.named else []
 
     def _name(self) -> None:
         """Give the files their names, once something is in them. OSError if the folder does not take them."""
@@ -109,17 +140,30 @@ class StreamOutput:
         if every and self.history is None:
             self.history = StateHistory(history_folder(self.state_path), every, self.settings.history_states)
 
-    def _restore(self, resume: RolloutState) -> int:
-        """Take the decoder's cache from the state, or rebuild it from the latents that it keeps; frames so far."""
-        decoder = self.job.decoder
-        if "vae_latents_seen" in resume.stream and not decoder.foreign(resume.stream):
-            decoder.restore(resume.stream)
-        elif resume.latents is not None:
-            for part in resume.latents.split(self.job.spec.chunk_frames, dim=2):
-                decoder.step(host_model.to_vae_space(self.job.request.model, part))
+    def _restore(self, resume: RolloutState, progress: Progress) -> int:
+        """Take the decoder's cache from the state, or rebuild it from the newest latents that it keeps; frames so far."""
+        decoder, first = self.job.decoder, self._decoded_from(resume)
+        if first == resume.emitted:
+            if "vae_latents_seen" in resume.stream:
+                decoder.restore(resume.stream)
+            return pictures_of(resume.emitted)
+        decoder.skip(first)
+        for frame in range(first, resume.emitted):
+            progress.step()
+            decoder.step(host_model.to_vae_space(self.job.request.model, resume.latents[:, :, frame : frame + 1]))
         return pictures_of(resume.emitted)
 
-    def _sink(self, path: Path, source: Path | None, frames: int) -> VideoSink:
+    def _decoded_from(self, resume: RolloutState) -> int:
+        """The first latent frame of a state that is decoded again, its length if its decoder's cache is taken as it is.
+
+        A decoder looks back over so many frames and no further: those before change no bit of what comes."""
+        decoder = self.job.decoder
+        if resume.latents is None or ("vae_latents_seen" in resume.stream and not decoder.foreign(resume.stream)):
+            return resume.emitted
+        reach = decoder.reach
+        return 0 if reach is None else max(0, resume.emitted - reach)
+
+    def _sink(self, path: Path, source: Path | None, frames: int, copied: Callable[[], None]) -> VideoSink:
         request = self.job.request
         return VideoSink(
             path,
@@ -131,6 +175,7 @@ class StreamOutput:
             metadata=request.metadata | {RUN_ID: self.run_id},
             prefix=source,
             prefix_frames=frames,
+            on_copied=copied,
         )
 
     def _joined(self) -> list[tuple[Path, int]]:
@@ -149,6 +194,11 @@ class StreamOutput:
                 )
             sources.append((path, int(count)))
         return sources
+
+    @property
+    def videos(self) -> list[Target]:
+        """The files, once there is a frame in them."""
+        return self.targets if self.stream is not None and self.stream.frames else []
 
     @property
     def state_path(self) -> Path:
@@ -238,7 +288,7 @@ class StreamOutput:
 
     def saved(self) -> dict[str, Any]:
         """JSON-able: the last state's name as Load Rollout State lists it, or None, and after which chunks others are kept."""
-        if not self.stream.frames or not self.targets:
+        if not self.videos:
             return {"state": None, "kept": []}
         name = self.targets[0].name.removesuffix(".mp4") + STATE_SUFFIX
         kept = self.history.kept if self.history is not None else []

@@ -14,9 +14,11 @@ from .host.api import ExecutionBlocker, io, schema, ui, widget
 from .host.files import save_metadata
 from .host.live import live_run
 from .host.node import Node
-from .job import Job, Request, check_size, report_text
+from .job import Job, Request, check_size
+from .report import report_text
 
 MAX_LENGTH = 2**24
+MAX_SECONDS = 31_536_000.0  # a year
 NO_STREAM = "VIDEO comes from a stream: connect Stream To Video to the rollout's stream input, or use Render Video."
 NO_LATENT = "The frames went to a stream and keep_latents is off, so there is no LATENT; turn keep_latents on."
 
@@ -139,6 +141,18 @@ def _inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Where the past is held: host memory frees the GPU of it, and copies each layer's there when it is read.",
         ),
+        widget(
+            io.Float,
+            "max_seconds",
+            default=0.0,
+            min=0.0,
+            max=MAX_SECONDS,
+            step=1.0,
+            optional=True,
+            advanced=True,
+            tooltip="Stops and keeps, as the button does, once so many seconds have passed since this node began, loading "
+            "included: after the chunk under way, so at least one is made. 0 = no limit.",
+        ),
     ]
 
 
@@ -193,6 +207,7 @@ class RolloutNode(Node):
         keep_latents: bool = True,
         cache_dtype: str = CACHE_DTYPES[0],
         cache_device: str = CACHE_DEVICES[0],
+        max_seconds: float = 0.0,
     ) -> io.NodeOutput:
         request = Request(
             model, positive, width, height, length, batch_size, seed, steps, shift, chunk_frames, window_frames, positions,
@@ -205,6 +220,7 @@ class RolloutNode(Node):
             cache_dtype=cache_dtype,
             cache_device=cache_device,
             absorption=absorption,
+            max_seconds=max_seconds,
             metadata=save_metadata(cls.hidden) if stream is not None else {},
         )  # fmt: skip
         with live_run(cls.hidden) as (view, end):
@@ -214,6 +230,8 @@ class RolloutNode(Node):
         shown: dict[str, Any] = {"adastate_report": [text]}
         if result.videos:
             shown |= ui.PreviewVideo([target.result() for target in result.videos]).as_dict()
+        if result.reports:
+            shown["adastate_report_files"] = [dict(target.result()) for target in result.reports]
         return io.NodeOutput(
             ExecutionBlocker(result.missing.get("LATENT", NO_LATENT))
             if result.latents is None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -155,7 +156,7 @@ def failure(entry: dict | None) -> str | None:
         if event == "execution_error":
             return f"{data['node_type']} (node {data['node_id']}): {data['exception_message'].strip()}"
         if event == "execution_interrupted":
-            return "stopped"
+            return "interrupted"
     return None if entry["status"]["status_str"] == "success" else "failed"
 
 
@@ -179,6 +180,40 @@ def fetch_results(server: str, entry: dict, folder: Path) -> list[Path]:
     return [fetch(server, f["filename"], f.get("subfolder", ""), f.get("type", "output"), folder) for f in files]
 
 
+def peek(server: str, name: str, subfolder: str, method: str = "GET") -> bytes | None:
+    """A file of the output folder (with HEAD only whether it is there), or None."""
+    query = urllib.parse.urlencode({"filename": name, "subfolder": subfolder, "type": "output"})
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{server}/view?{query}", method=method), timeout=60
+        ) as answer:
+            return answer.read()
+    except urllib.error.HTTPError:
+        return None
+
+
+def find_report(server: str, prompt_id: str, prefix: str) -> dict | None:
+    """The report that a prompt left beside its video, whatever ended it; None after a kill, and while it runs or waits.
+
+    The host drops the outputs of a prompt that was interrupted or failed, so its file is looked for under its name.
+    """
+    subfolder, _, stem = prefix.rpartition("/")
+    for number in itertools.count(1):
+        names = [f"{stem}_{number:05}_{item}" for item in ("", "b0")]  # a batch's first video is b0
+        for name in names:
+            if text := peek(server, f"{name}.report.json", subfolder):
+                report = json.loads(text)
+                if report["prompt_id"] == prompt_id:
+                    return report | {"name": f"{subfolder}/{name}.report.json".lstrip("/")}
+        if all(
+            peek(server, f"{name}.{kind}", subfolder, "HEAD") is None
+            for name in names
+            for kind in ("mp4", "report.json")
+        ):
+            return None
+    return None
+
+
 def kept_state(server: str, prefix: str) -> str | None:
     """The newest state that a stream of this name saved, as AdaStateLoadState lists it."""
     node = call(server, "/object_info/AdaStateLoadState")["AdaStateLoadState"]
@@ -187,10 +222,26 @@ def kept_state(server: str, prefix: str) -> str | None:
     return next((name for name in names if name.startswith(f"{prefix}_0")), None)
 
 
-def fetch_kept(server: str, state: str, folder: Path) -> Path:
-    """Save the video beside a state: all chunks that were finished when the prompt was stopped."""
-    subfolder, _, name = state.removesuffix(" [output]").rpartition("/")
-    return fetch(server, name.replace(".state.safetensors", ".mp4"), subfolder, "output", folder)
+def fetch_named(server: str, name: str, folder: Path) -> Path:
+    """Save a file that a report names, by its path in the output folder."""
+    subfolder, _, file = name.rpartition("/")
+    return fetch(server, file, subfolder, "output", folder)
+
+
+def outcome(entry: dict | None, report: dict | None) -> tuple[str, bool]:
+    """How a prompt ended, in words, and whether its video is whole."""
+    reason = failure(entry)
+    if report is None:
+        return reason or "done", not reason
+    words = {
+        "whole": reason or "done",
+        "stopped": f"stopped at frame {report['frames_total']} of {report['length']}",
+        "interrupted": f"interrupted at frame {report['frames_total']} of {report['length']}",
+        "failed": f"{report['error']['type']}: {report['error']['message']}" if report["error"] else "",
+    }[report["ended"]]
+    if report["ended"] != "whole" and report["state"]:
+        words += f"; goes on from {report['state']}"
+    return words, report["ended"] == "whole" and not reason
 
 
 def stop(server: str, prompt_id: str) -> None:
@@ -230,13 +281,13 @@ def run(options: argparse.Namespace, prompts: dict[int, dict]) -> int:
         ended = by_polling(options.server, set(seeds))
     for prompt_id in ended:
         entry = entry_of(options.server, prompt_id)
-        reason, files = failure(entry), fetch_results(options.server, entry or {}, options.into)
-        prefix = f"{options.prefix}_{seeds[prompt_id]}"
-        if reason and (state := kept_state(options.server, prefix)):
-            files.append(fetch_kept(options.server, state, options.into))
-            reason += f"; goes on from {state}"
-        bad += bool(reason)
-        print(f"seed {seeds[prompt_id]}: {reason or 'done'}: {', '.join(map(str, files)) or 'no file'}", flush=True)
+        files = fetch_results(options.server, entry or {}, options.into)
+        report = find_report(options.server, prompt_id, f"{options.prefix}_{seeds[prompt_id]}")
+        if report and not files:  # the host keeps no outputs of a prompt that did not end well
+            files = [fetch_named(options.server, name, options.into) for name in [*report["videos"], report["name"]]]
+        words, whole = outcome(entry, report)
+        bad += not whole
+        print(f"seed {seeds[prompt_id]}: {words}: {', '.join(map(str, files)) or 'no file'}", flush=True)
     return bad
 
 

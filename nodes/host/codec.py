@@ -116,6 +116,16 @@ class HostDecoder:
             raise NonFinitePicturesError(f"{error} {_HOW}") from None
         return pictures if self.tiny else self.vae.process_output(pictures)
 
+    @property
+    def reach(self) -> int | None:
+        """Latent frames that a stream which begins anew has to see until it stands, to the bit, where one that has seen them all
+        does; None where that is not known."""
+        return self.stream.reach
+
+    def skip(self, latents: int) -> None:
+        """Begin anew after so many latents of a video: pictures are right once `reach` more were seen."""
+        self.stream.skip(latents)
+
     def mark(self) -> Any:
         return self.stream.mark()
 

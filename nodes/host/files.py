@@ -77,6 +77,7 @@ class NewVideos:
                     with _telling(target.path):
                         file.name(target.path)
                     given.append((file, target.path))
+                _require_alone(self.targets)
                 self.named = True
             except BaseException as error:
                 for file, path in given:
@@ -97,6 +98,18 @@ class NewVideos:
         self.forget()
         if self.named:
             _remove([target.path for target in self.targets])
+
+
+def _require_alone(targets: list[Target]) -> None:
+    """FileExistsError if something came to lie beside new files that would be taken for theirs: another server, which ended
+    before its video had a name, may have left a report of this number since names were looked for. Each looks after it has
+    taken its own name, so one of the two sees the other."""
+    for target in targets:
+        for end in BESIDE_VIDEO:
+            stem, own = target.path.name.removesuffix(end), target.path.name.endswith(end)
+            others = [target.path.with_name(stem + other) for other in BESIDE_VIDEO if other != end]
+            if own and any(os.path.lexists(other) for other in others):
+                raise FileExistsError(target.path.name)
 
 
 def _remove(paths: list[Path]) -> None:
@@ -129,6 +142,7 @@ def new_files(prefix: str, suffixes: list[str], width: int = 0, height: int = 0,
                 with _telling(target.path):
                     reserve(target.path)
                 made.append(target.path)
+            _require_alone(targets)
             return targets
         except BaseException as error:
             _remove(made)

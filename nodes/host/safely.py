@@ -30,12 +30,12 @@ def attempt(what: str, make: Callable[[], Made], again: bool = False) -> tuple[M
         except Interrupted:
             raise
         except Exception as error:  # noqa: BLE001
-            reason = _reason(error)
-        log.error("%s: %s%s", what, reason, "; trying once more" if left else "")
+            why = reason(error)
+        log.error("%s: %s%s", what, why, "; trying once more" if left else "")
         if not left:
             break
         free_memory()
-    return None, reason
+    return None, why
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def at_the_end(what: str) -> Iterator[None]:
     except BaseException as error:
         if first is None:
             raise
-        log.error("%s, after %s: %s", what, type(first).__name__, _reason(error))
+        log.error("%s, after %s: %s", what, type(first).__name__, reason(error))
 
 
 def free_memory() -> None:
@@ -59,10 +59,10 @@ def free_memory() -> None:
     except Interrupted:
         raise
     except Exception as error:  # noqa: BLE001  a device that has failed says so here too
-        log.warning("memory could not be given back: %s", _reason(error))
+        log.warning("memory could not be given back: %s", reason(error))
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException, longest: int = _LONGEST) -> str:
     """The first line of what an exception says, or its name."""
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    return lines[0][:_LONGEST] if lines else type(error).__name__
+    return lines[0][:longest] if lines else type(error).__name__

@@ -109,11 +109,28 @@ def check(run: Run, n: int, whole: dict) -> list[str]:
         bad.append("all frames were written, and the run returned nothing")
     if outputs is None and state is None and len(made):
         bad.append(f"{len(made)} frames were written, and there is no state to go on from")
+    bad += reported(folder / "take_00001_.report.json", outputs, error, state)
     if state is not None:
         bad += resumed(run, name, state, whole)
     bad += [f"{path.name} was left" for path in left(folder) if not faults.failed.startswith(("unlink", "remove"))]
     told = type(error).__name__ if error else "returned"
     return [f"{n} ({faults.failed}), {told}: {one}" for one in bad]
+
+
+def reported(path: Path, outputs, error, state) -> list[str]:
+    """What the report beside the video says that is not so; it may be missing only where a whole run was warned of that."""
+    if not path.is_file():
+        warned = outputs is not None and "report.json could not be written" in outputs.args[2]
+        return [] if warned else ["there is no report"]
+    told = json.loads(path.read_text())
+    ended = "whole" if outputs else "failed" if isinstance(error, Exception) else "interrupted"
+    if told["ended"] != ended:
+        return [f"the report says {told['ended']}, and it was {ended}"]
+    if (told["error"] is not None) != (ended == "failed"):
+        return [f"the report's error is {told['error']}"]
+    named = told["state"] and told["state"].removesuffix(" [output]").rpartition("/")[2]
+    found = None if state is None else path.name.replace(".report.json", ".state.safetensors")
+    return [] if named == found else [f"the report names the state {named}, and there is {found}"]
 
 
 def resumed(run: Run, name: str, state, whole: dict) -> list[str]:
@@ -139,8 +156,8 @@ def resumed(run: Run, name: str, state, whole: dict) -> list[str]:
 
 
 def left(folder: Path) -> list[Path]:
-    """Files that are neither the video nor a state."""
-    known = (".mp4", ".state.safetensors")
+    """Files that are neither the video nor a state nor a report."""
+    known = (".mp4", ".state.safetensors", ".report.json")
     return [p for p in folder.rglob("*") if p.is_file() and (not p.name.endswith(known) or ".tmp" in p.name)]
 
 

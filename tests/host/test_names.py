@@ -151,4 +151,9 @@ def test_what_is_only_known_with_the_run_is_refused_before_anything_is_loaded(
         return
     rollout(**inputs)
     made = sorted(path.name[-20:] for path in (folders / "output").iterdir())
-    assert len(made) == 3 and any("history" in name for name in made) and any("state" in name for name in made)
+    assert (
+        len(made) == 4
+        and any("report" in name for name in made)
+        and any("history" in name for name in made)
+        and any("state" in name for name in made)
+    )

@@ -258,3 +258,22 @@ def test_the_input_is_the_same_on_every_node():
     for name in ("AdaStateStreamOutput", "AdaStateDecode", "AdaStateRenderVideo", "AdaStateDecodeState"):
         found = next(i for i in NODES[name].define_schema().inputs if i.id == "latent_space")
         assert (found.options, found.default, found.optional) == (["auto", "vae", "model"], "auto", True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("file", ["light", "original"])
+def test_a_decoder_that_begins_anew_stands_where_the_whole_one_does(request, file):
+    decoder = HostDecoder(request.getfixturevalue(file))
+    z = torch.randn(1, 16, 24, 4, 4, generator=torch.Generator().manual_seed(3))
+    for frame in range(20):
+        decoder.step(z[:, :, frame : frame + 1])
+    assert decoder.reach <= 12
+    for count, same in ((decoder.reach, True), (2, False)):
+        anew = HostDecoder(decoder.vae)
+        anew.skip(20 - count)
+        for frame in range(20 - count, 20):
+            anew.step(z[:, :, frame : frame + 1])
+        one, other = decoder.snapshot(), anew.snapshot()
+        tensors = [name for name, value in one.items() if isinstance(value, torch.Tensor)]
+        assert one.keys() == other.keys() and len(tensors) == 9 and one["vae_latents_seen"] == other["vae_latents_seen"]
+        assert all(torch.equal(one[name], other[name]) for name in tensors) == same
