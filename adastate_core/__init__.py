@@ -17,4 +17,5 @@ rollout_file    that state on disk
 vae_stream      causal VAE decode that carries its cache between calls
 taehv_stream    the same for the tiny VAE (TAEHV)
 video_sink      frames to a file as they come
+video_colour    RGB of a frame by its own tags, and frames in a matrix
 """
