@@ -21,6 +21,7 @@ from .video_frames import CLOCK, FileClip, MemoryClip, Source, clip
 _COLOURS = ((237, 174, 73), (94, 187, 220), (240, 240, 240), (209, 73, 91))
 _LABEL, _METER, _GAP = 22, 26, 4
 _LEAST_SIDE, _MOST_SIDE = 192, 8192
+_LONGEST_STILL = 10  # seconds that a frame stays; a jump beyond is damage
 
 
 @dataclass
@@ -48,7 +49,9 @@ class _Source:
             self.before, self.frame = self.frame, self._next
             self._ends = self._due + 1 / self.clip.rate
             self.frames += 1
-            self._due, self._next = next(self._pictures, (self._ends, None))
+            due, self._next = next(self._pictures, (self._ends, None))
+            self._start += max(due - self._ends - _LONGEST_STILL, Fraction(0))
+            self._due = due
         return self._next is not None or self._start + time + CLOCK < self._ends
 
     def close(self) -> None:

@@ -40,6 +40,8 @@ _NO_RATE = Fraction(16)
 # Shapes nearer to a square are rounding of whoever wrote the file; beyond the limit, a damaged header.
 _SQUARE, _LONGEST = Fraction(1, 50), 8
 _NAME = 80
+# Matrices of quarter turns against the clock.
+_QUARTERS = ((1, 0, 0, 0, 1), (0, -1, 0, 1, 0), (-1, 0, 0, 0, -1), (0, 1, 0, -1, 0))
 
 
 class UnreadableVideo(ValueError):
@@ -74,10 +76,12 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     Its numbers (a, b, u, c, d, v, ...) take a point (p, q) to (a p + c q, b p + d q). An angle between is taken for the
     nearest quarter turn.
     """
-    found = frame.side_data.get("DISPLAYMATRIX")
-    if found is None:
-        return False, False, False
-    a, b, _, c, d = numpy.frombuffer(bytes(found), numpy.int32)[:5].tolist()
+    try:
+        found = frame.side_data.get("DISPLAYMATRIX")
+        numbers = (1, 0, 0, 0, 1) if found is None else numpy.frombuffer(bytes(found), numpy.int32)[:5].tolist()
+    except ValueError:  # beside it lies a kind of data that this PyAV has no name for
+        numbers = _QUARTERS[round(frame.rotation / 90) % 4]
+    a, b, _, c, d = numbers
     if abs(b) + abs(c) > abs(a) + abs(d):
         return True, c < 0, b < 0
     return False, a < 0, d < 0
