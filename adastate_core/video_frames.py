@@ -31,6 +31,7 @@ CONTAINERS = (
     "webp", "yuv4mpegpipe", "h264", "hevc", "vvc", "av1", "obu", "m4v", "mpegvideo", "mjpeg", "h261", "h263", "vc1", "dirac",
     "png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "gif_pipe", "mp3", "flac", "wav", "aac",
 )  # fmt: skip
+# For the container alone: what PyAV is to give to every track too makes it crash where a file, as FLV, tells its tracks late.
 _OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
 _LISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"v=0", b"[playlist]", b"<smil", b"<ASX", b"<asx")
 _ADVICE = "connect a VIDEO of a file that plays, such as MP4, MOV, MKV, WebM, AVI or MPEG-TS"
@@ -108,7 +109,9 @@ def opened(source: Source, what: str = "the video") -> Iterator[tuple[av.contain
             if isinstance(source, (str, os.PathLike)):
                 source = stack.enter_context(_file(source, what))
             source.seek(0)
-            container = stack.enter_context(av.open(source, options=dict(_OPTIONS), metadata_errors="replace"))
+            container = stack.enter_context(
+                av.open(source, container_options=dict(_OPTIONS), metadata_errors="replace")
+            )
             yield container, _track(container, source, what)
     except (av.error.FFmpegError, OSError, UnicodeError) as error:
         raise UnreadableVideo(f"{what} cannot be read: {name(source)} {_reason(source)}; {_ADVICE}") from error

@@ -16,7 +16,13 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 LAYERS = {
-    "core": ["test_video_sink.py", "test_video_tail.py", "test_metrics.py"],
+    "core": [
+        "test_video_sink.py",
+        "test_video_tail.py",
+        "test_metrics.py",
+        "test_video_frames.py",
+        "test_video_pairs.py",
+    ],
     "host": ["test_stream.py", "test_continue.py", "test_analysis.py"],
 }
 

@@ -229,11 +229,11 @@ def test_of_a_video_that_changes_its_size_no_more_is_held(tmp_path):
             most[0] = max(most[0], len(held))
 
     assert len(tail(str(path), 20, each=Kept)) == 20 and most[0] == 20
-    reading, alive = read_pictures(str(path)), weakref.WeakSet()
-    for picture in reading:
-        alive.add(picture)
-        assert len(alive) <= 2
-        del picture
+    alive: set[int] = set()
+    for number, picture in enumerate(read_pictures(str(path))):
+        alive.add(number)
+        weakref.finalize(picture, alive.discard, number)
+        assert len(alive) <= 3
 
 
 @pytest.mark.parametrize(
