@@ -21,7 +21,7 @@ from adastate_core.video_compare import Comparison
 from adastate_core.video_frames import FileClip
 from adastate_core.video_tail import tail_frames
 
-WIDTH, HEIGHT, FRAMES = 64, 48, 9
+WIDTH, HEIGHT, FRAMES = 96, 64, 9  # no side below 64: older AV1 encoders take none
 RGB = np.array([[[220, 30, 40], [40, 200, 60]], [[30, 60, 210], [0, 0, 0]]], np.float64)  # the last is grey, by frame
 UNTAGGED, LIMITED, FULL = 2, 1, 2
 LUMA = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), UNTAGGED: (0.299, 0.114), 9: (0.2627, 0.0593)}
