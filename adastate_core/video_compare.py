@@ -39,20 +39,21 @@ class _Source:
     def open(self) -> None:
         """Read the first frame. ValueError if there is none."""
         self._pictures = self.clip.pictures()
+        self._slack = min(CLOCK, 1 / (4 * self.clip.rate))
         self._start, self._next = next(self._pictures)
         self._due = self._ends = self._start
         self.advance(Fraction(0))
 
     def advance(self, time: Fraction) -> bool:
         """Read on to the frame that is on screen `time` seconds after the first; False once the video has ended."""
-        while self._next is not None and self._due <= self._start + time + CLOCK:
+        while self._next is not None and self._due <= self._start + time + self._slack:
             self.before, self.frame = self.frame, self._next
             self._ends = self._due + 1 / self.clip.rate
             self.frames += 1
             due, self._next = next(self._pictures, (self._ends, None))
             self._start += max(due - self._ends - _LONGEST_STILL, Fraction(0))
             self._due = due
-        return self._next is not None or self._start + time + CLOCK < self._ends
+        return self._next is not None or self._start + time + self._slack < self._ends
 
     def close(self) -> None:
         if hasattr(self, "_pictures"):

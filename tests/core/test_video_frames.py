@@ -350,3 +350,10 @@ def test_the_list_of_containers_names_readers_that_there_are():
     known = {part for name in av.formats_available for part in name.split(",")}
     assert set(video_frames.CONTAINERS) <= known
     assert not {"hls", "concat", "dash", "image2", "sdp", "rtsp", "lavfi", "svg_pipe"} & set(video_frames.CONTAINERS)
+
+
+@pytest.mark.parametrize("rate", [1, 24, 240, 1000])
+def test_a_comparison_has_as_many_frames_as_its_video(rate):
+    levels = torch.linspace(0, 1, 12)[:, None, None, None].expand(-1, 16, 16, 3)
+    shown = [int(frame[60, 60, 0]) for frame in Comparison([MemoryClip(levels, rate)], ["a"])]
+    assert shown == [round(255 * i / 11) for i in range(12)]
