@@ -8,12 +8,14 @@ import re
 import weakref
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import odd_videos
 import pytest
 import torch
+from av.stream import Disposition
 
 from adastate_core import video_frames
 from adastate_core.metrics import read_pictures
@@ -258,7 +260,7 @@ def test_pixels_that_are_not_square_are_stretched(tmp_path, aspect, shape):
 
 
 def test_a_cover_is_not_the_video(tmp_path):
-    """An mp4 whose first track of pictures is a cover."""
+    """An mp4 with a cover."""
     path = tmp_path / "a.mp4"
     cover = np.full((32, 32, 3), 250, np.uint8)
     with av.open(str(path), "w") as container:
@@ -275,6 +277,10 @@ def test_a_cover_is_not_the_video(tmp_path):
         assert len(container.streams.video) == 2
     assert tail_frames(str(path), 9).shape == (5, 64, 96, 3)
     assert FileClip(str(path)).count == 5
+    # the muxer puts the cover last; other writers put it first
+    first, second = (SimpleNamespace(disposition=Disposition(flags), codec_context=1) for flags in (1024, 1))
+    container = SimpleNamespace(streams=SimpleNamespace(video=[first, second]))
+    assert video_frames._track(container, "a.mp4", "the video") is second
 
 
 def test_what_lies_in_memory_is_taken_as_it_is():
