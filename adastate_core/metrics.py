@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any
+from typing import Any
 
-import av
 import numpy
 import torch
+
+from .video_frames import FileClip, MemoryClip, Source, clip
 
 METERS = ("motion", "sharpness", "contrast", "colour")
 LEAST_SIDE = 16
@@ -119,14 +120,16 @@ def _mean_shift(match: torch.Tensor, height: torch.Tensor, place: torch.Tensor, 
     return float(torch.stack(parts).norm(dim=0)[clear].mean())
 
 
-def read_pictures(file: str | IO[bytes], every: int = 1, what: str = "video") -> Iterator[numpy.ndarray]:
-    """Every `every`-th frame [h, w, 3] uint8 of a video file, one at a time. ValueError if it has no picture track."""
-    with av.open(file) as container:
-        if not container.streams.video:
-            raise ValueError(f"{what} has no picture track; connect a VIDEO with frames in it")
-        for number, frame in enumerate(container.decode(container.streams.video[0])):
-            if number % every == 0:
-                yield frame.to_ndarray(format="rgb24")
+def read_pictures(
+    source: Source | FileClip | MemoryClip, every: int = 1, what: str = "the video"
+) -> Iterator[numpy.ndarray]:
+    """Every `every`-th picture [h, w, 3] uint8 of a video, one at a time, upright and in the size of the first one.
+
+    UnreadableVideo, a ValueError, if there is none.
+    """
+    for _, picture in clip(source, what).pictures(every):
+        yield picture
+        del picture
 
 
 class _Sums:

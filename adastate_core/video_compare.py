@@ -11,24 +11,24 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import IO
 
-import av
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 
 from .metrics import METERS, frame_meters
+from .video_frames import CLOCK, FileClip, MemoryClip, Source, clip
 
 _COLOURS = ((237, 174, 73), (94, 187, 220), (240, 240, 240), (209, 73, 91))
 _LABEL, _METER, _GAP = 22, 26, 4
-_LEAST_SIDE = 192
+_LEAST_SIDE, _MOST_SIDE = 192, 8192
+_LONGEST_STILL = 10  # seconds that a frame stays; a jump beyond is damage
 
 
 @dataclass
 class _Source:
     """One video read in step with the others; after its end its last frame stays."""
 
-    file: str | IO[bytes]
+    clip: FileClip | MemoryClip
     label: str
     frames: int = 0
     frame: numpy.ndarray | None = None
@@ -37,50 +37,65 @@ class _Source:
     sums: list[dict[str, float]] = field(default_factory=list)
 
     def open(self) -> None:
-        self.container = av.open(self.file)
-        if not self.container.streams.video:
-            raise ValueError(f"{self.label or 'a video'} has no picture track; connect a VIDEO with frames in it")
-        self.stream = self.container.streams.video[0]
-        self.rate = Fraction(self.stream.average_rate or 16)
-        self._decoded = self.container.decode(self.stream)
+        """Read the first frame. ValueError if there is none."""
+        self._pictures = self.clip.pictures()
+        self._slack = min(CLOCK, 1 / (4 * self.clip.rate))
+        self._start, self._next = next(self._pictures)
+        self._due = self._ends = self._start
+        self.advance(Fraction(0))
 
-    def advance(self, number: int) -> bool:
-        """Read on to frame `number`; False once the video has ended."""
-        while self.frames <= number:
-            found = next(self._decoded, None)
-            if found is None:
-                return False
-            self.before, self.frame = self.frame, found.to_ndarray(format="rgb24")
+    def advance(self, time: Fraction) -> bool:
+        """Read on to the frame that is on screen `time` seconds after the first; False once the video has ended."""
+        while self._next is not None and self._due <= self._start + time + self._slack:
+            self.before, self.frame = self.frame, self._next
+            self._ends = self._due + 1 / self.clip.rate
             self.frames += 1
-        return True
+            due, self._next = next(self._pictures, (self._ends, None))
+            self._start += max(due - self._ends - _LONGEST_STILL, Fraction(0))
+            self._due = due
+        return self._next is not None or self._start + time + self._slack < self._ends
+
+    def close(self) -> None:
+        if hasattr(self, "_pictures"):
+            self._pictures.close()
 
 
 class Comparison:
     """Two or more videos as one. Iterate over frames [h, w, 3] uint8; `rate` is the first video's.
 
-    `files` are paths or binary streams. ValueError for files without frames.
+    `videos` are paths, binary streams or clips; a video of another shape is stretched to the first one's. ValueError for
+    videos without frames.
     """
 
-    def __init__(self, files: Sequence[str | IO[bytes]], labels: Sequence[str]) -> None:
-        self.sources = [_Source(file, label) for file, label in zip(files, labels, strict=True)]
+    def __init__(self, videos: Sequence[Source | FileClip | MemoryClip], labels: Sequence[str]) -> None:
+        self.sources: list[_Source] = []
         self._highest = dict.fromkeys(METERS, 1e-6)
         try:
-            for source in self.sources:
-                source.open()
-                if not source.advance(0):
-                    raise ValueError(
-                        f"{source.label or 'a video'} has no frame in it; connect a VIDEO with frames in it"
-                    )
+            for i, (video, label) in enumerate(zip(videos, labels, strict=True)):
+                self.sources.append(_Source(clip(video, label or f"video {i + 1}"), label))
+                self.sources[-1].open()
         except BaseException:
             self.close()
             raise
-        self.rate = self.sources[0].rate
+        self.rate = self.sources[0].clip.rate
         height, width = self.sources[0].frame.shape[:2]
-        zoom = max(1, -(-_LEAST_SIDE // min(height, width)))
-        self._cell = (width * zoom + width * zoom % 2, height * zoom)
+        self._cell = self._fitting(width, height)
         self._font = ImageFont.load_default(14)
         for source in self.sources:
             source.curves = {name: deque(maxlen=self._cell[0]) for name in METERS}
+
+    def _fitting(self, width: int, height: int) -> tuple[int, int]:
+        """The size of one video in the result: large enough to be read, and all of them small enough to be encoded."""
+        zoom = max(1, -(-_LEAST_SIDE // min(height, width)))
+        most = _MOST_SIDE // len(self.sources) - _GAP, _MOST_SIDE - _LABEL - len(METERS) * _METER
+        less = min(1.0, *(limit / (side * zoom) for limit, side in zip(most, (width, height), strict=True)))
+        width, height = (max(2, int(side * zoom * less)) for side in (width, height))
+        return width + width % 2, height
+
+    @property
+    def count(self) -> int:
+        """How many frames it should have, a guess."""
+        return max(int(source.clip.count / source.clip.rate * self.rate) for source in self.sources)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -92,7 +107,7 @@ class Comparison:
     def __iter__(self) -> Iterator[numpy.ndarray]:
         number = 0
         while True:
-            alive = [s.advance(int(number * s.rate / self.rate)) for s in self.sources]
+            alive = [source.advance(number / self.rate) for source in self.sources]
             if not any(alive):
                 return
             for source, running in zip(self.sources, alive, strict=True):
@@ -143,5 +158,4 @@ class Comparison:
 
     def close(self) -> None:
         for source in self.sources:
-            if hasattr(source, "container"):
-                source.container.close()
+            source.close()

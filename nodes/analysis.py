@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -13,8 +14,9 @@ from ..adastate_core.video_compare import Comparison
 from ..adastate_core.video_sink import VideoSink
 from .host import api
 from .host.api import io, schema, ui, widget
-from .host.files import new_file, save_metadata
+from .host.files import Target, new_file, save_metadata
 from .host.node import Node, shown
+from .host.pictures import clip
 from .host.progress import Progress
 from .job import Job, Request, check_size
 from .plots import share_plot
@@ -129,23 +131,35 @@ class CompareNode(Node):
     def execute(
         cls, video_a: Any, video_b: Any, labels: str, video_c: Any = None, video_d: Any = None
     ) -> io.NodeOutput:
-        videos = [video for video in (video_a, video_b, video_c, video_d) if video is not None]
-        names = [name.strip() for name in labels.split(",")][: len(videos)]
-        names += [""] * (len(videos) - len(names))
-        comparison = Comparison([video.get_stream_source() for video in videos], names)
+        videos = {"video_a": video_a, "video_b": video_b, "video_c": video_c, "video_d": video_d}
+        clips = [clip(video, name) for name, video in videos.items() if video is not None]
+        names = [name.strip() for name in labels.split(",")][: len(clips)]
+        names += [""] * (len(clips) - len(names))
+        comparison = Comparison(clips, names)
         try:
-            width, height = comparison.size
-            target = new_file("AdaState_comparison", ".mp4", width, height, kind="temp")
-            progress = Progress(max(video.get_frame_count() for video in videos))
-            with VideoSink(target.path, width, height, comparison.rate, metadata=save_metadata(cls.hidden)) as sink:
-                for frame in comparison:
-                    sink.write(torch.from_numpy(frame)[None])
-                    progress.step()
+            target = cls._written(comparison)
         finally:
             comparison.close()
         shown = ui.PreviewVideo([target.result()]).as_dict()
         numbers = json.dumps(comparison.numbers(), indent=1)
         return io.NodeOutput(api.InputImpl.VideoFromFile(str(target.path)), numbers, ui=shown)
+
+    @classmethod
+    def _written(cls, comparison: Comparison) -> Target:
+        """The comparison's file; nothing is left of it after an error or an interrupt."""
+        width, height = comparison.size
+        target = new_file("AdaState_comparison", ".mp4", width, height, kind="temp")
+        try:
+            progress = Progress(comparison.count)
+            with VideoSink(target.path, width, height, comparison.rate, metadata=save_metadata(cls.hidden)) as sink:
+                for frame in comparison:
+                    sink.write(torch.from_numpy(frame)[None])
+                    progress.step()
+        except BaseException:  # newer hosts' interrupts are no Exception
+            with contextlib.suppress(OSError):
+                target.path.unlink(missing_ok=True)
+            raise
+        return target
 
 
 NODES = [AttentionShareNode, CompareNode]

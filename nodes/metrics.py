@@ -9,6 +9,7 @@ from ..adastate_core.metrics import measure_video, read_pictures
 from .analysis import CATEGORY
 from .host.api import io, schema, widget
 from .host.node import Node, shown
+from .host.pictures import clip
 from .host.progress import Progress
 from .plots import metrics_plot
 
@@ -66,9 +67,10 @@ class VideoMetricsNode(Node):
 
     @classmethod
     def execute(cls, video: Any, reference: Any = None, chunk_frames: int = 12, every: int = 1) -> io.NodeOutput:
-        progress = Progress(-(-video.get_frame_count() // every))
-        pictures = read_pictures(video.get_stream_source(), every)
-        others = None if reference is None else read_pictures(reference.get_stream_source(), every, "reference")
+        source = clip(video)
+        progress = Progress(-(-source.count // every))
+        others = None if reference is None else read_pictures(clip(reference, "reference"), every)
+        pictures = read_pictures(source, every)
         found = measure_video(pictures, others, chunk_frames, every, progress.step)
         return io.NodeOutput(metrics_plot(found), json.dumps(found, indent=1))
 

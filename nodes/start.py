@@ -105,11 +105,14 @@ class ContinueVideoNode(Node):
             raise ValueError(f"{what} connected; connect one of them, the one to go on from")
         codec.check_encoder(vae)
         wanted = frames - (frames - 1) % 4
-        found = image[-wanted:, ..., :3] if video is None else video_tail(video, wanted, fps)
-        if not len(found):
+        if video is not None:
+            found = video_tail(video, wanted, fps, lambda each: scaled(each, width, height, upscale_method, crop))
+        elif len(image):
+            found = scaled(image[-wanted:, ..., :3], width, height, upscale_method, crop)
+        else:
             raise ValueError("image holds no picture; connect one with pictures in it")
         kept = len(found) - (len(found) - 1) % 4
-        pictures = scaled(found[-kept:], width, height, upscale_method, crop)
+        pictures = found[-kept:]
         return io.NodeOutput({"samples": codec.encode(vae, pictures)}, pictures, kept)
 
 

@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import comfy.utils
+import numpy
 import torch
 from comfy_api.latest import Input
 
-from ...adastate_core.video_tail import NO_FRAMES, tail_frames, tail_indices
+from ...adastate_core.video_frames import FileClip, MemoryClip
+from ...adastate_core.video_tail import tail, tail_indices
+from .progress import check_interrupt
 
 SCALERS = ("lanczos", "bicubic", "bilinear", "area", "nearest-exact")
 CROPS = ("center", "disabled")
+Scale = Callable[[torch.Tensor], torch.Tensor]
 
 
-def video_tail(video: Any, frames: int, fps: float = 0.0) -> torch.Tensor:
-    """The last `frames` frames of a VIDEO, [n, H, W, 3] float32 in 0..1, fewer where it is shorter.
+def clip(video: Any, what: str = "the video") -> FileClip | MemoryClip:
+    """What a VIDEO shows, to be read from its beginning; `what` names it in errors. ValueError for one without frames.
 
-    `fps` above 0 takes those on screen at steps of 1 / fps. Of a file the end alone is held. ValueError for one without frames.
+    A file is read by the pack's own door, the part that the host cut out of it alone; what lies in memory is taken as it is.
     """
     if _in_memory(video):
-        return _tail_of_components(video.get_components(), frames, fps)
+        return _components(video, what)
+    found = FileClip(video.get_stream_source(), what)
     since, until = _trim(video)
-    found = tail_frames(video.get_stream_source(), frames, fps, since, until)
-    if tuple(found.shape[2:0:-1]) != tuple(video.get_dimensions()):  # a host that crops or turns what it reads
-        return _tail_of_components(video.get_components(), frames, fps)
-    return torch.from_numpy(found) / 255.0
+    if since or until is not None:
+        found = FileClip(found.source, what, since, until)
+    # A host that crops what it shows says another size than the file's, and how it does it is its own.
+    seen = tuple(video.get_dimensions())
+    return found if seen in found.sizes or seen == found.first().size else _components(video, what)
+
+
+def video_tail(video: Any, frames: int, fps: float = 0.0, scale: Scale = lambda pictures: pictures) -> torch.Tensor:
+    """The last `frames` frames of a VIDEO, [n, H, W, 3] float32 in 0..1, fewer where it is shorter.
+
+    `fps` above 0 takes those on screen at steps of 1 / fps. `scale` is given frames [1, H, W, 3]; of a file they are held
+    in the size that it makes, and the end alone. ValueError for one without frames.
+    """
+    found = clip(video)
+    if isinstance(found, MemoryClip):
+        times = [number / found.rate for number in range(found.count)]
+        chosen = tail_indices(times, frames, Fraction(fps).limit_denominator(1001))
+        return scale(found.images[chosen][..., :3])
+
+    def each(picture: numpy.ndarray) -> torch.Tensor:
+        return scale(torch.from_numpy(picture)[None] / 255.0)
+
+    return torch.cat(tail(found.source, frames, fps, found.since, found.until, each=each, on_frame=check_interrupt))
+
+
+def _components(video: Any, what: str) -> MemoryClip:
+    parts = video.get_components()
+    return MemoryClip(parts.images, parts.frame_rate, what)
 
 
 def _in_memory(video: Any) -> bool:
@@ -44,14 +74,6 @@ def _trim(video: Any) -> tuple[float, float | None]:
     else:
         start, length = video.get_active_trim_window()
     return float(start), float(start) + float(length) if length else None
-
-
-def _tail_of_components(components: Any, frames: int, fps: float) -> torch.Tensor:
-    images, rate = components.images, Fraction(components.frame_rate or 16)
-    if not len(images):
-        raise ValueError(NO_FRAMES)
-    times = [number / rate for number in range(len(images))]
-    return images[tail_indices(times, frames, Fraction(fps).limit_denominator(1001))][..., :3]
 
 
 def scaled(pictures: torch.Tensor, width: int, height: int, method: str, crop: str) -> torch.Tensor:

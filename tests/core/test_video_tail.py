@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from adastate_core import video_tail
+from adastate_core.video_colour import rgb
 from adastate_core.video_tail import tail_frames
 
 
@@ -38,7 +39,7 @@ def even(count: int, rate: int = 16) -> list[Fraction]:
 
 def everything(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return np.stack([rgb(frame) for frame in container.decode(video=0)])
 
 
 FILES = {
@@ -119,20 +120,13 @@ def test_of_a_long_file_the_end_alone_is_decoded_and_next_to_nothing_held(tmp_pa
     original, seen = video_tail.decoded, {"decoded": 0, "held": 0}
     alive: weakref.WeakSet = weakref.WeakSet()
 
-    class Held:
-        def __init__(self, frame):
-            self.frame, self.width, self.height = frame, frame.width, frame.height
-
-        def to_ndarray(self, **options):
-            return self.frame.to_ndarray(**options)
-
     def counted(*inputs):
-        for time, frame in original(*inputs):
-            held = Held(frame)
-            alive.add(held)
+        for time, shot in original(*inputs):
+            alive.add(shot)
             seen["decoded"] += 1
             seen["held"] = max(seen["held"], len(alive))
-            yield time, held
+            yield time, shot
+            del shot
 
     monkeypatch.setattr(video_tail, "decoded", counted)
     assert tail_frames(str(path), 13).shape == (13, 16, 32, 3)

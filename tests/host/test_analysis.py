@@ -135,3 +135,107 @@ def test_video_metrics_says_what_is_wrong(node, folders):
         metrics(video=first, reference=other)
     with pytest.raises(ValueError, match="every is 5000"):
         metrics(video=first, every=5000)
+
+
+def left_in(folder) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_files_that_are_no_videos_are_refused_in_a_sentence_and_nothing_is_left(node, folders, monkeypatch):
+    from adastate_pack.nodes.host.api import InputImpl
+
+    good = video(folders / "good.mp4", 12, 20)
+    (folders / "input").mkdir(exist_ok=True)
+    whole = (folders / "good.mp4").read_bytes()
+    files = {
+        "text.mp4": b"no video " * 50,
+        "empty.mp4": b"",
+        "cut.mp4": whole[:200],
+        "noise.mkv": bytes(range(256)) * 8,
+        "list.m3u8": f"#EXTM3U\n#EXTINF:1,\n{folders / 'good.mp4'}\n#EXT-X-ENDLIST\n".encode(),
+        "concat.mp4": b"ffconcat version 1.0\nfile good.mp4\n",
+    }
+    # Nothing of the host's own opening either: it would follow a list.
+    for name in ("get_frame_count", "get_duration", "get_dimensions", "get_components"):
+        monkeypatch.setattr(InputImpl.VideoFromFile, name, lambda self: pytest.fail("the host opened the file"))
+    for name, data in files.items():
+        path = folders / "input" / name
+        path.write_bytes(data)
+        bad = InputImpl.VideoFromFile(str(path))
+        calls = [
+            ("the video", lambda bad=bad: node("AdaStateVideoMetrics")(video=bad)),
+            ("video_a", lambda bad=bad: node("AdaStateCompare")(video_a=bad, video_b=bad, labels="")),
+        ]
+        for what, call in calls:
+            with pytest.raises(
+                ValueError, match=f"{what} (cannot be read|has no).*{name}.*; connect a VIDEO"
+            ) as raised:
+                call()
+            assert str(folders) not in str(raised.value) and "Errno" not in str(raised.value)
+    monkeypatch.undo()
+    bad = InputImpl.VideoFromFile(str(folders / "input" / "text.mp4"))
+    with pytest.raises(ValueError, match=r"reference cannot be read: text\.mp4 holds text"):
+        node("AdaStateVideoMetrics")(video=good, reference=bad)
+    with pytest.raises(ValueError, match=r"video_b cannot be read: text\.mp4 holds text"):
+        node("AdaStateCompare")(video_a=good, video_b=bad, labels="a, b")
+
+
+@pytest.mark.parametrize("kind", ["error", "interrupt", "disk"])
+def test_a_comparison_that_ends_early_leaves_no_file(node, folders, monkeypatch, kind):
+    import comfy.model_management
+    from adastate_pack.nodes import analysis
+
+    temp = folders / "temp"
+    before = left_in(temp) if temp.exists() else []
+    failures = {
+        "error": RuntimeError("made up"),
+        "interrupt": comfy.model_management.InterruptProcessingException(),
+        "disk": OSError(28, "No space left on device"),
+    }
+
+    def fail(*inputs):
+        raise failures[kind]
+
+    owner, name = (analysis.Progress, "step") if kind == "interrupt" else (analysis.VideoSink, "write")
+    good = video(folders / "good.mp4", 12, 20)
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(type(failures[kind])):
+        node("AdaStateCompare")(video_a=good, video_b=good, labels="a, b")
+    assert (left_in(temp) if temp.exists() else []) == before
+
+
+def memory(frames: int, level: float = 0.25):
+    from fractions import Fraction
+
+    from adastate_pack.nodes.host.api import InputImpl
+    from comfy_api.latest import Types
+
+    images = torch.full((frames, 33, 35, 3), level)
+    return InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=None, frame_rate=Fraction(16)))
+
+
+def test_videos_in_memory_are_measured_as_they_are(node, folders, monkeypatch):
+    """Sides that H.264 does not take, and levels that it would not keep."""
+    from adastate_pack.nodes.host.api import InputImpl
+
+    first, second = memory(9, 64 / 255), memory(9, 65 / 255)
+    monkeypatch.setattr(InputImpl.VideoFromComponents, "save_to", lambda *i, **m: pytest.fail("encoded"))
+    found = json.loads(node("AdaStateVideoMetrics")(video=first, reference=second).args[1])
+    assert found["size"] == [35, 33] and found["chunks"][0]["psnr"] == pytest.approx(20 * 2.40654, abs=0.01)
+    numbers = json.loads(node("AdaStateCompare")(video_a=first, video_b=second, labels="").args[1])
+    assert [entry["frames"] for entry in numbers] == [9, 9]
+
+
+def test_of_a_cut_video_the_part_alone_counts(node, folders):
+    """As newer hosts cut a file: from a second on, for some; the file is still whole."""
+    from adastate_pack.nodes.host.api import InputImpl
+
+    class Cut(InputImpl.VideoFromFile):
+        def get_active_trim_window(self) -> tuple[float, float]:
+            return 1.0, 0.75
+
+    video(folders / "a.mp4", 40, 20)
+    cut = Cut(str(folders / "a.mp4"))
+    assert json.loads(node("AdaStateVideoMetrics")(video=cut).args[1])["pictures"] == 12
+    numbers = json.loads(node("AdaStateCompare")(video_a=cut, video_b=cut, labels="").args[1])
+    assert [entry["frames"] for entry in numbers] == [12, 12]

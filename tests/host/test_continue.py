@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from adastate_pack.adastate_core import video_tail
+from adastate_pack.adastate_core.video_colour import rgb
 from adastate_pack.nodes.host import pictures as host_pictures
 from adastate_pack.nodes.host.api import InputImpl
 
 
 def write_video(path: Path, frames: int, rate: int = 16, width: int = 48, height: int = 32) -> torch.Tensor:
-    """A lossless video; its frames float32 in 0..1 as PyAV reads them again."""
+    """A video at next to no loss; its frames float32 in 0..1 as they are read again."""
     generator = np.random.default_rng(3)
     picture = generator.integers(0, 255, (height, width, 3), np.uint8)
     with av.open(str(path), "w") as container:
@@ -27,7 +28,7 @@ def write_video(path: Path, frames: int, rate: int = 16, width: int = 48, height
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     with av.open(str(path)) as container:
-        again = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        again = [rgb(frame) for frame in container.decode(video=0)]
     return torch.from_numpy(np.stack(again)) / 255.0
 
 
@@ -53,7 +54,54 @@ def test_the_end_of_a_video_becomes_a_latent(go_on, vae, folders):
     assert torch.equal(images, whole[-13:]) and count == 13
     assert latent["samples"].shape == (1, 16, 4, 4, 6)
     torch.testing.assert_close(latent["samples"], encoded(vae, whole[-13:]))
-    assert torch.equal(images, video.get_components().images[-13:])
+
+
+def quarters(path: Path, width: int, frames: int = 6, turn: bool = False) -> Path:
+    """A video of four colours; `turn`: with a display matrix that turns it a quarter clockwise."""
+    picture = np.array([[[200, 40, 40], [40, 200, 40]], [[40, 40, 200], [180, 180, 180]]], np.uint8)
+    picture = picture.repeat(16, 0).repeat(width // 2, 1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt, stream.options = width, 32, "yuv420p", {"qp": "1"}
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    if turn:
+        data = bytearray(path.read_bytes())
+        at = data.index(b"tkhd") + 4
+        at += 52 if data[at] else 40
+        data[at : at + 20] = b"".join((n * 65536 % 2**32).to_bytes(4, "big") for n in (0, 1, 0, -1, 0))
+        path.write_bytes(bytes(data))
+    return path
+
+
+def middles(pictures: torch.Tensor) -> torch.Tensor:
+    """The colours in the middle of the quarters of [n, H, W, 3]."""
+    height, width = pictures.shape[1:3]
+    return pictures[:, height // 4 :: height // 2, width // 4 :: width // 2]
+
+
+@pytest.mark.parametrize("width", [30, 32, 34, 50, 64])
+def test_colours_do_not_depend_on_the_width(go_on, folders, width):
+    """Newer hosts decode in float, padded to multiples of 32; the pack's own reading is the same at every width."""
+    video = InputImpl.VideoFromFile(str(quarters(folders / "a.mp4", width)))
+    found = host_pictures.video_tail(video, 5)
+    assert found.shape == (5, 32, width, 3) and torch.equal(found, (found * 255).round() / 255)
+    wide = host_pictures.video_tail(InputImpl.VideoFromFile(str(quarters(folders / "b.mp4", 64))), 5)
+    assert torch.equal(middles(found), middles(wide))
+    host = video.get_components().images[-5:]
+    assert float((middles(found) - middles(host)).abs().max()) < 3.5 / 255
+
+
+def test_a_phones_video_stands_upright_and_only_its_end_is_held(go_on, folders, monkeypatch):
+    path = str(quarters(folders / "a.mp4", 64, 200, turn=True))
+    monkeypatch.setattr(InputImpl.VideoFromFile, "get_components", lambda self: pytest.fail("all of it was read"))
+    found = host_pictures.video_tail(InputImpl.VideoFromFile(path), 5)
+    assert found.shape == (5, 64, 32, 3)
+    expected = torch.tensor([[[40, 40, 200], [200, 40, 40]], [[180, 180, 180], [40, 200, 40]]]) / 255
+    assert float((middles(found) - expected).abs().max()) < 12 / 255
+    images = go_on(video=InputImpl.VideoFromFile(path), width=32, height=64)[1]
+    assert torch.equal(images[-5:], found)
 
 
 @pytest.mark.parametrize(("asked", "there", "taken"), [(1, 9, 1), (4, 9, 1), (15, 50, 13), (17, 9, 9), (81, 12, 9)])
@@ -130,7 +178,8 @@ def test_what_a_host_cuts_off_is_not_taken(go_on, folders):
     private = Private(path)
     private._VideoFromFile__start_time, private._VideoFromFile__duration = -3.0, 1.0
     assert torch.equal(go_on(video=private, frames=5)[1], whole[27:32])
-    assert torch.equal(go_on(video=Cropped(path), frames=5, width=32)[1], whole[-5:, :, 8:40])
+    cropped = Cropped(path)
+    assert torch.equal(go_on(video=cropped, frames=5, width=32)[1], cropped.get_components().images[-5:])
 
 
 @pytest.mark.parametrize("crop", ["center", "disabled"])
@@ -184,7 +233,7 @@ def test_a_rollout_goes_on_from_a_streamed_video(go_on, rollout, node, vae, fold
     video = rollout(length=33, stream=stream).args[3]
     latent, images, count = go_on(video=video, width=32, frames=9)
     with av.open(str(folders / "output" / "a_00001_.mp4")) as container:
-        last = [torch.from_numpy(f.to_ndarray(format="rgb24")) / 255.0 for f in container.decode(video=0)][-9:]
+        last = [torch.from_numpy(rgb(frame)) / 255.0 for frame in container.decode(video=0)][-9:]
     assert torch.equal(images, torch.stack(last))
     out = rollout(length=count + 12, start_latent=latent, seed=6).args[0]["samples"]
     torch.testing.assert_close(out[:, :, :3], latent["samples"], atol=1e-5, rtol=1e-5)
@@ -192,6 +241,7 @@ def test_a_rollout_goes_on_from_a_streamed_video(go_on, rollout, node, vae, fold
 
 
 def test_latents_of_one_rollout_start_another_without_being_encoded_again(rollout, vae, monkeypatch):
+    import comfy_extras.nodes_post_processing  # noqa: F401  newer hosts: this first, they import each other
     from comfy_extras.nodes_latent import LatentCut
 
     first = rollout(length=33).args[0]
