@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .anchors import Anchor, anchor_from
+from .bounds import BOUNDS
 from .presets import Preset
+from .rope import POSITION_MODES
 
 MOST_BYTES = 1 << 16
 
@@ -75,16 +77,11 @@ def _anchor(value: Any) -> Anchor:
 
 def _check_bounds(values: dict[str, Any]) -> None:
     """What a rollout takes, so that a preset fails here and not in it."""
-    bounds = {
-        "chunk_frames": (1, 64), "window_frames": (0, 4096), "blocks": (1, 64), "shift": (0.01, 100),
-        "restart_frames": (0, 10**6), "overlap_frames": (0, 4096), "trained_frames": (1, 10**6),
-    }  # fmt: skip
-    for name, (least, most) in bounds.items():
-        if name in values and not least <= values[name] <= most:
-            raise ValueError(f"{name} is {values[name]}; it must be between {least} and {most}")
-    positions = ("absolute", "packed", "fixed")
-    if values.get("positions", "packed") not in positions:
-        raise ValueError(f"positions is {values['positions']!r}; it must be one of {', '.join(positions)}")
+    for name, value in values.items():
+        if (bound := BOUNDS.get(name)) is not None and not bound.holds(value):
+            raise ValueError(f"{name} is {value}; it must be between {bound.least:g} and {bound.most:g}")
+    if values.get("positions", "packed") not in POSITION_MODES:
+        raise ValueError(f"positions is {values['positions']!r}; it must be one of {', '.join(POSITION_MODES)}")
     for name in ("timesteps", "first_timesteps"):
         if any(not 0 < t <= 1000 for t in values.get(name, ())):
             raise ValueError(f"{name} are {list(values[name])}; each must lie in (0, 1000]")

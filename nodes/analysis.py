@@ -12,17 +12,20 @@ from ..adastate_core.anchors import Anchor
 from ..adastate_core.attention_share import measure_share, share_table
 from ..adastate_core.video_compare import Comparison
 from ..adastate_core.video_sink import VideoSink
+from .builder import Request
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.files import Target, new_file, save_metadata
 from .host.node import Node, shown
 from .host.pictures import clip
 from .host.progress import Progress
-from .job import Job, Request, check_size
+from .inputs import check_size, number
+from .job import Job
 from .plots import share_plot
 
 CATEGORY = "AdaState/analysis"
 MAX_WINDOWS = 8
+LENGTH = 81  # any: as many chunks are made as a window takes
 
 
 def parse_windows(text: str) -> list[int]:
@@ -51,8 +54,8 @@ class AttentionShareNode(Node):
             inputs=[
                 io.Model.Input("model", tooltip="A causal Wan 2.1 text-to-video model, from Load Diffusion Model."),
                 io.Conditioning.Input("positive", tooltip="One plain text prompt."),
-                widget(io.Int, "width", default=832, min=16, max=8192, step=16, tooltip="Width in pixels."),
-                widget(io.Int, "height", default=480, min=16, max=8192, step=16, tooltip="Height in pixels."),
+                number(io.Int, "width", default=832, tooltip="Width in pixels."),
+                number(io.Int, "height", default=480, tooltip="Height in pixels."),
                 widget(
                     io.String,
                     "windows",
@@ -60,7 +63,7 @@ class AttentionShareNode(Node):
                     tooltip="Window sizes in latent frames. Each is rolled out until it is full, and measured in the chunk "
                     "after.",
                 ),
-                widget(io.Int, "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Seed of the rollouts."),
+                number(io.Int, "seed", default=0, tooltip="Seed of the rollouts."),
                 api.Anchor.Input(
                     "anchor",
                     optional=True,
@@ -89,8 +92,8 @@ class AttentionShareNode(Node):
         jobs = []
         for window in parse_windows(windows):
             request = Request(
-                model, positive, width, height, 81, 1, seed, 0, 0.0, 0, window, "auto", anchor,
-                sigmas=None, start_latent=None, resume=None, stream=None, keep_latents=False,
+                model=model, positive=positive, width=width, height=height, length=LENGTH, seed=seed, window_frames=window,
+                anchor=anchor, keep_latents=False,
             )  # fmt: skip
             job = Job(request)
             kept = job.spec.anchor.frames - job.spec.anchor.state_frames

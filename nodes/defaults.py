@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..adastate_core.anchors import Anchor, AnchorAdaptive
+from ..adastate_core.bounds import BOUNDS
+from ..adastate_core.geometry import WAN21
 from ..adastate_core.presets import PRESETS, Preset
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedule import Schedule
@@ -24,10 +26,7 @@ def _whole(least: int, most: int) -> Callable[[Any], bool]:
 
 # what a file may say: others' files can say anything, and what makes no sense is passed over
 _SOUND: dict[str, Callable[[Any], bool]] = {
-    "steps": _whole(1, 100),
-    "shift": lambda value: type(value) in (int, float) and 0 < value <= 100,
-    "chunk_frames": _whole(1, 64),
-    "window_frames": _whole(0, 4096),
+    **{name: BOUNDS[name].holds for name in ("steps", "shift", "chunk_frames", "window_frames")},
     "positions": lambda value: isinstance(value, str) and value in POSITION_MODES,
 }
 # noise levels that are one: a scheduler of the host rounds to a thousandth of its range
@@ -127,16 +126,21 @@ class Resolved:
             return found
         return [
             *found,
-            f"{preset.title} was made for {preset.trained_frames} latent frames ({4 * preset.trained_frames - 3} pictures) and "
-            f"{latent_length} were asked for; {preset.longer}",
+            f"{preset.title} was made for {preset.trained_frames} latent frames "
+            f"({WAN21.pictures(preset.trained_frames)} pictures) and {latent_length} were asked for; {preset.longer}",
         ]
+
+
+def preset_of(defaults: dict[str, Any] | None) -> Preset | None:
+    """The preset that a checkpoint's own words name, if there is one of that name."""
+    name = (defaults or {}).get("preset")
+    return PRESETS.get(name) if isinstance(name, str) else None
 
 
 def resolve(defaults: dict[str, Any] | None, asked: dict[str, Any], anchor: Anchor | None) -> Resolved:
     """`asked` (None where auto) and an `anchor` (None where not connected) over what the checkpoint says."""
     known = defaults or {}
-    name = known.get("preset")
-    preset = PRESETS.get(name) if isinstance(name, str) else None
+    preset = preset_of(defaults)
     asked = {name: asked.get(name) for name in FALLBACK}
     stated = {name: known[name] for name, sound in _SOUND.items() if name in known and sound(known[name])}
     numbers = FALLBACK | (preset.settings() if preset else {}) | stated

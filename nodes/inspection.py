@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
 
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.checkpoints import TORCH_SUFFIXES, open_checkpoint
+from ..adastate_core.families import WAN21_TEXT
+from ..adastate_core.geometry import ModelGeometry
 from ..adastate_core.presets import PRESETS
-from ..adastate_core.rollout_spec import ModelGeometry, RolloutSpec
 from ..adastate_core.wan_weights import listed
-from .defaults import Resolved, resolve
+from .builder import Asked, Subject, build
 from .host import checks
 from .host import model as host_model
-from .host.checkpoints import checkpoint_path, rollout_defaults, wished
+from .host.checkpoints import checkpoint_path, wished
 from .host.codec import HostDecoder
-from .job import check_size
+from .inputs import check_size
 
 TEXT_TOKENS = 512
 GIB = 2**30
-
-
-def _spec(
-    resolved: Resolved,
-    geometry: ModelGeometry,
-    width: int,
-    height: int,
-    dtype: torch.dtype,
-    batch: int = 1,
-    **cache: Any,
-) -> RolloutSpec:
-    return RolloutSpec(
-        geometry, batch, height // 8, width // 8, resolved.numbers["chunk_frames"], resolved.numbers["window_frames"],
-        resolved.anchor, resolved.numbers["positions"], dtype, **resolved.spec_options(len(resolved.schedule.sigmas)),
-        **cache,
-    )  # fmt: skip
 
 
 def _require_size(width: int, height: int) -> None:
@@ -54,13 +40,18 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
     checkpoint = open_checkpoint(checkpoint_path(file))
     geometry = checkpoint.geometry
     defaults = wished(file, checkpoint, "auto")
-    resolved = resolve(defaults or None, {}, None)
     dtypes = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
-    shape = ModelGeometry(16, geometry.layers, geometry.heads, geometry.width // geometry.heads)
-    plan = _spec(resolved, shape, width, height, torch.bfloat16).plan(TEXT_TOKENS)
+    family = WAN21_TEXT  # the only one whose files open_checkpoint takes
+    space = family.space
+    shape = ModelGeometry(
+        space.channels, geometry.layers, geometry.heads, geometry.width // geometry.heads, space=space
+    )
+    subject = Subject(geometry=shape, dtype=torch.bfloat16, wishes=defaults or None)
+    built = build(subject, Asked(height=height // space.stride, width=width // space.stride, fps=space.fps))
+    resolved, plan = built.resolved, built.plan(TEXT_TOKENS)
     layout = "a torch file" if checkpoint.path.suffix.lower() in TORCH_SUFFIXES else "safetensors"
     lines = [
-        f"{file}: Wan 2.1 text to video, {geometry.parameters}: {geometry.layers} layers of width {geometry.width}, "
+        f"{file}: {family.name}, {geometry.parameters}: {geometry.layers} layers of width {geometry.width}, "
         f"{geometry.heads} heads, feed-forward {geometry.feed_forward}",
         f"layout: {layout}{f', its {checkpoint.part}' if checkpoint.part else ''}; {len(checkpoint.shapes)} weights, "
         f"{_size(checkpoint.nbytes)} in {', '.join(dtypes)}",
@@ -69,8 +60,10 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
         lines.append(f"not taken, beside its {checkpoint.part or 'weights'}: {listed(checkpoint.beside)}")
     if unused := checkpoint.unused():
         lines.append(unused)
-    if geometry.in_channels != 16:
-        lines.append(f"it takes {geometry.in_channels} input channels; a rollout needs plain text to video with 16")
+    if geometry.in_channels != space.channels:
+        lines.append(
+            f"it takes {geometry.in_channels} input channels; a rollout needs plain text to video with {space.channels}"
+        )
     if resolved.preset:
         lines.append("taken for " + resolved.preset.describe())
     elif defaults:
@@ -79,7 +72,7 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
     else:
         lines.append("nothing says how it is rolled out; choose one of the presets " + ", ".join(PRESETS))
     per_frame = 2 * plan.frame_bytes * geometry.layers
-    latents = (length - 1) // 4 + 1
+    latents = space.latents(length)
     lines.append(
         f"KV cache at {width}x{height} in bf16: {_size(per_frame)} a latent frame, {_size(plan.kv_bytes)} for a window of "
         f"{resolved.numbers['window_frames']} at any length (all {latents} latent frames of {length} pictures would be "
@@ -105,21 +98,20 @@ def plan_text(
     """
     _require_size(width, height)
     checks.check_model(model)
-    resolved = resolve(rollout_defaults(model), asked, anchor)
-    spec = _spec(
-        resolved, host_model.geometry_of(model), width, height, host_model.compute_dtype(model), batch, **cache
-    )
-    vae_bytes = HostDecoder(vae).cache_bytes(batch, height // 8, width // 8) if vae is not None else 0
-    plan, free = spec.plan(TEXT_TOKENS, vae_bytes), host_model.available_bytes(model)
+    space = host_model.space_of(model)
+    size = {"batch": batch, "height": height // space.stride, "width": width // space.stride}
+    built = build(Subject.of(model, identified=False), Asked(**size, **asked, anchor=anchor, fps=space.fps, **cache))
+    vae_bytes = HostDecoder(vae).cache_bytes(*size.values()) if vae is not None else 0
+    resolved, plan, free = built.resolved, built.plan(TEXT_TOKENS, vae_bytes), host_model.available_bytes(model)
     try:
         host_model.check_memory(plan, free)
         host_model.check_host_memory(plan)
         verdict, fits = f"fits: {_size(free)} could be free on the device", True
     except ValueError as error:
         verdict, fits = str(error), False
-    latents = (length - 1) // 4 + 1
-    warnings = [*resolved.warnings(latents), *checks.unknown_options(model)]
-    kept = batch * 16 * latents * (height // 8) * (width // 8) * 4
+    latents = space.latents(length)
+    warnings = [*resolved.warnings(latents), *built.told, *checks.unknown_options(model)]
+    kept = space.channels * latents * math.prod(size.values()) * torch.float32.itemsize
     lines = [f"{name}: {_size(count)}" for name, count in plan.bytes().items() if count]
     lines += [
         f"keys and values in all: {_size(plan.kv_bytes)} on the device, the same at any length",

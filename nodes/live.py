@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..adastate_core.absorption.absorber import PHASES
 from ..adastate_core.prompts import Prompts
 from ..adastate_core.rollout import Chunk, Rollout
-from ..adastate_core.vae_stream import pictures_of
 from .host import model as host_model
 from .host.codec import HostDecoder
-
-if TYPE_CHECKING:
-    from .job import Job
-
+from .prepared import Prepared
 
 STATE_SIDE = 20  # latents: a picture of the hidden state is at most 160 pixels wide and high
 _MOST_PROMPTS, _LONGEST_TEXT = 240, 500
 
 
-def run_facts(job: Job, stream: str | None) -> dict[str, Any]:
+def run_facts(job: Prepared, stream: str | None) -> dict[str, Any]:
     """JSON-able: what is known of a run before its first chunk. Of prompts the first 240, of each at most 500 characters.
 
     `stream` is the id of the run's stream, if it has one; `continues` that of the stream whose state it goes on from.
@@ -36,7 +32,7 @@ def run_facts(job: Job, stream: str | None) -> dict[str, Any]:
         "seed": request.seed,
         "length": request.length,
         "fps": job.fps,
-        "first_frame": pictures_of(request.resume.emitted) if request.resume else 0,
+        "first_frame": job.space.pictures(request.resume.emitted) if request.resume else 0,
         "history_chunks": request.stream.history_chunks if request.stream else 0,
         "stream": stream,
         "continues": request.resume.stream.get("run_id") if request.resume else None,
@@ -44,7 +40,7 @@ def run_facts(job: Job, stream: str | None) -> dict[str, Any]:
     }
 
 
-def hidden_picture(job: Job, hidden: torch.Tensor) -> torch.Tensor:
+def hidden_picture(job: Prepared, hidden: torch.Tensor) -> torch.Tensor:
     """The newest frame of item 0 of a hidden state [B, 16, S, h, w] (model space) as a small picture [h, w, 3] in 0..1.
 
     Large latents are averaged down before they are decoded, which costs little whatever the size of the video.
@@ -57,14 +53,14 @@ def hidden_picture(job: Job, hidden: torch.Tensor) -> torch.Tensor:
     return decoder.step(latent)[0, -1]
 
 
-def chunk_facts(job: Job, number: int, chunk: Chunk, rollout: Rollout) -> dict[str, Any]:
+def chunk_facts(job: Prepared, number: int, chunk: Chunk, rollout: Rollout) -> dict[str, Any]:
     """JSON-able numbers of the run's chunk `number` (from 0); seconds are seconds of video.
 
     `seconds` counts from the first frame of the video, `seconds_made` from where this run began.
     """
     request, fps = job.request, job.fps
-    before = pictures_of(request.resume.emitted) if request.resume else 0
-    frames = pictures_of(rollout.emitted)
+    before = job.space.pictures(request.resume.emitted) if request.resume else 0
+    frames = job.space.pictures(rollout.emitted)
     prompt, text = 0, None
     if job.prompts is not None:
         prompt = job.prompts.index(chunk.first_frame)
@@ -73,13 +69,13 @@ def chunk_facts(job: Job, number: int, chunk: Chunk, rollout: Rollout) -> dict[s
     return {
         "chunk": number,
         "given": chunk.given,
-        "first_frame": pictures_of(chunk.first_frame),
+        "first_frame": job.space.pictures(chunk.first_frame),
         "frames": frames,
-        "frames_total": pictures_of(request.latent_length),
+        "frames_total": job.space.pictures(job.latent_length),
         "fps": fps,
         "seconds": frames / fps,
         "seconds_made": (frames - before) / fps,
-        "seconds_total": pictures_of(request.latent_length) / fps,
+        "seconds_total": job.space.pictures(job.latent_length) / fps,
         "generated": rollout.generated,
         "absorbed": rollout.absorber is not None and rollout.absorber.phase == PHASES[1],
         "kv_bytes": rollout.cache.nbytes + rollout.cache.host_nbytes,

@@ -9,7 +9,6 @@ from ..adastate_core.cache_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.presets import PRESETS
 from ..adastate_core.rope import POSITION_MODES
 from .absorption import AbsorptionRequest
-from .defaults import asked_numbers
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.checkpoints import (
@@ -26,8 +25,8 @@ from .host.checkpoints import (
 from .host.extensions import preset_names
 from .host.loras import with_lora
 from .host.node import Node
+from .inputs import check_size, number
 from .inspection import inspect_file, plan_text
-from .job import check_size
 from .rollout import RolloutNode
 
 CATEGORY = "AdaState/models"
@@ -196,17 +195,12 @@ class InspectCheckpointNode(Node):
             is_output_node=True,
             inputs=[
                 _file_input(),
-                widget(io.Int, "width", default=832, min=16, max=8192, step=16, optional=True, tooltip="Video width."),
-                widget(
-                    io.Int, "height", default=480, min=16, max=8192, step=16, optional=True, tooltip="Video height."
-                ),
-                widget(
+                number(io.Int, "width", default=832, optional=True, tooltip="Video width."),
+                number(io.Int, "height", default=480, optional=True, tooltip="Video height."),
+                number(
                     io.Int,
                     "length",
                     default=81,
-                    min=1,
-                    max=2**24,
-                    step=4,
                     optional=True,
                     tooltip="Video frames, to tell whether the file was made for that many.",
                 ),
@@ -240,29 +234,20 @@ class PlanNode(Node):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that is to be rolled out; it is not moved to the device."),
-                widget(
-                    io.Int, "width", default=832, min=16, max=8192, step=16, tooltip="Width of the video in pixels."
-                ),
-                widget(io.Int, "height", default=480, min=16, max=8192, step=16, tooltip="Height in pixels."),
-                widget(
+                number(io.Int, "width", default=832, tooltip="Width of the video in pixels."),
+                number(io.Int, "height", default=480, tooltip="Height in pixels."),
+                number(
                     io.Int,
                     "length",
                     default=81,
-                    min=1,
-                    max=2**24,
-                    step=4,
                     tooltip="Video frames. The caches do not depend on it; kept latents and files do.",
                 ),
-                widget(io.Int, "batch_size", default=1, min=1, max=64, optional=True, tooltip="Videos side by side."),
-                widget(
-                    io.Int, "chunk_frames", default=0, min=0, max=64, optional=True, tooltip="0: what the model wants."
-                ),
-                widget(
+                number(io.Int, "batch_size", default=1, optional=True, tooltip="Videos side by side."),
+                number(io.Int, "chunk_frames", default=0, optional=True, tooltip="0: what the model wants."),
+                number(
                     io.Int,
                     "window_frames",
                     default=-1,
-                    min=-1,
-                    max=4096,
                     optional=True,
                     tooltip="-1: what the model wants.",
                 ),
@@ -312,7 +297,7 @@ class PlanNode(Node):
         cache_dtype: str = CACHE_DTYPES[0],
         cache_device: str = CACHE_DEVICES[0],
     ) -> io.NodeOutput:
-        asked = asked_numbers(chunk_frames, window_frames, positions)
+        asked = {"chunk_frames": chunk_frames, "window_frames": window_frames, "positions": positions}
         cache = {"cache_dtype": cache_dtype, "cache_device": cache_device}
         if absorption is not None:
             cache["absorption"] = absorption.settings

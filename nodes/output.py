@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import av
 import torch
@@ -18,37 +18,17 @@ from ..adastate_core.rollout import Chunk, Rollout, RolloutState
 from ..adastate_core.rollout_file import save_state
 from ..adastate_core.state_history import StateHistory, history_folder
 from ..adastate_core.streaming import VideoStream
-from ..adastate_core.vae_stream import pictures_of
 from ..adastate_core.video_sink import VideoSink
 from .host import model as host_model
-from .host.codec import HostDecoder
 from .host.files import STATE_SUFFIX, NewVideos, Target, output_file, video_endings
 from .host.progress import Progress, check_interrupt
 from .host.safely import at_the_end, attempt, free_memory
-
-if TYPE_CHECKING:
-    from .job import Job
+from .prepared import Prepared
+from .stream_settings import StreamSettings
 
 RUN_ID = "adastate_run"
 FRAMES_A_STEP = 256  # copied frames that count as much as a pass
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """What AdaStateStreamOutput sets: where the frames of a rollout go."""
-
-    vae: Any = field(repr=False)
-    filename_prefix: str
-    fps: float
-    codec: str
-    quality: int
-    preview: bool
-    autosave_seconds: float = 60.0
-    join: bool = False
-    latent_space: str = "auto"
-    history_chunks: int = 0
-    history_states: int = 8
 
 
 @dataclass(frozen=True)
@@ -85,7 +65,7 @@ class _Copied:
 class StreamOutput:
     """The files of a streamed run: a video an item, and the state that is saved beside the first."""
 
-    def __init__(self, job: Job, settings: StreamSettings) -> None:
+    def __init__(self, job: Prepared, settings: StreamSettings) -> None:
         """ValueError if the videos that are to be joined are not there; nothing is written before `open`."""
         self.job, self.settings = job, settings
         request, self.run_id = job.request, uuid.uuid4().hex
@@ -146,12 +126,12 @@ class StreamOutput:
         if first == resume.emitted:
             if "vae_latents_seen" in resume.stream:
                 decoder.restore(resume.stream)
-            return pictures_of(resume.emitted)
+            return self.job.space.pictures(resume.emitted)
         decoder.skip(first)
         for frame in range(first, resume.emitted):
             progress.step()
             decoder.step(host_model.to_vae_space(self.job.request.model, resume.latents[:, :, frame : frame + 1]))
-        return pictures_of(resume.emitted)
+        return self.job.space.pictures(resume.emitted)
 
     def _decoded_from(self, resume: RolloutState) -> int:
         """The first latent frame of a state that is decoded again, its length if its decoder's cache is taken as it is.
@@ -315,22 +295,6 @@ class StreamOutput:
         if reason:
             self._failed[where] = _Failures(self._failed.get(where, _Failures(0, "")).count + 1, reason)
         return made
-
-
-def check_streamable(state: RolloutState, decoder: HostDecoder) -> None:
-    """ValueError unless a stream through `decoder` can go on where `state` ends."""
-    seen = state.stream.get("vae_latents_seen")
-    if seen is not None and seen != state.emitted:
-        raise ValueError(
-            "the state's decoder cache belongs to another frame: it is damaged; resume it without a stream"
-        )
-    if seen is None and state.latents is None and state.emitted:
-        raise ValueError(
-            "the state was made without a stream and without keep_latents, so its video cannot be decoded further; "
-            "resume it without a stream, or make it again with one"
-        )
-    if seen and state.latents is None and (reason := decoder.foreign(state.stream)):
-        raise ValueError(f"{reason}; connect a VAE of the same kind, or resume without a stream")
 
 
 def run_id_of(path: Path) -> str | None:

@@ -9,21 +9,18 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ..adastate_core.files.whole_file import whole_file
 from ..adastate_core.rollout import Chunk, Rollout, RolloutState
-from ..adastate_core.vae_stream import pictures_of
 from .host.error_types import describe_error
 from .host.files import Target, new_files, video_endings
 from .host.rerun import Place
 from .host.safely import Interrupted, attempt
 from .output import StreamOutput
-
-if TYPE_CHECKING:
-    import torch
-
-    from .job import Job
+from .prepared import Prepared
 
 log = logging.getLogger("adastate")
 REPORT_SUFFIX = ".report.json"
@@ -69,7 +66,7 @@ class UnderWay:
         return time.perf_counter() - self.start if self.seconds is None else self.seconds
 
 
-def identity(job: Job, run: UnderWay) -> dict[str, Any]:
+def identity(job: Prepared, run: UnderWay) -> dict[str, Any]:
     """Whose report it is and what its files are called; nothing here can fail."""
     saved = attempt("what a rollout saved could not be listed", run.output.saved)[0] if run.output else None
     return {
@@ -77,20 +74,21 @@ def identity(job: Job, run: UnderWay) -> dict[str, Any]:
         "node_id": run.place.node_id if run.place else None,
         "videos": [target.name for target in run.output.videos] if run.output else [],
         "state": (saved or {}).get("state"),
-        "length": pictures_of(job.request.latent_length),
+        "length": job.space.pictures(job.latent_length),
     }
 
 
-def counts(job: Job, run: UnderWay) -> dict[str, Any]:
+def counts(job: Prepared, run: UnderWay) -> dict[str, Any]:
     """What a report says of any run: nothing here can fail."""
     before = job.request.resume.emitted if job.request.resume else 0
     emitted = run.rollout.emitted if run.rollout else before
-    frames, fps, seconds, times = pictures_of(emitted) - pictures_of(before), job.fps, run.rolled_for, run.made.seconds
+    frames = job.space.pictures(emitted) - job.space.pictures(before)
+    fps, seconds, times = job.fps, run.rolled_for, run.made.seconds
     output = run.output
     return {
         "chunks": run.made.count,
         "frames": frames,
-        "frames_total": pictures_of(emitted),
+        "frames_total": job.space.pictures(emitted),
         "video_seconds": frames / fps,
         "seconds": round(seconds, 3),
         "seconds_all": round(job.seconds_since_begin(), 3),
@@ -102,7 +100,7 @@ def counts(job: Job, run: UnderWay) -> dict[str, Any]:
     }
 
 
-def planned(job: Job) -> dict[str, Any]:
+def planned(job: Prepared) -> dict[str, Any]:
     """What is known before the first chunk: planned bytes, settings, prompts."""
     return {
         "plan_bytes": job.plan.bytes(),
@@ -117,7 +115,7 @@ def planned(job: Job) -> dict[str, Any]:
     }
 
 
-def used(job: Job, rollout: Rollout, state: RolloutState | None) -> dict[str, Any]:
+def used(job: Prepared, rollout: Rollout, state: RolloutState | None) -> dict[str, Any]:
     """What a run took: bytes, and where its absorption stands."""
     absorption = _absorption(job, rollout)
     return {
@@ -129,7 +127,7 @@ def used(job: Job, rollout: Rollout, state: RolloutState | None) -> dict[str, An
     }
 
 
-def _prompts(job: Job) -> list[dict[str, Any]]:
+def _prompts(job: Prepared) -> list[dict[str, Any]]:
     """Where the prompt changes: the latent frame, the text if it is known, and how."""
     if job.prompts is None:
         return []
@@ -140,7 +138,7 @@ def _prompts(job: Job) -> list[dict[str, Any]]:
     ]
 
 
-def _absorption(job: Job, rollout: Rollout) -> dict[str, Any] | None:
+def _absorption(job: Prepared, rollout: Rollout) -> dict[str, Any] | None:
     """The absorber's report, with a warning for what may surprise."""
     if rollout.absorber is None:
         return None
@@ -155,7 +153,7 @@ def _absorption(job: Job, rollout: Rollout) -> dict[str, Any] | None:
     return report
 
 
-def short_report(job: Job, run: UnderWay, error: BaseException) -> dict[str, Any]:
+def short_report(job: Prepared, run: UnderWay, error: BaseException) -> dict[str, Any]:
     """The report of a run that `error` ended, with all that is known of it."""
     interrupted = isinstance(error, Interrupted) or not isinstance(error, Exception)
     report: dict[str, Any] = {
@@ -229,7 +227,7 @@ def _beside(video: Path) -> Path:
     return video.with_suffix(REPORT_SUFFIX)
 
 
-def write_short(job: Job, run: UnderWay, error: BaseException) -> None:
+def write_short(job: Prepared, run: UnderWay, error: BaseException) -> None:
     """Leave the report of a run that `error` ended; whatever goes wrong with that is logged, and `error` is what is told."""
     if run.reports is None:
         return

@@ -7,18 +7,18 @@ from typing import Any
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.rope import POSITION_MODES
-from ..adastate_core.schedule import MOST_STEPS, Schedule
+from ..adastate_core.schedule import Schedule
 from .absorption import AbsorptionRequest
+from .builder import Request
 from .host import api, rerun
 from .host.api import ExecutionBlocker, io, schema, ui, widget
 from .host.files import save_metadata
 from .host.live import live_run
 from .host.node import Node
-from .job import Job, Request, check_size
+from .inputs import check_size, number
+from .job import Job
 from .report import report_text
 
-MAX_LENGTH = 2**24
-MAX_SECONDS = 31_536_000.0  # a year
 NO_STREAM = "VIDEO comes from a stream: connect Stream To Video to the rollout's stream input, or use Render Video."
 NO_LATENT = "The frames went to a stream and keep_latents is off, so there is no LATENT; turn keep_latents on."
 
@@ -31,61 +31,46 @@ def _inputs() -> list[io.Input]:
             types=[io.Conditioning, api.Prompts],
             tooltip="One plain text prompt, or a Prompt Timeline (the few-step causal models use no negative).",
         ),
-        widget(io.Int, "width", default=832, min=16, max=8192, step=16, tooltip="Width of the video in pixels."),
-        widget(io.Int, "height", default=480, min=16, max=8192, step=16, tooltip="Height of the video in pixels."),
-        widget(
+        number(io.Int, "width", default=832, tooltip="Width of the video in pixels."),
+        number(io.Int, "height", default=480, tooltip="Height of the video in pixels."),
+        number(
             io.Int,
             "length",
             default=81,
-            min=1,
-            max=MAX_LENGTH,
-            step=4,
             tooltip="Video frames since the first frame, also when resuming (4n + 1; 481 is 30 s at 16 fps). Memory does "
             "not depend on it.",
         ),
-        widget(
-            io.Int, "batch_size", default=1, min=1, max=64, tooltip="Videos made side by side, each from its own noise."
-        ),
-        widget(
+        number(io.Int, "batch_size", default=1, tooltip="Videos made side by side, each from its own noise."),
+        number(
             io.Int,
             "seed",
             default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
             control_after_generate=True,
             tooltip="The same seed gives the same video, in one run or in many.",
         ),
-        widget(
+        number(
             io.Int,
             "steps",
             default=0,
-            min=0,
-            max=MOST_STEPS,
             tooltip="Denoising steps a chunk; 0 = what the checkpoint wants (4).",
         ),
-        widget(
+        number(
             io.Float,
             "shift",
             default=0.0,
-            min=0.0,
-            max=100.0,
             step=0.1,
             tooltip="Shift of the noise levels; 0 = what the checkpoint wants (5). The model's own sampling shift is not used.",
         ),
-        widget(
+        number(
             io.Int,
             "chunk_frames",
             default=0,
-            min=0,
-            max=64,
             tooltip="Latent frames made at once; 0 = what the checkpoint wants (3; frame-wise models 1).",
         ),
-        widget(
+        number(
             io.Int,
             "window_frames",
             default=-1,
-            min=-1,
-            max=4096,
             tooltip="Past latent frames that stay in the cache; -1 = what the checkpoint wants (3). Memory and time grow "
             "with it; 0 forgets everything but the anchor.",
         ),
@@ -141,12 +126,10 @@ def _inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Where the past is held: host memory frees the GPU of it, and copies each layer's there when it is read.",
         ),
-        widget(
+        number(
             io.Float,
             "max_seconds",
             default=0.0,
-            min=0.0,
-            max=MAX_SECONDS,
             step=1.0,
             optional=True,
             advanced=True,
@@ -210,7 +193,18 @@ class RolloutNode(Node):
         max_seconds: float = 0.0,
     ) -> io.NodeOutput:
         request = Request(
-            model, positive, width, height, length, batch_size, seed, steps, shift, chunk_frames, window_frames, positions,
+            model=model,
+            positive=positive,
+            width=width,
+            height=height,
+            length=length,
+            batch_size=batch_size,
+            seed=seed,
+            steps=steps,
+            shift=shift,
+            chunk_frames=chunk_frames,
+            window_frames=window_frames,
+            positions=positions,
             anchor=anchor,
             sigmas=None if sigmas is None else Schedule.from_sigmas(sigmas).sigmas,
             start_latent=start_latent,
@@ -222,7 +216,7 @@ class RolloutNode(Node):
             absorption=absorption,
             max_seconds=max_seconds,
             metadata=save_metadata(cls.hidden) if stream is not None else {},
-        )  # fmt: skip
+        )
         with live_run(cls.hidden) as (view, end):
             result = Job(request).run(view)
             end.files, end.short = [target.path for target in result.videos], "stopped" in result.report

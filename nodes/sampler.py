@@ -12,13 +12,14 @@ import torch
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.rollout import Rollout, RolloutSpec, Settings
 from ..adastate_core.schedule import noise
-from .defaults import Resolved, asked_numbers, resolve
+from .builder import Asked, Built, Subject, build
+from .defaults import preset_of
 from .host import model as host_model
 from .host import sampler as host_sampler
-from .host.api import io, schema, widget
-from .host.checkpoints import rollout_defaults
+from .host.api import io, schema
 from .host.node import Node
 from .host.progress import check_interrupt
+from .inputs import number
 from .rollout import RolloutNode
 
 log = logging.getLogger("adastate")
@@ -77,21 +78,19 @@ class RolloutSampler(host_sampler.Sampler):
         """
         context = host_sampler.check_guider(model_wrap, extra_args)
         patcher, options = model_wrap.model_patcher, extra_args["model_options"]
-        host_sampler.check_latents(noise, latent_image, denoise_mask)
-        resolved = self._resolved(patcher)
-        schedule = resolved.given_schedule(sigmas)
-        model = host_sampler.GuidedModel(patcher, context, noise.shape[0], options)
-        spec = self._spec(model, resolved, noise.shape)
-        told = [*host_sampler.unknown(model_wrap, options), *resolved.warnings(noise.shape[2])]
-        for warning in (*told, *resolved.sigmas_warnings(schedule)):
+        host_sampler.check_latents(host_model.space_of(patcher), noise, latent_image, denoise_mask)
+        built = self._built(patcher, sigmas, noise.shape)
+        spec, model = built.spec, host_sampler.GuidedModel(patcher, context, noise.shape[0], options)
+        told = [*host_sampler.unknown(model_wrap, options), *built.resolved.warnings(noise.shape[2]), *built.told]
+        for warning in (*told, *built.sigmas_warnings):
             log.warning("AdaState Sampler: %s", warning)
         text_tokens = context.shape[1]
-        plan = spec.plan(text_tokens)
+        plan = built.plan(text_tokens)
         host_model.check_memory(plan, host_model.available_bytes(patcher))
         model.load(plan)
         latents = torch.zeros(noise.shape, dtype=torch.float32, device=noise.device)
         watch = _Watch(callback, latents, spec)
-        settings = Settings(extra_args.get("seed") or 0, schedule, first_noise=noise.float().cpu())
+        settings = Settings(extra_args.get("seed") or 0, built.schedule, first_noise=noise.float().cpu())
         with host_model.attention_in_place(patcher):
             rollout = Rollout(model, spec, settings, text_tokens=text_tokens, on_step=watch)
             watch.total = rollout.passes(noise.shape[2])
@@ -100,11 +99,16 @@ class RolloutSampler(host_sampler.Sampler):
         watch.done(watch.total)
         return latents
 
-    def _resolved(self, patcher: Any) -> Resolved:
-        """The settings for a model; ValueError for a preset whose rollout is more than one chunk after the other."""
-        asked = asked_numbers(self.chunk_frames, self.window_frames, self.positions)
-        resolved = resolve(rollout_defaults(patcher), asked, self.anchor)
-        if (preset := resolved.preset) is not None and (preset.blocks > 1 or preset.restart_frames):
+    def _built(self, patcher: Any, sigmas: torch.Tensor, shape: torch.Size) -> Built:
+        """The rollout that this sampler makes of latents of `shape` [B, C, T, h, w]; ValueError for a preset whose rollout is
+        more than one chunk after the other."""
+        asked = Asked(
+            batch=shape[0], height=shape[3], width=shape[4], chunk_frames=self.chunk_frames, window_frames=self.window_frames,
+            positions=self.positions, anchor=self.anchor, sigmas=sigmas, fps=host_model.space_of(patcher).fps,
+        )  # fmt: skip
+        subject = Subject.of(patcher, identified=False)
+        preset = preset_of(subject.wishes)
+        if preset is not None and (preset.blocks > 1 or preset.restart_frames):
             how = (
                 f"denoises {preset.blocks} chunks together"
                 if preset.blocks > 1
@@ -114,20 +118,7 @@ class RolloutSampler(host_sampler.Sampler):
                 f"the model is to be rolled out as {preset.title} (preset {preset.name}), which {how}, and this sampler cannot: "
                 "use AdaState Rollout, or choose another preset in Model Preset"
             )
-        return resolved
-
-    def _spec(self, model: host_model.HostModel, resolved: Resolved, shape: torch.Size) -> RolloutSpec:
-        """The rollout that this sampler makes of latents of `shape` [B, 16, T, h, w]."""
-        names = ("chunk_frames", "window_frames", "positions")
-        return RolloutSpec(
-            geometry=model.geometry,
-            batch=shape[0],
-            height=shape[3],
-            width=shape[4],
-            anchor=resolved.anchor,
-            dtype=model.dtype,
-            **{name: resolved.numbers[name] for name in names},
-        )
+        return build(subject, asked)
 
 
 class SamplerNode(Node):
@@ -187,21 +178,18 @@ class NoiseNode(Node):
             description="The noise of AdaState Rollout for AdaState Sampler: the same seed then gives the same video in both.",
             search_aliases=["noise", "seed", "AdaState"],
             inputs=[
-                widget(
+                number(
                     io.Int,
                     "seed",
                     default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
                     tooltip="The seed of the rollout.",
                 ),
-                widget(
+                number(
                     io.Int,
                     "chunk_frames",
+                    auto=False,
                     default=3,
-                    min=1,
-                    max=64,
                     tooltip="Latent frames that the sampler makes at once: most checkpoints want 3, frame-wise ones 1.",
                 ),
             ],

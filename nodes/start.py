@@ -10,7 +10,7 @@ from .host import codec
 from .host.api import io, schema, widget
 from .host.node import Node
 from .host.pictures import CROPS, SCALERS, scaled, video_tail
-from .job import check_size
+from .inputs import check_size, number
 
 MAX_FRAMES = 1025
 
@@ -26,8 +26,8 @@ class ContinueVideoNode(Node):
             search_aliases=["image to video", "video to video", "i2v", "v2v", "extend video", "AdaState"],
             inputs=[
                 io.Vae.Input("vae", tooltip="The full Wan 2.1 VAE that belongs to the model."),
-                widget(io.Int, "width", default=832, min=16, max=8192, step=16, tooltip="Width of the rollout."),
-                widget(io.Int, "height", default=480, min=16, max=8192, step=16, tooltip="Height of the rollout."),
+                number(io.Int, "width", default=832, tooltip="Width of the rollout."),
+                number(io.Int, "height", default=480, tooltip="Height of the rollout."),
                 widget(
                     io.Int,
                     "frames",
@@ -104,14 +104,14 @@ class ContinueVideoNode(Node):
             what = "neither video nor image is" if video is None else "both video and image are"
             raise ValueError(f"{what} connected; connect one of them, the one to go on from")
         codec.check_encoder(vae)
-        wanted = frames - (frames - 1) % 4
+        wanted = codec.SPACE.whole(frames)
         if video is not None:
             found = video_tail(video, wanted, fps, lambda each: scaled(each, width, height, upscale_method, crop))
         elif len(image):
             found = scaled(image[-wanted:, ..., :3], width, height, upscale_method, crop)
         else:
             raise ValueError("image holds no picture; connect one with pictures in it")
-        kept = len(found) - (len(found) - 1) % 4
+        kept = codec.SPACE.whole(len(found))
         pictures = found[-kept:]
         return io.NodeOutput({"samples": codec.encode(vae, pictures)}, pictures, kept)
 

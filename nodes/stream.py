@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from ..adastate_core.vae_stream import pictures_of
 from ..adastate_core.video_sink import CODECS, VideoSink, to_bytes
 from .host import api
 from .host.api import io, schema, ui, widget
-from .host.codec import LATENT_SPACES, HostDecoder
+from .host.codec import LATENT_SPACES, SPACE, HostDecoder
 from .host.files import VIDEO_SUFFIX, check_prefix, new_file, save_metadata
 from .host.node import Node
 from .host.progress import Progress
@@ -177,10 +176,10 @@ class DecodeNode(Node):
         batch, frames = samples.shape[0], samples.shape[2]
         pictures, progress = None, Progress(batch * frames)
         for item in range(batch):
-            at = item * pictures_of(frames)
+            at = item * SPACE.pictures(frames)
             for part in decoded(vae, samples[item : item + 1], progress, frames_per_call, latent_space):
                 if pictures is None:
-                    pictures = part.new_empty((batch * pictures_of(frames), *part.shape[2:]))
+                    pictures = part.new_empty((batch * SPACE.pictures(frames), *part.shape[2:]))
                 pictures[at : at + part.shape[1]] = part[0]
                 at += part.shape[1]
         return io.NodeOutput(pictures)
@@ -220,7 +219,7 @@ class RenderVideoNode(Node):
         latent_space: str = "auto",
     ) -> io.NodeOutput:
         samples = _video_samples(latent)
-        height, width = samples.shape[3] * 8, samples.shape[4] * 8
+        height, width = (side * SPACE.stride for side in samples.shape[3:])
         target = new_file(filename_prefix, VIDEO_SUFFIX, width, height, kind="temp")
         progress = Progress(samples.shape[0] * samples.shape[2])
         rate = Fraction(fps).limit_denominator(1001)
@@ -235,9 +234,10 @@ class RenderVideoNode(Node):
 
 def _video_samples(latent: dict[str, Any]) -> torch.Tensor:
     samples = latent["samples"]
-    if samples.ndim != 5 or samples.shape[1] != 16 or 0 in samples.shape:
+    if samples.ndim != 5 or samples.shape[1] != SPACE.channels or 0 in samples.shape:
         raise ValueError(
-            f"the latent is {list(samples.shape)}; streaming decode needs a Wan 2.1 video latent [B, 16, frames, h, w]"
+            f"the latent is {list(samples.shape)}; streaming decode needs a {SPACE.name} video latent "
+            f"[B, {SPACE.channels}, frames, h, w]"
         )
     return samples
 

@@ -14,11 +14,9 @@ from typing import Any
 import comfy.utils
 import torch
 
-MODEL_CLASS = "WAN21_T2V"
-# the host's own autoregressive class has the same weights; only the attention's forward differs, which a rollout replaces
-_MODEL_CLASSES = (MODEL_CLASS, "WAN21_CausalAR_T2V")
+from ...adastate_core.families import FAMILIES, family_of
+
 NOTES_KEY = "adastate_notes"  # of model_options: what of a MODEL's files it does without, a sentence each
-LATENT_CHANNELS = 16
 _SKIPPED = "which a rollout would silently skip; remove the node that sets it"
 _CONTROL_OPTIONS = {
     "model_function_wrapper": "a UNet wrapper",
@@ -150,14 +148,16 @@ def check_model(patcher: Any, options: Mapping[str, Any] | None = None, sampled:
     that what it calls before a run has been called.
     """
     config = type(patcher.model.model_config).__name__
-    if config not in _MODEL_CLASSES:
+    if (family := family_of(config)) is None:
+        driven = ", ".join(one.model_class for one in FAMILIES)
         raise ValueError(
-            f"the model is a {config}; a rollout drives Wan 2.1 text-to-video models ({MODEL_CLASS}): load a causal "
+            f"the model is a {config}; a rollout drives Wan 2.1 text-to-video models ({driven}): load a causal "
             "Wan 2.1 checkpoint such as Self-Forcing with Load Causal Video Model"
         )
-    channels = patcher.model.model_config.unet_config.get("in_dim", LATENT_CHANNELS)
-    if channels != LATENT_CHANNELS:
-        raise ValueError(f"the model takes {channels} input channels; a rollout needs plain text-to-video with 16")
+    own = family.space.channels
+    channels = patcher.model.model_config.unet_config.get("in_dim", own)
+    if channels != own:
+        raise ValueError(f"the model takes {channels} input channels; a rollout needs plain text-to-video with {own}")
     options = patcher.model_options if options is None else options
     for name, words in _CONTROL_OPTIONS.items():
         if options.get(name):

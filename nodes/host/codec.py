@@ -9,11 +9,15 @@ import comfy.model_management
 import torch
 
 from ...adastate_core import taehv_stream, vae_stream
+from ...adastate_core.families import WAN21_TEXT
 from ...adastate_core.taehv_stream import TaehvStream
 from ...adastate_core.vae_stream import NonFinitePicturesError, VaeStream
 
 LATENT_SPACES = ("auto", "vae", "model")
-_FULL, _TINY = "WanVAE", "TAEHV"
+# the decoders are of one family's VAEs
+FAMILY = WAN21_TEXT
+SPACE = FAMILY.space
+_FULL, _TINY = FAMILY.vae_classes["full"], FAMILY.vae_classes["tiny"]
 _HOW = "(start ComfyUI with --fp32-vae or --bf16-vae)"
 _WORDS = {None: "a full Wan 2.1 VAE", taehv_stream.KIND: "a tiny VAE"}
 
@@ -22,11 +26,11 @@ def check_vae(vae: Any) -> None:
     """ValueError, naming what was given, unless `vae` is a causal Wan 2.1 VAE, full or tiny, with 16 channels."""
     name = type(getattr(vae, "first_stage_model", None)).__name__
     channels = getattr(vae, "latent_channels", 0)
-    if name not in (_FULL, _TINY) or channels != 16:
+    if name not in (_FULL, _TINY) or channels != SPACE.channels:
         other = f" with {channels} channels" if name in (_FULL, _TINY) else ""
         raise ValueError(
-            f"the vae is a {name}{other}; streaming decode needs a Wan 2.1 VAE (16 channels): load wan_2.1_vae, the demo's, "
-            "or a tiny one (taew2_1, lighttaew2_1)"
+            f"the vae is a {name}{other}; streaming decode needs a {SPACE.name} VAE ({SPACE.channels} channels): "
+            f"{FAMILY.vae_examples}"
         )
 
 
@@ -46,7 +50,7 @@ def encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
     """
     check_encoder(vae)
     latents = vae.encode(pictures[..., :3])
-    frames, count = (len(pictures) - 1) // 4 + 1, len(pictures)
+    frames, count = SPACE.latents(len(pictures)), len(pictures)
     if latents.ndim != 5 or latents.shape[2] != frames:
         raise ValueError(
             f"the vae made a latent {list(latents.shape)} of {count} frames, where a Wan 2.1 VAE makes {frames} latent frames; "
@@ -93,7 +97,7 @@ class HostDecoder:
 
     def working_bytes(self, batch: int, height: int, width: int) -> int:
         """What a chunk's decode takes beside the cache: the host's reckoning for each item, and the cache before it."""
-        one = int(self.vae.memory_used_decode((1, 16, 1, height, width), self.vae.vae_dtype))
+        one = int(self.vae.memory_used_decode((1, SPACE.channels, 1, height, width), self.vae.vae_dtype))
         frames = self.stream.frames_per_call if self.tiny else 1
         return batch * frames * one + self.cache_bytes(batch, height, width)
 

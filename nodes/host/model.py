@@ -16,7 +16,8 @@ import torch
 
 from ...adastate_core.attention import CachedAttention
 from ...adastate_core.cache_plan import CachePlan
-from ...adastate_core.rollout import ModelGeometry
+from ...adastate_core.families import family_of
+from ...adastate_core.geometry import LatentSpace, ModelGeometry
 from ...adastate_core.schedule import timesteps
 from ...adastate_core.wan_attention import (
     SESSION,
@@ -24,22 +25,30 @@ from ...adastate_core.wan_attention import (
     cross_attention_forward,
     self_attention_forward,
 )
-from .checks import LATENT_CHANNELS
 
 # numbers of the contexts that were ever set: never one twice, as an address may be
 _CONTEXTS = itertools.count()
 
 
 def geometry_of(patcher: Any) -> ModelGeometry:
-    """Layers, heads and channels of the host's Wan model."""
-    wan = patcher.model.diffusion_model
+    """Layers, heads, channels and latent space of the host's Wan model."""
+    wan, space = patcher.model.diffusion_model, space_of(patcher)
     return ModelGeometry(
-        channels=LATENT_CHANNELS,
+        channels=space.channels,
         layers=len(wan.blocks),
         heads=wan.num_heads,
         head_dim=wan.dim // wan.num_heads,
         patch=wan.patch_size[1],
+        space=space,
     )
+
+
+def space_of(patcher: Any) -> LatentSpace:
+    """The latent space that a MODEL works in. ValueError for one that no rollout drives (checks.check_model says more)."""
+    config = type(patcher.model.model_config).__name__
+    if (family := family_of(config)) is None:
+        raise ValueError(f"the model is a {config}, which no rollout drives")
+    return family.space
 
 
 def compute_dtype(patcher: Any) -> torch.dtype:
@@ -166,7 +175,7 @@ class HostModel:
     def load(self, plan: CachePlan, others: Sequence[Any] = (), working_bytes: int = 0) -> None:
         """Load the weights, leaving room for the caches, one forward's activations and `working_bytes`."""
         rows = plan.tokens * 4
-        activations = self.patcher.memory_required([plan.batch, LATENT_CHANNELS, plan.current_frames, rows, 1])
+        activations = self.patcher.memory_required([plan.batch, self.geometry.channels, plan.current_frames, rows, 1])
         needed = plan.total_bytes + int(activations) + working_bytes
         comfy.model_management.load_models_gpu([self.patcher, *others], memory_required=needed)
         self._context = self._context.to(device=self.device, dtype=self.dtype)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from comfy.samplers import CFGGuider, Sampler
 
-from .checks import LATENT_CHANNELS, check_conditioning, check_model, unknown_conditioning, unknown_options
+from ...adastate_core.geometry import LatentSpace
+from .checks import check_conditioning, check_model, unknown_conditioning, unknown_options
 from .model import HostModel
 
 __all__ = ["Sampler", "GuidedModel", "check_guider", "check_latents", "unknown"]
@@ -48,12 +49,14 @@ def _positive(guider: Any) -> list[list[Any]]:
     return [[cond.get("cross_attn"), cond] for cond in guider.conds.get("positive", [])]
 
 
-def check_latents(noise: torch.Tensor, latent: torch.Tensor | None, mask: torch.Tensor | None) -> None:
-    """ValueError unless `noise` is that of an empty, unmasked Wan 2.1 video latent."""
-    if noise.ndim != 5 or noise.shape[1] != LATENT_CHANNELS:
+def check_latents(
+    space: LatentSpace, noise: torch.Tensor, latent: torch.Tensor | None, mask: torch.Tensor | None
+) -> None:
+    """ValueError unless `noise` is that of an empty, unmasked video latent of `space`."""
+    if noise.ndim != 5 or noise.shape[1] != space.channels:
         raise ValueError(
-            f"the latent is {list(noise.shape)}; it must be an empty Wan 2.1 video latent [batch, 16, frames, h, w], "
-            "such as Empty HunyuanVideo Latent gives"
+            f"the latent is {list(noise.shape)}; it must be an empty {space.name} video latent "
+            f"[batch, {space.channels}, frames, h, w], such as Empty HunyuanVideo Latent gives"
         )
     if mask is not None:
         raise ValueError("the latent carries a noise mask, which a rollout cannot honour; connect an empty latent")

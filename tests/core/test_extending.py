@@ -175,7 +175,7 @@ WRONG = {
     "not falling": ("timesteps = [250.0, 500.0]", "fall strictly"),
     "infinity": ("shift = inf", "shift is inf"),
     "too many": ("chunk_frames = 65", "between 1 and 64"),
-    "positions": ('positions = "left"', "must be one of absolute, packed, fixed"),
+    "positions": ('positions = "left"', "must be one of"),
     "an anchor": ('anchor = "static"', "not a table"),
     "an anchor's kind": ('anchor = { kind = "mine" }', "'mine' is not known"),
     "an anchor's field": ('anchor = { kind = "static", sinks = 3 }', "other fields than its kind"),

@@ -1,0 +1,29 @@
+"""Numbers that several nodes ask for, within the bounds that the core has for them (adastate_core/bounds.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..adastate_core.bounds import BOUNDS
+from .host.api import widget
+from .host.node import shown
+
+
+def number(kind: Any, name: str, auto: bool = True, **options: Any) -> Any:
+    """An io.Int or io.Float of that name. Its range is the table's, with the value for "what the checkpoint wants" where the
+    table has one and `auto` is on; `options` are the widget's, and win."""
+    bound = BOUNDS[name]
+    least = bound.auto if auto and bound.auto is not None else bound.least
+    step = {} if bound.step is None else {"step": bound.step}
+    return widget(kind, name, **({"min": least, "max": bound.most} | step | options))
+
+
+def check_size(width: int | None, height: int | None) -> str | None:
+    """Why a picture cannot have this size, or None; linked numbers arrive as None."""
+    for name, value in (("width", width), ("height", height)):
+        least, most, step = int(BOUNDS[name].least), int(BOUNDS[name].most), int(BOUNDS[name].step)
+        if value is not None and (value < least or value % step or value > most):
+            nearest = round(min(max(value, least), most) / step) * step
+            bounds = f"at least {least}" if value <= most else f"at most {most}"
+            return f"{name} is {shown(value)}; it must be a multiple of {step}, {bounds}: try {nearest}"
+    return None
