@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import IO
 
 from tools.host_client import Server, run_prompt, server_command
-from tools.setup_host import CACHE, ROOT, Host, SetupError, duration, ensure_ready, say
+from tools.setup_host import CACHE, ROOT, Host, SetupError, duration, ensure_ready, say, versions_line
 
 DEMO = ROOT / "workflows" / "api" / "long_video.json"
 BASE = CACHE / "base"  # the server's models, custom_nodes, input, temp and user folders
@@ -208,6 +208,7 @@ def test(arguments: list[str]) -> int:
         names, arguments = [arguments[0]], arguments[1:]
     host = ensure_ready(TEST_MODULES)
     CACHE.mkdir(exist_ok=True)
+    say(f"== {versions_line(host)}")
     say("== style")
     checks = (["check"], ["format", "--check"])
     apart = [".", "--extend-exclude", ".cache"]  # the unpacked host; .gitignore says so too, but only to a git checkout

@@ -8,8 +8,6 @@ import math
 import os
 from pathlib import Path
 
-import comfy.model_management
-import comfy.sd
 import folder_paths
 import pytest
 import torch
