@@ -151,6 +151,7 @@ class ModelPresetNode(Node):
             display_name="Model Preset",
             category=CATEGORY,
             description="Says whose rules a model from any loader (also with LoRAs, fp8 or GGUF) is to be rolled out by.",
+            has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model from any loader."),
                 widget(
@@ -184,6 +185,7 @@ class InspectCheckpointNode(Node):
             category=CATEGORY,
             description="Tells what a file is, what it wants and what its cache will cost, without loading it.",
             is_output_node=True,
+            has_intermediate_output=True,
             inputs=[
                 _file_input(),
                 widget(io.Int, "width", default=832, min=16, max=8192, step=16, optional=True, tooltip="Video width."),
@@ -228,6 +230,7 @@ class PlanNode(Node):
             category=CATEGORY,
             description="The exact bytes that a rollout's caches will take, whether they fit, and what would make them fit.",
             is_output_node=True,
+            has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that is to be rolled out; it is not moved to the device."),
                 widget(

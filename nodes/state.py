@@ -31,6 +31,7 @@ class SaveStateNode(Node):
             category=CATEGORY,
             description="Writes a rollout's state to the output folder, so that it can go on later, bit for bit.",
             is_output_node=True,
+            has_intermediate_output=True,
             inputs=[
                 api.State.Input("state", tooltip="STATE of a rollout."),
                 widget(io.String, "filename_prefix", default="adastate/state", tooltip="Where in the output folder."),
@@ -56,6 +57,7 @@ class LoadStateNode(Node):
             display_name="Load Rollout State",
             category=CATEGORY,
             description="Reads a saved state, or the one that a stream saved beside its video, to go on from.",
+            has_intermediate_output=True,
             inputs=[
                 widget(
                     io.Combo,

@@ -177,6 +177,20 @@ def test_stop_and_keep_then_run_again(client, watcher):
     assert all(went_on[key].equal(straight[key]) for key in straight)
 
 
+def test_what_nodes_showed_is_shown_again_to_a_page_that_was_reloaded(client, watcher):
+    """Without any of it being run again; of nodes that are no outputs by hosts that know the mark for it."""
+    prompt = workflow("sampler", n9__length=21)
+    shown = client.run(prompt)
+    assert {"11", "12"} <= set(shown) and shown["11"]["images"][0]["filename"]
+    again = queue(client, prompt, watcher)
+    messages = until(watcher, is_kind("execution_success"))
+    told = {each["node"]: each["output"] for each in of_kind(messages, "executed")}
+    info = client.server.request("/object_info/AdaStateRenderVideo")["AdaStateRenderVideo"]
+    kept = {"11", "12"} if "has_intermediate_output" in info else {"12"}
+    assert told == {node: shown[node] for node in kept}
+    assert client.wait(again)["outputs"] == told
+
+
 def test_a_deleted_file_is_made_again(client):
     prompt = streamed("deleted", 33, n5__seed=8)
     first = video_of(client, client.run(prompt))

@@ -85,8 +85,8 @@ def progress_told(monkeypatch):
 
 @pytest.fixture
 def execute(monkeypatch):
-    """The host's own validation and executor on a prompt of the API: `execute(prompt)` gives the outputs by node,
-    `execute.check(prompt)` whether it is valid and the details of what is not."""
+    """The host's own validation and one executor, with its cache, on prompts of the API: `execute(prompt)` gives the
+    outputs by node, `execute.check(prompt)` whether it is valid and the details of what is not."""
     import comfy_extras.nodes_preview_any
     import execution
 
@@ -95,6 +95,8 @@ def execute(monkeypatch):
     for name, each in {**NODES, **comfy_extras.nodes_preview_any.NODE_CLASS_MAPPINGS}.items():
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, each)
     server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda event, data, sid=None: None)
+    # what the hosts' own main.py gives: the newer ones want all three
+    executor = execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0.0, "ram_inactive": 0.0})
 
     def validated(prompt):
         valid, error, outputs, errors = asyncio.run(execution.validate_prompt("test", prompt, None))
@@ -104,8 +106,6 @@ def execute(monkeypatch):
     def run(prompt):
         valid, details, outputs = validated(prompt)
         assert valid, details
-        # what the hosts' own main.py gives: the newer ones want all three
-        executor = execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0.0, "ram_inactive": 0.0})
         executor.execute(prompt, "test", {}, outputs)
         assert executor.success, executor.status_messages
         return executor.history_result["outputs"]

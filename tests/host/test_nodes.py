@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -378,6 +379,15 @@ def test_progress_and_previews(rollout, vae, node, monkeypatch, progress_told):
     assert previews() == [(32, 32)] * 3
     rollout(length=33, stream=node("AdaStateStreamOutput")(**settings, preview=False).args[0])
     assert previews() == []
+
+
+@pytest.mark.parametrize("name", sorted(NODES))
+def test_a_node_that_shows_something_says_so_where_the_host_knows_the_word(name):
+    """Such a host shows it again when the node is not run again, as after a reload of the page."""
+    shows = "ui=" in inspect.getsource(inspect.unwrap(NODES[name].execute.__func__))
+    found = getattr(NODES[name].define_schema(), "has_intermediate_output", None)
+    assert found in (None, shows)
+    assert (found is None) == ("has_intermediate_output" not in inspect.signature(api.io.Schema).parameters)
 
 
 def test_the_standard_loaders_list_and_load_the_demo_weights(node):
