@@ -67,8 +67,9 @@ def deep_shrink(model):
 
 def with_defaults(node, **given):
     """The first output of a node of the host's, with its own defaults: each host has others."""
-    inputs = {each.id: each.default for each in node.define_schema().inputs if each.id not in given}
-    return node.execute(**inputs, **given).args[0]
+    inputs = [each for each in node.define_schema().inputs if each.id not in given]
+    own = {each.id: each.options[0] if each.default is None else each.default for each in inputs}
+    return node.execute(**own, **given).args[0]
 
 
 def rope_node(model, **scales):
