@@ -196,7 +196,6 @@ class SaveAbsorptionNode(Node):
             category=CATEGORY,
             description="Writes the correction that a rollout solved, to be used again with the same model, prompt and seed.",
             is_output_node=True,
-            has_intermediate_output=True,
             inputs=[
                 api.State.Input("state", tooltip="STATE of a rollout with absorption, after its warm-up."),
                 widget(

@@ -185,7 +185,6 @@ class InspectCheckpointNode(Node):
             category=CATEGORY,
             description="Tells what a file is, what it wants and what its cache will cost, without loading it.",
             is_output_node=True,
-            has_intermediate_output=True,
             inputs=[
                 _file_input(),
                 widget(io.Int, "width", default=832, min=16, max=8192, step=16, optional=True, tooltip="Video width."),
@@ -230,7 +229,6 @@ class PlanNode(Node):
             category=CATEGORY,
             description="The exact bytes that a rollout's caches will take, whether they fit, and what would make them fit.",
             is_output_node=True,
-            has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that is to be rolled out; it is not moved to the device."),
                 widget(

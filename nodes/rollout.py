@@ -152,7 +152,6 @@ class RolloutNode(Node):
             description="Rolls a causal Wan 2.1 model out chunk by chunk, at a memory that does not grow with the length.",
             search_aliases=["autoregressive", "long video", "self forcing", "causal", "AdaState"],
             is_output_node=True,
-            has_intermediate_output=True,
             inputs=_inputs(),
             outputs=[
                 io.Latent.Output("latent", display_name="LATENT", tooltip="The latents, for Streaming VAE Decode."),

@@ -31,7 +31,6 @@ class SaveStateNode(Node):
             category=CATEGORY,
             description="Writes a rollout's state to the output folder, so that it can go on later, bit for bit.",
             is_output_node=True,
-            has_intermediate_output=True,
             inputs=[
                 api.State.Input("state", tooltip="STATE of a rollout."),
                 widget(io.String, "filename_prefix", default="adastate/state", tooltip="Where in the output folder."),
