@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import time
 import uuid
 from pathlib import Path
@@ -177,6 +178,11 @@ def test_stop_and_keep_then_run_again(client, watcher):
     assert all(went_on[key].equal(straight[key]) for key in straight)
 
 
+def steady(outputs: dict) -> dict:
+    """The same without what a plan says of the memory that is free at the moment."""
+    return json.loads(re.sub(r"fits: [\d.]+ GiB", "fits", json.dumps(outputs)))
+
+
 @pytest.mark.parametrize(
     ("name", "lengths", "outputs", "others"),
     [
@@ -199,7 +205,7 @@ def test_what_nodes_showed_is_shown_again_to_a_page_that_was_reloaded(client, wa
     told = {each["node"]: each["output"] for each in of_kind(messages, "executed")}
     info = client.server.request("/object_info/AdaStateRenderVideo")["AdaStateRenderVideo"]
     kept = outputs | (others if "has_intermediate_output" in info else set())
-    assert told == {node: shown[node] for node in kept}
+    assert steady(told) == steady({node: shown[node] for node in kept})
     assert client.wait(again)["outputs"] == told
 
 
