@@ -37,7 +37,7 @@ from typing import IO
 
 from tools import lower_bounds
 from tools.host_client import Server, run_prompt, server_command
-from tools.setup_host import CACHE, ROOT, Host, SetupError, duration, ensure_ready, say
+from tools.setup_host import CACHE, ROOT, Host, SetupError, duration, ensure_ready, say, versions_line
 
 DEMO = ROOT / "workflows" / "api" / "long_video.json"
 BASE = CACHE / "base"  # the server's models, custom_nodes, input, temp and user folders
@@ -254,6 +254,7 @@ def test(arguments: list[str]) -> int:
     CACHE.mkdir(exist_ok=True)
     layers = [Layer(name, name) for name in names if name != "bounds"]
     layers += bounds_layers(host) if "bounds" in names else []
+    say(f"== {versions_line(host)}")
     say("== style")
     checks = (["check"], ["format", "--check"])
     apart = [".", "--extend-exclude", ".cache"]  # the unpacked host; .gitignore says so too, but only to a git checkout

@@ -111,6 +111,7 @@ class CompareNode(Node):
             display_name="Compare Videos",
             category=CATEGORY,
             description="Puts two to four videos side by side into one, with running meters under each. Save Video keeps it.",
+            has_intermediate_output=True,
             inputs=[
                 io.Video.Input("video_a", tooltip="The first video; its frame rate is the result's."),
                 io.Video.Input("video_b", tooltip="The second video."),

@@ -160,6 +160,7 @@ class ModelPresetNode(Node):
             display_name="Model Preset",
             category=CATEGORY,
             description="Says whose rules a model from any loader (also with LoRAs, fp8 or GGUF) is to be rolled out by.",
+            has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model from any loader."),
                 widget(

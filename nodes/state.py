@@ -56,6 +56,7 @@ class LoadStateNode(Node):
             display_name="Load Rollout State",
             category=CATEGORY,
             description="Reads a saved state, or the one that a stream saved beside its video, to go on from.",
+            has_intermediate_output=True,
             inputs=[
                 widget(
                     io.Combo,

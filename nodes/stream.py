@@ -193,6 +193,7 @@ class RenderVideoNode(Node):
             display_name="Render Video",
             category=CATEGORY,
             description="Decodes a video latent straight into a video file, never holding all frames. Save Video keeps it.",
+            has_intermediate_output=True,
             inputs=[
                 io.Latent.Input("latent", tooltip="A Wan 2.1 video latent."),
                 io.Vae.Input("vae", tooltip="A Wan 2.1 VAE, full or tiny (taew2_1, lighttaew2_1)."),

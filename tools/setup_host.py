@@ -68,6 +68,23 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def versions_line(host: Host) -> str:
+    """`ComfyUI 0.3.75, front end 1.32.9, torch 2.15.0, PyAV 18.1.0`: the host's own word, and what its interpreter finds."""
+    told = host.path / "comfyui_version.py"
+    found = re.search(r'__version__ = "(.+?)"', told.read_text(encoding="utf-8")) if told.is_file() else None
+    packages = {"front end": "comfyui-frontend-package", "torch": "torch", "PyAV": "av"}
+    code = (
+        "import sys\nfrom importlib.metadata import PackageNotFoundError, version\nfor name in sys.argv[1:]:\n"
+        "    try: print(version(name))\n    except PackageNotFoundError: print('missing')"
+    )
+    done = subprocess.run(
+        [host.python, "-c", code, *packages.values()], capture_output=True, text=True, env=child_env()
+    )
+    versions = done.stdout.split() if done.returncode == 0 else ["unknown"] * len(packages)
+    pairs = [("ComfyUI", found[1] if found else "unknown"), *zip(packages, versions, strict=True)]
+    return ", ".join(f"{name} {version}" for name, version in pairs)
+
+
 def child_env() -> dict[str, str]:
     """This environment without PYTHONPATH, which would put foreign folders beside the host's."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -126,7 +126,7 @@ Needs the full VAE: a tiny one only decodes.""",
             "Model and a picture": [[1, 2, 3], [4, 5, 6, 7]],
             "Encode it, go on from it": [[8, 9], [10], [11]],
         },
-        room={7: 240, 11: 340},
+        room={7: 240, 8: 80, 11: 340},
     ),
     "continue_video": Layout(
         note="""\
@@ -144,7 +144,7 @@ With a rollout's state at hand, *resume* has no seam at all: workflow *save_and_
             "Its end, and what follows": [[6, 7], [8], [9]],
             "Both in one": [[10, 11, 12], [13, 14], [15]],
         },
-        room={5: 340, 9: 340, 15: 370},
+        room={5: 340, 6: 80, 9: 340, 10: 80, 11: 80, 15: 370},
         note_height=340,
     ),
     "redo_from_chunk": Layout(

@@ -34,7 +34,12 @@ _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 
 def schema(**fields: Any) -> io.Schema:
-    """An io.Schema without the keywords that this host does not know (0.3.75 raises TypeError for each)."""
+    """An io.Schema without the keywords that this host does not know (0.3.75 raises TypeError for each).
+
+    A node that shows something and is no output sets `has_intermediate_output`: hosts that know it then show it again where the
+    node is not run again, say after its page was reloaded. Outputs are shown again by all hosts; with the mark they would be
+    listed by runs of other outputs, too.
+    """
     return io.Schema(**{name: value for name, value in fields.items() if name in _SCHEMA_FIELDS})
 
 

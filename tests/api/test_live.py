@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import time
 import uuid
 from pathlib import Path
@@ -175,6 +176,49 @@ def test_stop_and_keep_then_run_again(client, watcher):
     straight = saved_tensors(client, whole)
     assert went_on.keys() == straight.keys()
     assert all(went_on[key].equal(straight[key]) for key in straight)
+
+
+def steady(outputs: dict) -> dict:
+    """The same without what a plan says of the memory that is free at the moment."""
+    return json.loads(re.sub(r"fits: [\d.]+ GiB", "fits", json.dumps(outputs)))
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "outputs", "others"),
+    [
+        ("sampler", {"n9__length": 21}, {"12"}, {"11"}),  # a saved video, and one in the temp folder
+        (
+            "inspect_and_plan",
+            {"n9__length": 21},
+            {"4", "5", "6", "7", "9", "10"},
+            set(),
+        ),  # texts, a rollout's video and report
+    ],
+)
+def test_what_nodes_showed_is_shown_again_to_a_page_that_was_reloaded(client, watcher, name, lengths, outputs, others):
+    """Without any of it being run again; of nodes that are no outputs by hosts that know the mark for it."""
+    prompt = workflow(name, **lengths)
+    shown = client.run(prompt)
+    assert set(shown) == outputs | others
+    again = queue(client, prompt, watcher)
+    messages = until(watcher, is_kind("execution_success"))
+    told = {each["node"]: each["output"] for each in of_kind(messages, "executed")}
+    info = client.server.request("/object_info/AdaStateRenderVideo")["AdaStateRenderVideo"]
+    kept = outputs | (others if "has_intermediate_output" in info else set())
+    assert steady(told) == steady({node: shown[node] for node in kept})
+    assert client.wait(again)["outputs"] == told
+
+
+def test_a_run_of_one_output_lists_no_other_rollouts_files(client):
+    """Where a prompt has several rollouts and one is asked for."""
+    prompt = workflow("anchor_comparison")
+    rollouts = [key for key, node in prompt.items() if node["class_type"] == "AdaStateRollout"][:2]
+    for key in rollouts:
+        prompt[key]["inputs"]["length"] = 21
+    for key in rollouts:
+        body = {"prompt": prompt, "partial_execution_targets": [key]}
+        entry = client.wait(client.server.request("/prompt", body)["prompt_id"])
+        assert entry["status"]["status_str"] == "success" and list(entry["outputs"]) == [key]
 
 
 def test_a_deleted_file_is_made_again(client):

@@ -127,8 +127,9 @@ def test_going_on_from_files_changes_where_the_uninterrupted_one_does(kind, tran
     ("kind", "transition"),
     [("longlive", "recache"), ("adaptive", "recache"), ("infinity, longer", "flush"), ("infinity", "rope cut")],
 )
-def test_an_interrupt_in_the_chunk_of_a_transition(kind, transition, same, tmp_path):
-    class Interrupt(Exception):
+@pytest.mark.parametrize("base", [Exception, BaseException])  # hosts interrupt with either
+def test_an_interrupt_in_the_chunk_of_a_transition(kind, transition, same, base, tmp_path):
+    class Interrupt(base):
         pass
 
     def stop(chunk, step, steps, x0):

@@ -58,6 +58,62 @@ class HostNode:
         return self.node.validate_inputs(**inputs)
 
 
+@pytest.fixture(scope="session")
+def interrupt():
+    """The host's interrupt: an Exception on some hosts, a BaseException on others."""
+    import comfy.model_management
+
+    return comfy.model_management.InterruptProcessingException
+
+
+@pytest.fixture
+def progress_told(monkeypatch):
+    """(value, total, preview) of every update that a node makes. Hosts that leave most of them out are kept from it."""
+    import comfy.utils
+
+    told = []
+    for name in ("PROGRESS_THROTTLE_MIN_INTERVAL", "PROGRESS_THROTTLE_MIN_PERCENT"):
+        if hasattr(comfy.utils, name):
+            monkeypatch.setattr(comfy.utils, name, 0.0)
+    monkeypatch.setattr(
+        comfy.utils,
+        "PROGRESS_BAR_HOOK",
+        lambda value, total, preview, node_id=None: told.append((value, total, preview)),
+    )
+    return told
+
+
+@pytest.fixture
+def execute(monkeypatch):
+    """The host's own validation and one executor, with its cache, on prompts of the API: `execute(prompt)` gives the
+    outputs by node, `execute.check(prompt)` whether it is valid and the details of what is not."""
+    import comfy_extras.nodes_preview_any
+    import execution
+
+    import nodes
+
+    for name, each in {**NODES, **comfy_extras.nodes_preview_any.NODE_CLASS_MAPPINGS}.items():
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, each)
+    server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda event, data, sid=None: None)
+    # what the hosts' own main.py gives: the newer ones want all three
+    executor = execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0.0, "ram_inactive": 0.0})
+
+    def validated(prompt):
+        valid, error, outputs, errors = asyncio.run(execution.validate_prompt("test", prompt, None))
+        details = [each["details"] for one in errors.values() for each in one["errors"]]
+        return valid, " ".join([*details, (error or {}).get("details", "")]), outputs
+
+    def run(prompt):
+        valid, details, outputs = validated(prompt)
+        assert valid, details
+        executor.execute(prompt, "test", {}, outputs)
+        assert executor.success, executor.status_messages
+        return executor.history_result["outputs"]
+
+    run.check = lambda prompt: validated(prompt)[:2]
+    return run
+
+
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
     """Output, temp and input folders of this test's own."""

@@ -241,7 +241,7 @@ def test_a_rollout_goes_on_from_a_streamed_video(go_on, rollout, node, vae, fold
 
 
 def test_latents_of_one_rollout_start_another_without_being_encoded_again(rollout, vae, monkeypatch):
-    import comfy_extras.nodes_post_processing  # noqa: F401  newer hosts: this first, they import each other
+    import comfy_extras.nodes_post_processing  # noqa: F401  newer hosts: it and the next import each other, in this order
     from comfy_extras.nodes_latent import LatentCut
 
     first = rollout(length=33).args[0]

@@ -65,6 +65,13 @@ def deep_shrink(model):
     return node.execute(model, *settings).args[0] if hasattr(node, "execute") else node().patch(model, *settings)[0]
 
 
+def with_defaults(node, **given):
+    """The first output of a node of the host's, with its own defaults: each host has others."""
+    inputs = [each for each in node.define_schema().inputs if each.id not in given]
+    own = {each.id: each.options[0] if each.default is None else each.default for each in inputs}
+    return node.execute(**own, **given).args[0]
+
+
 def rope_node(model, **scales):
     neutral = {f"{what}_{axis}": 1.0 if what == "scale" else 0.0 for what in ("scale", "shift") for axis in "xyt"}
     return nodes_rope.ScaleROPE.execute(model, **(neutral | scales)).args[0]
@@ -110,9 +117,7 @@ REFUSED = {
         "the outer_sample wrapper lazycache",
     ),
     "context windows": (
-        lambda m: nodes_context_windows.WanContextWindowsManualNode.execute(
-            m, 81, 30, "standard_static", 1, False, "pyramid"
-        ).args[0],
+        lambda m: with_defaults(nodes_context_windows.WanContextWindowsManualNode, model=m),
         r"context windows \(context_handler\)",
     ),
     "differential diffusion": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -358,29 +359,36 @@ def test_without_a_stream_video_is_blocked_with_words(rollout):
     assert out.args[0]["samples"].shape == (1, 16, 6, 4, 4)
 
 
-def test_progress_and_previews(rollout, vae, node, monkeypatch):
-    import comfy.utils
+def test_progress_and_previews(rollout, vae, node, monkeypatch, progress_told):
     from comfy.cli_args import LatentPreviewMethod, args
 
-    seen = []
+    def previews():
+        """The sizes of the previews since the last time."""
+        sizes = [preview[1].size for _, _, preview in progress_told if preview]
+        progress_told.clear()
+        return sizes
 
-    def hook(value, total, preview, node_id=None):
-        seen.append((value, total, preview and preview[1].size))
-
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
     rollout(length=33, steps=2)
-    assert [s[:2] for s in seen] == [(i + 1, 9) for i in range(9)] and not any(s[2] for s in seen)
-    seen.clear()
+    assert [told[:2] for told in progress_told] == [(i + 1, 9) for i in range(9)]
+    assert previews() == []
     monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
     rollout(length=33)
-    assert [s[2] for s in seen if s[2]] == [(4, 4)] * 3
-    seen.clear()
+    assert previews() == [(4, 4)] * 3
     settings = {"vae": vae, "filename_prefix": "a", "fps": 16.0, "codec": "h264", "quality": 18}
     rollout(length=33, stream=node("AdaStateStreamOutput")(**settings, preview=True).args[0])
-    assert [s[2] for s in seen if s[2]] == [(32, 32)] * 3
-    seen.clear()
+    assert previews() == [(32, 32)] * 3
     rollout(length=33, stream=node("AdaStateStreamOutput")(**settings, preview=False).args[0])
-    assert not any(s[2] for s in seen)
+    assert previews() == []
+
+
+@pytest.mark.parametrize("name", sorted(NODES))
+def test_a_node_that_shows_something_says_so_where_the_host_knows_the_word(name):
+    """Such a host shows it again when the node is not run again, as after a reload of the page."""
+    schema = NODES[name].define_schema()
+    shows = "ui=" in inspect.getsource(inspect.unwrap(NODES[name].execute.__func__))
+    found = getattr(schema, "has_intermediate_output", None)
+    assert found in (None, shows and not schema.is_output_node)  # every host shows an output's own again
+    assert (found is None) == ("has_intermediate_output" not in inspect.signature(api.io.Schema).parameters)
 
 
 def test_the_standard_loaders_list_and_load_the_demo_weights(node):

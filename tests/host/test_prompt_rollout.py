@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from adastate_pack.adastate_core.prompts import PromptAt, Prompts
 from adastate_pack.adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_pack.adastate_core.schedule import Schedule
 from adastate_pack.nodes.host import model as adapter
-from conftest import NODES
 from safetensors.torch import load_file
 from test_models import models, report_of, written  # noqa: F401
 
@@ -44,29 +41,6 @@ def core_latents(model, changes, frames, anchor=None, window=3, seed=5, text_tok
     plan = PromptPlan(changes, 3)
     rollout = Rollout(host, spec, Settings(seed, Schedule.shifted(2, 5.0)), text_tokens=text_tokens, prompts=plan)
     return adapter.to_vae_space(model, torch.cat([chunk.latents for chunk in rollout.chunks(frames)], 2))
-
-
-@pytest.fixture
-def execute(monkeypatch):
-    """The host's own validation and executor on a prompt of the API, with the pack's nodes known to it."""
-    import comfy_extras.nodes_preview_any
-    import execution
-
-    import nodes
-
-    for name, node in {**NODES, **comfy_extras.nodes_preview_any.NODE_CLASS_MAPPINGS}.items():
-        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
-    server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda event, data, sid=None: None)
-
-    def run(prompt):
-        valid, error, outputs, errors = asyncio.run(execution.validate_prompt("test", prompt, None))
-        assert valid, (error, errors)
-        executor = execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0.0})
-        executor.execute(prompt, "test", {}, outputs)
-        assert executor.success, executor.status_messages
-        return executor.history_result["outputs"]
-
-    return run
 
 
 @pytest.mark.parametrize("transition", TRANSITIONS)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,37 +154,6 @@ def test_the_demos_timeline_is_its_prompts(node):
     assert [e.text for e in again.entries] == [e.text for e in prompts.entries]
 
 
-@pytest.fixture
-def host(monkeypatch):
-    """The host's own checks and executor on a prompt, with the pack's nodes and Preview as Text known to it."""
-    import comfy_extras.nodes_preview_any
-    import execution
-
-    import nodes
-
-    known = {**NODES, **comfy_extras.nodes_preview_any.NODE_CLASS_MAPPINGS}
-    for name, node in known.items():
-        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
-    sent = []
-    server = SimpleNamespace(
-        client_id=None, last_node_id=None, send_sync=lambda event, data, sid=None: sent.append((event, data))
-    )
-
-    def check(prompt):
-        valid, error, good, errors = asyncio.run(execution.validate_prompt("test", prompt, None))
-        details = [e["details"] for node in errors.values() for e in node["errors"]]
-        return valid, " ".join([*details, (error or {}).get("details", "")])
-
-    def run(prompt):
-        assert check(prompt)[0]
-        executor = execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0.0})
-        executor.execute(prompt, "test", {}, ["preview"])
-        assert executor.success, executor.status_messages
-        return executor.history_result["outputs"]["preview"]["text"][0]
-
-    return SimpleNamespace(check=check, run=run)
-
-
 def shown(**nodes):
     """A prompt of the API whose last node's second output is shown as text."""
     last = list(nodes)[-1]
@@ -198,14 +165,15 @@ def demo(text, **inputs):
     return {"class_type": "AdaStateDemoTimeline", "inputs": {"text": text, **inputs}}
 
 
-def test_the_host_runs_a_demo_timeline(host):
-    assert host.run(shown(t=demo("snow [5s] | city [#]"))) == (
+def test_the_host_runs_a_demo_timeline(execute):
+    outputs = execute(shown(t=demo("snow [5s] | city [#]")))
+    assert outputs["preview"]["text"][0] == (
         "0:00 snow terrain, steady pace, crimson balloon, no lantern\n"
         "0:05 {rope cut} city terrain, steady pace, crimson balloon, no lantern"
     )
 
 
-def test_the_host_refuses_what_is_no_timeline(host):
+def test_the_host_refuses_what_is_no_timeline(execute):
     for inputs, message in (
         (
             {"text": "0:00 snow\n0:05 moon"},
@@ -215,22 +183,21 @@ def test_the_host_refuses_what_is_no_timeline(host):
         ({"text": "snow", "transition": "zoom"}, "transition is 'zoom'"),
         ({"text": "snow", "blend_chunks": 1000}, "blend_chunks is 1000"),
     ):
-        valid, details = host.check(shown(t=demo(**inputs)))
+        valid, details = execute.check(shown(t=demo(**inputs)))
         assert not valid and message in details
 
 
-def test_the_host_tells_a_connected_chain_from_none(host):
+def test_the_host_tells_a_connected_chain_from_none(execute):
     words = {"terrain": "snow", "pace": "slow", "balloon": "gold", "lantern": "lantern"}
     words = {"class_type": "AdaStateDemoPrompt", "inputs": words}
 
     def at(**inputs):
         return {"class_type": "AdaStatePromptAt", "inputs": {"positive": ["w", 0], "transition": "cut", **inputs}}
 
-    assert host.check(shown(w=words, a=at(seconds=0.0), b=at(seconds=4.0, prompts=["a", 0])))[0]
-    assert "Prompts(entries=(PromptAt(seconds=0.0" in host.run(
-        shown(w=words, a=at(seconds=0.0), b=at(seconds=4.0, prompts=["a", 0]))
-    )
-    valid, details = host.check(shown(w=words, a=at(seconds=4.0)))
+    assert execute.check(shown(w=words, a=at(seconds=0.0), b=at(seconds=4.0, prompts=["a", 0])))[0]
+    outputs = execute(shown(w=words, a=at(seconds=0.0), b=at(seconds=4.0, prompts=["a", 0])))
+    assert "Prompts(entries=(PromptAt(seconds=0.0" in outputs["preview"]["text"][0]
+    valid, details = execute.check(shown(w=words, a=at(seconds=4.0)))
     assert not valid and "the first prompt of a chain begins at 0" in details
-    valid, details = host.check(shown(w=words, a=at(seconds=0.0), b=at(seconds=-4.0, prompts=["a", 0])))
+    valid, details = execute.check(shown(w=words, a=at(seconds=0.0), b=at(seconds=-4.0, prompts=["a", 0])))
     assert not valid and "seconds is -4.0; it must be between 0 and" in details

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -297,6 +298,22 @@ def test_missing_modules_of_an_existing_host(tmp_path, monkeypatch):
     lacking.clear()
     host = setup_host.existing_host(comfy, run.TEST_MODULES)
     assert host.env()["COMFYUI_PATH"] == str(comfy)
+
+
+def test_versions_are_those_of_the_host_and_its_interpreter(tmp_path):
+    comfy = make_comfy(tmp_path / "ComfyUI")
+    (comfy / "comfyui_version.py").write_text('# made by the build\n__version__ = "1.2.3"\n')
+    packages = tmp_path / "packages"
+    for name, version in (("comfyui_frontend_package", "4.5"), ("torch", "6.7")):
+        (packages / f"{name}-{version}.dist-info").mkdir(parents=True)
+        (packages / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}" exec "{sys.executable}" -S "$@"\n')
+    python.chmod(0o755)
+    found = "ComfyUI 1.2.3, front end 4.5, torch 6.7, PyAV missing"
+    assert setup_host.versions_line(setup_host.Host(comfy, python)) == found
+    nothing = setup_host.Host(tmp_path, Path(shutil.which("false")))
+    assert setup_host.versions_line(nothing) == "ComfyUI unknown, front end unknown, torch unknown, PyAV unknown"
 
 
 def test_missing_modules_asks_the_interpreter():
