@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+import comfy.sd
 import folder_paths
 import pytest
 import torch
