@@ -1,21 +1,23 @@
-"""Long causal video rollouts at constant memory, in plain PyTorch. Knows nothing of ComfyUI.
+"""Long causal video rollouts at constant memory, in plain PyTorch. Knows nothing of ComfyUI. What it computes: docs/semantics.md.
 
+rollout         the recurrence alone: draw, denoise, commit, emit
+transitions     what a change of the prompt, or a restart, does to the past
+passes          one forward of the model over the past, noisy or clean
+past            all that a chunk leaves behind, as one thing with one owner and one transaction
+spec            what a rollout is, before anything is allocated; rollout_state: what it is between two chunks
+geometry        the shapes of latents and models; bounds: how far numbers may go; families/: what differs by model family
+anchors         the policies of what is looked back to beyond the window, and what they may do to a layer
 rope            rotary embedding of Wan, and where in time a cached frame stands
-cache_plan      the plan of a cache: frozen, knows its bytes
-layer_slots     which frame lies where in a layer's cache, and how attention reads them
-kv_cache        the buffers of one run
-kv_storage      the same in 8 bits or in host memory, expanded layer by layer
-attention_lse   attention in parts with log-sum-exps, and their exact merge
+cache/          where keys and values lie: layout (bytes), slots, rotated, stored, deep (and deep_choice: which tokens), kv_cache
+attention/      cached (what a model's layers call during a pass), lse (in parts), wan (its forwards)
 absorption/     layers whose history becomes a closed-form correction (ISPA)
-attention       what a model's attention layers call during a pass
-anchors         what the anchor slots of the cache hold: none, static, ema, adaptive
-schedule        sigmas, re-noising, noise by (seed, chunk, step)
-timeline        prompts over time as people write them (timeline_format writes them back)
-prompts         the same as a value on a wire, and blends of two embeddings
-rollout         the recurrence: a generator of chunks over an immutable state
-rollout_file    that state on disk
-vae_stream      causal VAE decode that carries its cache between calls
-taehv_stream    the same for the tiny VAE (TAEHV)
-video_sink      frames to a file as they come
-video_colour    RGB of a frame by its own tags, and frames in a matrix
+schedules/      noise levels, samplers, noise by (seed, chunk, step); rolling: chunks denoised together
+prompts/        timelines as people write them, the plan by frame, blends of embeddings
+decode/         streaming decoders: Wan's VAE, the tiny VAE
+video/          sink (written while it grows), join, tail, frames (read), colour, compare
+states/         a state on disk, its checks, those that are kept on the way
+weights/        checkpoints, LoRAs, presets and their files
+files/          the one way in which a file is written, tensors with checksums, headers
+measure/        metrics of videos, live meters, attention share
+extend          what other packs build on
 """

@@ -70,7 +70,7 @@ class RolloutNumbers(Protocol):
 
 @dataclass(frozen=True)
 class Selection:
-    """What a policy asks for that chooses tokens by attention (deep_sink.py), in latent frames: `staged_frames` are read
+    """What a policy asks for that chooses tokens by attention (cache/deep.py), in latent frames: `staged_frames` are read
     beside the sink once it has chosen, `query_frames` of them are the newest past ones, whose queries judge. `shift`: what
     was chosen moves in time."""
 
@@ -321,7 +321,7 @@ class AnchorAdaptive(Anchor):
 @dataclass(frozen=True)
 class AnchorDeep(AnchorStatic):
     """A deep sink, and of what lies between it and the newest frames only the tokens that those attend to (Deep Forcing,
-    arXiv 2512.05081; deep_sink.py).
+    arXiv 2512.05081; cache/deep.py).
 
     A chunk that would read more than sink, window and itself together begins by cutting the cache down to `budget_frames`:
     the sink, `recent_frames`, of which the chunk itself is a part, and tokens worth what is left, C = budget - sink - recent.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from .anchors import Anchor, LayerView, RolloutNumbers, Source
 from .anchors import register as register_anchor
-from .presets import Preset, register_preset
-from .schedule import Schedule, Solver, denoised, register_sampler, renoised
+from .schedules.schedule import Schedule, Solver, denoised, register_sampler, renoised
+from .weights.presets import Preset, register_preset
 
 __all__ = [
     "Anchor", "LayerView", "Preset", "RolloutNumbers", "Schedule", "Solver", "Source", "denoised", "register", "renoised",

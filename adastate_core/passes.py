@@ -7,10 +7,10 @@ from typing import Protocol
 
 import torch
 
-from .attention import CachedAttention, Kernel, plain_attention
-from .kv_cache import KVCache
+from .attention.cached import CachedAttention, Kernel, plain_attention
+from .cache.kv_cache import KVCache
 from .past import Past
-from .rollout_spec import ModelGeometry
+from .spec import ModelGeometry
 
 
 class NonFiniteError(RuntimeError):

@@ -17,16 +17,16 @@ from typing import Any, Protocol
 
 import torch
 
-from . import rolling
 from .absorption.absorber import Absorber
 from .absorption.saved import absorber_state, restore_absorber
 from .absorption.solve import Solution
 from .anchors import Anchor
-from .kv_cache import KVCache, LayerSnapshot
-from .rollout_spec import RolloutSpec
+from .cache.kv_cache import KVCache, LayerSnapshot
+from .cache.steps import Step, Steps
 from .rollout_state import RolloutState
 from .rope import Layout, Rope
-from .steps import Step, Steps
+from .schedules import rolling
+from .spec import RolloutSpec
 
 
 class UnfinishedError(RuntimeError):

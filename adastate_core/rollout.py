@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from . import rolling
 from .absorption.absorber import Absorber
 from .absorption.solve import Solution
-from .attention import CachedAttention
-from .kv_cache import KVCache
+from .attention.cached import CachedAttention
+from .cache.kv_cache import KVCache
 from .passes import CausalModel, NonFiniteError, Passes, StepCallback
 from .past import Past, UnfinishedError
-from .prompt_plan import PromptPlan
-from .rollout_spec import ModelGeometry, RolloutSpec, Settings
+from .prompts.plan import PromptPlan
 from .rollout_state import RolloutState
-from .schedule import TIMESTEPS, noise
+from .schedules import rolling
+from .schedules.schedule import TIMESTEPS, noise
+from .spec import ModelGeometry, RolloutSpec, Settings
 from .transitions import before_chunk
 
 __all__ = [

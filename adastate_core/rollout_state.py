@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from .cache.slots import LayerSnapshot
 from .geometry import space_of
-from .layer_slots import LayerSnapshot
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,7 +9,7 @@ import torch
 
 from .passes import Passes
 from .past import Mark, Past
-from .prompt_plan import PromptPlan
+from .prompts.plan import PromptPlan
 
 # past frames that a flush leaves beside the anchor, and where a rope cut puts the chunk after it (Infinity-RoPE's numbers)
 FLUSH_FRAMES = 2

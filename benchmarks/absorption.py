@@ -54,7 +54,7 @@ def measure(arguments: argparse.Namespace) -> None:
     from adastate_pack.adastate_core.absorption.settings import AbsorptionSettings
     from adastate_pack.adastate_core.anchors import Anchor
     from adastate_pack.adastate_core.rollout import Rollout, RolloutSpec, Settings
-    from adastate_pack.adastate_core.schedule import Schedule
+    from adastate_pack.adastate_core.schedules.schedule import Schedule
     from adastate_pack.nodes.host.model import HostModel
 
     model = random_model(arguments.model, arguments.layers, fp8=arguments.fp8)

@@ -28,7 +28,7 @@ NOT_KEPT = "streaming, frames not kept"
 
 def stream(vae, samples: torch.Tensor, frames_per_call: int = 1, keep: bool = True) -> torch.Tensor | None:
     """Decode through the pack; `keep` collects the frames as the decode node does, else they are dropped as in a stream."""
-    from adastate_pack.adastate_core.vae_stream import pictures_of
+    from adastate_pack.adastate_core.decode.wan_vae import pictures_of
     from adastate_pack.nodes.host.codec import HostDecoder
 
     decoder = HostDecoder(vae, frames_per_call)

@@ -42,10 +42,10 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     import comfy.sd
-    from adastate_pack.adastate_core.demo_words import prompt
+    from adastate_pack.adastate_core.prompts.demo_words import prompt
     from adastate_pack.adastate_core.rollout import RolloutSpec
     from adastate_pack.nodes.defaults import FALLBACK, checkpoint_anchor
-    from adastate_pack.nodes.host.checkpoints import rollout_defaults
+    from adastate_pack.nodes.host.checkpoint_wishes import rollout_defaults
     from adastate_pack.nodes.host.model import HostModel
 
     model = comfy.sd.load_diffusion_model(str(WEIGHTS))
@@ -86,7 +86,7 @@ def rows_of(
 ) -> list[list[str]]:
     """The table's rows of one window."""
     from adastate_pack.adastate_core.rollout import Rollout, Settings
-    from adastate_pack.adastate_core.schedule import Schedule
+    from adastate_pack.adastate_core.schedules.schedule import Schedule
 
     settings = Settings(arguments.seed, Schedule.shifted(wanted["steps"], wanted["shift"]))
     specs = {held: replace(spec, cache_dtype=held[0], cache_device=held[1]) for held in variants}
@@ -146,7 +146,7 @@ class Both:
 def attention_errors(host: Any, exact: Any, spec: Any, settings: Any, state: Any) -> list[float]:
     """Layer by layer, what one pass after `state` loses if its past is held as `spec` says."""
     from adastate_pack.adastate_core.rollout import Rollout
-    from adastate_pack.adastate_core.schedule import TIMESTEPS
+    from adastate_pack.adastate_core.schedules.schedule import TIMESTEPS
 
     packed = replace(state, spec=spec.describe(), cache=tuple(rounded(one, spec) for one in state.cache))
     first, second = Rollout(host, exact, settings, state), Rollout(host, spec, settings, packed)
@@ -161,8 +161,8 @@ def attention_errors(host: Any, exact: Any, spec: Any, settings: Any, state: Any
 
 def rounded(layer: Any, spec: Any) -> Any:
     """A layer's snapshot in the model's dtype as one in 8 bits of the same frames."""
-    from adastate_pack.adastate_core.eight_bits import quantised
-    from adastate_pack.adastate_core.layer_slots import without_copies
+    from adastate_pack.adastate_core.cache.eight_bits import quantised
+    from adastate_pack.adastate_core.cache.slots import without_copies
 
     layer = without_copies(layer, spec.anchor.blends)
     if any(position is not None for position in layer.positions):

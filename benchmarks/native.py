@@ -115,7 +115,7 @@ class NativeChunks:
 
 def native_noises(first: torch.Tensor) -> type:
     """A schedule that draws as the host's sampler does: the clip's noise, then by seed + 1000 chunks + steps."""
-    from adastate_pack.adastate_core import schedule
+    from adastate_pack.adastate_core.schedules import schedule
 
     class NativeNoise(schedule.Schedule):
         def solver(self, chunk: int, noises: torch.Tensor) -> schedule.Solver:
@@ -133,7 +133,7 @@ def pack_rollout(host: Any, clip: torch.Tensor, adaptive: bool, text_tokens: int
     """A Rollout of the pack: with the whole clip as its window and the host's noise, or with the adaptive state."""
     from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive
     from adastate_pack.adastate_core.rollout import Rollout, RolloutSpec, Settings
-    from adastate_pack.adastate_core.schedule import Schedule
+    from adastate_pack.adastate_core.schedules.schedule import Schedule
 
     frames, rows, columns = clip.shape[2:]
     window, anchor = (CHUNK, AnchorAdaptive(1)) if adaptive else (frames - CHUNK, Anchor())
@@ -150,7 +150,7 @@ def one_round(
     models: tuple[Any, Any], context: torch.Tensor, clip: torch.Tensor, chunks: int, backwards: bool
 ) -> tuple[dict[str, list[float]], dict[str, int], list[float]]:
     """Seconds of every chunk, bytes of the caches, and by how much the latents of the two full histories differ by chunk."""
-    from adastate_pack.adastate_core.schedule import Schedule
+    from adastate_pack.adastate_core.schedules.schedule import Schedule
     from adastate_pack.nodes.host.model import HostModel
 
     causal, plain = models

@@ -67,7 +67,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> None:
     from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive
     from adastate_pack.adastate_core.rollout import Rollout, RolloutSpec, Settings
-    from adastate_pack.adastate_core.schedule import Schedule
+    from adastate_pack.adastate_core.schedules.schedule import Schedule
     from adastate_pack.nodes.host.model import HostModel
 
     model = random_model(arguments.model, arguments.layers)

@@ -45,7 +45,12 @@ def start(pack: str, model: Any, context: torch.Tensor, size: tuple[int, int], c
     """An endless rollout of this pack: an iterator of chunks."""
     anchors, rollout, schedule, host_model = (
         importlib.import_module(f"{pack}.{name}")
-        for name in ("adastate_core.anchors", "adastate_core.rollout", "adastate_core.schedule", "nodes.host.model")
+        for name in (
+            "adastate_core.anchors",
+            "adastate_core.rollout",
+            "adastate_core.schedules.schedule",
+            "nodes.host.model",
+        )
     )
     kind, numbers, window, more = case
     host = host_model.HostModel(model, context, 1)

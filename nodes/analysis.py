@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ..adastate_core.anchors import Anchor
-from ..adastate_core.attention_share import measure_share, share_table
-from ..adastate_core.video_compare import Comparison
-from ..adastate_core.video_sink import VideoSink
+from ..adastate_core.measure.attention_share import measure_share, share_table
+from ..adastate_core.video.compare import Comparison
+from ..adastate_core.video.sink import VideoSink
 from .builder import Request
 from .host import api
 from .host.api import io, schema, ui, widget
-from .host.files import Target, new_file, save_metadata
 from .host.node import Node, shown
+from .host.output_files import Target, new_file, save_metadata
 from .host.pictures import clip
 from .host.progress import Progress
 from .inputs import check_size, number

@@ -14,15 +14,15 @@ import torch
 
 from ..adastate_core.absorption.settings import AbsorptionSettings
 from ..adastate_core.anchors import Anchor
-from ..adastate_core.cache_plan import CachePlan
+from ..adastate_core.cache.layout import CachePlan
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.rollout import RolloutSpec, RolloutState
-from ..adastate_core.schedule import Schedule
-from .absorption import AbsorptionRequest
-from .anchors import anchor_at
+from ..adastate_core.schedules.schedule import Schedule
+from .absorption_nodes import AbsorptionRequest
+from .anchor_nodes import anchor_at
 from .defaults import Resolved, asked_numbers, resolve
 from .host import model as host_model
-from .host.checkpoints import rollout_defaults
+from .host.checkpoint_wishes import rollout_defaults
 from .stream_settings import StreamSettings
 
 

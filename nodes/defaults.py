@@ -10,9 +10,9 @@ from typing import Any
 from ..adastate_core.anchors import Anchor, AnchorAdaptive
 from ..adastate_core.bounds import BOUNDS
 from ..adastate_core.geometry import WAN21
-from ..adastate_core.presets import PRESETS, Preset
 from ..adastate_core.rope import POSITION_MODES
-from ..adastate_core.schedule import Schedule
+from ..adastate_core.schedules.schedule import Schedule
+from ..adastate_core.weights.presets import PRESETS, Preset
 from .host.node import shown
 
 MOST_STATE_FRAMES = 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..adastate_core.demo_words import ANY, DEFAULTS, VOCABULARY, prompt
+from ..adastate_core.prompts.demo_words import ANY, DEFAULTS, VOCABULARY, prompt
 from .host.api import io, schema, widget
 from .host.node import Node, shown
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from ..adastate_core.anchors import Anchor
-from ..adastate_core.checkpoints import TORCH_SUFFIXES, open_checkpoint
-from ..adastate_core.families import WAN21_TEXT
+from ..adastate_core.families.wan21 import WAN21_TEXT
 from ..adastate_core.geometry import ModelGeometry
-from ..adastate_core.presets import PRESETS
-from ..adastate_core.wan_weights import listed
+from ..adastate_core.weights.checkpoints import TORCH_SUFFIXES, open_checkpoint
+from ..adastate_core.weights.presets import PRESETS
+from ..adastate_core.weights.wan_weights import listed
 from .builder import Asked, Subject, build
 from .host import checks
 from .host import model as host_model
-from .host.checkpoints import checkpoint_path, wished
+from .host.checkpoint_wishes import checkpoint_path, wished
 from .host.codec import HostDecoder
 from .inputs import check_size
 

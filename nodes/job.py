@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ..adastate_core.rollout import Chunk, Rollout, RolloutState, Settings
+from .chunk_facts import chunk_facts, hidden_picture, run_facts, stop_note
 from .host import model as host_model
-from .host.files import Target
-from .host.live import LiveRun
+from .host.live_runs import LiveRun
+from .host.output_files import Target
 from .host.progress import Progress
 from .host.safely import attempt
-from .live import chunk_facts, hidden_picture, run_facts, stop_note
 from .output import StreamOutput
 from .prepared import Prepared
 from .report import (

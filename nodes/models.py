@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..adastate_core.anchors import Anchor
-from ..adastate_core.cache_plan import CACHE_DEVICES, CACHE_DTYPES
-from ..adastate_core.presets import PRESETS
+from ..adastate_core.cache.layout import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.rope import POSITION_MODES
-from .absorption import AbsorptionRequest
+from ..adastate_core.weights.presets import PRESETS
+from .absorption_nodes import AbsorptionRequest
 from .host import api
 from .host.api import io, schema, ui, widget
-from .host.checkpoints import (
+from .host.checkpoint_wishes import (
     KIND,
     LORAS,
     WEIGHT_DTYPES,
@@ -27,7 +27,7 @@ from .host.loras import with_lora
 from .host.node import Node
 from .inputs import check_size, number
 from .inspection import inspect_file, plan_text
-from .rollout import RolloutNode
+from .rollout_node import RolloutNode
 
 CATEGORY = "AdaState/models"
 _PRESET_TOOLTIP = (

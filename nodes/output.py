@@ -15,12 +15,12 @@ import av
 import torch
 
 from ..adastate_core.rollout import Chunk, Rollout, RolloutState
-from ..adastate_core.rollout_file import save_state
-from ..adastate_core.state_history import StateHistory, history_folder
-from ..adastate_core.streaming import VideoStream
-from ..adastate_core.video_sink import VideoSink
+from ..adastate_core.states.kept_states import StateHistory, history_folder
+from ..adastate_core.states.state_file import save_state
+from ..adastate_core.video.decoded_stream import VideoStream
+from ..adastate_core.video.sink import VideoSink
 from .host import model as host_model
-from .host.files import STATE_SUFFIX, NewVideos, Target, output_file, video_endings
+from .host.output_files import STATE_SUFFIX, NewVideos, Target, output_file, video_endings
 from .host.progress import Progress, check_interrupt
 from .host.safely import at_the_end, attempt, free_memory
 from .prepared import Prepared

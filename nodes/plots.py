@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy
 import torch
 
-from ..adastate_core.attention_share import AttentionShare
+from ..adastate_core.measure.attention_share import AttentionShare
 
 COLOURS = {"anchor": "#d1495b", "past": "#30638e", "state": "#edae49", "current": "#8d99ae"}
 UNITS = {

@@ -6,14 +6,14 @@ import time
 
 import torch
 
-from ..adastate_core.eight_bits import check_cache_dtype
-from ..adastate_core.prompt_plan import PromptChange, PromptPlan
-from ..adastate_core.prompts import PromptAt, Prompts
+from ..adastate_core.cache.eight_bits import check_cache_dtype
+from ..adastate_core.prompts.plan import PromptChange, PromptPlan
+from ..adastate_core.prompts.values import PromptAt, Prompts
 from .builder import Request, Subject, build
 from .host import checks
 from .host import model as host_model
 from .host.codec import HostDecoder
-from .host.files import check_video_prefix
+from .host.output_files import check_video_prefix
 from .stream_settings import check_streamable
 
 

@@ -16,7 +16,7 @@ import torch
 from ..adastate_core.files.whole_file import whole_file
 from ..adastate_core.rollout import Chunk, Rollout, RolloutState
 from .host.error_types import describe_error
-from .host.files import Target, new_files, video_endings
+from .host.output_files import Target, new_files, video_endings
 from .host.rerun import Place
 from .host.safely import Interrupted, attempt
 from .output import StreamOutput

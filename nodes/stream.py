@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..adastate_core.video_sink import CODECS, VideoSink, to_bytes
+from ..adastate_core.video.sink import CODECS, VideoSink, to_bytes
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.codec import LATENT_SPACES, SPACE, HostDecoder
-from .host.files import VIDEO_SUFFIX, check_prefix, new_file, save_metadata
 from .host.node import Node
+from .host.output_files import VIDEO_SUFFIX, check_prefix, new_file, save_metadata
 from .host.progress import Progress
 from .output import StreamSettings
 

@@ -51,7 +51,7 @@ def rollout_cases() -> dict[str, dict[str, Any]]:
     """By name: `spec` (changes to a plain one), and what else differs: sigmas, prompts, given, keep, stop, length."""
     from adastate_core import anchors as a
     from adastate_core.absorption.settings import AbsorptionSettings as Absorption
-    from adastate_core.rotated_layer import RotatedSpec as LayerPlan
+    from adastate_core.cache.rotated import RotatedSpec as LayerPlan
 
     def case(*, stop: int = 12, length: int = 24, **more: Any) -> dict[str, Any]:
         other = {name: more.pop(name) for name in ("sigmas", "prompts", "given", "keep") if name in more}
@@ -158,9 +158,9 @@ def rollout_of(one: dict[str, Any], state: Any = None, solution: Any = None, **c
     from tiny_model import TinyModel
 
     from adastate_core.anchors import Anchor
-    from adastate_core.prompt_plan import PromptChange, PromptPlan
+    from adastate_core.prompts.plan import PromptChange, PromptPlan
     from adastate_core.rollout import Rollout, RolloutSpec, Settings
-    from adastate_core.schedule import Schedule
+    from adastate_core.schedules.schedule import Schedule
 
     model = TinyModel()
     plain = dict(
@@ -228,7 +228,7 @@ def rounding(one: dict[str, Any], found: Any) -> float | None:
 
 def make_states() -> list[dict[str, Any]]:
     """Each case up to `stop`, its state, and what going on from the file to `length` gives."""
-    from adastate_core.rollout_file import load_state, save_state
+    from adastate_core.states.state_file import load_state, save_state
 
     entries = []
     for name, one in rollout_cases().items():
@@ -279,7 +279,7 @@ def make_videos() -> list[dict[str, Any]]:
     import torch
     from test_video_sink import moving
 
-    from adastate_core.video_sink import VideoSink
+    from adastate_core.video.sink import VideoSink
 
     def decoded(path: Path) -> Any:
         with av.open(str(path)) as container:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from adastate_core.presets import PRESETS
+from adastate_core.weights.presets import PRESETS
 from tools.workflow_layouts import Layout
 
 HUB = "https://huggingface.co/"

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from adastate_core.demo_words import prompt
-from adastate_core.metrics import flicker, nearness
-from adastate_core.vae_stream import pictures_of
+from adastate_core.decode.wan_vae import pictures_of
+from adastate_core.measure.metrics import flicker, nearness
+from adastate_core.prompts.demo_words import prompt
 
 from . import measures
 from .bare_model import load_codec

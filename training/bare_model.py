@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from adastate_core.attention import CachedAttention, plain_attention
-from adastate_core.checkpoints import geometry_of, open_checkpoint
+from adastate_core.attention.cached import CachedAttention, plain_attention
+from adastate_core.attention.wan import SESSION, TEXT_KEY, cross_attention_forward, self_attention_forward
 from adastate_core.rollout import ModelGeometry
-from adastate_core.schedule import timesteps
-from adastate_core.wan_attention import SESSION, TEXT_KEY, cross_attention_forward, self_attention_forward
+from adastate_core.schedules.schedule import timesteps
+from adastate_core.weights.checkpoints import geometry_of, open_checkpoint
 
 from .host_models import build_codec, build_denoiser
 

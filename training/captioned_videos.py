@@ -35,7 +35,7 @@ def pictures(video: Path, frames: int, fps: float, height: int, width: int) -> t
     import av
     import torch.nn.functional as F
 
-    from adastate_core.video_colour import rgb
+    from adastate_core.video.colour import rgb
 
     taken: list[torch.Tensor] = []
     with av.open(str(video)) as container:

@@ -10,9 +10,9 @@ from torch import nn
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import anchor_from
-from adastate_core.demo_words import prompt
+from adastate_core.prompts.demo_words import prompt
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
-from adastate_core.schedule import Schedule
+from adastate_core.schedules.schedule import Schedule
 
 from .bare_model import BareModel, load_denoiser
 from .lora import apply_lora

@@ -14,7 +14,7 @@ import copy
 import torch
 from torch import nn
 
-from adastate_core.schedule import Schedule
+from adastate_core.schedules.schedule import Schedule
 
 from .bare_model import load_denoiser
 from .latents import load

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from adastate_core.metrics import sharpness
-from adastate_core.vae_stream import pictures_of
+from adastate_core.decode.wan_vae import pictures_of
+from adastate_core.measure.metrics import sharpness
 
 from . import measures
 from .bare_model import load_codec

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from adastate_core.schedule import Schedule
+from adastate_core.schedules.schedule import Schedule
 
 from .latents import load
 from .loop import drawn_clips, show, train

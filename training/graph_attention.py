@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from adastate_core.anchors import Anchor
-from adastate_core.attention import Kernel, plain_attention
+from adastate_core.attention.cached import Kernel, plain_attention
 from adastate_core.rope import Layout, Rope, Turn
 
 Pair = tuple[torch.Tensor, torch.Tensor]

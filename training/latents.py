@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from safetensors.torch import load_file
 
-from adastate_core.demo_words import VOCABULARY
 from adastate_core.files.tensor_file import write_tensors
+from adastate_core.prompts.demo_words import VOCABULARY
 
 from .codec import encode_clip
 from .host_models import LATENT_MEAN, LATENT_STD, build_codec

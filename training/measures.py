@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from adastate_core.metrics import lab, motion
+from adastate_core.measure.metrics import lab, motion
 
 from .world import BALLOON_COLOURS, BALLOON_RADIUS, DAY_FRAMES, PACE_PIXELS, TERRAIN_COLOURS, Scene, sky_colours
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from adastate_core.demo_words import VOCABULARY
-from adastate_core.schedule import Schedule, denoised, noise, renoised
+from adastate_core.prompts.demo_words import VOCABULARY
+from adastate_core.schedules.schedule import Schedule, denoised, noise, renoised
 
 from .graph_attention import GraphAttention
 from .latents import encode, word_numbers

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from adastate_core.schedule import Schedule, denoised, renoised
+from adastate_core.schedules.schedule import Schedule, denoised, renoised
 
 from .student import Student
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from adastate_core.anchors import anchor_from
+from adastate_core.decode.wan_vae import VaeStream
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
-from adastate_core.schedule import Schedule
-from adastate_core.vae_stream import VaeStream
+from adastate_core.schedules.schedule import Schedule
 
 from .bare_model import BareModel, load_codec, load_denoiser
 from .host_models import LATENT_MEAN, LATENT_STD

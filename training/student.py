@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adastate_core.anchors import anchor_from
+from adastate_core.attention.wan import SESSION, TEXT_KEY
 from adastate_core.rope import Rope
-from adastate_core.schedule import TIMESTEPS
-from adastate_core.wan_attention import SESSION, TEXT_KEY
+from adastate_core.schedules.schedule import TIMESTEPS
 
 from .bare_model import patch_attention
 from .graph_attention import Gradients, GraphAttention

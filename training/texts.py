@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from adastate_core.demo_words import VOCABULARY, word_vector
+from adastate_core.prompts.demo_words import VOCABULARY, word_vector
 
 
 class Texts:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from adastate_core.files.tensor_file import write_tensors
-from adastate_core.schedule import Schedule
+from adastate_core.schedules.schedule import Schedule
 
 from .bare_model import load_denoiser
 from .latents import load

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adastate_core.demo_words import VOCABULARY
+from adastate_core.prompts.demo_words import VOCABULARY
 
 FPS = 16
 SIZE = 64

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..anchors import Anchor
-from ..cache_plan import CachePlan, LayerSpec
-from ..kv_cache import KVCache
-from ..layer_slots import LayerSlots
+from ..cache.kv_cache import KVCache
+from ..cache.layout import CachePlan, LayerSpec
+from ..cache.slots import LayerSlots
 from ..rope import Rope
 from .collector import Collector
 from .corrections import Corrections

@@ -9,9 +9,9 @@ from functools import reduce
 
 import torch
 
-from ..attention_lse import Part, attend_part, merge, rows
-from ..kv_cache import KVCache
-from ..layer_slots import LayerSlots
+from ..attention.lse import Part, attend_part, merge, rows
+from ..cache.kv_cache import KVCache
+from ..cache.slots import LayerSlots
 from ..rope import Layout, Rope
 from .collector import Collector
 from .host_history import HostHistory

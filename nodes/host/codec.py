@@ -8,10 +8,11 @@ import comfy.latent_formats
 import comfy.model_management
 import torch
 
-from ...adastate_core import taehv_stream, vae_stream
-from ...adastate_core.families import WAN21_TEXT
-from ...adastate_core.taehv_stream import TaehvStream
-from ...adastate_core.vae_stream import NonFinitePicturesError, VaeStream
+from ...adastate_core.decode import tiny_vae as taehv_stream
+from ...adastate_core.decode import wan_vae as vae_stream
+from ...adastate_core.decode.tiny_vae import TaehvStream
+from ...adastate_core.decode.wan_vae import NonFinitePicturesError, VaeStream
+from ...adastate_core.families.wan21 import WAN21_TEXT
 
 LATENT_SPACES = ("auto", "vae", "model")
 # the decoders are of one family's VAEs

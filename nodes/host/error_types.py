@@ -8,10 +8,10 @@ import re
 import av
 import torch
 
-from ...adastate_core.attention import LayerOrderError
+from ...adastate_core.attention.cached import LayerOrderError
+from ...adastate_core.decode.wan_vae import NonFinitePicturesError
 from ...adastate_core.passes import NonFiniteError
 from ...adastate_core.past import UnfinishedError
-from ...adastate_core.vae_stream import NonFinitePicturesError
 from .safely import reason
 
 _LONGEST = 1000

@@ -14,9 +14,9 @@ import folder_paths
 from aiohttp import web
 
 from ...adastate_core import extend
-from ...adastate_core.preset_file import read_preset
-from ...adastate_core.presets import OWN_PRESETS, PRESETS, register_preset
-from .live import prompt_server
+from ...adastate_core.weights.preset_file import read_preset
+from ...adastate_core.weights.presets import OWN_PRESETS, PRESETS, register_preset
+from .live_runs import prompt_server
 from .safely import attempt
 
 log = logging.getLogger("adastate")

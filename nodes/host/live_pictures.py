@@ -14,8 +14,8 @@ import numpy
 import torch
 from PIL import Image
 
-from ...adastate_core.live_meters import LiveMeters
-from ...adastate_core.video_sink import to_bytes
+from ...adastate_core.measure.live_meters import LiveMeters
+from ...adastate_core.video.sink import to_bytes
 
 log = logging.getLogger("adastate")
 A_SECOND = 4  # pictures, on average

@@ -14,10 +14,10 @@ import comfy.lora
 import comfy.weight_adapter
 import torch
 
-from ...adastate_core.file_kind import shown_name
-from ...adastate_core.lora_file import HOSTS_PREFIX, LoraFile, hosts_name, is_text_encoders, open_lora, targets
-from ...adastate_core.wan_weights import counted
-from .checkpoints import LORAS, checkpoint_path
+from ...adastate_core.weights.file_kind import shown_name
+from ...adastate_core.weights.lora_file import HOSTS_PREFIX, LoraFile, hosts_name, is_text_encoders, open_lora, targets
+from ...adastate_core.weights.wan_weights import counted
+from .checkpoint_wishes import LORAS, checkpoint_path
 from .checks import NOTES_KEY
 
 log = logging.getLogger("adastate")

@@ -14,17 +14,12 @@ import comfy.ldm.wan.model
 import comfy.model_management
 import torch
 
-from ...adastate_core.attention import CachedAttention
-from ...adastate_core.cache_plan import CachePlan
-from ...adastate_core.families import family_of
+from ...adastate_core.attention.cached import CachedAttention
+from ...adastate_core.attention.wan import SESSION, TEXT_KEY, cross_attention_forward, self_attention_forward
+from ...adastate_core.cache.layout import CachePlan
+from ...adastate_core.families.wan21 import family_of
 from ...adastate_core.geometry import LatentSpace, ModelGeometry
-from ...adastate_core.schedule import timesteps
-from ...adastate_core.wan_attention import (
-    SESSION,
-    TEXT_KEY,
-    cross_attention_forward,
-    self_attention_forward,
-)
+from ...adastate_core.schedules.schedule import timesteps
 
 # numbers of the contexts that were ever set: never one twice, as an address may be
 _CONTEXTS = itertools.count()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...adastate_core.timeline import LONGEST_TEXT
+from ...adastate_core.prompts.timeline import LONGEST_TEXT
 from .api import io
 from .sockets import socket_fault
 

@@ -11,8 +11,8 @@ import numpy
 import torch
 from comfy_api.latest import Input
 
-from ...adastate_core.video_frames import FileClip, MemoryClip
-from ...adastate_core.video_tail import tail, tail_indices
+from ...adastate_core.video.frames import FileClip, MemoryClip
+from ...adastate_core.video.tail import tail, tail_indices
 from .progress import check_interrupt
 
 SCALERS = ("lanczos", "bicubic", "bilinear", "area", "nearest-exact")

@@ -10,7 +10,7 @@ import latent_preview
 import torch
 from PIL import Image
 
-from ...adastate_core.video_sink import to_bytes
+from ...adastate_core.video.sink import to_bytes
 
 PREVIEW_PIXELS = 512
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...adastate_core.anchors import Anchor
-from ...adastate_core.prompts import Prompts
+from ...adastate_core.prompts.values import Prompts
 from ...adastate_core.rollout_state import RolloutState
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from aiohttp import web
 
-from ...adastate_core.demo_words import words_over_time
-from ...adastate_core.timeline import (
+from ...adastate_core.prompts.demo_words import words_over_time
+from ...adastate_core.prompts.timeline import (
     LONGEST,
     LONGEST_TEXT,
     MOST_PROMPTS,
@@ -27,7 +27,7 @@ from ...adastate_core.timeline import (
     grammar_of,
     parse_timeline,
 )
-from ...adastate_core.timeline_format import GRAMMARS, format_timeline
+from ...adastate_core.prompts.timeline_format import GRAMMARS, format_timeline
 from .node import shown
 from .request_body import BodyError, off_loop, parse_json, read_bytes
 

@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adastate_core.absorption.solve import solving_device
-from adastate_core.attention_lse import fastest_way
+from adastate_core.attention.lse import fastest_way
 
 ANSWER = 64
 aten = torch.ops.aten

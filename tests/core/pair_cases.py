@@ -14,7 +14,7 @@ from faults.pairs import Value, pairwise
 from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
-from adastate_core.prompt_plan import PromptChange, PromptPlan
+from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.rollout import RolloutSpec
 
 SEED, QUICK = 0, 8

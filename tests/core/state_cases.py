@@ -21,7 +21,7 @@ from adastate_core.anchors import (
     AnchorStatic,
 )
 from adastate_core.rollout import Rollout, RolloutSpec, RolloutState, Settings
-from adastate_core.schedule import Schedule
+from adastate_core.schedules.schedule import Schedule
 
 WARM = {"warmup_frames": 12, "local_window_frames": 3, "sink_frames": 1}
 WATCHED = WARM | {"monitor_layers": -1, "monitor_chunks": 2, "refresh": "always", "ratio": 1.0}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from adastate_core.presets import PRESETS
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
+from adastate_core.weights.presets import PRESETS
 
 
 def spec_of(name, model, *, batch=1, dtype=torch.float32, **changed):

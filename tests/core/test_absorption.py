@@ -17,7 +17,7 @@ from adastate_core.absorption.saved import load_solution, save_solution, solutio
 from adastate_core.absorption.settings import AbsorptionSettings, settings_from
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
 from adastate_core.rollout import ModelGeometry, Rollout, RolloutSpec, Settings
-from adastate_core.rollout_file import load_state, save_state
+from adastate_core.states.state_file import load_state, save_state
 
 ANCHORS = [Anchor(), AnchorStatic(1), AnchorEMA(1, 0.9), AnchorAdaptive(1)]
 WARM = {"warmup_frames": 12, "local_window_frames": 3, "sink_frames": 1}

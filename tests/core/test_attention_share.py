@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorStatic
-from adastate_core.attention_share import frame_shares, measure_share, share_table
+from adastate_core.measure.attention_share import frame_shares, measure_share, share_table
 from adastate_core.rollout import ModelGeometry, Rollout, RolloutSpec, Settings
-from adastate_core.schedule import Schedule
+from adastate_core.schedules.schedule import Schedule
 
 
 def test_shares_are_softmax_masses():

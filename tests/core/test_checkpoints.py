@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adastate_core.checkpoints import geometry_of, open_checkpoint, own_metadata, plain_name
+from adastate_core.weights.checkpoints import geometry_of, open_checkpoint, own_metadata, plain_name
 
 WIDTH, FEED_FORWARD, LAYERS = 128, 192, 2
 

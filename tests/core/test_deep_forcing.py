@@ -13,11 +13,11 @@ from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import Anchor, AnchorDeep, AnchorStatic, anchor_from
-from adastate_core.attention_share import measure_share
-from adastate_core.presets import preset, recognised
-from adastate_core.prompt_plan import PromptChange, PromptPlan
+from adastate_core.measure.attention_share import measure_share
+from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.rollout import Rollout, Settings
-from adastate_core.rollout_file import load_state, save_state
+from adastate_core.states.state_file import load_state, save_state
+from adastate_core.weights.presets import preset, recognised
 
 HEADS, COLUMNS = 2, W_PIXELS // 2
 P = H // 2 * COLUMNS

@@ -17,13 +17,15 @@ import torch
 from faults.others import load_pack
 from tiny_model import TinyModel
 
-from adastate_core import anchors, extend, presets, schedule
+from adastate_core import anchors, extend
 from adastate_core.anchors import Anchor, AnchorStatic
-from adastate_core.preset_file import read_preset
-from adastate_core.presets import Preset
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
-from adastate_core.rollout_file import load_state, save_state
-from adastate_core.schedule import Schedule, noise
+from adastate_core.schedules import schedule
+from adastate_core.schedules.schedule import Schedule, noise
+from adastate_core.states.state_file import load_state, save_state
+from adastate_core.weights import presets
+from adastate_core.weights.preset_file import read_preset
+from adastate_core.weights.presets import Preset
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 

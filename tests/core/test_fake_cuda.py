@@ -16,8 +16,8 @@ from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import AnchorDeep
-from adastate_core.presets import PRESETS
 from adastate_core.rollout import Rollout, Settings
+from adastate_core.weights.presets import PRESETS
 
 STORES = [store for store in others.STORES if store != ("model", "gpu")]
 ABSORBED = {

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save
 from test_checkpoints import Harm, weights, with_header
 
-from adastate_core.checkpoints import CheckpointError, open_checkpoint
-from adastate_core.lora_file import open_lora
+from adastate_core.weights.checkpoints import CheckpointError, open_checkpoint
+from adastate_core.weights.lora_file import open_lora
 
 SMALL = {"model.blocks.0.self_attn.q.weight": torch.ones(2, 2)}
 

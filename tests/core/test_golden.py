@@ -17,12 +17,12 @@ from tiny_model import TinyModel
 from adastate_core.absorption.saved import load_solution, solution_from
 from adastate_core.absorption.settings import settings_from
 from adastate_core.anchors import anchor_from
-from adastate_core.layer_specs import layer_from as LayerPlan
-from adastate_core.prompt_plan import PromptChange, PromptPlan
+from adastate_core.cache.specs import layer_from as LayerPlan
+from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.rollout import ModelGeometry, Rollout, RolloutSpec, Settings
-from adastate_core.rollout_file import load_state
-from adastate_core.schedule import Schedule
-from adastate_core.video_sink import VideoSink
+from adastate_core.schedules.schedule import Schedule
+from adastate_core.states.state_file import load_state
+from adastate_core.video.sink import VideoSink
 
 
 def spec_from(described: dict[str, Any]) -> RolloutSpec:

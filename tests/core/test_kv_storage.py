@@ -11,8 +11,8 @@ from test_rollout import ANCHORS, SCHEDULE, W_PIXELS, H, roll, slow_numbers, spe
 from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
-from adastate_core.eight_bits import check_cache_dtype
-from adastate_core.rollout_file import load_state, save_state
+from adastate_core.cache.eight_bits import check_cache_dtype
+from adastate_core.states.state_file import load_state, save_state
 
 HEADS, TOKENS = 2, 6
 STORED = [("model", "host memory"), ("fp8", "gpu"), ("int8", "host memory")]

@@ -16,10 +16,10 @@ from test_rollout import ANCHORS
 from tiny_model import TinyModel
 
 from adastate_core.anchors import AnchorAdaptive, AnchorMemory, AnchorReplay
+from adastate_core.cache.stored import StoredLayer
+from adastate_core.cache.workspace import Workspace
 from adastate_core.rollout import NonFiniteError, Rollout, Settings
-from adastate_core.schedule import Schedule
-from adastate_core.stored_layer import StoredLayer
-from adastate_core.workspace import Workspace
+from adastate_core.schedules.schedule import Schedule
 
 HOST = "host memory"
 KINDS = ("model", "fp8", "int8")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from adastate_core.live_meters import LiveMeters, mean_lab
-from adastate_core.metrics import lab
+from adastate_core.measure.live_meters import LiveMeters, mean_lab
+from adastate_core.measure.metrics import lab
 
 
 def flat(*colour: int) -> np.ndarray:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from test_checkpoints import Harm, weights
 
-from adastate_core.checkpoints import open_checkpoint
-from adastate_core.lora_file import open_lora
+from adastate_core.weights.checkpoints import open_checkpoint
+from adastate_core.weights.lora_file import open_lora
 
 RANK, MODULES = 4, ("blocks.0.self_attn.q", "blocks.1.ffn.0")
 

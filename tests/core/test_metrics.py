@@ -11,8 +11,8 @@ import numpy
 import pytest
 import torch
 
-from adastate_core.metrics import displacement, flicker, measure_video, nearness, read_pictures
-from adastate_core.video_sink import VideoSink
+from adastate_core.measure.metrics import displacement, flicker, measure_video, nearness, read_pictures
+from adastate_core.video.sink import VideoSink
 
 SIDE = 48
 

@@ -11,7 +11,7 @@ from mutations import mutated
 from state_cases import CASES, go_on, made
 
 from adastate_core.absorption.saved import load_solution, save_solution, solution_from
-from adastate_core.rollout_file import load_state, save_state, state_chunk
+from adastate_core.states.state_file import load_state, save_state, state_chunk
 
 STATES, ABSORPTIONS = 150, 150
 # what only Python says, and what says nothing

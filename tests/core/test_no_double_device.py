@@ -15,10 +15,10 @@ from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import AnchorDeep, AnchorMemory, AnchorReplay
-from adastate_core.attention_share import measure_share
-from adastate_core.cache_plan import CACHE_DEVICES, CACHE_DTYPES
-from adastate_core.presets import PRESETS
+from adastate_core.cache.layout import CACHE_DEVICES, CACHE_DTYPES
+from adastate_core.measure.attention_share import measure_share
 from adastate_core.rollout import Rollout, Settings
+from adastate_core.weights.presets import PRESETS
 
 NEAR = dict(atol=2e-5, rtol=2e-5)
 # a value on the border of two codes may fall to either side

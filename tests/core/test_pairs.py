@@ -16,7 +16,7 @@ from pair_cases import AMONG, GIVEN, GOES, QUICK, WORDS, Pair, cases, excluded, 
 from tiny_model import TinyModel
 
 from adastate_core.rollout import Rollout, RolloutState
-from adastate_core.rollout_file import load_state, save_state
+from adastate_core.states.state_file import load_state, save_state
 
 
 class Interrupt(Exception):

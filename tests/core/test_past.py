@@ -13,11 +13,11 @@ from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
-from adastate_core.attention import LayerOrderError
+from adastate_core.attention.cached import LayerOrderError
+from adastate_core.cache.rotated import RotatedLayer as LayerCache
 from adastate_core.rollout import Rollout, Settings, UnfinishedError
-from adastate_core.rollout_file import load_state, save_state
-from adastate_core.rotated_layer import RotatedLayer as LayerCache
-from adastate_core.schedule import Schedule, renoised
+from adastate_core.schedules.schedule import Schedule, renoised
+from adastate_core.states.state_file import load_state, save_state
 
 
 class Stop(Exception):

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adastate_core.demo_words import DEFAULTS, words_over_time
-from adastate_core.prompts import (
+from adastate_core.prompts.demo_words import DEFAULTS, words_over_time
+from adastate_core.prompts.timeline import LONGEST_TEXT, MOST_PROMPTS, MOST_WORDS, _Source, grammar_of
+from adastate_core.prompts.values import (
     GRAMMARS,
     TRANSITIONS,
     PromptAt,
@@ -26,7 +27,6 @@ from adastate_core.prompts import (
     locate,
     parse_timeline,
 )
-from adastate_core.timeline import LONGEST_TEXT, MOST_PROMPTS, MOST_WORDS, _Source, grammar_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,8 +178,8 @@ def test_no_text_crashes_it():
 HOSTILE = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from adastate_core.demo_words import words_over_time
-from adastate_core.timeline import LONGEST_TEXT, TimelineError, grammar_of, parse_timeline
+from adastate_core.prompts.demo_words import words_over_time
+from adastate_core.prompts.timeline import LONGEST_TEXT, TimelineError, grammar_of, parse_timeline
 
 def filled(front, piece, end=""):
     return (front + piece * (LONGEST_TEXT // len(piece)))[: LONGEST_TEXT - len(end)] + end
@@ -325,7 +325,8 @@ def test_what_cannot_be_written(entries, grammar, message):
 
 
 def test_the_grammar_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; from adastate_core.timeline_format import *; print(parse_timeline('a'))"
+    words = "from adastate_core.prompts.timeline_format import *; print(parse_timeline('a'))"
+    code = f"import sys; sys.modules['torch'] = None; {words}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -10,10 +10,10 @@ from slow_rollout import SlowAttention, slow_rollout
 from tiny_model import TinyModel
 
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
+from adastate_core.cache.rotated import RotatedSpec as LayerPlan
 from adastate_core.rollout import NonFiniteError, Rollout, RolloutSpec, Settings
-from adastate_core.rollout_file import load_state, save_state
-from adastate_core.rotated_layer import RotatedSpec as LayerPlan
-from adastate_core.schedule import Schedule
+from adastate_core.schedules.schedule import Schedule
+from adastate_core.states.state_file import load_state, save_state
 
 H, W_PIXELS = 4, 6
 SCHEDULE = Schedule.shifted(2, 5.0)

@@ -13,10 +13,10 @@ from tiny_model import TinyModel
 
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorStatic
 from adastate_core.geometry import WAN21
-from adastate_core.prompt_plan import PromptChange, PromptPlan
+from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_core.rope import Layout
-from adastate_core.schedule import Schedule, noise
+from adastate_core.schedules.schedule import Schedule, noise
 
 TESTS = Path(__file__).resolve().parents[1]
 PAGE = TESTS.parent / "docs" / "semantics.md"

@@ -19,7 +19,7 @@ from state_cases import CASES, go_on, made
 
 from adastate_core.absorption.saved import load_solution, save_solution, solution_from
 from adastate_core.rollout import RolloutState
-from adastate_core.rollout_file import load_state, save_state, state_chunk
+from adastate_core.states.state_file import load_state, save_state, state_chunk
 
 EVERY = pytest.mark.parametrize("name", CASES)
 BELONGS = {"model": "a", "solved_for": {"seed": 7, "prompt": "b"}}

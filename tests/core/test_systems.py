@@ -24,8 +24,8 @@ from systems_fast import latents_of, rollout_of, spec_of
 from tiny_model import TinyModel
 
 from adastate_core.anchors import AnchorAdaptive, AnchorEMA, AnchorReplay
-from adastate_core.presets import PRESETS
-from adastate_core.rollout_file import load_state, save_state
+from adastate_core.states.state_file import load_state, save_state
+from adastate_core.weights.presets import PRESETS
 
 # latent frames, well past what the cache holds; a second restart of CausVid, a second turn of Rolling Sink
 LENGTHS = {"causvid": 42, "rolling_sink": 48, "self_forcing": 30, "causal_forcing": 27, "krea_14b": 27}

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adastate_core.taehv_stream import TaehvStream, cache_bytes
-from adastate_core.vae_stream import NonFinitePicturesError
+from adastate_core.decode.tiny_vae import TaehvStream, cache_bytes
+from adastate_core.decode.wan_vae import NonFinitePicturesError
 
 WIDTHS = (6, 5, 4, 4)
 ROWS, COLUMNS = 3, 2

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from adastate_core.timeline import TimelineError, grammar_of, parse_timeline
+from adastate_core.prompts.timeline import TimelineError, grammar_of, parse_timeline
 
 CAT_AND_DOG = [(0, "a cat"), (5, "a dog")]
 

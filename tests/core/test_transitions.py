@@ -20,8 +20,8 @@ from systems_fast import latents_of, rollout_of
 from tiny_model import TinyModel
 
 from adastate_core.anchors import AnchorAdaptive, AnchorEMA
-from adastate_core.prompt_plan import PromptChange, PromptPlan
-from adastate_core.rollout_file import load_state, save_state
+from adastate_core.prompts.plan import PromptChange, PromptPlan
+from adastate_core.states.state_file import load_state, save_state
 
 LENGTH = 24
 ALONE = dict(restart_frames=0, overlap_frames=0)

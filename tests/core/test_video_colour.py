@@ -12,8 +12,8 @@ import pytest
 import torch
 from colours import PATCHES, codes_of, container_tags, made, middles, patches, rgb_of, stream_tags, yuv_of
 
-from adastate_core.video_colour import rgb
-from adastate_core.video_sink import VideoSink
+from adastate_core.video.colour import rgb
+from adastate_core.video.sink import VideoSink
 
 DATA = Path(__file__).parent / "data"
 BT709 = (1, 1, 1, False)

@@ -17,11 +17,11 @@ import pytest
 import torch
 from av.stream import Disposition
 
-from adastate_core import video_frames
-from adastate_core.metrics import read_pictures
-from adastate_core.video_compare import Comparison
-from adastate_core.video_frames import FileClip, MemoryClip, UnreadableVideo, decoded
-from adastate_core.video_tail import tail, tail_frames
+from adastate_core.measure.metrics import read_pictures
+from adastate_core.video import frames as video_frames
+from adastate_core.video.compare import Comparison
+from adastate_core.video.frames import FileClip, MemoryClip, UnreadableVideo, decoded
+from adastate_core.video.tail import tail, tail_frames
 
 SIDE = odd_videos.SIDE
 CORNERS = np.array([[[200, 40, 40], [40, 200, 40]], [[40, 40, 200], [180, 180, 180]]], np.uint8)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from colours import patches
 
-from adastate_core import video_sink
-from adastate_core.video_sink import VideoSink, remux
+from adastate_core.video import sink as video_sink
+from adastate_core.video.sink import VideoSink, remux
 
 DATA = Path(__file__).parent / "data"
 TRACKS = DATA / "91e434f_tracks.mp4"

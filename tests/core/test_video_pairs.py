@@ -16,10 +16,10 @@ import numpy as np
 import odd_videos
 import pytest
 
-from adastate_core.metrics import measure_video, read_pictures
-from adastate_core.video_compare import Comparison
-from adastate_core.video_frames import FileClip
-from adastate_core.video_tail import tail_frames
+from adastate_core.measure.metrics import measure_video, read_pictures
+from adastate_core.video.compare import Comparison
+from adastate_core.video.frames import FileClip
+from adastate_core.video.tail import tail_frames
 
 WIDTH, HEIGHT, FRAMES = 96, 64, 9  # no side below 64: older AV1 encoders take none
 RGB = np.array([[[220, 30, 40], [40, 200, 60]], [[30, 60, 210], [0, 0, 0]]], np.float64)  # the last is grey, by frame

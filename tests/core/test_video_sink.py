@@ -15,8 +15,8 @@ import pytest
 import torch
 from colours import codes_of, rgb_of
 
-from adastate_core import video_sink
-from adastate_core.video_sink import VideoSink, remux, to_bytes
+from adastate_core.video import sink as video_sink
+from adastate_core.video.sink import VideoSink, remux, to_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,7 +68,7 @@ KILLED = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_video_sink import moving
-from adastate_core.video_sink import VideoSink
+from adastate_core.video.sink import VideoSink
 sink = VideoSink({path!r}, 64, 64, 16)
 for start in range(0, 100000, 12):
     sink.write(moving(12, start))
@@ -239,7 +239,7 @@ from pathlib import Path
 from test_video_sink import growing
 sink = growing(Path({path!r}))
 sink.stop()
-from adastate_core.video_sink import remux
+from adastate_core.video.sink import remux
 finished = Path(shutil.copy({path!r}, {copy!r}))
 remux(finished)
 size = finished.stat().st_size

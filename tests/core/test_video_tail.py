@@ -11,9 +11,9 @@ import av
 import numpy as np
 import pytest
 
-from adastate_core import video_tail
-from adastate_core.video_colour import rgb
-from adastate_core.video_tail import tail_frames
+from adastate_core.video import tail as video_tail
+from adastate_core.video.colour import rgb
+from adastate_core.video.tail import tail_frames
 
 
 def make(path: Path, times: list[Fraction], codec: str = "libx264", clock: int = 12800, **options: str) -> Path:

@@ -21,8 +21,8 @@ from test_video_sink import decoded, moving
 from adastate_core.files import whole_file as module
 from adastate_core.files.tensor_file import TensorFile, write_tensors
 from adastate_core.files.whole_file import STALE_SECONDS, Unnamed, changes, not_written, reserve, whole_file
-from adastate_core.rollout_file import load_state, save_state
-from adastate_core.video_sink import VideoSink, remux
+from adastate_core.states.state_file import load_state, save_state
+from adastate_core.video.sink import VideoSink, remux
 
 ROOT = Path(__file__).resolve().parents[2]
 posix_only = pytest.mark.skipif(
@@ -270,8 +270,8 @@ SAVING = """
 import os, time
 from dataclasses import replace
 from adastate_core.files import whole_file
-from adastate_core.rollout_file import save_state
-from adastate_core.video_sink import remux
+from adastate_core.states.state_file import save_state
+from adastate_core.video.sink import remux
 from state_cases import made
 fsync = os.fsync
 whole_file.os.fsync = lambda descriptor: (time.sleep(.02), fsync(descriptor))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adastate_core.attention import plain_attention
+from adastate_core.attention.cached import plain_attention
 from adastate_core.rollout import ModelGeometry
 
 

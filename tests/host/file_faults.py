@@ -106,7 +106,7 @@ class Faults:
 
     def _install_safetensors(self, patch: pytest.MonkeyPatch) -> None:
         """A library that writes files itself, where the pack lets it."""
-        from adastate_pack.adastate_core import rollout_file
+        from adastate_pack.adastate_core.states import state_file as rollout_file
 
         if (save := getattr(rollout_file, "save_file", None)) is not None:
             patch.setattr(

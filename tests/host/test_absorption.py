@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adastate_pack.adastate_core.rollout_file import load_state, save_state
+from adastate_pack.adastate_core.states.state_file import load_state, save_state
 
 DEFAULTS = {
     "ratio": 0.5, "warmup_frames": 12, "local_window_frames": 3, "sink_frames": 1, "ridge": "auto", "scope": "head",

@@ -8,8 +8,8 @@ import av
 import pytest
 import torch
 from adastate_pack.adastate_core.anchors import AnchorAdaptive
-from adastate_pack.adastate_core.video_compare import METERS, frame_meters
-from adastate_pack.adastate_core.video_sink import VideoSink
+from adastate_pack.adastate_core.video.compare import METERS, frame_meters
+from adastate_pack.adastate_core.video.sink import VideoSink
 
 
 def test_attention_share_plots_and_counts_every_frame(node, model, positive):

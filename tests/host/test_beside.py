@@ -10,11 +10,11 @@ import av
 import comfy.model_management
 import pytest
 import torch
-from adastate_pack.adastate_core import video_sink
-from adastate_pack.adastate_core.kv_cache import KVCache
+from adastate_pack.adastate_core.cache.kv_cache import KVCache
+from adastate_pack.adastate_core.decode.wan_vae import VaeStream
 from adastate_pack.adastate_core.rollout import Rollout
-from adastate_pack.adastate_core.rollout_file import load_state
-from adastate_pack.adastate_core.vae_stream import VaeStream
+from adastate_pack.adastate_core.states.state_file import load_state
+from adastate_pack.adastate_core.video import sink as video_sink
 from adastate_pack.nodes import job, output
 from adastate_pack.nodes.host import live, safely
 from adastate_pack.nodes.host import model as adapter

@@ -10,7 +10,7 @@ import re
 import numpy
 import pytest
 import torch
-from adastate_pack.adastate_core.schedule import MOST_SIGMAS, Schedule
+from adastate_pack.adastate_core.schedules.schedule import MOST_SIGMAS, Schedule
 from adastate_pack.nodes.host.api import io
 from conftest import NODES, PACK, HostNode
 

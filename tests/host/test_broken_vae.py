@@ -12,8 +12,8 @@ import comfy.sd
 import pytest
 import torch
 from adastate_pack.adastate_core.anchors import AnchorAdaptive
-from adastate_pack.adastate_core.rollout_file import load_state
-from adastate_pack.adastate_core.vae_stream import NonFinitePicturesError
+from adastate_pack.adastate_core.decode.wan_vae import NonFinitePicturesError
+from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.nodes import job
 from adastate_pack.nodes.host import live
 from conftest import random_vae

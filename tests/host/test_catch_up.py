@@ -10,7 +10,7 @@ from pathlib import Path
 import comfy.model_management as management
 import pytest
 import torch
-from adastate_pack.adastate_core import video_sink
+from adastate_pack.adastate_core.video import sink as video_sink
 from adastate_pack.nodes import output
 from adastate_pack.nodes.host.codec import HostDecoder
 from adastate_pack.nodes.host.progress import Progress

@@ -9,8 +9,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from adastate_pack.adastate_core import video_tail
-from adastate_pack.adastate_core.video_colour import rgb
+from adastate_pack.adastate_core.video import tail as video_tail
+from adastate_pack.adastate_core.video.colour import rgb
 from adastate_pack.nodes.host import pictures as host_pictures
 from adastate_pack.nodes.host.api import InputImpl
 

@@ -15,7 +15,7 @@ import av
 import pytest
 import torch
 from adastate_pack.adastate_core.anchors import AnchorAdaptive
-from adastate_pack.adastate_core.rollout_file import load_state
+from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.nodes import stream as stream_nodes
 from file_faults import Faults
 

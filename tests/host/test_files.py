@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from adastate_pack.adastate_core.files import tensor_file, whole_file
-from adastate_pack.adastate_core.rollout_file import load_state
+from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.nodes import state as state_nodes
 from adastate_pack.nodes.host import files
 

@@ -14,7 +14,7 @@ import av
 import folder_paths
 import pytest
 import torch
-from adastate_pack.nodes.host.files import add_own_models
+from adastate_pack.nodes.host.output_files import add_own_models
 from conftest import NODES, HostNode
 from golden import FOLDER, assert_same_latents, entries, taken_or_refused
 from golden_models import host_inputs

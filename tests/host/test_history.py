@@ -9,10 +9,11 @@ import av
 import comfy.model_management
 import pytest
 import torch
-from adastate_pack.adastate_core import rollout_file, state_history
 from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive
 from adastate_pack.adastate_core.files import tensor_file
-from adastate_pack.adastate_core.rollout_file import load_state
+from adastate_pack.adastate_core.states import kept_states as state_history
+from adastate_pack.adastate_core.states import state_file as rollout_file
+from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.nodes import output
 from adastate_pack.nodes import stream as stream_nodes
 from adastate_pack.nodes.host import model as adapter
@@ -184,7 +185,7 @@ def test_any_file_of_a_video_leads_to_its_history_and_what_is_kept_is_listed(rol
     rollout(length=LENGTH, stream=stream(history_chunks=3))
     loader, folder = node("AdaStateLoadState"), folders / "output" / "video"
     own, third = "video/take_00001_.state.safetensors", "video/take_00001_.history/chunk_000003.state.safetensors"
-    from adastate_pack.nodes.host.files import STATE_SUFFIX, saved_files
+    from adastate_pack.nodes.host.output_files import STATE_SUFFIX, saved_files
 
     assert {f"{own} [output]", f"{third} [output]"} < set(saved_files(STATE_SUFFIX))
     for file in (own, third):

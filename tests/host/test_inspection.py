@@ -12,10 +12,10 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from adastate_pack.adastate_core import checkpoints
 from adastate_pack.adastate_core.anchors import AnchorEMA, AnchorReplay, AnchorStatic
+from adastate_pack.adastate_core.weights import checkpoints
 from adastate_pack.nodes.host import model as adapter
-from adastate_pack.nodes.host.checkpoints import rollout_defaults
+from adastate_pack.nodes.host.checkpoint_wishes import rollout_defaults
 from conftest import HostNode, random_wan
 from safetensors.torch import save_file
 from test_absorption import DEFAULTS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from adastate_pack.nodes.host import listing
-from adastate_pack.nodes.host.files import ABSORPTION_SUFFIX, STATE_SUFFIX, check_saved, saved_files, saved_path
+from adastate_pack.nodes.host.output_files import ABSORPTION_SUFFIX, STATE_SUFFIX, check_saved, saved_files, saved_path
 
 LOOKS: list[str] = []
 

@@ -14,7 +14,7 @@ import torch
 from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
 from adastate_pack.adastate_core.passes import NonFiniteError
 from adastate_pack.adastate_core.rollout import Rollout, RolloutSpec, Settings
-from adastate_pack.adastate_core.schedule import Schedule
+from adastate_pack.adastate_core.schedules.schedule import Schedule
 from adastate_pack.nodes import job as job_module
 from adastate_pack.nodes.host import model as adapter
 from conftest import PACK, random_wan

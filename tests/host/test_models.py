@@ -14,11 +14,11 @@ import folder_paths
 import pytest
 import torch
 from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorMemory, AnchorStatic
-from adastate_pack.adastate_core.presets import PRESETS
 from adastate_pack.adastate_core.rollout import Rollout, RolloutSpec, Settings
-from adastate_pack.adastate_core.schedule import Schedule
+from adastate_pack.adastate_core.schedules.schedule import Schedule
+from adastate_pack.adastate_core.weights.presets import PRESETS
 from adastate_pack.nodes.host import model as adapter
-from adastate_pack.nodes.host.checkpoints import WEIGHT_DTYPES
+from adastate_pack.nodes.host.checkpoint_wishes import WEIGHT_DTYPES
 from conftest import NODES, PACK, HostNode, random_wan
 from safetensors.torch import save_file
 

@@ -204,7 +204,7 @@ def test_saving_and_loading_a_state(node, rollout, folders):
     state = rollout(anchor=AnchorStatic(2), length=25).args[1]
     name = node("AdaStateSaveState")(state=state, filename_prefix="states/a").args[0]
     assert name == "states/a_00001_.state.safetensors [output]"
-    from adastate_pack.nodes.host.files import STATE_SUFFIX, saved_files
+    from adastate_pack.nodes.host.output_files import STATE_SUFFIX, saved_files
 
     assert saved_files(STATE_SUFFIX) == [name]
     loader = node("AdaStateLoadState")
@@ -279,7 +279,7 @@ def test_linked_sizes_are_checked_too(rollout):
 
 
 def test_a_dangling_link_among_the_states_does_not_hide_the_others(folders):
-    from adastate_pack.nodes.host.files import STATE_SUFFIX, saved_files
+    from adastate_pack.nodes.host.output_files import STATE_SUFFIX, saved_files
 
     (folders / "output" / "gone.state.safetensors").symlink_to(folders / "nowhere")
     (folders / "output" / "here.state.safetensors").touch()

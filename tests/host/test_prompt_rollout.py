@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 from adastate_pack.adastate_core.anchors import AnchorAdaptive, AnchorStatic
-from adastate_pack.adastate_core.demo_words import prompt
-from adastate_pack.adastate_core.prompt_plan import PromptChange, PromptPlan
-from adastate_pack.adastate_core.prompts import PromptAt, Prompts
+from adastate_pack.adastate_core.prompts.demo_words import prompt
+from adastate_pack.adastate_core.prompts.plan import PromptChange, PromptPlan
+from adastate_pack.adastate_core.prompts.values import PromptAt, Prompts
 from adastate_pack.adastate_core.rollout import Rollout, RolloutSpec, Settings
-from adastate_pack.adastate_core.schedule import Schedule
+from adastate_pack.adastate_core.schedules.schedule import Schedule
 from adastate_pack.nodes.host import model as adapter
 from safetensors.torch import load_file
 from test_models import models, report_of, written  # noqa: F401

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from adastate_pack.adastate_core.prompts import Prompts
+from adastate_pack.adastate_core.prompts.values import Prompts
 from conftest import NODES
 
 

@@ -13,10 +13,10 @@ import av
 import comfy.model_management as management
 import pytest
 import torch
-from adastate_pack.adastate_core import video_sink
 from adastate_pack.adastate_core.files import whole_file
 from adastate_pack.adastate_core.rollout import Rollout
-from adastate_pack.adastate_core.rollout_file import load_state
+from adastate_pack.adastate_core.states.state_file import load_state
+from adastate_pack.adastate_core.video import sink as video_sink
 from adastate_pack.nodes import job, output, report
 from adastate_pack.nodes.host import error_types, files, live
 from adastate_pack.nodes.host import model as adapter

@@ -285,7 +285,7 @@ def test_the_hosts_own_causal_class_is_taken(sample, model, monkeypatch):
 
 def test_a_plan_that_does_not_fit_is_refused_before_it_is_allocated(sample, monkeypatch):
     made = []
-    monkeypatch.setattr("adastate_pack.nodes.sampler.Rollout", lambda *a, **k: made.append(a))
+    monkeypatch.setattr("adastate_pack.nodes.sampler_nodes.Rollout", lambda *a, **k: made.append(a))
     monkeypatch.setattr(adapter, "available_bytes", lambda patcher: 200_000)
     refused(sample, r"GiB are free; window_frames \d+ would fit", window_frames=1000)
     assert not made

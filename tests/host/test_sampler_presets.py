@@ -13,7 +13,7 @@ import logging
 
 import pytest
 import torch
-from adastate_pack.adastate_core.presets import PRESETS
+from adastate_pack.adastate_core.weights.presets import PRESETS
 from adastate_pack.nodes.host import model as adapter
 from comfy_extras import nodes_custom_sampler as host
 from comfy_extras import nodes_model_advanced
@@ -80,7 +80,7 @@ def test_presets_of_more_than_one_chunk_after_the_other_are_refused(rollout, mod
     given, sigmas = with_preset(model, name), own_sigmas(name)
     rolled(rollout, given)
     made = []
-    monkeypatch.setattr("adastate_pack.nodes.sampler.Rollout", lambda *a, **k: made.append(a))
+    monkeypatch.setattr("adastate_pack.nodes.sampler_nodes.Rollout", lambda *a, **k: made.append(a))
     for levels in (sigmas, torch.tensor([1.0, 0.5, 0.0])):
         with pytest.raises(ValueError, match=f"{REFUSED[name]}.*use AdaState Rollout"):
             sampled(given, positive, name, levels)

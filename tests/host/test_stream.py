@@ -10,13 +10,13 @@ import av
 import comfy.model_management
 import pytest
 import torch
-from adastate_pack.adastate_core import video_sink
 from adastate_pack.adastate_core.anchors import AnchorAdaptive
+from adastate_pack.adastate_core.decode.wan_vae import VaeStream, cache_bytes, pictures_of
 from adastate_pack.adastate_core.files import whole_file
 from adastate_pack.adastate_core.passes import NonFiniteError
 from adastate_pack.adastate_core.rollout import Rollout
-from adastate_pack.adastate_core.rollout_file import load_state
-from adastate_pack.adastate_core.vae_stream import VaeStream, cache_bytes, pictures_of
+from adastate_pack.adastate_core.states.state_file import load_state
+from adastate_pack.adastate_core.video import sink as video_sink
 from adastate_pack.nodes import stream as stream_nodes
 from adastate_pack.nodes.host import model as adapter
 from adastate_pack.nodes.host.codec import HostDecoder

@@ -8,7 +8,7 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from adastate_pack.adastate_core.rollout_file import load_state
+from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.nodes import stream as stream_nodes
 from adastate_pack.nodes.host import model as adapter
 from adastate_pack.nodes.host.codec import HostDecoder

@@ -18,13 +18,13 @@ from adastate_core.anchors import (
     AnchorStatic,
     anchor_from,
 )
-from adastate_core.attention import CachedAttention, plain_attention
-from adastate_core.demo_words import VOCABULARY, prompt
-from adastate_core.kv_cache import KVCache
+from adastate_core.attention.cached import CachedAttention, plain_attention
+from adastate_core.attention.wan import SESSION
+from adastate_core.cache.kv_cache import KVCache
+from adastate_core.prompts.demo_words import VOCABULARY, prompt
 from adastate_core.rollout import ModelGeometry, Rollout, RolloutSpec, Settings
 from adastate_core.rope import Layout, Rope
-from adastate_core.schedule import Schedule, denoised, noise, renoised
-from adastate_core.wan_attention import SESSION
+from adastate_core.schedules.schedule import Schedule, denoised, noise, renoised
 from training.bare_model import BareModel, patch_attention
 from training.graph_attention import Frame, Gradients, GraphAttention
 from training.parallel import Workers

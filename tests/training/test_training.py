@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from adastate_core.anchors import Anchor, AnchorStatic
-from adastate_core.attention import CachedAttention, plain_attention
-from adastate_core.demo_words import VOCABULARY, prompt
-from adastate_core.kv_cache import KVCache
+from adastate_core.attention.cached import CachedAttention, plain_attention
+from adastate_core.attention.wan import SESSION, cross_attention_forward, self_attention_forward
+from adastate_core.cache.kv_cache import KVCache
+from adastate_core.prompts.demo_words import VOCABULARY, prompt
 from adastate_core.rollout import ModelGeometry, RolloutSpec
 from adastate_core.rope import Layout, Rope
-from adastate_core.wan_attention import SESSION, cross_attention_forward, self_attention_forward
 from training.codec import decode_clip, encode_clip, normalised, psnr
 from training.host_models import LATENT_MEAN, LATENT_STD, build_codec, build_denoiser
 from training.latents import word_numbers

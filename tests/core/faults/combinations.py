@@ -20,9 +20,9 @@ from adastate_core.anchors import (
     AnchorReplay,
     AnchorStatic,
 )
-from adastate_core.prompt_plan import PromptChange, PromptPlan
+from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.rollout import RolloutSpec, Settings
-from adastate_core.schedule import Schedule
+from adastate_core.schedules.schedule import Schedule
 
 from .others import others
 from .pairs import Value, pairwise

@@ -20,7 +20,7 @@ import torch
 from tiny_model import TinyModel
 
 from adastate_core.rollout import Rollout, RolloutState
-from adastate_core.rollout_file import load_state, save_state
+from adastate_core.states.state_file import load_state, save_state
 
 from .combinations import FRAMES, Combination
 from .injector import INJECTED, InjectedMemory, Injector, Operation, again, at, chosen, kind_of, watching

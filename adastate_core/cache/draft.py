@@ -1,0 +1,139 @@
+"""What a commit will make of one layer: its books as they will be, and the writes that bring its frames there.
+
+Drawing a draft up changes nothing, and is where all that can fail happens: the anchor's policy, copies to the CPU. The writes
+read what the pass has staged and what the layer holds; each may be run again if it fails half way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from ..anchors import Anchor, Source
+from .slots import LayerSlots, Slot
+
+Write = Callable[[], object]
+
+
+class LayerDraft:
+    """A layer as an anchor's policy sees it while a chunk is committed (anchors.LayerView). What it is told is done when the
+    `writes` run, in order; `left` are to be called once they have."""
+
+    def __init__(self, cache: LayerSlots, scratch: torch.Tensor | None) -> None:
+        """`scratch` [2, 2, B, P, width] float32: where an anchor that blends is made before it is written."""
+        self.cache, self.layer, self._scratch = cache, cache.layer, scratch
+        self.anchor, self.pinned, self.window = (
+            type(held)((place, replace(slot)) for place, slot in held.items())
+            for held in (cache.anchor, cache.pinned, cache.window)
+        )
+        self.left: list[Callable[[], None]] = []
+        self._writes: list[Write] = []
+        self._kept: list[Write] = []
+        # ring slot -> what this commit puts there in the end; a frame that also leaves in it is never written
+        self._entering: dict[int, Source] = {}
+
+    @property
+    def held(self) -> int:
+        return len(self.pinned) + len(self.window)
+
+    @property
+    def writes(self) -> list[Write]:
+        """The anchor's first: what it takes from the window is still there then."""
+        enter = [partial(write_frame, self.cache.enter, ring, source) for ring, source in self._entering.items()]
+        return [*self._writes, *self._kept, *enter, self._take_books]
+
+    def _take_books(self) -> None:
+        self.cache.take_books(self.anchor, self.pinned, self.window)
+
+    def fill(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
+        """Content that a pass staged enters, the oldest leave, then the policy sets the anchor."""
+        frames = range(first_frame, first_frame + content_frames)
+        slots = {f: anchor.slot_of(f) for f in frames}
+        slots = {f: slot for f, slot in slots.items() if slot is not None and slot < self.layer.anchor_frames}
+        pinned = {slot.frame for slot in self.pinned.values()}
+        entering = [f for f in frames if f not in slots and f not in pinned]
+        leaving = max(0, self.held + len(entering) - self.layer.ring_frames)
+        left = 0
+        for i, frame in enumerate(frames):
+            source = partial(self.cache.staged, state_frames + i)
+            if frame in slots:
+                self.set_anchor(slots[frame], frame, source)
+            elif frame in entering:
+                left += self._push(anchor, frame, source, (left, leaving))
+        if state_frames and self.layer.anchor_frames:
+            anchor.state_committed(self, [partial(self.cache.staged, i) for i in range(state_frames)], first_frame)
+        anchor.committed(self, first_frame, content_frames)
+
+    def _push(self, anchor: Anchor, frame: int, source: Source, place: tuple[int, int]) -> bool:
+        """Put a frame into the window; whether one left for it, `place` being which of how many that leave."""
+        if self.layer.window_frames == 0:
+            anchor.evicted(self, frame, source, place)
+            self._tell(frame, None, source)
+            return True
+        ring = self.held
+        full = ring == self.layer.ring_frames
+        if full:
+            ring, oldest = next(iter(self.window.items()))
+            if (just_came := self._entering.get(ring)) is not None:
+                raw = shown = partial(self.cache.as_stored, just_came)
+                position = None
+            else:
+                raw, shown = partial(self.cache.leaving, ring), partial(self.cache.shown, ring)
+                position = self.cache.shown_position(oldest)
+            self._tell(oldest.frame, position, shown)
+            if anchor.takes_evicted:
+                anchor.evicted(self, oldest.frame, raw, place)
+            del self.window[ring]
+        self._entering[ring] = source
+        self.window[ring] = Slot(frame)
+        return full
+
+    def _tell(self, frame: int, position: float | None, source: Source) -> None:
+        if self.cache.on_evict is not None:
+            key, value = (t.to(self.cache.plan.dtype) for t in source())
+            self.left.append(self.cache.on_evict(frame, position, key, value))
+
+    @property
+    def window_frames(self) -> int:
+        return self.layer.window_frames
+
+    def frame_in(self, slot: int) -> int | None:
+        """The video frame that an anchor slot stands for, or None while it is empty."""
+        held = self.anchor.get(slot)
+        return None if held is None else held.frame
+
+    def clear_anchor(self) -> None:
+        """Empty every anchor slot."""
+        self.anchor.clear()
+
+    def set_anchor(self, slot: int, frame: int, source: Source) -> None:
+        """Put a raw key and value [B, P, width] into an anchor slot."""
+        self._writes.append(partial(write_frame, self.cache.write_anchor, slot, source))
+        self.anchor[slot] = Slot(frame)
+
+    def blend_anchor(self, slot: int, source: Source, weight: float) -> None:
+        """Move a float32 anchor slot by `weight` towards a raw key and value [B, P, width]."""
+        self._writes.append(partial(self.cache.blend, slot, source, weight, self._scratch))
+        self._writes.append(partial(self.cache.write_blended, slot, self._scratch))
+        self.anchor[slot].position = None
+
+    def keep_first(self, first_frame: int, content_frames: int) -> None:
+        """Keep raw keys and values of those staged content frames that are among the first `replay_frames`."""
+        for i in range(min(content_frames, self.layer.replay_frames - first_frame)):
+            source = partial(self.cache.staged, self.cache.plan.state_frames + i)
+            self._kept.append(partial(write_frame, self.cache.write_first, first_frame + i, source))
+
+    def replay(self, source: int, frame: int) -> None:
+        """Put the kept first frame `source` in the place, and at the positions, of window frame `frame`."""
+        ring = next((ring for ring, slot in self.window.items() if slot.frame == frame), None)
+        if ring is not None:
+            self._entering[ring] = partial(self.cache.first_frame, source)
+            self.window[ring].position = None
+
+
+def write_frame(write: Callable[[int, torch.Tensor, torch.Tensor], None], place: int, source: Source) -> None:
+    """Have a frame's key and value made and written to a slot."""
+    write(place, *source())

@@ -1,0 +1,1 @@
+"""Streaming decoders: they carry their cache from call to call."""

@@ -1,0 +1,1 @@
+"""What is measured of videos and of attention."""

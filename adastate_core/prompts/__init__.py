@@ -1,0 +1,1 @@
+"""Prompts over time: the timeline's grammar, and the plan by frame."""

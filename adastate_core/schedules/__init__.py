@@ -1,0 +1,1 @@
+"""Noise, noise levels, samplers, and chunks that are denoised together."""

@@ -1,0 +1,1 @@
+"""Video files: written while they grow, joined, read, compared."""

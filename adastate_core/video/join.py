@@ -1,0 +1,121 @@
+"""An earlier video of the pack in front of a new one: whether it can be, and its tracks, packet by packet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import av
+from av.bitstream import BitStreamFilterContext
+
+from .colour import BT709, UNSPECIFIED
+from .encoder import Encoding, parameter_sets, quality_of
+
+# Enough frames to tell 23.976 from 24 on a clock of a thousand ticks a second.
+_LOOKED_AT = 32
+
+
+class Prefix:
+    """The first `frames` frames of a video, and what else its file holds up to then.
+
+    `encoding` is the wanted one, in the colours that the video began with: its own parameter sets decide. `has_others`: the
+    file has more tracks than the pictures; `left_out`: the kinds of those that this PyAV cannot copy. ValueError, in a
+    sentence that names both values, for a video of another size, rate or quality, or of another encoder.
+    """
+
+    def __init__(self, source: Path, frames: int, wanted: Encoding) -> None:
+        self.source, self.frames, self.rate = source, frames, wanted.rate
+        with av.open(str(source)) as container:
+            self.encoding = self._checked(container, wanted)
+            self.has_others = len(container.streams) > 1
+            self.left_out = [track.type for track in container.streams if not can_be_copied(track)]
+
+    def _checked(self, container: av.container.InputContainer, wanted: Encoding) -> Encoding:
+        if not container.streams.video:
+            raise self._refused("has no picture track", "join to the video that the state belongs to")
+        stream = container.streams.video[0]
+        if (stream.width, stream.height) != (wanted.width, wanted.height):
+            raise self._refused(
+                f"is {stream.width}x{stream.height} and the new frames are {wanted.width}x{wanted.height}",
+                "use the same size",
+            )
+        looked_at = [packet for _, packet in zip(range(_LOOKED_AT), packets(container, stream), strict=False)]
+        if rate := self._other_rate(looked_at):
+            raise self._refused(f"has {rate:.6g} fps and fps is {float(wanted.rate):.6g}", "use the same fps")
+        sets = parameter_sets(stream.codec_context.extradata)
+        for matrix in (BT709, UNSPECIFIED):
+            encoding = replace(wanted, matrix=matrix)
+            if encoding.parameter_sets() == sets:
+                return encoding
+        quality = quality_of(bytes(looked_at[0])) if looked_at else ""
+        if quality and float(quality) != wanted.quality:
+            raise self._refused(
+                f"was made with quality {quality} and quality is {wanted.quality}", "use the same quality"
+            )
+        raise self._refused("was made by another encoder, or by one with other settings", "keep its settings")
+
+    def _refused(self, why: str, remedy: str) -> ValueError:
+        return ValueError(f"{self.source.name} cannot be joined to: it {why}; {remedy}, or turn join off")
+
+    def _other_rate(self, looked_at: list[av.Packet]) -> float:
+        """The rate that the times of some frames show, where they are not those of the wanted rate; otherwise 0.
+
+        By the frames' own times, since a reader's estimate of the rate differs between PyAV's versions.
+        """
+        if all(self._in_time(i, packet, looked_at[0].pts) for i, packet in enumerate(looked_at)):
+            return 0.0
+        span = (looked_at[-1].pts - looked_at[0].pts) * looked_at[0].time_base
+        return float((len(looked_at) - 1) / span) if span > 0 else 0.0
+
+    def _in_time(self, number: int, packet: av.Packet, first: int) -> bool:
+        """Whether a frame stands where the rate puts it, to a tick of the file's clock; `first` is the first one's time."""
+        return abs((packet.pts - first) * packet.time_base - number / self.rate) <= packet.time_base
+
+    def copy(self, picture: Callable[[av.Packet], None]) -> None:
+        """Hand over the frames' packets, with start codes as an encoder's have."""
+        seen, first = 0, None
+        with av.open(str(self.source)) as container:
+            stream = container.streams.video[0]
+            # An mp4 holds NAL units by length; an encoder's packets, which the target expects, by start code.
+            to_start_codes = BitStreamFilterContext("h264_mp4toannexb", stream)
+            for packet in packets(container, stream):
+                if seen == self.frames:
+                    break
+                first = packet.pts if first is None else first
+                if not self._in_time(seen, packet, first):
+                    raise self._refused(f"changes its speed at frame {seen}", "keep the video as it was written")
+                for converted in to_start_codes.filter(packet):
+                    picture(converted)
+                seen += 1
+        if seen < self.frames:
+            raise ValueError(f"{self.source.name} holds {seen} frames of the {self.frames} that were to be joined")
+
+    @contextlib.contextmanager
+    def other_tracks(self) -> Iterator[tuple[list[av.stream.Stream], Iterator[av.Packet]]]:
+        """The tracks beside the pictures, sound above all, and their packets that begin before the last joined frame ends."""
+        with av.open(str(self.source)) as container:
+            pictures, end = container.streams.video[0], self.frames / self.rate
+            others = [t for t in container.streams if t.index != pictures.index and can_be_copied(t)]
+            yield others, (p for p in packets(container, *others) if p.dts * p.time_base < end)
+
+
+def packets(container: av.container.InputContainer, *streams: av.stream.Stream) -> Iterator[av.Packet]:
+    """The packets of some streams, of all where none is given, in the file's order."""
+    return (packet for packet in container.demux(*streams) if packet.dts is not None)
+
+
+def can_be_copied(track: av.stream.Stream) -> bool:
+    """Whether PyAV can make a track with another's parameters; before 16 one without a codec ended the process."""
+    return track.codec_context is not None or int(av.__version__.split(".")[0]) >= 16
+
+
+def copied_track(target: av.container.OutputContainer, track: av.stream.Stream) -> av.stream.Stream:
+    """A track of the target with another's parameters and metadata, for packets that are copied. ValueError if it cannot be."""
+    if not can_be_copied(track):
+        raise ValueError(f"PyAV {av.__version__} cannot copy its {track.type} track; PyAV 16 can")
+    # Opaque: the parameters as they are. PyAV 14 would else open an encoder, which writes its own into the file.
+    made = target.add_stream_from_template(track, opaque=True)
+    made.metadata.update(track.metadata)
+    return made

@@ -1,0 +1,1 @@
+"""Files of weights, and what their systems wish."""

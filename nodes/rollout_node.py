@@ -1,0 +1,240 @@
+"""AdaState Rollout: the model rolled out chunk by chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..adastate_core.anchors import Anchor
+from ..adastate_core.cache.layout import CACHE_DEVICES, CACHE_DTYPES
+from ..adastate_core.rope import POSITION_MODES
+from ..adastate_core.schedules.schedule import Schedule
+from .absorption_nodes import AbsorptionRequest
+from .builder import Request
+from .host import api, rerun
+from .host.api import ExecutionBlocker, io, schema, ui, widget
+from .host.live_runs import live_run
+from .host.node import Node
+from .host.output_files import save_metadata
+from .inputs import check_size, number
+from .job import Job
+from .report import report_text
+
+NO_STREAM = "VIDEO comes from a stream: connect Stream To Video to the rollout's stream input, or use Render Video."
+NO_LATENT = "The frames went to a stream and keep_latents is off, so there is no LATENT; turn keep_latents on."
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="A causal Wan 2.1 text-to-video model, from Load Causal Video Model."),
+        io.MultiType.Input(
+            "positive",
+            types=[io.Conditioning, api.Prompts],
+            tooltip="One plain text prompt, or a Prompt Timeline (the few-step causal models use no negative).",
+        ),
+        number(io.Int, "width", default=832, tooltip="Width of the video in pixels."),
+        number(io.Int, "height", default=480, tooltip="Height of the video in pixels."),
+        number(
+            io.Int,
+            "length",
+            default=81,
+            tooltip="Video frames since the first frame, also when resuming (4n + 1; 481 is 30 s at 16 fps). Memory does "
+            "not depend on it.",
+        ),
+        number(io.Int, "batch_size", default=1, tooltip="Videos made side by side, each from its own noise."),
+        number(
+            io.Int,
+            "seed",
+            default=0,
+            control_after_generate=True,
+            tooltip="The same seed gives the same video, in one run or in many.",
+        ),
+        number(
+            io.Int,
+            "steps",
+            default=0,
+            tooltip="Denoising steps a chunk; 0 = what the checkpoint wants (4).",
+        ),
+        number(
+            io.Float,
+            "shift",
+            default=0.0,
+            step=0.1,
+            tooltip="Shift of the noise levels; 0 = what the checkpoint wants (5). The model's own sampling shift is not used.",
+        ),
+        number(
+            io.Int,
+            "chunk_frames",
+            default=0,
+            tooltip="Latent frames made at once; 0 = what the checkpoint wants (3; frame-wise models 1).",
+        ),
+        number(
+            io.Int,
+            "window_frames",
+            default=-1,
+            tooltip="Past latent frames that stay in the cache; -1 = what the checkpoint wants (3). Memory and time grow "
+            "with it; 0 forgets everything but the anchor.",
+        ),
+        widget(
+            io.Combo,
+            "positions",
+            options=["auto", *POSITION_MODES],
+            default="auto",
+            tooltip="How time is numbered: packed = by place in the cache, fixed = the same numbers at every chunk, "
+            "absolute = by frame of the video.",
+        ),
+        api.Anchor.Input(
+            "anchor",
+            optional=True,
+            tooltip="What is looked back to beyond the window. Empty: what the checkpoint was trained with, else none.",
+        ),
+        api.Absorption.Input(
+            "absorption", optional=True, tooltip="Lets some layers forget their history; pays with long windows."
+        ),
+        io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels of the steps; beats steps and shift."),
+        io.Latent.Input(
+            "start_latent",
+            optional=True,
+            tooltip="Pictures, a video (Continue Video, VAE Encode) or latents to go on from: they become the first frames.",
+        ),
+        api.State.Input(
+            "resume", optional=True, tooltip="A rollout to go on from, from another rollout or Load Rollout State."
+        ),
+        api.Stream.Input("stream", optional=True, tooltip="Writes the frames to a video while the rollout runs."),
+        widget(
+            io.Boolean,
+            "keep_latents",
+            default=True,
+            optional=True,
+            tooltip="Hold all latents for LATENT and in the state. Off with a stream: memory does not grow at all.",
+        ),
+        widget(
+            io.Combo,
+            "cache_dtype",
+            options=list(CACHE_DTYPES),
+            default=CACHE_DTYPES[0],
+            optional=True,
+            advanced=True,
+            tooltip="How the past is held: model = in the model's own dtype; int8 and fp8 take half the memory or less, "
+            "cost time and change the video, int8 less than fp8.",
+        ),
+        widget(
+            io.Combo,
+            "cache_device",
+            options=list(CACHE_DEVICES),
+            default=CACHE_DEVICES[0],
+            optional=True,
+            advanced=True,
+            tooltip="Where the past is held: host memory frees the GPU of it, and copies each layer's there when it is read.",
+        ),
+        number(
+            io.Float,
+            "max_seconds",
+            default=0.0,
+            step=1.0,
+            optional=True,
+            advanced=True,
+            tooltip="Stops and keeps, as the button does, once so many seconds have passed since this node began, loading "
+            "included: after the chunk under way, so at least one is made. 0 = no limit.",
+        ),
+    ]
+
+
+class RolloutNode(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateRollout",
+            display_name="AdaState Rollout",
+            category="AdaState",
+            description="Rolls a causal Wan 2.1 model out chunk by chunk, at a memory that does not grow with the length.",
+            search_aliases=["autoregressive", "long video", "self forcing", "causal", "AdaState"],
+            is_output_node=True,
+            inputs=_inputs(),
+            outputs=[
+                io.Latent.Output("latent", display_name="LATENT", tooltip="The latents, for Streaming VAE Decode."),
+                api.State.Output("state", display_name="STATE", tooltip="The rollout to go on from, or to save."),
+                io.String.Output("report", display_name="REPORT", tooltip="What was planned and used, as JSON."),
+                io.Video.Output("video", display_name="VIDEO", tooltip="The streamed file (batch item 0)."),
+            ],
+        )
+
+    @classmethod
+    def check(cls, width: int | None = None, height: int | None = None) -> str | None:
+        return check_size(width, height)
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return rerun.fingerprint(inputs)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        width: int,
+        height: int,
+        length: int,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        shift: float,
+        chunk_frames: int,
+        window_frames: int,
+        positions: str,
+        anchor: Anchor | None = None,
+        absorption: AbsorptionRequest | None = None,
+        sigmas: Any = None,
+        start_latent: dict[str, Any] | None = None,
+        resume: Any = None,
+        stream: Any = None,
+        keep_latents: bool = True,
+        cache_dtype: str = CACHE_DTYPES[0],
+        cache_device: str = CACHE_DEVICES[0],
+        max_seconds: float = 0.0,
+    ) -> io.NodeOutput:
+        request = Request(
+            model=model,
+            positive=positive,
+            width=width,
+            height=height,
+            length=length,
+            batch_size=batch_size,
+            seed=seed,
+            steps=steps,
+            shift=shift,
+            chunk_frames=chunk_frames,
+            window_frames=window_frames,
+            positions=positions,
+            anchor=anchor,
+            sigmas=None if sigmas is None else Schedule.from_sigmas(sigmas).sigmas,
+            start_latent=start_latent,
+            resume=resume,
+            stream=stream,
+            keep_latents=keep_latents,
+            cache_dtype=cache_dtype,
+            cache_device=cache_device,
+            absorption=absorption,
+            max_seconds=max_seconds,
+            metadata=save_metadata(cls.hidden) if stream is not None else {},
+        )
+        with live_run(cls.hidden) as (view, end):
+            result = Job(request).run(view)
+            end.files, end.short = [target.path for target in result.videos], "stopped" in result.report
+        text = report_text(result.report)
+        shown: dict[str, Any] = {"adastate_report": [text]}
+        if result.videos:
+            shown |= ui.PreviewVideo([target.result() for target in result.videos]).as_dict()
+        if result.reports:
+            shown["adastate_report_files"] = [dict(target.result()) for target in result.reports]
+        return io.NodeOutput(
+            ExecutionBlocker(result.missing.get("LATENT", NO_LATENT))
+            if result.latents is None
+            else {"samples": result.latents},
+            ExecutionBlocker(result.missing["STATE"]) if result.state is None else result.state,
+            text,
+            api.InputImpl.VideoFromFile(str(result.videos[0].path)) if result.videos else ExecutionBlocker(NO_STREAM),
+            ui=shown,
+        )
+
+
+NODES = [RolloutNode]
