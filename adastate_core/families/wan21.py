@@ -1,39 +1,9 @@
-"""What differs by model family: its latent space, its VAEs, what a chunk is conditioned on, and its samplers.
-
-A family is a value. Whoever needs one of its facts asks it, so that another family is one more value and no `if`.
-"""
+"""Wan 2.1 text to video: the few-step causal models that are distilled from it, and the host's own class for them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ..geometry import WAN21, LatentSpace
-
-
-@dataclass(frozen=True)
-class Family:
-    """`model_classes` are the host's names of its models' classes (model_base), `vae_classes` those of its VAEs' networks by
-    their kind here. `conditions` are what a chunk may be given beside its latents; all else is refused. `samplers` are of
-    schedule.SAMPLERS, or empty for all of them.
-    """
-
-    name: str
-    space: LatentSpace
-    model_classes: tuple[str, ...]
-    vae_classes: dict[str, str]
-    vae_examples: str
-    conditions: tuple[str, ...] = ("text",)
-    samplers: tuple[str, ...] = ()
-
-    @property
-    def model_class(self) -> str:
-        """The class that most of its models have."""
-        return self.model_classes[0]
-
-    def latent_shape(self, batch: str = "batch") -> str:
-        """A latent's shape in words."""
-        return f"[{batch}, {self.space.channels}, frames, h, w]"
-
+from ..geometry import WAN21
+from .family import Family
 
 WAN21_TEXT = Family(
     name="Wan 2.1 text to video",
@@ -43,9 +13,3 @@ WAN21_TEXT = Family(
     vae_classes={"full": "WanVAE", "tiny": "TAEHV"},
     vae_examples="load wan_2.1_vae, the demo's, or a tiny one (taew2_1, lighttaew2_1)",
 )
-FAMILIES = (WAN21_TEXT,)
-
-
-def family_of(model_class: str) -> Family | None:
-    """The family that a class of the host belongs to; None if no rollout takes it."""
-    return next((family for family in FAMILIES if model_class in family.model_classes), None)

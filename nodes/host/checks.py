@@ -14,7 +14,7 @@ from typing import Any
 import comfy.utils
 import torch
 
-from ...adastate_core.families.wan21 import FAMILIES, family_of
+from ...adastate_core.families.known import FAMILIES, family_of
 
 NOTES_KEY = "adastate_notes"  # of model_options: what of a MODEL's files it does without, a sentence each
 _SKIPPED = "which a rollout would silently skip; remove the node that sets it"

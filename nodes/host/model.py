@@ -17,7 +17,7 @@ import torch
 from ...adastate_core.attention.cached import CachedAttention
 from ...adastate_core.attention.wan import SESSION, TEXT_KEY, cross_attention_forward, self_attention_forward
 from ...adastate_core.cache.layout import CachePlan
-from ...adastate_core.families.wan21 import family_of
+from ...adastate_core.families.known import family_of
 from ...adastate_core.geometry import LatentSpace, ModelGeometry
 from ...adastate_core.schedules.schedule import timesteps
 

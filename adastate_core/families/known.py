@@ -1,0 +1,13 @@
+"""The families that a rollout drives."""
+
+from __future__ import annotations
+
+from .family import Family
+from .wan21 import WAN21_TEXT
+
+FAMILIES = (WAN21_TEXT,)
+
+
+def family_of(model_class: str) -> Family | None:
+    """The family that a class of the host belongs to; None if no rollout takes it."""
+    return next((family for family in FAMILIES if model_class in family.model_classes), None)
