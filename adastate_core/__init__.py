@@ -9,15 +9,15 @@ geometry        the shapes of latents and models; bounds: how far numbers may go
 anchors         the policies of what is looked back to beyond the window, and what they may do to a layer
 rope            rotary embedding of Wan, and where in time a cached frame stands
 cache/          where keys and values lie: layout (bytes), slots, rotated, stored, deep (and deep_choice: which tokens), kv_cache
-attention/      cached (what a model's layers call during a pass), lse (in parts), wan (its forwards)
-absorption/     layers whose history becomes a closed-form correction (ISPA)
+attention/      cached (what a model's layers call during a pass), wan (its forwards)
+absorption/     layers whose history becomes a closed-form correction (ISPA); lse: attention in parts, merged exactly
 schedules/      noise levels, samplers, noise by (seed, chunk, step); rolling: chunks denoised together
 prompts/        timelines as people write them, the plan by frame, blends of embeddings
 decode/         streaming decoders: Wan's VAE, the tiny VAE
-video/          sink (written while it grows), join, tail, frames (read), colour, compare
+video/          sink (written while it grows), join, tail, frames (read), colour
 states/         a state on disk, its checks, those that are kept on the way
 weights/        checkpoints, LoRAs, presets and their files
 files/          the one way in which a file is written, tensors with checksums, headers
-measure/        metrics of videos, live meters, attention share
+measure/        metrics of videos, live meters, comparisons, attention share
 extend          what other packs build on
 """

@@ -10,7 +10,7 @@ import torch
 
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.measure.attention_share import measure_share, share_table
-from ..adastate_core.video.compare import Comparison
+from ..adastate_core.measure.compare import Comparison
 from ..adastate_core.video.sink import VideoSink
 from .builder import Request
 from .host import api

@@ -9,12 +9,12 @@ from functools import reduce
 
 import torch
 
-from ..attention.lse import Part, attend_part, merge, rows
 from ..cache.kv_cache import KVCache
 from ..cache.slots import LayerSlots
 from ..rope import Layout, Rope
 from .collector import Collector
 from .host_history import HostHistory
+from .lse import Part, attend_part, merge, rows
 from .settings import AbsorptionSettings
 from .solve import Correction
 

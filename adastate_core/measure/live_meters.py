@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy
 
-from ..video.compare import frame_meters
+from .compare import frame_meters
 
 _PIXELS = 2048  # of a frame that its mean colour is taken of
 METERS = ("colour", "contrast", "sharpness", "motion")

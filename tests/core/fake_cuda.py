@@ -18,8 +18,8 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from adastate_core.absorption.lse import fastest_way
 from adastate_core.absorption.solve import solving_device
-from adastate_core.attention.lse import fastest_way
 
 ANSWER = 64
 aten = torch.ops.aten

@@ -36,8 +36,8 @@ from no_double_device import DEVICE, Held, _check_places, _register, _written, a
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adastate_core.absorption.lse import fastest_way
 from adastate_core.absorption.solve import solving_device
-from adastate_core.attention.lse import fastest_way
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 # results whose shape depends on numbers

@@ -9,10 +9,10 @@ import torch
 
 from adastate_core.absorption.absorber import choose
 from adastate_core.absorption.collector import Collector
+from adastate_core.absorption.lse import WAYS, attend_part, merge, plain, rows
 from adastate_core.absorption.moments import Moments
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.absorption.solve import Fit, fit, nothing, residual, solve
-from adastate_core.attention.lse import WAYS, attend_part, merge, plain, rows
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -22,7 +22,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("way", [name for name in WAYS if name in ("flash, cpu", "plain")])
 @pytest.mark.parametrize(("queries", "near", "far", "heads"), [(7, 3, 11, 2), (1, 1, 1, 1), (1030, 40, 9, 3)])
 def test_merged_parts_are_one_softmax(way, queries, near, far, heads, monkeypatch):
-    monkeypatch.setattr("adastate_core.attention.lse.fastest_way", lambda *_: way)
+    monkeypatch.setattr("adastate_core.absorption.lse.fastest_way", lambda *_: way)
     q, k, v = (
         draw(2, queries, heads * 8),
         draw(2, near + far, heads * 8, seed=1),

@@ -84,3 +84,24 @@ def test_arrows_go_one_way():
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
                 assert not [one for one in names if one.split(".")[0] in hosts], name
+
+
+def room(name: str) -> str:
+    """The folder of a module of the core, or the module where it lies in none."""
+    return ".".join(name.split(".")[:2])
+
+
+def test_no_circle_of_rooms():
+    rooms: dict[str, set[str]] = {}
+    for name, others in graph().items():
+        if name.startswith("adastate_core."):
+            rooms.setdefault(room(name), set()).update({room(o) for o in others if o != "adastate_core"} - {room(name)})
+    for others in list(rooms.values()):
+        for other in others:
+            rooms.setdefault(other, set())
+    assert circles(rooms) == []
+
+
+def test_no_two_modules_share_a_name():
+    names = [name.split(".")[-1] for name, file in modules().items() if file.name != "__init__.py"]
+    assert len(names) == len(set(names))

@@ -17,9 +17,9 @@ import pytest
 import torch
 from av.stream import Disposition
 
+from adastate_core.measure.compare import Comparison
 from adastate_core.measure.metrics import read_pictures
 from adastate_core.video import frames as video_frames
-from adastate_core.video.compare import Comparison
 from adastate_core.video.frames import FileClip, MemoryClip, UnreadableVideo, decoded
 from adastate_core.video.tail import tail, tail_frames
 

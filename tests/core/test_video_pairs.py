@@ -16,8 +16,8 @@ import numpy as np
 import odd_videos
 import pytest
 
+from adastate_core.measure.compare import Comparison
 from adastate_core.measure.metrics import measure_video, read_pictures
-from adastate_core.video.compare import Comparison
 from adastate_core.video.frames import FileClip
 from adastate_core.video.tail import tail_frames
 

@@ -8,7 +8,7 @@ import av
 import pytest
 import torch
 from adastate_pack.adastate_core.anchors import AnchorAdaptive
-from adastate_pack.adastate_core.video.compare import METERS, frame_meters
+from adastate_pack.adastate_core.measure.compare import METERS, frame_meters
 from adastate_pack.adastate_core.video.sink import VideoSink
 
 

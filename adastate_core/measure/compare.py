@@ -15,8 +15,8 @@ from fractions import Fraction
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 
-from ..measure.metrics import METERS, frame_meters
-from .frames import CLOCK, FileClip, MemoryClip, Source, clip
+from ..video.frames import CLOCK, FileClip, MemoryClip, Source, clip
+from .metrics import METERS, frame_meters
 
 _COLOURS = ((237, 174, 73), (94, 187, 220), (240, 240, 240), (209, 73, 91))
 _LABEL, _METER, _GAP = 22, 26, 4
