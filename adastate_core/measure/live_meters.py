@@ -1,7 +1,7 @@
 """Running meters of a rollout's frames, cheap enough to be taken beside it: how far the picture has drifted, by four numbers.
 
 `colour` is the distance (CIE 1976, in L*a*b* under D65) between the mean colour of a chunk and that of the first one measured;
-`contrast`, `sharpness` and `motion` are those of `video_compare.frame_meters`. They are for watching one run: they depend
+`contrast`, `sharpness` and `motion` are those of `metrics.frame_meters`. They are for watching one run: they depend
 on the size of the frames that are given.
 """
 
