@@ -127,7 +127,7 @@ def listen(port: int, taken: Any) -> None:
 
 def watch(stretch: int, server: Any) -> list[tuple[float, float, bool]]:
     """Let rollouts be watched in turns: (time, processor time, watched from here on) as each chunk is done."""
-    from adastate_pack.nodes.host import live
+    from adastate_pack.nodes.host import live_runs as live
 
     marks: list[tuple[float, float, bool]] = []
 

@@ -20,17 +20,17 @@ class AdaStateExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
             from . import (
-                absorption,
+                absorption_nodes,
                 analysis,
-                anchors,
+                anchor_nodes,
                 demo,
-                metrics,
+                metrics_node,
                 models,
-                prompts,
-                rollout,
-                sampler,
+                prompt_nodes,
+                rollout_node,
+                sampler_nodes,
                 start,
-                state,
+                state_nodes,
                 stream,
             )
         except Exception:
@@ -43,15 +43,15 @@ class AdaStateExtension(ComfyExtension):
         when_all_are_loaded()
         return [
             *models.NODES,
-            *anchors.NODES,
-            *prompts.NODES,
-            *rollout.NODES,
-            *sampler.NODES,
+            *anchor_nodes.NODES,
+            *prompt_nodes.NODES,
+            *rollout_node.NODES,
+            *sampler_nodes.NODES,
             *stream.NODES,
             *start.NODES,
-            *state.NODES,
-            *absorption.NODES,
+            *state_nodes.NODES,
+            *absorption_nodes.NODES,
             *analysis.NODES,
-            *metrics.NODES,
+            *metrics_node.NODES,
             *demo.NODES,
         ]

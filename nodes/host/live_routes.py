@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from . import live
+from . import live_runs as live
 from .request_body import BodyError, parse_json, read_bytes
 from .timeline_route import timeline
 

@@ -105,7 +105,7 @@ def test_video_metrics_plots_and_measures_chunks(node, folders):
 def test_video_metrics_reads_a_long_video_a_picture_at_a_time(node, folders, monkeypatch):
     import weakref
 
-    from adastate_pack.nodes import metrics
+    from adastate_pack.nodes import metrics_node as metrics
 
     alive, most, plain = set(), [0], metrics.read_pictures
 

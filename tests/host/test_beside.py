@@ -16,8 +16,9 @@ from adastate_pack.adastate_core.rollout import Rollout
 from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.adastate_core.video import sink as video_sink
 from adastate_pack.nodes import job, output
-from adastate_pack.nodes.host import live, safely
+from adastate_pack.nodes.host import live_runs as live
 from adastate_pack.nodes.host import model as adapter
+from adastate_pack.nodes.host import safely
 from adastate_pack.nodes.host.codec import HostDecoder
 from adastate_pack.nodes.host.progress import Progress
 from comfy_execution.utils import CurrentNodeContext

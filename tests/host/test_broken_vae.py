@@ -15,7 +15,7 @@ from adastate_pack.adastate_core.anchors import AnchorAdaptive
 from adastate_pack.adastate_core.decode.wan_vae import NonFinitePicturesError
 from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.nodes import job
-from adastate_pack.nodes.host import live
+from adastate_pack.nodes.host import live_runs as live
 from conftest import random_vae
 
 SENTENCE = "the VAE, which runs in float32, gave NaN or infinite values for {}; run it in float32 or bfloat16, or load .*fp32-vae"

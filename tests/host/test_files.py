@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from adastate_pack.adastate_core.files import tensor_file, whole_file
 from adastate_pack.adastate_core.states.state_file import load_state
-from adastate_pack.nodes import state as state_nodes
-from adastate_pack.nodes.host import files
+from adastate_pack.nodes import state_nodes
+from adastate_pack.nodes.host import output_files as files
 
 
 def names(folder: Path) -> list[str]:

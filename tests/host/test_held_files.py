@@ -22,7 +22,7 @@ from adastate_pack.adastate_core.rollout import Rollout
 from adastate_pack.adastate_core.states import kept_states as state_history
 from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.adastate_core.video import sink as video_sink
-from adastate_pack.nodes import absorption as absorption_nodes
+from adastate_pack.nodes import absorption_nodes
 from adastate_pack.nodes.host import model as adapter
 from adastate_pack.nodes.host import safely
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import comfy.ops
 import pytest
 import torch
-from adastate_pack.nodes.host import live, rerun
+from adastate_pack.nodes.host import live_runs as live
+from adastate_pack.nodes.host import rerun
 from adastate_pack.nodes.host.live_history import History
 from adastate_pack.nodes.host.live_pictures import Encoder, spread
 from comfy_execution.utils import CurrentNodeContext

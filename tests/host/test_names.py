@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from adastate_pack.nodes.host import files, names
 from adastate_pack.nodes.host import model as adapter
+from adastate_pack.nodes.host import names
+from adastate_pack.nodes.host import output_files as files
 
 VIDEO = {"fps": 16.0, "codec": "h264", "quality": 18}
 # node, its other inputs, the longest ending of the names that it makes

@@ -18,8 +18,10 @@ from adastate_pack.adastate_core.rollout import Rollout
 from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.adastate_core.video import sink as video_sink
 from adastate_pack.nodes import job, output, report
-from adastate_pack.nodes.host import error_types, files, live
+from adastate_pack.nodes.host import error_types
+from adastate_pack.nodes.host import live_runs as live
 from adastate_pack.nodes.host import model as adapter
+from adastate_pack.nodes.host import output_files as files
 from adastate_pack.nodes.host.codec import HostDecoder
 from adastate_pack.nodes.host.model import HostModel
 from adastate_pack.nodes.host.progress import Progress
