@@ -90,9 +90,9 @@ class Request:
 
 @dataclass
 class Result:
-    """What a run made; `latents` are in VAE space, or None if they were not kept.
+    """What a run made. `latents` are in VAE space, or None if they were not kept.
 
-    Where memory did not suffice for latents or state, they are None and `missing` says so under their names.
+    If there was not enough memory for latents or state, the value is None, and `missing` says so under its output's name.
     """
 
     latents: torch.Tensor | None
@@ -183,7 +183,8 @@ class Job:
         return numbers | {"steps": request.steps or None, "shift": request.shift or None}
 
     def _contexts(self) -> list[tuple[PromptAt | None, torch.Tensor]]:
-        """(entry of the timeline, its text embeddings), the first from frame 0; ValueError for what a prompt carries."""
+        """(entry of the timeline, its text embeddings) for each prompt; the first begins at frame 0. ValueError if a prompt carries
+        something that a rollout cannot act on."""
         positive = self.request.positive
         if not isinstance(positive, Prompts):
             return [(None, checks.check_conditioning(positive))]
@@ -196,7 +197,7 @@ class Job:
         return contexts
 
     def _prompt_plan(self, contexts: list[tuple[PromptAt | None, torch.Tensor]]) -> PromptPlan | None:
-        """The changes by latent frame; seconds count at the stream's frames a second, 16 without a stream."""
+        """The changes by latent frame. Seconds count at the stream's frames a second, or at 16 without a stream."""
         if len(contexts) == 1:
             return None
         changes, frame = [], -1
@@ -213,7 +214,7 @@ class Job:
         return PromptPlan(changes, self.spec.chunk_frames)
 
     def _ignored(self) -> list[str]:
-        """What the inputs carry besides and is not acted on, or nobody knows, a sentence each and each once."""
+        """One sentence for each thing in the inputs that is not acted on or that nobody knows; no sentence comes twice."""
         positive, start = self.request.positive, self.request.start_latent
         prompts = [entry.conditioning for entry in positive.entries] if isinstance(positive, Prompts) else [positive]
         found = checks.unknown_options(self.request.model)
@@ -256,7 +257,7 @@ class Job:
         return host_model.to_model_space(self.request.model, samples.float()).expand(batch, -1, -1, -1, -1)
 
     def rollout(self, progress: Progress) -> Rollout:
-        """Load the models; the rollout that the request asks for, not yet begun."""
+        """Load the models. Returns the rollout that the request asks for, before its first chunk."""
         self._load()
         rollout = Rollout(
             self.model,
@@ -274,11 +275,11 @@ class Job:
         return rollout
 
     def run(self, view: LiveRun | None = None) -> Result:
-        """Load, roll, decode; on any end the files are finished, after a failure the state is saved beside them, and last a
-        report of it, unless the run was refused before anything was loaded.
+        """Load, roll, decode. However the run ends, its files are finished. After a failure the state is saved beside them. Last, a
+        report is written, unless the run was refused before anything was loaded.
 
-        `view` is shown each chunk, and may ask to stop, as max_seconds does: the run then ends after the chunk under way,
-        with what there is.
+        `view` is shown each chunk. It may ask to stop, like max_seconds. The run then ends after the chunk under way, with the
+        frames that there are.
         """
         view = view or LiveRun(None)
         output = StreamOutput(self, self.request.stream) if self.request.stream else None
@@ -294,7 +295,7 @@ class Job:
         return result
 
     def _roll(self, run: UnderWay, view: LiveRun) -> Result:
-        """The rollout itself; `run` is told how far it is."""
+        """Run the rollout. Its progress is noted in `run`."""
         request, progress, output, made = self.request, Progress(), run.output, run.made
         run.rollout = rollout = self.rollout(progress)
         passes = rollout.passes(request.latent_length, 0 if self.given is None else self.given.shape[2])
@@ -328,7 +329,7 @@ class Job:
         return time.monotonic() - self._begun
 
     def _result(self, run: UnderWay, view: LiveRun) -> Result:
-        """The outputs of a run that is over: where one cannot be made, the others are there."""
+        """The outputs of a run that is over. If one cannot be made, the others are still there."""
         rollout, output, saved = run.rollout, run.output, view.saved.get("state")
         missing: dict[str, str] = {}
 
@@ -364,7 +365,7 @@ class Job:
         rollout: Rollout,
         pictures: torch.Tensor | None,
     ) -> None:
-        """Show a chunk on the node and to who watches; a picture that fails is logged, an interrupt is raised."""
+        """Show a chunk on the node and to the page that watches. A picture that fails is logged; an interrupt is raised."""
 
         def preview() -> None:
             if pictures is None:
@@ -377,7 +378,7 @@ class Job:
             attempt("a chunk could not be shown", lambda: self._tell(view, number, chunk, rollout, pictures))
 
     def _tell(self, view: LiveRun, number: int, chunk: Chunk, rollout: Rollout, pictures: torch.Tensor | None) -> None:
-        """Send a chunk to who watches, and the hidden state after it where the anchor has one and a decoder is at hand."""
+        """Send a chunk to the page that watches. If the anchor has a hidden state and there is a decoder, send that state too."""
         shown = pictures if pictures is not None and self.request.stream.preview else None
         hidden = None
         if shown is not None and chunk.hidden is not None:
@@ -406,7 +407,7 @@ class Job:
             self.model.load(self.plan)
 
     def _latents(self, rollout: Rollout, state: RolloutState | None, made: Made) -> torch.Tensor | None:
-        """All latents since frame 0 if they were kept all along, else those of this run; in VAE space."""
+        """All latents since frame 0 if all of them were kept, else those of this run; in VAE space."""
         if not self._holds_latents:
             return None
         latents = rollout.kept_latents if state is None else state.latents
