@@ -1,4 +1,4 @@
-"""One forward of a model over a past: noisy, clean, or a mere look; where it is interrupted and checked for NaN."""
+"""One forward of a model over a past: noisy, clean, or only to look. A run is interrupted and checked for NaN here."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class CausalModel(Protocol):
     kernel: Kernel
 
     def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: CachedAttention) -> torch.Tensor:
-        """One forward of [B, C, frames, h, w] float32, all frames at `timestep` or each at its own; layers call
+        """One forward of [B, C, frames, h, w] float32. `timestep` is one for all frames, or one for each. The layers call
         `attention.attend`."""
         ...
 
     def set_context(self, context: torch.Tensor) -> None:
-        """Text embeddings [1 or B, n, c] for the passes that follow. Needed only of models that get a prompt plan."""
+        """Set the text embeddings [1 or B, n, c] for the passes that follow. Only called if there is a prompt plan."""
         ...
 
 
@@ -57,19 +57,19 @@ class Passes:
     def noisy(
         self, x: torch.Tensor, timestep: float | Sequence[float], content_frames: int, own: int | None = None
     ) -> torch.Tensor:
-        """The velocity of [state | content], whose keys nobody keeps; or, with `own`, over the cache of that noise level,
-        which they enter with the chunk's commit."""
+        """The velocity of [state | content]. Without `own` the keys of this pass are not kept. With `own` the pass reads the
+        cache of that noise level, and its keys enter that cache with the chunk's commit."""
         cache = self.past.caches[0 if own is None else own]
         return self._forward(x, timestep, content_frames, own is not None, cache)
 
     def clean(self, x0: torch.Tensor, content_frames: int) -> None:
-        """The pass over a finished [state | content] whose keys and values are cached with its commit. NonFiniteError."""
+        """The pass over a finished [state | content]; its keys and values are cached with the chunk's commit. NonFiniteError."""
         self.past.place(self.past.layout())
         x0 = x0.to(self.model.device)
         self.require_finite(self._forward(x0, self.context_timestep, content_frames, True, self.past.cache))
 
     def look(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
-        """A pass between two chunks that changes nothing, of a chunk's [state | content]; may be interrupted before it."""
+        """A pass over [state | content] between two chunks, which changes nothing. It may be interrupted before it begins."""
         self.checkpoint(0, 1, None)
         self.past.start_chunk(told=False)
         mark = self.past.mark()

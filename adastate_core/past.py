@@ -4,9 +4,10 @@
     past.commit_chunk(x0, frames)                   # after a clean pass: the only way in which a chunk becomes past
     state = past.snapshot()
 
-A commit prepares all that can fail (copies to the CPU, blended anchors, books) and changes nothing by it. Then it runs a list
-of writes, and remembers how far it came; then the counters move, at once. What the writes read stays staged until the next
-pass: one that failed in between is finished, from the write at which it stopped, by whoever looks at the past next.
+A commit has three parts. First it prepares all that can fail (copies to the CPU, blended anchors, books: which frame lies in which
+slot) and changes nothing. Then it runs a list of writes, and remembers how many are done. Then all counters move at once. The data
+that the writes read stays staged until the next pass. So a commit that failed between its writes can be finished: the next caller
+goes on from the write that failed.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from .spec import RolloutSpec
 
 
 class UnfinishedError(RuntimeError):
-    """A write that brings the cache to a whole chunk failed, and failed again: there is no state to be had."""
+    """A write that brings the cache to a whole chunk failed twice, so there is no state to go on from."""
 
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """How far a rollout is, replaced as a whole. `before` is the frame that the last generated chunk began with; all else is
-    what RolloutState calls so."""
+    """How far a rollout is. It is replaced as a whole. `before` is the frame with which the last generated chunk began; the other
+    fields mean what they mean in RolloutState."""
 
     next_frame: int
     next_chunk: int
@@ -58,12 +59,12 @@ class Mark:
     absorber: dict[int, Any]
 
 
-# a pass over x [B, C, frames, h, w] at a timestep that changes nothing; its velocity
+# makes a pass over x [B, C, frames, h, w] at a timestep, changes nothing by it, and returns the velocity
 Look = Callable[[torch.Tensor, float], torch.Tensor]
 
 
 class Observer(Protocol):
-    """Who follows a past, and is told once its counters have moved. Absorber is one."""
+    """Follows a past, and is told when the past's counters have moved. Absorber is one."""
 
     def start_chunk(self) -> None: ...
 
@@ -80,7 +81,7 @@ class Observer(Protocol):
         ...
 
     def catch_up(self, next_frame: int, look: Look) -> None:
-        """Do what is due, or nothing. May fail and is then called again, and may `look` as often as it wants."""
+        """Do what is due, or nothing. If it fails, it is called again. It may call `look` as often as it wants."""
         ...
 
     def flushed(self, keep: int) -> None: ...
@@ -92,7 +93,7 @@ class Observer(Protocol):
 
 @dataclass
 class _Work:
-    """What is under way: its steps, what moves once they are through, and whether that makes a chunk of it."""
+    """Work under way: its `steps`; `then`, called when all steps are done; `commits`: whether the steps cache a chunk."""
 
     steps: Steps
     then: Callable[[], None]
@@ -100,9 +101,9 @@ class _Work:
 
 
 class Past:
-    """Mutable, private to one run; the state that it starts from is never written to.
+    """Mutable, private to one run. The state from which it starts is never written to.
 
-    `caches` are one, or one more for each noise level that keeps its own.
+    `caches` holds the cache of the clean passes, and one more for each noise level that has a cache of its own.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Past:
 
     @property
     def cache(self) -> KVCache:
-        """The one that clean passes are kept in."""
+        """The cache of the clean passes."""
         return self.caches[0]
 
     @property
@@ -141,7 +142,7 @@ class Past:
 
     @property
     def committing(self) -> bool:
-        """Whether a chunk is on its way into the cache and has to be finished, not undone."""
+        """Whether a commit has begun its writes, so that it has to be finished and cannot be undone."""
         return self._work is not None and self._work.commits
 
     def shape(self, frames: int) -> tuple[int, ...]:
@@ -217,7 +218,7 @@ class Past:
         self._commit(self.spec.anchor, frames, replace(self._after(content), hidden=hidden, given=rest))
 
     def commit_chunk(self, x0: torch.Tensor, frames: int, blocks: tuple[rolling.Block, ...] = ()) -> None:
-        """A chunk [state | content] float32, after its clean pass; `blocks` are those that are still being denoised."""
+        """A chunk [state | content] float32, after its clean pass; `blocks` are the chunks that are still being denoised."""
         self.finish()
         now, states = self.now, self.spec.anchor.state_frames
         after = replace(
@@ -230,7 +231,7 @@ class Past:
         self._commit(self.spec.anchor, frames, after)
 
     def commit_again(self, frames: int, anchor: Anchor) -> None:
-        """Frames that were past before, after another clean pass of them."""
+        """Frames that were in the cache before, after another clean pass over them."""
         after = replace(self.now, next_frame=self.now.next_frame + frames)
         self._commit(anchor, frames, after, told=False)
 
@@ -261,7 +262,7 @@ class Past:
         self._do(steps, move, commits=True)
 
     def catch_up(self, look: Look) -> None:
-        """Let who follows the past do what is due."""
+        """Let the observer do what is due."""
         self.finish()
         if self.observer is not None:
             self.observer.catch_up(self.now.next_frame, look)
@@ -346,7 +347,7 @@ class Past:
         )
 
     def restore(self, state: RolloutState, steps: int) -> None:
-        """Stand where `state` was taken; `steps` are those of the schedule. ValueError if it is not whole."""
+        """Go to where `state` was taken; `steps` is the schedule's number of steps. ValueError if the state is not whole."""
         self._check(state)
         frames = self.spec.chunk_frames
         nothing = self.now.given

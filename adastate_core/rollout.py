@@ -45,7 +45,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Chunk:
-    """What left the rollout at once: `latents` [B, C, n, h, w] from video latent `first_frame` on."""
+    """Frames that left the rollout together: `latents` [B, C, n, h, w], of which the first is video latent `first_frame`."""
 
     index: int
     first_frame: int
@@ -70,8 +70,8 @@ class Rollout:
         solution: Solution | None = None,
         prompts: PromptPlan | None = None,
     ) -> None:
-        """`solution`: an absorption that was solved before for the same model, prompt and seed. `prompts`: text that
-        changes on the way; without them the model keeps the one it has."""
+        """`solution`: an absorption that was solved before for the same model, prompt and seed. `prompts`: texts that
+        change during the rollout; without `prompts` the model keeps its text."""
         schedule = settings.schedule
         if spec.blocks > 1 and len(schedule.sigmas) != spec.blocks:
             raise ValueError(
@@ -116,7 +116,7 @@ class Rollout:
 
     @property
     def attention(self) -> CachedAttention:
-        """What the model's layers call, for who wants to look on."""
+        """What the model's layers call; for observers of the attention."""
         return self._passes.attention
 
     @property
@@ -135,7 +135,7 @@ class Rollout:
 
     def snapshot(self, stream: dict[str, Any] | None = None) -> RolloutState:
         """The state after the last whole chunk; valid after an interrupt or an error too. A chunk that failed while it was
-        being committed is finished first, and pending in the state; UnfinishedError where that fails again."""
+        being committed is finished first, and its latents are pending in the state. UnfinishedError if this fails again."""
         return self.past.snapshot(stream)
 
     def put_back(self, latents: torch.Tensor) -> None:
@@ -172,7 +172,8 @@ class Rollout:
         self.past.give(given)
 
     def _next(self, length: int) -> None:
-        """One more chunk becomes past, and is pending; if it fails, what came before it is undone."""
+        """Make one more chunk. It becomes part of the past, and its latents are pending. If it fails, the transition or restart
+        before it is undone."""
         self.past.catch_up(self._passes.look)
         if self.past.now.given.shape[2]:
             self._take()
@@ -182,7 +183,7 @@ class Rollout:
         self.past.catch_up(self._passes.look)
 
     def _take(self) -> None:
-        """A chunk of frames that were there before: a clean pass, with S copies of the last one as its state."""
+        """A chunk of given frames: one clean pass, with S copies of the last frame as its state."""
         if self.prompts is not None:
             self.model.set_context(self.prompts.context(0))
         content = self.past.now.given[:, :, : self.spec.chunk_frames]
@@ -213,7 +214,7 @@ class Rollout:
         self.past.commit_chunk(x0, frames)
 
     def _generate_rolling(self, length: int) -> None:
-        """Passes over the window of chunks until its oldest is finished, which is then committed."""
+        """Make passes over all chunks under way until the oldest is finished, then commit that one."""
         frames, sigmas, seed, past = (
             self.spec.chunk_frames,
             self.settings.schedule.sigmas,
@@ -252,7 +253,7 @@ class Rollout:
         return out.to(self.model.device, non_blocking=True)
 
     def _content_noise(self, chunk: int, step: int) -> torch.Tensor:
-        """The noise [B, C, F, h, w] of a chunk's content: the seed's, or at the first step what was given for it."""
+        """The noise [B, C, F, h, w] of a chunk's content: drawn from the seed, or at step 0 from `first_noise` if that is given."""
         frames, given = self.spec.chunk_frames, self.settings.first_noise
         out = noise(self.settings.seed, chunk, step, self.past.shape(frames))
         if step == 0 and given is not None:
@@ -269,8 +270,8 @@ class Rollout:
         return Chunk(max(now.next_chunk - 1, 0), now.emitted, latents, now.hidden, time.perf_counter() - start, given)
 
     def passes(self, length: int, given: int = 0) -> int:
-        """Forwards of the model that are left until `length` latent frames, of which `given` are there before; without
-        those of a changing prompt."""
+        """How many forwards of the model are left until `length` latent frames, of which the first `given` are given. Forwards
+        that a change of the prompt needs are not counted."""
         given = given or self.past.now.given.shape[2]
         taken, left = -(-given // self.spec.chunk_frames), length - given - self.past.now.next_frame
         chunks = max(0, -(-left // self.spec.chunk_frames))

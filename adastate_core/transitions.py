@@ -1,4 +1,4 @@
-"""What a change of prompt, or a restart, does to the past before the chunk that it comes with."""
+"""What a change of the prompt, or a restart, does to the past before the next chunk."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from .passes import Passes
 from .past import Mark, Past
 from .prompts.plan import PromptPlan
 
-# past frames that a flush leaves beside the anchor, and where a rope cut puts the chunk after it (Infinity-RoPE's numbers)
+# how many past frames a flush leaves beside the anchor, and the position at which a rope cut puts its chunk (Infinity-RoPE's)
 FLUSH_FRAMES = 2
 CUT_POSITION = 45
 
 
 @contextlib.contextmanager
 def before_chunk(past: Past, passes: Passes, prompts: PromptPlan | None) -> Iterator[None]:
-    """Make the past what the next chunk is to see; if that, or the chunk within, fails, it is as it was before."""
+    """Prepare the past for the next chunk, which is made inside. If the preparation or the chunk fails, the past is again what it
+    was before."""
     first, change = past.now.next_frame, _Change(past, passes, prompts)
     try:
         change.make()
@@ -34,14 +35,14 @@ def before_chunk(past: Past, passes: Passes, prompts: PromptPlan | None) -> Iter
 
 
 class _Change:
-    """What comes before one chunk. `mark` is the past before it, if it makes another of it."""
+    """The change before one chunk. `mark` is the past before the change, or None while nothing was changed."""
 
     def __init__(self, past: Past, passes: Passes, prompts: PromptPlan | None) -> None:
         self.past, self.passes, self.prompts = past, passes, prompts
         self.mark: Mark | None = None
 
     def make(self) -> None:
-        """Restart, or change the prompt with what its transition does to the cache."""
+        """Restart, or change the prompt and do to the cache what the transition says."""
         past, spec = self.past, self.past.spec
         frame, before = past.now.next_frame, past.now.before
         past.jump = 0
@@ -59,7 +60,8 @@ class _Change:
             past.jump = max(CUT_POSITION - past.layout().content, CUT_POSITION - spec.chunk_frames)
 
     def undo(self) -> None:
-        """Back to the mark. A failure is not told, the one that led here is: whoever looks next undoes the rest."""
+        """Go back to the mark. A failure here is not raised, because the error that led here is; the past's next user finishes
+        the undoing."""
         if self.mark is not None:
             with contextlib.suppress(Exception):
                 self.past.rewind(self.mark)
@@ -72,9 +74,9 @@ class _Change:
         self.mark = self.mark or self.past.mark()
 
     def _commit_again(self, frames: int) -> None:
-        """Empty the window and commit the newest `frames` latents once more, in passes of F; the anchor stays as it is.
+        """Empty the window and commit the newest `frames` latents once more, in passes of F. The anchor stays as it is.
 
-        Frames that the anchor holds are left out. The hidden state is committed again with them, unless it is frozen.
+        Frames that the anchor holds are left out. The hidden state, unless it is frozen, is committed again with the others.
         """
         past, now, anchor = self.past, self.past.now, self.past.spec.anchor
         end, held = now.next_frame, now.recent.shape[2]

@@ -33,9 +33,9 @@ from .report import (
 
 @dataclass
 class Result:
-    """What a run made; `latents` are in VAE space, or None if they were not kept.
+    """What a run made. `latents` are in VAE space, or None if they were not kept.
 
-    Where memory did not suffice for latents or state, they are None and `missing` says so under their names.
+    If there was not enough memory for latents or state, the value is None, and `missing` says so under its output's name.
     """
 
     latents: torch.Tensor | None
@@ -50,7 +50,7 @@ class Job(Prepared):
     """Rolls out what was asked for, decodes and writes as it goes."""
 
     def rollout(self, progress: Progress) -> Rollout:
-        """Load the models; the rollout that the request asks for, not yet begun."""
+        """Load the models. Returns the rollout that the request asks for, before its first chunk."""
         self._load()
         rollout = Rollout(
             self.model,
@@ -68,11 +68,11 @@ class Job(Prepared):
         return rollout
 
     def run(self, view: LiveRun | None = None) -> Result:
-        """Load, roll, decode; on any end the files are finished, after a failure the state is saved beside them, and last a
-        report of it, unless the run was refused before anything was loaded.
+        """Load, roll, decode. However the run ends, its files are finished. After a failure the state is saved beside them. Last, a
+        report is written, unless the run was refused before anything was loaded.
 
-        `view` is shown each chunk, and may ask to stop, as max_seconds does: the run then ends after the chunk under way,
-        with what there is.
+        `view` is shown each chunk. It may ask to stop, like max_seconds. The run then ends after the chunk under way, with the
+        frames that there are.
         """
         view = view or LiveRun(None)
         output = StreamOutput(self, self.request.stream) if self.request.stream else None
@@ -118,7 +118,7 @@ class Job(Prepared):
         return 0 < self.request.max_seconds <= self.seconds_since_begin()
 
     def _result(self, run: UnderWay, view: LiveRun) -> Result:
-        """The outputs of a run that is over: where one cannot be made, the others are there."""
+        """The outputs of a run that is over. If one cannot be made, the others are still there."""
         rollout, output, saved = run.rollout, run.output, view.saved.get("state")
         missing: dict[str, str] = {}
 
@@ -154,7 +154,7 @@ class Job(Prepared):
         rollout: Rollout,
         pictures: torch.Tensor | None,
     ) -> None:
-        """Show a chunk on the node and to who watches; a picture that fails is logged, an interrupt is raised."""
+        """Show a chunk on the node and to the page that watches. A picture that fails is logged; an interrupt is raised."""
 
         def preview() -> None:
             if pictures is None:
@@ -167,7 +167,7 @@ class Job(Prepared):
             attempt("a chunk could not be shown", lambda: self._tell(view, number, chunk, rollout, pictures))
 
     def _tell(self, view: LiveRun, number: int, chunk: Chunk, rollout: Rollout, pictures: torch.Tensor | None) -> None:
-        """Send a chunk to who watches, and the hidden state after it where the anchor has one and a decoder is at hand."""
+        """Send a chunk to the page that watches. If the anchor has a hidden state and there is a decoder, send that state too."""
         shown = pictures if pictures is not None and self.request.stream.preview else None
         hidden = None
         if shown is not None and chunk.hidden is not None:

@@ -1,11 +1,11 @@
 """The absorption of one run, as it follows the past: warm up while collecting, solve and switch at once, then watch.
 
     absorber.start_chunk()                       # before a chunk; attention then asks `absorber.corrections` in every pass
-    absorber.joins(), absorber.moved(chunk)      # with its commit, which the rows of the chunk count from
-    absorber.catch_up(next_frame)                # after it: what is due is solved, switched, measured
+    absorber.joins(), absorber.moved()           # with the chunk's commit; from then on the rows of the chunk count
+    absorber.catch_up(next_frame)                # after the commit: what is due is solved, switched, measured
 
-`catch_up` makes all of it aside and takes it over at once, so it may fail, and is then tried again: in this run, or by the
-one that goes on from its state. Everything public about ISPA and what is this pack's own choice: docs/design-notes.md.
+`catch_up` makes all new things aside and takes them over at once. So it may fail, and is then called again: in this run, or in the
+run that goes on from its state. Everything public about ISPA and what is this pack's own choice: docs/design-notes.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .moments import Moments
 from .settings import AbsorptionSettings, blocks_of
 from .solve import Correction, Fit, Solution, fit, residual
 
-# measurements that are kept; beyond that every second instant is forgotten
+# how many measurements are kept; when there are more, those of every second instant are forgotten
 MOST_WATCHED = 2048
 PHASES = ("warming", "switched", "nothing to absorb")
 
@@ -60,18 +60,18 @@ class Absorber:
     def __init__(
         self, settings: AbsorptionSettings, cache: KVCache, anchor: Anchor, rope: Rope, solution: Solution | None = None
     ) -> None:
-        """`solution`: one made before for the same model, prompt and seed; then nothing is collected."""
+        """`solution`: one that was made before for the same model, prompt and seed. Nothing is collected if it is given."""
         self.settings, self.cache, self.anchor = settings, cache, anchor
         pinned = settings.pinned(anchor.frames) if anchor.state_frames else settings.sink_frames
         self.corrections = Corrections(settings, cache, pinned, rope)
         self.phase = PHASES[0] if settings.layers(len(cache.layers)) else PHASES[2]
-        # solving anew changes the fits: those that were given stay their owner's
+        # copied, because solving anew changes the fits, and the given ones belong to the caller
         self.solution = None if solution is None else Solution(solution.chosen, dict(solution.fits))
         self._given = solution is not None
         self.full_window = max((layer.window_frames for layer in cache.plan.layers), default=0)
         self.collector = self._collector(range(len(cache.layers)))
         self.watched: list[dict[str, Any]] = []
-        # of the layers that are watched, when they were switched: what drift is counted from
+        # residuals of the watched layers at the switch; drift is counted from these
         self.first_residuals: dict[int, float] = {}
         self.seconds = 0.0
         # the prompt and seed of this run, and those of the run that solved
@@ -111,7 +111,7 @@ class Absorber:
         self.corrections.collector = None
 
     def joins(self) -> list[tuple[int, Callable[[], None]]]:
-        """(layer, write) by which the rows of the chunk under way come to count; each may be run again."""
+        """(layer, write) for each layer. The write makes the rows of the chunk under way count, and may be run again."""
         return self.collector.joins() if self.corrections.collector is not None else []
 
     def moved(self) -> None:
@@ -125,7 +125,7 @@ class Absorber:
         self.corrections.collector = None
 
     def flushed(self, keep: int) -> None:
-        """The window holds its `keep` newest frames alone: what was lost before is no history any more."""
+        """The full window holds only its `keep` newest frames now. Older frames are no longer history."""
         for layer, history in self.histories.items():
             history.flush(max(0, keep - len(self.cache.layers[layer].window)))
 
@@ -138,8 +138,8 @@ class Absorber:
             self.histories[layer].rewind(kept)
 
     def catch_up(self, next_frame: int, look: object = None) -> None:
-        """Solve, switch or measure if that is due; `next_frame` is the index of the next chunk's first frame. No passes are
-        asked for by `look`: what is judged by was collected on the way."""
+        """Solve, switch or measure if that is due. `next_frame` is the index of the next chunk's first frame. `look` is not used:
+        everything that is needed was collected while the chunks were made."""
         if self.phase == PHASES[0] and next_frame >= self.settings.warmup_frames:
             self._solve()
         elif self.due:
@@ -166,7 +166,8 @@ class Absorber:
         self.seconds = time.perf_counter() - start
 
     def _switch(self, solution: Solution, pinned: int, moved: bool) -> _Switch:
-        """The small caches of the chosen layers, with what they keep (`moved`) or empty, to be restored."""
+        """The small caches of the chosen layers. If `moved`, they hold the frames that the layers keep; else they are empty, to be
+        restored."""
         chosen = solution.chosen
         watched = watched_of(chosen, self.settings)
         plans = list(self.cache.plan.layers)
@@ -197,7 +198,7 @@ class Absorber:
         self.cache.fit()
 
     def resume_switched(self, pinned: int, chunks_since: int, watched: list[dict[str, Any]]) -> None:
-        """Stand where a run stood that had switched; caches and histories are empty and to be restored."""
+        """Go to where a run stood that had switched. Caches and histories are empty, to be restored."""
         self._take(self.solution, self._switch(self.solution, pinned, moved=False))
         self.collector = self._collector(self.histories)
         self.chunks_since, self.watched = chunks_since, watched
@@ -215,7 +216,7 @@ class Absorber:
                 layer.hand_over(index - layer.window_start, history.push)()
 
     def _measure(self, next_frame: int) -> None:
-        """Residuals of the corrections on the chunk that has just been made, and better ones where they are asked for."""
+        """Measure the residuals of the corrections on the newest chunk. Take better corrections if the settings ask for them."""
         parts, entries, firsts, anew = self.collector, [], dict(self.first_residuals), {}
         for i, seen in parts.seen.items():
             old, newest = self.solution.fits[i], parts.held_out[i]
@@ -240,7 +241,7 @@ class Absorber:
         self.collector, self.due = collector, False
 
     def _collecting_on(self, layers: Iterable[int]) -> Collector:
-        """What later measurements start from: all that was collected if corrections are solved anew, else nothing."""
+        """The collector for later measurements. If corrections are solved anew, it has all rows collected so far, else none."""
         if self.settings.refresh != "never" and self.collector.chunks:
             return self.collector.of(layers)
         return self._collector(layers)
@@ -272,7 +273,7 @@ class Absorber:
 
 @dataclass
 class _Switch:
-    """What a switch puts in the place of what is there, by layer."""
+    """What a switch puts in place of the old caches, by layer."""
 
     plan: CachePlan
     layers: dict[int, LayerSlots] = field(default_factory=dict)

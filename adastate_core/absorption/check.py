@@ -1,4 +1,4 @@
-"""Whether an absorption from a file, or the part of a state that is one, is whole and is of the settings that it names."""
+"""Checks an absorption that comes from a file or is part of a state: it has to be whole, and fit the settings that it names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTS = ("constant", "matrix", "left", "right")
 
 
 def settings_of(described: Fields) -> AbsorptionSettings:
-    """What `AbsorptionSettings.describe` described; of packs before, what came in later has its default."""
+    """The settings that `AbsorptionSettings.describe` described. Those that an earlier version did not have get their defaults."""
     takes = {"int": lambda n: described.whole(n, -1), "float": described.number, "bool": described.yes_no}
     takes |= {"str": described.text, "float | None": lambda n: _ridge_of(described, n)}
     found = {f.name: takes[str(f.type)](f.name) for f in fields(AbsorptionSettings) if described.has(f.name)}
@@ -50,7 +50,7 @@ def check_absorption(
 ) -> tuple[tuple[int, ...], int]:
     """Damage unless a rollout of this `plan` (before any switch) can go on from the absorption in `state`.
 
-    Its tensors are `absorption.NAME` of `tensors`. What it gives are the layers that are switched, and how many frames of the
+    The absorption's tensors are `absorption.NAME` of `tensors`. Returns the layers that are switched, and how many frames of the
     window they pin.
     """
     if settings is None:
@@ -88,7 +88,7 @@ def check_absorption(
 def check_solution(
     state: Fields, prefix: str, tensors: Tensors, settings: AbsorptionSettings, layers: int, width: int, heads: int
 ) -> tuple[int, ...]:
-    """Damage unless the entries under `prefix` are a solution for a model of these sizes; the chosen layers."""
+    """Damage unless the entries under `prefix` are a solution for a model of these sizes. Returns the chosen layers."""
     chosen, wanted = check_numbers(state, prefix), settings.layers(layers)
     if len(chosen) != wanted or any(i >= layers for i in chosen):
         raise Damage(f"{state.path(prefix)}chosen is {shown(list(chosen))}, not {wanted} of {layers} layers")
@@ -107,7 +107,7 @@ def check_solution(
 
 
 def check_numbers(state: Fields, prefix: str = "") -> tuple[int, ...]:
-    """Damage unless `chosen` and `fits` are layers in their order and a solution's numbers; the chosen layers."""
+    """Damage unless `chosen` lists layers in their order and `fits` holds a solution's numbers. Returns the chosen layers."""
     chosen, name = tuple(state.wholes(f"{prefix}chosen")), state.path(f"{prefix}fits")
     if list(chosen) != sorted(set(chosen)):
         raise Damage(f"{state.path(prefix)}chosen is {shown(list(chosen))}, not layers in their order, each once")
@@ -148,7 +148,7 @@ def _check_watched(state: Fields, layers: int) -> None:
 def _check_history(
     state: Fields, tensors: Tensors, layer: int, settings: AbsorptionSettings, plan: CachePlan, pinned: int
 ) -> None:
-    """What left a watched layer's cache: as many frames as its numbers say, keys and values [B, n, P, width]."""
+    """Damage unless a watched layer's history holds as many keys and values [B, n, P, width] as its list of frames says."""
     name = f"history.{layer}"
     frames, path = state.listed(f"{name}.frames"), state.path(f"{name}.frames")
     for i, pair in enumerate(frames):
@@ -166,7 +166,7 @@ def _check_history(
 
 
 def _check_moments(tensors: Tensors, path: str, width: int, blocks: int) -> None:
-    """One layer's statistics (moments.py): sums over rows, of which the energies and the count are not below 0."""
+    """Damage unless these are one layer's statistics (moments.py): sums over rows. Energies and count are not below 0."""
     size = width // blocks
     shapes = ((), (width,), (width,), (blocks, size, size), (blocks, size, size), (), ())
     for name, shape in zip(FIELDS, shapes, strict=True):

@@ -10,19 +10,20 @@ import torch
 
 from .moments import FIELDS, Moments
 
-# of a single chunk every fifth token is held out; of several, the last chunk
+# with a single chunk, every fifth token of it is held out; with several, the last chunk is held out
 FIFTH = 5
 
 
 class Collector:
-    """Moments of `layers`: `seen` to fit on, `held_out` to choose by, and the chunk under way, which may be thrown away."""
+    """Moments of `layers`: `seen` to fit on, and `held_out` to choose by. Those of the chunk under way are apart, to be dropped
+    if it fails."""
 
     def __init__(self, layers: Iterable[int], width: int, blocks: int, device: torch.device) -> None:
         self.layers, self.width, self.blocks, self.device = tuple(layers), width, blocks, device
         self.chunks = 0
         # layer -> (seen, held out, whole chunks in them)
         self._whole: dict[int, tuple[Moments, Moments, int]] = {}
-        # (seen, held out) of the chunk under way; once there are whole chunks all of it is held out
+        # (seen, held out) of the chunk under way; if there are whole chunks already, all its rows are held out
         self._current: dict[int, tuple[Moments | None, Moments]] = {}
 
     @property
@@ -51,11 +52,12 @@ class Collector:
             moments.add(local[:, part].flatten(0, 1), full[:, part].flatten(0, 1))
 
     def joins(self) -> list[tuple[int, Callable[[], None]]]:
-        """(layer, what makes its rows of the chunk under way count); each may be called again. `close_chunk` comes after."""
+        """(layer, write) for each layer. The write makes the layer's rows of the chunk under way count, and may be called again.
+        `close_chunk` comes after all writes."""
         return [(layer, partial(self._join, layer)) for layer in self._current]
 
     def _join(self, layer: int) -> None:
-        """What was held out before joins what is fitted on."""
+        """Rows that were held out before join the rows to fit on. The rows of the chunk under way are held out instead."""
         chunks = self.chunks + 1
         if layer in self._whole and self._whole[layer][2] == chunks:
             return
@@ -72,7 +74,7 @@ class Collector:
             self._current = {}
 
     def of(self, layers: Iterable[int]) -> Collector:
-        """What has been collected so far of these layers alone."""
+        """A collector of only these `layers`, with what has been collected so far."""
         kept = Collector(layers, self.width, self.blocks, self.device)
         kept.chunks = self.chunks
         kept._whole = {layer: self._whole[layer] for layer in kept.layers}

@@ -1,6 +1,7 @@
-"""What attention asks an absorption for in a pass: full attention in two parts, and what the switched layers get put back.
+"""What attention asks an absorption for in a pass: full attention in two parts, and the corrections of the switched layers.
 
-Nothing of the run moves here. Rows that are collected belong to the chunk under way, and count once it is committed.
+The state of the run does not change here. Rows that are collected belong to the chunk under way. They count when the chunk is
+committed.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from .solve import Correction
 
 
 class Corrections:
-    """One run's. `standing` are the corrections of switched layers, in the compute dtype on the device; `histories` what
-    watched ones have lost; `collector`, while there is one, takes the rows of all layers or, after the switch, of those."""
+    """The corrections of one run. `standing`: those of the switched layers, in the compute dtype on the device. `histories`: the
+    frames that watched layers have lost. `collector`: if there is one, it takes the rows of all layers before the switch, and of
+    the watched layers after it."""
 
     def __init__(self, settings: AbsorptionSettings, cache: KVCache, pinned: int, rope: Rope) -> None:
-        """`pinned`: the video's first frames that a switched layer keeps in its window, those below this index."""
+        """`pinned`: a switched layer keeps the frames of its window whose video index is below this number."""
         self.settings, self.cache, self.pinned, self.rope = settings, cache, pinned, rope
         self.switched = False
         self.collector: Collector | None = None
@@ -36,7 +38,7 @@ class Corrections:
         return layer.parts(current_frames, self.settings.local_window_frames, self.pinned)
 
     def attend(self, layer: int, q: torch.Tensor, current_frames: int, layout: Layout) -> torch.Tensor | None:
-        """This layer's output if it is the absorption's to make, else None. q [B, N, width] rotated, as keys are."""
+        """This layer's output, if the absorption has to make it, else None. q [B, N, width] is rotated like the keys."""
         if self.collector is None:
             return None
         if not self.switched:
@@ -49,7 +51,8 @@ class Corrections:
         return None
 
     def correct(self, layer: int, out: torch.Tensor) -> torch.Tensor:
-        """What a layer's attention gave, with what it can no longer see put back; as it was for other layers."""
+        """A layer's attention output `out`, with its correction for what the layer can no longer see. Layers without a correction
+        get `out` back."""
         correction = self.standing.get(layer)
         return out if correction is None else correction.apply(out)
 

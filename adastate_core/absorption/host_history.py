@@ -1,4 +1,4 @@
-"""What left a switched layer's cache, in host memory: only to measure by, never read by the run itself."""
+"""Frames that left a switched layer's cache, kept in host memory. They are only for measuring; the run never reads them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..rope import Layout, Rope
 
 @dataclass(frozen=True)
 class _Kept:
-    """One frame's key and value [B, P, width] on the CPU, and where the key is rotated to (None: raw)."""
+    """One frame's key and value [B, P, width] on the CPU, and the position to which the key is rotated (None: raw)."""
 
     frame: int
     position: float | None
@@ -37,7 +37,7 @@ class HostHistory:
         return sum(kept.key.nbytes + kept.value.nbytes for kept in self._frames)
 
     def push(self, frame: int, position: float | None, key: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:
-        """Copy a frame's key and value out; what has to be called for them to be in the history."""
+        """Copy a frame's key and value. Returns a function; the copies are in the history after it is called."""
         kept = _Kept(frame, position, key.to("cpu", copy=True), value.to("cpu", copy=True))
         return partial(self._append, kept)
 

@@ -1,7 +1,8 @@
-"""Streaming statistics of one layer: everything that the least-squares fit and its error need of the rows.
+"""Streaming statistics of one layer: everything that the least-squares fit and its error need to know of the rows.
 
-Rows are query tokens; a row of `local` is the layer's attention output over local keys, the same row of `full` over all keys,
-before the output projection; `r = full - local`. Sums are float32, in blocks: one block of d channels, or one a head.
+Rows are query tokens. A row of `local` is the layer's attention output over the local keys. The same row of `full` is
+its output over all keys. Both are taken before the output projection. `r = full - local`. Sums are float32, in blocks:
+one block of d channels, or one for each head.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Moments:
         return 4 * (3 + 2 * width + 2 * width * width // blocks)
 
     def add(self, local: torch.Tensor, full: torch.Tensor) -> None:
-        """Take rows [m, d] of both in, in any float dtype."""
+        """Add rows [m, d] of `local` and `full`, in any float dtype."""
         local, full = local.float(), full.float()
         missing = full - local
         self.rows += len(local)
@@ -56,7 +57,7 @@ class Moments:
         return Moments(*(getattr(self, name) + getattr(other, name) for name in FIELDS))
 
     def to(self, device: torch.device) -> Moments:
-        """The same on `device`; shares what lies there already."""
+        """The same moments on `device`. Tensors that lie there already are shared, not copied."""
         return Moments(*(getattr(self, name).to(device) for name in FIELDS))
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from .check import PARTS, check_absorption, check_numbers, check_solution, setti
 from .settings import AbsorptionSettings
 from .solve import Correction, Fit, Solution
 
-# 2 has checksums and is refused without them; 1, of packs before, is read with all checks but that one
+# version 2 has checksums and is refused without them; version 1, of earlier packs, is read with all other checks
 FORMAT, VERSION, BEFORE = "adastate.absorption", 2, 1
 
 
@@ -34,7 +34,7 @@ def solution_state(solution: Solution) -> dict[str, Any]:
 
 
 def solution_from(state: dict[str, Any], settings: AbsorptionSettings, layers: int, width: int, heads: int) -> Solution:
-    """What `solution_state` gave; ValueError, naming the field, if it does not fit this model and these settings."""
+    """The solution that `solution_state` described. ValueError, naming the field, if it does not fit model and settings."""
     fields, tensors = _parts(state)
     chosen = check_solution(fields, "", tensors, settings, layers, width, heads)
     fits = {i: Fit(None, float(ridge), float(a), float(b)) for i, ridge, a, b in state["fits"]}
@@ -70,9 +70,9 @@ def absorber_state(absorber: Absorber) -> dict[str, Any]:
 
 
 def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
-    """Go on from what `absorber_state` gave: before the cache is restored, whose plan changes here.
+    """Go on from what `absorber_state` gave. Call this before the cache is restored, because it changes the cache's plan.
 
-    ValueError, before anything has changed, if it does not fit.
+    ValueError if the state does not fit; nothing has been changed then.
     """
     plan, settings = absorber.cache.plan, absorber.settings
     fields, tensors = _parts(state, "absorption")
@@ -150,7 +150,7 @@ def load_solution(path: Path | str) -> tuple[AbsorptionSettings, dict[str, Any],
 
 
 def _check_alone(chosen: tuple[int, ...], tensors: Tensors) -> None:
-    """What can be said of a solution's tensors without its model: those of the chosen layers, and no others."""
+    """Damage unless a solution's tensors are those of the chosen layers alone. More cannot be checked without the model."""
     for i in chosen:
         for name in (f"fit.{i}.{part}" for part in PARTS):
             if tensors.has(name):

@@ -12,9 +12,9 @@ from .moments import Moments
 SCOPES = ("head", "layer", "lowrank")
 REFRESHES = ("never", "drift", "always")
 SELECTIONS = ("residual", "discrepancy", "explained")
-# tried from the right: doing nothing wins ties (measured: small ridges overfit badly)
+# tried from right to left, so that doing nothing wins ties (measured: small ridges overfit badly)
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
-# a correction that is solved anew sees the newest chunks, not one alone, beside all that were collected before
+# how many of the newest chunks a new solve gets, in addition to all that were collected before
 REFRESH_CHUNKS = 4
 
 
@@ -22,14 +22,16 @@ REFRESH_CHUNKS = 4
 class AbsorptionSettings:
     """ISPA (arXiv 2607.00712) as this pack reads it; latent frames throughout.
 
-    After `warmup_frames` the floor(`ratio` * layers) layers whose history is best absorbed keep only `sink_frames` first
-    frames (fewer by what the anchor holds), the newest `local_window_frames` and the chunk being made. `ridge`: a
-    number, or None to choose from RIDGES on held-out rows. `absorb` off is the paper's No Absorb: the same as an
-    infinite ridge. `monitor_layers` of the switched layers (-1: all) keep their history in host memory, and every
-    `monitor_chunks` chunks their residual is measured again. With `refresh` "always" they are then solved anew, with "drift"
-    where the residual is more than `drift` times what it was at the switch: on all that has been collected, the newest
-    REFRESH_CHUNKS of those chunks among it. The last chunk is held out: there the new correction has to be better than
-    the old one and than none.
+    After `warmup_frames`, floor(`ratio` * layers) layers are switched: those whose history is best absorbed. A switched layer keeps
+    only the first `sink_frames` frames (less those that the anchor holds), the newest `local_window_frames`, and the chunk
+    being made. `ridge`: a number, or None to choose from RIDGES on held-out rows. `absorb` off is the paper's No Absorb: the same
+    as an infinite ridge.
+
+    `monitor_layers` of the switched layers (-1: all) keep their history in host memory. Every `monitor_chunks` chunks their
+    residual is measured again. They may then be solved anew: with `refresh` "always" each time, with "drift" only if the
+    residual is more than `drift` times what it was at the switch. A new solve uses all that has been collected, with the newest
+    REFRESH_CHUNKS chunks. The last chunk is held out. On it the new correction has to be better than the old one and better
+    than none.
     """
 
     ratio: float = 0.5
@@ -74,7 +76,7 @@ class AbsorptionSettings:
             )
 
     def pinned(self, anchor_frames: int) -> int:
-        """Sink frames that a layer has to keep itself, beside the anchor's."""
+        """How many sink frames a layer has to keep itself, because the anchor does not hold them."""
         return max(0, self.sink_frames - anchor_frames)
 
     def layers(self, count: int) -> int:
@@ -99,7 +101,7 @@ class AbsorptionSettings:
 
 
 def settings_from(description: dict[str, Any]) -> AbsorptionSettings:
-    """What `describe` described; ValueError or TypeError for anything else."""
+    """The settings that `describe` described. ValueError or TypeError for anything else."""
     ridge = description.get("ridge")
     return AbsorptionSettings(**(description | {"ridge": None if ridge is None else float(ridge)}))
 
@@ -110,7 +112,7 @@ def blocks_of(settings: AbsorptionSettings, heads: int) -> int:
 
 
 def absorption_bytes(settings: AbsorptionSettings, plan: CachePlan, heads: int) -> int:
-    """The most that statistics and corrections take on the device: those seen, held out and of the chunk under way."""
+    """The most bytes that an absorption takes on the device. Statistics are those seen, held out, and of the chunk under way."""
     if not settings.layers(len(plan.layers)):
         return 0
     return 3 * len(plan.layers) * Moments.nbytes_of(plan.width, blocks_of(settings, heads))

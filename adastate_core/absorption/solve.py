@@ -1,8 +1,8 @@
-"""The closed-form correction of one layer, and how well it does on rows that it has not seen.
+"""The closed-form correction of one layer, and its error on rows that the fit has not seen.
 
-Least squares of r = full - local on local with a constant: M = (G + lambda I)^-1 C from centred G and C,
-beta = mean(r) - mean(local) M, lambda = ridge * tr(G) / width of a block. The layer then computes o(local (I + M) + beta);
-fitting a change of o's weight itself gives the same (shared notes on ISPA, section 4.2).
+r = full - local is fitted on local by least squares with a constant: M = (G + lambda I)^-1 C from centred G and C,
+beta = mean(r) - mean(local) M, lambda = ridge * tr(G) / width of a block. The layer then computes o(local (I + M) + beta), where o
+is its output projection. Fitting a change of o's weight instead would give the same (shared notes on ISPA, section 4.2).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 
 from .moments import Moments
 
-# eigenvalues of G below this part of the largest are rounding
+# eigenvalues of G smaller than this share of the largest one are only rounding
 FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
 class Correction:
-    """`matrix` M [blocks, c, c] and `constant` beta [d], float32; what is added to rows is row M + beta.
+    """`matrix` M [blocks, c, c] and `constant` beta [d], float32. To each row, row M + beta is added.
 
     A truncated M of one block is kept as `left` [1, d, r] and `right` [1, r, d] instead.
     """
@@ -58,10 +58,10 @@ class Correction:
 
 @functools.cache
 def solving_device(device: torch.device) -> torch.device:
-    """`device` if it solves in float64, which is tried once, else the CPU: Apple's GPUs have no float64.
+    """`device` if it can solve in float64, else the CPU (Apple's GPUs have no float64). This is tried once.
 
-    Not the CPU for all: with one block a layer, 30 layers of 1536 channels with all their ridges take some 4e12 operations
-    at one instant, 40 layers of 5120 channels 50 times that.
+    The CPU is too slow to be used always. With one block a layer, 30 layers of 1536 channels with all their ridges take some 4e12
+    operations at one instant, and 40 layers of 5120 channels take 50 times as many.
     """
     try:
         torch.linalg.cholesky_ex(torch.eye(1, dtype=torch.float64, device=device))
@@ -78,8 +78,8 @@ def nothing(moments: Moments) -> Correction:
 def solve(moments: Moments, ridge: float, rank: int | None = None) -> Correction:
     """The fit at one ridge; infinity gives `nothing`. `rank` truncates M of a single block by its singular values.
 
-    Float64 Cholesky on the moments' device if that can, else on the CPU, where the correction then lies; with hardly any
-    ridge the least-norm solution, since float32 sums leave directions that are rounding alone.
+    The solve is a float64 Cholesky on the moments' device if that can do it, else on the CPU; the correction lies where it was
+    solved. With hardly any ridge it is the least-norm solution, because float32 sums leave directions that are only rounding.
     """
     moments = moments.to(solving_device(moments.rows.device))
     m = float(moments.rows)
@@ -110,7 +110,7 @@ def solve(moments: Moments, ridge: float, rank: int | None = None) -> Correction
 
 
 def residual(moments: Moments, correction: Correction) -> float:
-    """sum ||r - local M - beta||^2 / sum ||full||^2 over the rows of `moments`; 0 where there are none."""
+    """sum ||r - local M - beta||^2 / sum ||full||^2 over the rows of `moments`; 0 if there are none."""
     energy = float(moments.full_energy)
     if energy <= 0:
         return 0.0
@@ -127,8 +127,8 @@ def residual(moments: Moments, correction: Correction) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """A layer's correction with the ridge chosen (None once the layer was not), and its held-out residuals with it and
-    with nothing."""
+    """A layer's correction with the chosen `ridge` (None if the layer was not chosen). `residual` is the held-out error with the
+    correction, and `discrepancy` the one without."""
 
     correction: Correction | None
     ridge: float
@@ -150,7 +150,7 @@ class Solution:
 
 
 def fit(seen: Moments, held_out: Moments, ridges: Sequence[float], rank: int | None = None) -> Fit:
-    """Choose among `ridges`, in order, by the residual on `held_out`; the correction is then solved on all rows."""
+    """Choose the ridge with the least residual on `held_out`; the first in order wins ties. Then solve on all rows."""
     place = solving_device(seen.rows.device)
     seen, held_out = seen.to(place), held_out.to(place)
     best, least = ridges[0], math.inf

@@ -4,12 +4,12 @@ One layer's buffers, in latent frames (S sink, W window, F chunk, C chosen, r ne
 
     [ home, W + F, filled from the right | sink, S, filled from the right | current, F | staged, C + r ]
 
-Home holds the past beside the sink, oldest nearest to the sink: C frames' worth of chosen tokens, once there are any, then
-whole frames. While it holds at most W frames, a pass reads [home | sink | current]. Beyond that the first pass of the chunk
-chooses: of all tokens of home but those of the r newest frames, the C frames' worth with the largest sum of q.k over the
-queries of the recent frames. They and the r newest frames are put into `staged` at their places in time, and every pass of
-the chunk reads [sink | current | staged]. Home stays as it was until the chunk is committed, so an interrupted chunk leaves
-the past alone. Both readings are one slice of the buffers.
+Home holds the past without the sink, the oldest nearest to the sink. It begins with C frames' worth of chosen tokens, if any
+were chosen. Whole frames follow. While home holds at most W frames, a pass reads [home | sink | current]. When home holds more, the
+first pass of the chunk chooses tokens. It leaves the r newest frames out, and of all other tokens in home it takes the C frames'
+worth with the largest sum of q.k over the queries of the recent frames. The chosen tokens and the r newest frames are put into
+`staged` at their places in time, and every pass of the chunk reads [sink | current | staged]. Home does not change until the
+chunk is committed, so an interrupted chunk does not touch the past. In both cases a pass reads one slice of the buffers.
 
 How tokens are chosen is in cache/deep_choice.py.
 """
@@ -96,7 +96,7 @@ class DeepLayer(LayerSlots):
         self.ids = torch.zeros((batch, self.chosen_frames * tokens), dtype=torch.int64, device=device)
         # tokens of home, oldest first, that the chunk under way has chosen
         self.picked = torch.zeros_like(self.ids)
-        # summed queries at time 0, a frame each: of the newest past frames, and of the chunk under way
+        # summed queries at time 0, one for each frame: of the newest past frames, and of the chunk under way
         self.queries = torch.zeros((batch, self.recent, width), device=device)
         self.new_queries = torch.zeros((batch, plan.chunk_frames, width), device=device)
         self.chosen = 0
@@ -147,7 +147,7 @@ class DeepLayer(LayerSlots):
         self.compressed = False
 
     def turns(self, layout: Layout, rope: Rope, heads: int) -> Iterator[Callable[[], None]]:
-        """Writes that rotate what entered since: sink slots and frames of home to their place in a row, 0, 1, 2, ..."""
+        """Writes that rotate the keys that entered since the last time. Sink slots and frames of home get positions 0, 1, 2, ..."""
         for slot, entry in self.anchor.items():
             to = layout.anchor(slot, entry.frame)
             if entry.position != to:
@@ -171,8 +171,8 @@ class DeepLayer(LayerSlots):
         out.copy_(cls._rotated(keys, turn, heads))
 
     def see(self, q: torch.Tensor, layout: Layout, rope: Rope, heads: int, clean: bool) -> None:
-        """A pass's queries [B, N, width], normed and not rotated, before it reads: choose if that is due, and keep the
-        sums of a clean pass."""
+        """Take the queries [B, N, width] of a pass, normed and not rotated, before the pass reads. Choose tokens if that is due.
+        If the pass is clean, keep the sums of its queries."""
         due = self.count > self.layer.window_frames and not self.compressed
         if not (due or clean):
             return
@@ -185,7 +185,7 @@ class DeepLayer(LayerSlots):
             self.new_queries[:, : sums.shape[1]].copy_(sums)
 
     def _choose(self, sums: torch.Tensor, layout: Layout, rope: Rope, heads: int) -> None:
-        """Fill `picked`, every key and query being where it is with all of home in place."""
+        """Fill `picked`. Each key and query stands at the position that it has when all of home is in place."""
         first, candidates = len(self.anchor), self.count - self.recent
         content = layout.content + self.count - self.held
         places = [*range(first + candidates, first + self.count), *range(content, content + sums.shape[1])]
@@ -357,7 +357,7 @@ class DeepLayer(LayerSlots):
 
 
 class DeepDraft:
-    """What a commit will make of a deep sink's layer (as LayerDraft): what the chunk did not choose is forgotten in it."""
+    """The draft of a commit to a deep sink's layer (as LayerDraft). Tokens that the chunk did not choose are forgotten by it."""
 
     def __init__(self, cache: DeepLayer, scratch: torch.Tensor) -> None:
         """`scratch`: what `DeepLayer.scratch` gives."""
@@ -369,7 +369,7 @@ class DeepDraft:
         self.left: list[Callable[[], None]] = []
 
     def fill(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
-        """Content that a pass staged enters home or the sink, after home has become what the chunk chose."""
+        """First home becomes what the chunk chose. Then the content that a pass staged enters home or the sink."""
         cache = self.cache
         if cache.compressed:
             self._settle()

@@ -1,7 +1,7 @@
-"""What a commit will make of one layer: its books as they will be, and the writes that bring its frames there.
+"""The draft of a commit to one layer: its future books (which frame lies in which slot), and the writes that put the frames there.
 
-Drawing a draft up changes nothing, and is where all that can fail happens: the anchor's policy, copies to the CPU. The writes
-read what the pass has staged and what the layer holds; each may be run again if it fails half way.
+Making a draft does not change the layer. All that can fail happens then: the anchor's policy, copies to the CPU. The writes
+read what the pass has staged and what the layer holds. A write that fails half way may be run again.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Write = Callable[[], object]
 
 
 class LayerDraft:
-    """A layer as an anchor's policy sees it while a chunk is committed (anchors.LayerView). What it is told is done when the
-    `writes` run, in order; `left` are to be called once they have."""
+    """A layer as an anchor's policy sees it while a chunk is committed (anchors.LayerView). What the policy asks for is done later,
+    when the `writes` run in order. When all of them have run, each of `left` is called."""
 
     def __init__(self, cache: LayerSlots, scratch: torch.Tensor | None) -> None:
-        """`scratch` [2, 2, B, P, width] float32: where an anchor that blends is made before it is written."""
+        """`scratch` [2, 2, B, P, width] float32: where a blended anchor slot is computed before it is written."""
         self.cache, self.layer, self._scratch = cache, cache.layer, scratch
         self.anchor, self.pinned, self.window = (
             type(held)((place, replace(slot)) for place, slot in held.items())
@@ -32,7 +32,7 @@ class LayerDraft:
         self.left: list[Callable[[], None]] = []
         self._writes: list[Write] = []
         self._kept: list[Write] = []
-        # ring slot -> what this commit puts there in the end; a frame that also leaves in it is never written
+        # ring slot -> what this commit puts there in the end; a frame that enters and leaves in one commit is never written
         self._entering: dict[int, Source] = {}
 
     @property
@@ -41,7 +41,7 @@ class LayerDraft:
 
     @property
     def writes(self) -> list[Write]:
-        """The anchor's first: what it takes from the window is still there then."""
+        """All writes in order. The anchor's come first, because the frames that it takes from the window are still there then."""
         enter = [partial(write_frame, self.cache.enter, ring, source) for ring, source in self._entering.items()]
         return [*self._writes, *self._kept, *enter, self._take_books]
 
@@ -68,7 +68,7 @@ class LayerDraft:
         anchor.committed(self, first_frame, content_frames)
 
     def _push(self, anchor: Anchor, frame: int, source: Source, place: tuple[int, int]) -> bool:
-        """Put a frame into the window; whether one left for it, `place` being which of how many that leave."""
+        """Put a frame into the window. Returns whether a frame left for it; `place` is (its number, how many leave in all)."""
         if self.layer.window_frames == 0:
             anchor.evicted(self, frame, source, place)
             self._tell(frame, None, source)

@@ -24,11 +24,11 @@ class StoreSize:
 
 @dataclass(frozen=True)
 class LayerSpec(ABC):
-    """One layer's buffers, in latent frames; layers of one plan may differ. A kind of storage is a subclass, which knows its
-    bytes and builds itself.
+    """The buffers of one layer, in latent frames. The layers of one plan may differ. Each kind of storage has a subclass, which
+    counts its bytes and builds its layer.
 
-    `blend_frames`: anchor frames kept raw in float32; `pinned_frames`: window frames beside `window_frames` that never
-    leave (a sink that was window once); `replay_frames`: first frames kept raw beside the cache.
+    `blend_frames`: anchor frames kept raw in float32. `pinned_frames`: frames of the ring that never leave, in addition to
+    `window_frames`; they were in the window and are now a sink. `replay_frames`: first frames kept raw beside the cache.
     """
 
     anchor_frames: int
@@ -43,7 +43,7 @@ class LayerSpec(ABC):
 
     @property
     def store_size(self) -> StoreSize:
-        """What is held apart from the scratch; an anchor that blends has its float32 frames only."""
+        """What is held apart from the scratch. Of an anchor that blends, only the float32 frames are held."""
         return StoreSize(self.anchor_frames - self.blend_frames + self.ring_frames, self.blend_frames)
 
     @abstractmethod
@@ -52,10 +52,10 @@ class LayerSpec(ABC):
 
     @abstractmethod
     def build(self, plan: CachePlan, device: torch.device, workspace: Any) -> Any:
-        """The layer's empty buffers (a LayerSlots); `workspace` is what layers that are stored apart share."""
+        """The layer's empty buffers (a LayerSlots). `workspace` is shared by all layers that are stored apart."""
 
     def small(self, window_frames: int, pinned_frames: int) -> LayerSpec:
-        """The same with another window, of which `pinned_frames` never leave."""
+        """The same layer with another window, and with `pinned_frames` that never leave."""
         return replace(self, window_frames=window_frames, pinned_frames=pinned_frames)
 
     def replay_bytes(self, plan: CachePlan) -> int:
@@ -66,9 +66,9 @@ class LayerSpec(ABC):
 class CachePlan:
     """Every byte of a rollout's caches before anything is allocated.
 
-    `tokens` P is tokens a latent frame, `width` heads * head_dim, `current_frames` S + F, `text_tokens` of the
-    prompt, `vae_bytes` of a streaming decoder's own cache, `absorption_bytes` of an absorption's statistics. `cache_dtype`
-    (of CACHE_DTYPES) and `cache_device` (of CACHE_DEVICES) say how anchor and window are held; `heads` counts scales.
+    `tokens`: P, tokens of a latent frame. `width`: heads * head_dim. `current_frames`: S + F. `text_tokens`: tokens of the prompt.
+    `vae_bytes`: the cache of a streaming decoder. `absorption_bytes`: an absorption's statistics. `cache_dtype` (one of
+    CACHE_DTYPES) and `cache_device` (one of CACHE_DEVICES) say how anchor and window are held. `heads` is needed for the scales.
     """
 
     batch: int
@@ -87,7 +87,7 @@ class CachePlan:
 
     @property
     def expands(self) -> bool:
-        """Whether layers are stored apart and expanded into a shared scratch (kv_storage.py)."""
+        """Whether layers are stored apart and expanded into a shared scratch (workspace.py)."""
         return self.cache_dtype != "model" or self.cache_device != "gpu"
 
     @property
@@ -97,7 +97,7 @@ class CachePlan:
 
     @property
     def largest_store(self) -> StoreSize:
-        """What holds any layer's frames."""
+        """The store that is large enough for the frames of any layer."""
         sizes = [layer.store_size for layer in self.layers]
         return StoreSize(
             max((s.frames for s in sizes), default=0),

@@ -19,14 +19,14 @@ from ..anchors import Anchor, Source
 from ..rope import Layout, Rope
 from .layout import CachePlan, LayerSpec
 
-# given (frame, position, key, value) of a frame that is to leave, its key raw where position is None: copies what it wants
-# to keep, and returns what is to be called once the frame has left
+# called with (frame, position, key, value) of a frame that is to leave; position None means that the key is raw. It copies what it
+# wants to keep. It returns a function, which is called when the frame has left.
 Receiver = Callable[[int, float | None, torch.Tensor, torch.Tensor], Callable[[], None]]
 
 
 @dataclass
 class Slot:
-    """Which video frame a slot holds, and where its stored key is rotated to (None: raw)."""
+    """Which video frame a slot holds, and the position to which its stored key is rotated (None: raw)."""
 
     frame: int
     position: float | None = None
@@ -36,12 +36,12 @@ class Slot:
 class LayerSnapshot:
     """An immutable copy of what one layer has cached, on the CPU.
 
-    First the anchor's frames (`anchor_slots`), then the window's, oldest first (`ring_slots`, of which the first
-    `pinned` never leave); `frames` are their video frame indices and `positions` where each key is rotated to (None:
-    raw). `tensors` holds `keys` and `values` [B, frames, P, width] and, where the plan has them, `raw` [B, w, P, width],
-    `blend_keys` and `blend_values`. Of 8 bits, `scales` [B, frames, 2, heads] are those of keys and values; an anchor
-    that blends is then in the blend tensors only. `replay_keys` and `replay_values` [B, r, P, width] are the raw first
-    frames of an anchor that puts them into the window again.
+    The order is: the anchor's frames (`anchor_slots`), then the window's frames, oldest first (`ring_slots`; the first
+    `pinned` of them never leave). `frames` are the video frame indices of all these. `positions` are those to which
+    each key is rotated (None: raw). `tensors` holds `keys` and `values` [B, frames, P, width] and, if the plan has
+    them, `raw` [B, w, P, width], `blend_keys` and `blend_values`. A cache in 8 bits also has `scales` [B, frames, 2,
+    heads] for keys and values; an anchor that blends is then only in the blend tensors. `replay_keys` and
+    `replay_values` [B, r, P, width] are the raw first frames of an anchor that puts them into the window again.
     """
 
     anchor_slots: tuple[int, ...]
@@ -57,8 +57,8 @@ class LayerSnapshot:
 
 
 class Draft(Protocol):
-    """What a commit will make of one layer, drawn up without changing it: `writes` to be run in order, each of which may be run
-    again, and `left`, to be called once they have."""
+    """What a commit will do to one layer. Making the draft does not change the layer. `writes` are run in order, and each may be
+    run again. When all have run, each of `left` is called."""
 
     @property
     def writes(self) -> list[Callable[[], object]]: ...
@@ -71,19 +71,19 @@ class Draft(Protocol):
 
 
 class LayerSlots(ABC):
-    """The books of one layer. Mutable, private to one run; a subclass holds the keys and values.
+    """The books of one layer: which frame lies in which slot. Mutable, private to one run. A subclass holds keys and values.
 
     `k` and `v` [B, slots, P, width] are the buffers that attention reads.
     """
 
     k: torch.Tensor
     v: torch.Tensor
-    # whether it has to `see` the queries of a pass before it is read
+    # whether the layer has to `see` the queries of a pass before the pass reads it
     selects: ClassVar[bool] = False
 
     def __init__(self, plan: CachePlan, layer: LayerSpec, device: torch.device) -> None:
         self.plan, self.layer, self.device = plan, layer, device
-        # told of every frame that is to leave the window
+        # called for every frame that is to leave the window
         self.on_evict: Receiver | None = None
         self.anchor: dict[int, Slot] = {}
         self.pinned: OrderedDict[int, Slot] = OrderedDict()  # ring slot -> frame; always the first ring slots
@@ -110,7 +110,7 @@ class LayerSlots(ABC):
         return self.layer.anchor_frames - 1 - slot
 
     def wanted(self, layout: Layout) -> tuple[dict[int, tuple[Slot, float]], dict[int, tuple[Slot, float]]]:
-        """The position that every held frame has in `layout`: of the anchor by buffer slot, of the ring by ring slot."""
+        """The position of every held frame in `layout`: the anchor's by buffer slot, the ring's by ring slot."""
         anchor = {self.anchor_index(slot): (e, layout.anchor(slot, e.frame)) for slot, e in self.anchor.items()}
         ring = {ring: (e, layout.pinned(i, e.frame)) for i, (ring, e) in enumerate(self.pinned.items())}
         ring |= {ring: (e, layout.window(e.frame)) for ring, e in self.window.items()}
@@ -135,13 +135,13 @@ class LayerSlots(ABC):
         return tuple([slice(run[0], run[-1] + 1) for run in runs(sorted(part))] for part in (local, history))
 
     def kept_by(self, layer: LayerSpec) -> list[tuple[int, Slot]]:
-        """Ring slots and frames that a smaller plan keeps: the oldest `pinned_frames` and the newest, oldest first."""
+        """Ring slots and frames that a smaller plan keeps, oldest first: the oldest `pinned_frames` and the newest frames."""
         ordered = list((self.pinned | self.window).items())
         newest = ordered[max(layer.pinned_frames, len(ordered) - layer.window_frames) :]
         return ordered[: layer.pinned_frames] + newest
 
     def scratch(self) -> torch.Tensor | None:
-        """What a draft needs beside the buffers, fit for all layers of the plan; None where it needs nothing."""
+        """The memory that a draft needs beside the buffers. It fits all layers of the plan. None if a draft needs nothing."""
         if not self.layer.blend_frames:
             return None
         return torch.empty((2, 2, *self._frame_shape), dtype=torch.float32, device=self.device)
@@ -214,7 +214,7 @@ class LayerSlots(ABC):
 
     @abstractmethod
     def keep_raw_current(self, keys: torch.Tensor) -> None:
-        """After a clean pass has attended: what is staged to be cached are the un-rotated keys [B, n * P, width]."""
+        """Stage the un-rotated keys [B, n * P, width] to be cached. Called after a clean pass has attended."""
 
     @abstractmethod
     def snapshot(self) -> LayerSnapshot:
@@ -238,7 +238,7 @@ class LayerSlots(ABC):
 
     @abstractmethod
     def shown(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value [B, P, width] of a ring slot for whoever remembers it, the key at `shown_position`."""
+        """Key and value [B, P, width] of a ring slot, for a receiver that remembers it. The key is at `shown_position`."""
 
     def shown_position(self, slot: Slot) -> float | None:
         """Where the key that `shown` gives of this slot is rotated to (None: raw)."""
@@ -262,7 +262,7 @@ class LayerSlots(ABC):
 
     @abstractmethod
     def blend(self, slot: int, source: Source, weight: float, scratch: torch.Tensor) -> None:
-        """Make in `scratch` what a float32 anchor slot becomes when it moves by `weight` towards a raw key and value."""
+        """Move a float32 anchor slot by `weight` towards a raw key and value. The result goes to `scratch`, not to the slot."""
 
     @abstractmethod
     def write_blended(self, slot: int, scratch: torch.Tensor) -> None:
@@ -290,7 +290,7 @@ class LayerSlots(ABC):
         )
 
     def _adopt(self, saved: LayerSnapshot) -> None:
-        """Take over a snapshot's books. Every frame returns to its own slot: order is part of the bits of a sum."""
+        """Take over a snapshot's books. Every frame returns to its own slot, because the order changes the bits of a sum."""
         entries = [Slot(frame, position) for frame, position in zip(saved.frames, saved.positions, strict=True)]
         anchors = len(saved.anchor_slots)
         self.anchor = dict(zip(saved.anchor_slots, entries[:anchors], strict=True))
@@ -301,7 +301,7 @@ class LayerSlots(ABC):
                 kept.copy_(saved.tensors[name].transpose(0, 1))
 
     def _check(self, saved: LayerSnapshot, shapes: dict[str, tuple[int, ...]]) -> None:
-        """ValueError unless a snapshot, which may come from any file, has just this layer's slots and tensor `shapes`."""
+        """ValueError unless a snapshot has exactly this layer's slots and tensor `shapes`. It may come from any file."""
         kept, window = len(saved.frames), len(saved.ring_slots)
         if self.first_frames is not None:
             first = (self.plan.batch, self.layer.replay_frames, self.plan.tokens, self.plan.width)
@@ -326,8 +326,8 @@ class LayerSlots(ABC):
 
 
 def without_copies(saved: LayerSnapshot, blends: bool) -> LayerSnapshot:
-    """A snapshot of rotated buffers as one of stored frames: window keys raw where there is a raw copy, and no rounded
-    copy of an anchor that `blends`."""
+    """Turn a snapshot of rotated buffers into one of stored frames. Window keys are raw if there is a raw copy. An anchor that
+    `blends` loses its rounded copy."""
     tensors, anchors = dict(saved.tensors), len(saved.anchor_slots)
     positions = saved.positions
     if (raw := tensors.pop("raw", None)) is not None:
@@ -340,7 +340,7 @@ def without_copies(saved: LayerSnapshot, blends: bool) -> LayerSnapshot:
 
 
 def with_copies(saved: LayerSnapshot, keep_raw: bool, blends: bool) -> LayerSnapshot:
-    """The other way round: stored frames with the copies that buffers rotated in place hold besides."""
+    """The opposite of `without_copies`: stored frames, with the extra copies that buffers rotated in place hold."""
     tensors, window = dict(saved.tensors), len(saved.ring_slots)
     anchors, size = len(saved.anchor_slots), tensors["keys"].shape[1]
     if keep_raw and "raw" not in tensors and not any(p is not None for p in saved.positions[anchors:]):
