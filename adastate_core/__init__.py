@@ -8,7 +8,7 @@ spec            what a rollout is, before anything is allocated; rollout_state: 
 geometry        the shapes of latents and models; bounds: how far numbers may go; families/: what differs by model family
 anchors         the policies of what is looked back to beyond the window, and what they may do to a layer
 rope            rotary embedding of Wan, and where in time a cached frame stands
-cache/          where keys and values lie: layout (bytes), slots, rotated, stored, deep (and deep_choice: which tokens), kv_cache
+cache/          where keys and values lie: byte_plan, slots, enter_leave, rotated, stored, deep, deep_choice (which tokens)
 attention/      cached (what a model's layers call during a pass), wan (its forwards)
 absorption/     layers whose history becomes a closed-form correction (ISPA); lse: attention in parts, merged exactly
 schedules/      noise levels, samplers, noise by (seed, chunk, step); rolling: chunks denoised together

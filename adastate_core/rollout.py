@@ -25,7 +25,8 @@ from .past import Past, UnfinishedError
 from .prompts.plan import PromptPlan
 from .rollout_state import RolloutState
 from .schedules import rolling
-from .schedules.schedule import TIMESTEPS, noise
+from .schedules.noise import noise
+from .schedules.schedule import TIMESTEPS
 from .spec import ModelGeometry, RolloutSpec, Settings
 from .transitions import before_chunk
 

@@ -9,7 +9,7 @@ import torch
 
 from .absorption.settings import AbsorptionSettings, absorption_bytes
 from .anchors import Anchor, anchor_from
-from .cache.layout import CACHE_DEVICES, CACHE_DTYPES, CachePlan, LayerSpec
+from .cache.byte_plan import CACHE_DEVICES, CACHE_DTYPES, CachePlan, LayerSpec
 from .cache.specs import describe_layer, described_alike, layer_spec, stored
 from .geometry import ModelGeometry
 from .rope import POSITION_MODES

@@ -8,9 +8,9 @@ import traceback
 from typing_extensions import override
 
 from .host.api import ComfyExtension, io
-from .host.extensions import offer, when_all_are_loaded
 from .host.live_routes import add_routes
 from .host.output_files import add_own_models
+from .host.pack_hooks import offer, when_all_are_loaded
 
 log = logging.getLogger("adastate")
 

@@ -14,7 +14,7 @@ import torch
 
 from ..adastate_core.absorption.settings import AbsorptionSettings
 from ..adastate_core.anchors import Anchor
-from ..adastate_core.cache.layout import CachePlan
+from ..adastate_core.cache.byte_plan import CachePlan
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.rollout import RolloutSpec, RolloutState
 from ..adastate_core.schedules.schedule import Schedule

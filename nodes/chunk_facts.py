@@ -11,7 +11,7 @@ from ..adastate_core.prompts.values import Prompts
 from ..adastate_core.rollout import Chunk, Rollout
 from .host import model as host_model
 from .host.codec import HostDecoder
-from .prepared import Prepared
+from .preflight import Prepared
 
 STATE_SIDE = 20  # latents: a picture of the hidden state is at most 160 pixels wide and high
 _MOST_PROMPTS, _LONGEST_TEXT = 240, 500

@@ -15,8 +15,8 @@ from ..adastate_core.weights.checkpoints import TORCH_SUFFIXES, open_checkpoint
 from ..adastate_core.weights.presets import PRESETS
 from ..adastate_core.weights.wan_weights import listed
 from .builder import Asked, Subject, build
-from .host import checks
 from .host import model as host_model
+from .host import refusals as checks
 from .host.checkpoint_wishes import checkpoint_path, wished
 from .host.codec import HostDecoder
 from .inputs import check_size

@@ -17,7 +17,7 @@ from .host.output_files import Target
 from .host.progress import Progress
 from .host.safely import attempt
 from .output import StreamOutput
-from .prepared import Prepared
+from .preflight import Prepared
 from .report import (
     STOPPED,
     WHOLE,

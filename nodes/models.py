@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..adastate_core.anchors import Anchor
-from ..adastate_core.cache.layout import CACHE_DEVICES, CACHE_DTYPES
+from ..adastate_core.cache.byte_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.weights.presets import PRESETS
 from .absorption_nodes import AbsorptionRequest
@@ -22,9 +22,9 @@ from .host.checkpoint_wishes import (
     notes_of,
     with_preset,
 )
-from .host.extensions import preset_names
 from .host.loras import with_lora
 from .host.node import Node
+from .host.pack_hooks import preset_names
 from .inputs import check_size, number
 from .inspection import inspect_file, plan_text
 from .rollout_node import RolloutNode

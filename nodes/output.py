@@ -23,7 +23,7 @@ from .host import model as host_model
 from .host.output_files import STATE_SUFFIX, NewVideos, Target, output_file, video_endings
 from .host.progress import Progress, check_interrupt
 from .host.safely import at_the_end, attempt, free_memory
-from .prepared import Prepared
+from .preflight import Prepared
 from .stream_settings import StreamSettings
 
 RUN_ID = "adastate_run"

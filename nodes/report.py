@@ -20,7 +20,7 @@ from .host.output_files import Target, new_files, video_endings
 from .host.rerun import Place
 from .host.safely import Interrupted, attempt
 from .output import StreamOutput
-from .prepared import Prepared
+from .preflight import Prepared
 
 log = logging.getLogger("adastate")
 REPORT_SUFFIX = ".report.json"

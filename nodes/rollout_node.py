@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..adastate_core.anchors import Anchor
-from ..adastate_core.cache.layout import CACHE_DEVICES, CACHE_DTYPES
+from ..adastate_core.cache.byte_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedules.schedule import Schedule
 from .absorption_nodes import AbsorptionRequest

@@ -11,7 +11,7 @@ import torch
 
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.rollout import Rollout, RolloutSpec, Settings
-from ..adastate_core.schedules.schedule import noise
+from ..adastate_core.schedules.noise import noise
 from .builder import Asked, Built, Subject, build
 from .defaults import preset_of
 from .host import guider as host_sampler

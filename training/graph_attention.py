@@ -1,7 +1,7 @@
 """The rollout's cached attention in a form that gradients pass through.
 
 The product's cache (adastate_core/kv_cache.py) writes into preallocated buffers, which autograd forbids; this one keeps
-the same frames as tensors of the graph and is called by the same two attention forwards (adastate_core/wan_attention.py),
+the same frames as tensors of the graph and is called by the same two attention forwards (adastate_core/attention/wan.py),
 with the same layouts and the same anchor policies. Everything a run computes is the same
 (tests/training/test_recurrence.py); only memory differs.
 """

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 
 from adastate_core.prompts.demo_words import VOCABULARY
-from adastate_core.schedules.schedule import Schedule, denoised, noise, renoised
+from adastate_core.schedules.noise import noise
+from adastate_core.schedules.schedule import Schedule, denoised, renoised
 
 from .graph_attention import GraphAttention
 from .latents import encode, word_numbers

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..anchors import Anchor
+from ..cache.byte_plan import CachePlan, LayerSpec
 from ..cache.kv_cache import KVCache
-from ..cache.layout import CachePlan, LayerSpec
 from ..cache.slots import LayerSlots
 from ..rope import Rope
 from .collector import Collector

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..anchors import Anchor
-from ..cache.layout import CachePlan
+from ..cache.byte_plan import CachePlan
 from ..files.header_check import Damage, Fields, Tensors, number, shown, whole
 from .absorber import PHASES, small_layer, watched_of
 from .moments import FIELDS

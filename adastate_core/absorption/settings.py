@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..cache.layout import CachePlan
+from ..cache.byte_plan import CachePlan
 from .moments import Moments
 
 SCOPES = ("head", "layer", "lowrank")

@@ -26,9 +26,9 @@ import torch
 
 from ..anchors import Anchor, Selection, Source
 from ..rope import Layout, Rope, Turn
+from .byte_plan import CachePlan, LayerSpec
 from .deep_choice import choose, gathered, summed
-from .draft import write_frame
-from .layout import CachePlan, LayerSpec
+from .enter_leave import write_frame
 from .slots import LayerSlots, LayerSnapshot, Slot, to_cpu, write_turned
 
 

@@ -1,4 +1,4 @@
-"""The KV cache of a rollout: the buffers of one run, layer by layer, as a plan (cache/layout.py) lays them out.
+"""The KV cache of a rollout: the buffers of one run, layer by layer, as a plan (cache/byte_plan.py) lays them out.
 
 What a layer's buffers look like is its storage's: cache/rotated.py, cache/stored.py, cache/deep.py.
 """
@@ -12,8 +12,8 @@ import torch
 
 from ..anchors import Anchor
 from ..rope import Layout, Rope
+from .byte_plan import HOST, CachePlan
 from .eight_bits import check_cache_dtype
-from .layout import HOST, CachePlan
 from .slots import LayerSlots, LayerSnapshot
 from .steps import Step, Steps
 from .workspace import Workspace

@@ -23,8 +23,8 @@ import torch
 
 from ..anchors import Anchor, Source
 from ..rope import Layout, Rope
-from .draft import LayerDraft
-from .layout import CachePlan, LayerSpec
+from .byte_plan import CachePlan, LayerSpec
+from .enter_leave import LayerDraft
 from .slots import LayerSlots, LayerSnapshot, Slot, runs, to_cpu, with_copies, write_turned
 
 

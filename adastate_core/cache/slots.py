@@ -17,7 +17,7 @@ import torch
 
 from ..anchors import Anchor, Source
 from ..rope import Layout, Rope
-from .layout import CachePlan, LayerSpec
+from .byte_plan import CachePlan, LayerSpec
 
 # called with (frame, position, key, value) of a frame that is to leave; position None means that the key is raw. It copies what it
 # wants to keep. It returns a function, which is called when the frame has left.

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ..anchors import Anchor
+from .byte_plan import LayerSpec
 from .deep import DeepSpec
-from .layout import LayerSpec
 from .rotated import RotatedSpec
 from .stored import StoredSpec
 

@@ -13,9 +13,9 @@ import torch
 
 from ..anchors import Source
 from ..rope import Layout, Rope, Turn
-from .draft import LayerDraft
+from .byte_plan import HOST, CachePlan, LayerSpec
 from .eight_bits import quantised, unpack, unpack_rotated
-from .layout import HOST, CachePlan, LayerSpec
+from .enter_leave import LayerDraft
 from .slots import LayerSlots, LayerSnapshot, Slot, to_cpu, without_copies
 from .workspace import Store, Workspace
 

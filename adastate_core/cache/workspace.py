@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
+from .byte_plan import CachePlan, StoreSize
 from .eight_bits import CODES
-from .layout import CachePlan, StoreSize
 
 
 @dataclass

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .schedule import TIMESTEPS, noise, renoised
+from .noise import noise
+from .schedule import TIMESTEPS, renoised
 
 
 @dataclass(frozen=True)

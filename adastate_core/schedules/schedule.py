@@ -6,7 +6,6 @@ The model predicts v = noise - x0, so x0 = x - sigma v; between steps x = (1 - s
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,18 +145,6 @@ def register_sampler(name: str, make: Callable[[tuple[float, ...], torch.Tensor]
 def _place(thing: object) -> tuple[object, object]:
     """Where a function or class was written."""
     return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)
-
-
-def noise(seed: int, chunk: int, step: int, shape: Sequence[int], state: bool = False) -> torch.Tensor:
-    """Standard normal float32 of `shape` on the CPU, from SHA-256 of "seed/chunk/step" (or ".../state").
-
-    The same on every device, in any order of calls, after a resume, and for every anchor.
-    """
-    text = f"{seed}/{chunk}/{step}" + ("/state" if state else "")
-    digest = hashlib.sha256(text.encode("ascii")).digest()
-    generator = torch.Generator()
-    generator.manual_seed(int.from_bytes(digest[:8], "big"))
-    return torch.randn(list(shape), generator=generator, dtype=torch.float32)
 
 
 def denoised(x: torch.Tensor, v: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -14,9 +14,9 @@ import torch
 from ..absorption.absorber import small_layer
 from ..absorption.check import check_absorption, settings_of
 from ..anchors import KINDS, Anchor, unknown_kind
+from ..cache.byte_plan import CACHE_DTYPES, CachePlan, LayerSpec
 from ..cache.deep import DeepSpec
 from ..cache.eight_bits import CODES
-from ..cache.layout import CACHE_DTYPES, CachePlan, LayerSpec
 from ..cache.rotated import RotatedSpec
 from ..cache.specs import FIELDS_OF_BEFORE, layer_from
 from ..decode.carried_check import carried

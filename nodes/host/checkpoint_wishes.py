@@ -19,8 +19,8 @@ from ...adastate_core.weights.checkpoints import Checkpoint, open_checkpoint, ow
 from ...adastate_core.weights.presets import preset as named_preset
 from ...adastate_core.weights.presets import recognised
 from ...adastate_core.weights.wan_weights import QUANTIZATION_KEY
-from .checks import NOTES_KEY, check_model
 from .model import fingerprint
+from .refusals import NOTES_KEY, check_model
 
 log = logging.getLogger("adastate")
 DEFAULTS_KEY = "adastate_defaults"

@@ -9,8 +9,8 @@ import torch
 from comfy.samplers import CFGGuider, Sampler
 
 from ...adastate_core.geometry import LatentSpace
-from .checks import check_conditioning, check_model, unknown_conditioning, unknown_options
 from .model import HostModel
+from .refusals import check_conditioning, check_model, unknown_conditioning, unknown_options
 
 __all__ = ["Sampler", "GuidedModel", "check_guider", "check_latents", "unknown"]
 

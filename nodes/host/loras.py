@@ -18,7 +18,7 @@ from ...adastate_core.weights.file_kind import shown_name
 from ...adastate_core.weights.lora_file import HOSTS_PREFIX, LoraFile, hosts_name, is_text_encoders, open_lora, targets
 from ...adastate_core.weights.wan_weights import counted
 from .checkpoint_wishes import LORAS, checkpoint_path
-from .checks import NOTES_KEY
+from .refusals import NOTES_KEY
 
 log = logging.getLogger("adastate")
 _OF_A_BIAS = ("diff_b", "b_norm")

@@ -16,7 +16,7 @@ import torch
 
 from ...adastate_core.attention.cached import CachedAttention
 from ...adastate_core.attention.wan import SESSION, TEXT_KEY, cross_attention_forward, self_attention_forward
-from ...adastate_core.cache.layout import CachePlan
+from ...adastate_core.cache.byte_plan import CachePlan
 from ...adastate_core.families.known import family_of
 from ...adastate_core.geometry import LatentSpace, ModelGeometry
 from ...adastate_core.schedules.schedule import timesteps
@@ -39,7 +39,7 @@ def geometry_of(patcher: Any) -> ModelGeometry:
 
 
 def space_of(patcher: Any) -> LatentSpace:
-    """The latent space that a MODEL works in. ValueError for one that no rollout drives (checks.check_model says more)."""
+    """The latent space that a MODEL works in. ValueError for one that no rollout drives (refusals.check_model says more)."""
     config = type(patcher.model.model_config).__name__
     if (family := family_of(config)) is None:
         raise ValueError(f"the model is a {config}, which no rollout drives")

@@ -21,7 +21,8 @@ from adastate_core import anchors, extend
 from adastate_core.anchors import Anchor, AnchorStatic
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_core.schedules import schedule
-from adastate_core.schedules.schedule import Schedule, noise
+from adastate_core.schedules.noise import noise
+from adastate_core.schedules.schedule import Schedule
 from adastate_core.states.state_file import load_state, save_state
 from adastate_core.weights import presets
 from adastate_core.weights.preset_file import read_preset

@@ -15,7 +15,7 @@ from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import AnchorDeep, AnchorMemory, AnchorReplay
-from adastate_core.cache.layout import CACHE_DEVICES, CACHE_DTYPES
+from adastate_core.cache.byte_plan import CACHE_DEVICES, CACHE_DTYPES
 from adastate_core.measure.attention_share import measure_share
 from adastate_core.rollout import Rollout, Settings
 from adastate_core.weights.presets import PRESETS

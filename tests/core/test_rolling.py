@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from adastate_core.schedules.noise import noise
 from adastate_core.schedules.rolling import Block, advanced, joined, under_way
-from adastate_core.schedules.schedule import noise
 
 SIGMAS, SHAPE = (1.0, 0.6, 0.3), (1, 4, 3, 4, 6)
 

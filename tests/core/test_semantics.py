@@ -16,7 +16,8 @@ from adastate_core.geometry import WAN21
 from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_core.rope import Layout
-from adastate_core.schedules.schedule import Schedule, noise
+from adastate_core.schedules.noise import noise
+from adastate_core.schedules.schedule import Schedule
 
 TESTS = Path(__file__).resolve().parents[1]
 PAGE = TESTS.parent / "docs" / "semantics.md"

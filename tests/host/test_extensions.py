@@ -9,7 +9,7 @@ import folder_paths
 import pytest
 from adastate_pack.adastate_core import extend
 from adastate_pack.adastate_core.weights.presets import PRESETS
-from adastate_pack.nodes.host import extensions
+from adastate_pack.nodes.host import pack_hooks as extensions
 from conftest import NODES, HostNode
 
 TEXT = 'title = "Mine"\nwindow_frames = {window}\npositions = "packed"\n'

@@ -11,7 +11,8 @@ from tiny_denoiser import tiny_denoiser
 from adastate_core.anchors import anchor_from
 from adastate_core.prompts.demo_words import VOCABULARY, prompt
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
-from adastate_core.schedules.schedule import Schedule, noise
+from adastate_core.schedules.noise import noise
+from adastate_core.schedules.schedule import Schedule
 from training.bare_model import BareModel
 from training.distribution_matching import horizon_weights, matching_loss, renoise
 from training.few_step import on_path

@@ -133,7 +133,7 @@ class CachePlan:
         return sizes | (self._shared() if self.expands else {}) | others
 
     def _shared(self) -> dict[str, int]:
-        """What layers that are stored apart have in common (kv_storage.Workspace)."""
+        """What layers that are stored apart have in common (cache/workspace.py)."""
         most, host = self.largest_store, self.cache_device != "gpu"
         landing = most.frames * (2 * self.code_bytes + self.scale_bytes) + self.blended_bytes(most.blend_frames)
         return {"scratch": 2 * self.most_slots * self.frame_bytes, "prefetch": 2 * landing if host else 0}

@@ -10,8 +10,8 @@ from ..adastate_core.cache.eight_bits import check_cache_dtype
 from ..adastate_core.prompts.plan import PromptChange, PromptPlan
 from ..adastate_core.prompts.values import PromptAt, Prompts
 from .builder import Request, Subject, build
-from .host import checks
 from .host import model as host_model
+from .host import refusals as checks
 from .host.codec import HostDecoder
 from .host.output_files import check_video_prefix
 from .stream_settings import check_streamable

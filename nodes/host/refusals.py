@@ -1,6 +1,6 @@
 """What a MODEL, a CONDITIONING or a LATENT carries that the host would act on and a rollout cannot: refused by name.
 
-A rollout calls the layers of the host's Wan itself, with attentions of its own (adastate_core/wan_attention.py), so what
+A rollout calls the layers of the host's Wan itself, with attentions of its own (adastate_core/attention/wan.py), so what
 the host does around a forward, in it besides the layers, or in an attention, would be skipped without a word. Keys that
 nobody knows are told in a sentence and never refused: newer hosts and other packs put harmless ones there.
 Read in ComfyUI 0.3.75, comfy/ldm/wan/model.py, model_base.py, samplers.py, model_patcher.py; newer keys in 0.33.
