@@ -107,7 +107,8 @@ def on_this_host(name: str, page: dict, host) -> dict:
         found = page.get(key, {}).get("inputs", {})
         more = {each for each in found if each not in inputs and each.split(".")[0] in known}
         assert not [each for each in more if isinstance(found[each], list)], (kind, found)
-        node["inputs"] = {each: inputs[each] for each in inputs if each in known} | {each: found[each] for each in more}
+        kept = {each for each in inputs if each in known or each in found}  # the page itself gives some nodes a widget
+        node["inputs"] = {each: inputs[each] for each in kept} | {each: found[each] for each in more}
     return said
 
 
