@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     bool(MISSING), reason=f"no {' and no '.join(MISSING)}: pip install comfy-sdk==0.5.0 comfy-api-proxy==0.1.6"
 )
 EXAMPLE, WORKFLOWS = ROOT / "docs" / "examples" / "api_v2.py", ROOT / "workflows" / "api"
-CUT = ["5.length=513", '4.filename_prefix="v2/cut"']
+CUT = ["5.length=2049", '4.filename_prefix="v2/cut"']
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_ctrl_c_stops_the_run_and_leaves_what_was_finished(client, proxy, tmp_pa
     assert running.returncode == 130 and said.splitlines()[-1].startswith("canceled; the finished chunks")
     left = {path.name for path in (client.output / "v2").iterdir() if path.name.startswith("cut_")}
     assert {"cut_00001_.mp4", "cut_00001_.state.safetensors"} <= left
-    assert 0 < len(frames_of(client.output / "v2" / "cut_00001_.mp4")) < 513
+    assert 0 < len(frames_of(client.output / "v2" / "cut_00001_.mp4")) < 2049
 
 
 def test_the_page_names_the_versions_and_the_example():

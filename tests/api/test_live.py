@@ -158,7 +158,8 @@ def test_stop_and_keep_then_run_again(client, watcher):
     assert entry["status"]["status_str"] == "success"
     report = report_of(entry["outputs"])
     frame = report["stopped"]["frame"]
-    assert report["stopped"] == {"frame": frame, "of": LENGTH} and 9 <= frame < LENGTH and (frame - 9) % 12 == 0
+    assert report["stopped"] == {"frame": frame, "of": LENGTH, "by": "user"}
+    assert 9 <= frame < LENGTH and (frame - 9) % 12 == 0
     assert f"stopped at frame {frame} of {LENGTH}" in json.dumps(report["warnings"])
     assert report["frames_total"] == frame == frames_in(video_of(client, entry["outputs"]))
     state = entry["outputs"]["6"]["text"][0].splitlines()[0]

@@ -110,7 +110,7 @@ def test_save_and_resume_is_the_uninterrupted_video(client):
         ({"n4__filename_prefix": "../../escape"}, "does not name a file inside"),
         ({"n4__filename_prefix": "\u6c17" * 78}, "makes a name of 259 bytes"),
         ({"n4__filename_prefix": "two\nlines"}, "a control character"),
-        ({"n4__filename_prefix": "half \ud83c"}, "half of a character"),
+        ({"n4__filename_prefix": "half \ud83c"}, "half a UTF-16 pair"),
         ({"n4__codec": "gif"}, "codec is 'gif'"),
         ({"n4__fps": 0}, "fps is 0"),
         ({"n3__terrain": "moon"}, "terrain is 'moon'"),
