@@ -40,6 +40,10 @@ class LatentSpace:
         """The most pictures, up to `pictures`, that are whole latent frames."""
         return self.pictures(self.latents(pictures))
 
+    def shape(self, batch: int, pictures: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+        """[B, C, T, h, w] of so many pictures of a size in pixels."""
+        return batch, self.channels, self.latents(pictures), height // self.stride, width // self.stride
+
     def seconds(self, latents: float, fps: float) -> float:
         """How long so many latent frames are on screen at `fps` pictures a second."""
         return latents * self.temporal_stride / fps

@@ -16,13 +16,14 @@ from ..adastate_core.anchors import (
     AnchorStatic,
     anchor_from,
 )
+from ..adastate_core.geometry import WAN21
 from .host import api
 from .host.api import io, schema, widget
 from .host.node import Node
 
 CATEGORY = "AdaState/anchors"
 _OUTPUT = "What the rollout looks back to beyond its window. Connect it to AdaState Rollout."
-FPS = 16.0  # of a video without a stream
+FPS = WAN21.fps  # of a video without a stream
 LONGEST_SECONDS = 86400.0
 
 

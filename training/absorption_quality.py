@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from adastate_core.decode.wan_vae import pictures_of
+from adastate_core.geometry import WAN21
 from adastate_core.measure.metrics import flicker, nearness
 from adastate_core.prompts.demo_words import prompt
 
@@ -36,7 +37,7 @@ SHOWN = ("balloon off its colour, dE", "balloon found", "sky off its colours, dE
 
 def chunk_flicker(video: torch.Tensor) -> float:
     """Share of the motion's variation over time that has the chunks' period (12 pictures) and its overtones."""
-    return flicker(measures.motion(video), 4 * CHUNK_LATENTS)
+    return flicker(measures.motion(video), WAN21.temporal_stride * CHUNK_LATENTS)
 
 
 class Quality:
@@ -114,7 +115,7 @@ class Quality:
 
     def _figures(self, video: torch.Tensor, scene: Scene, frames: range) -> dict[str, float]:
         true = true_segment(self.codec, scene, frames)
-        return figures(video, scene, true, max(0, 4 * frames.start - 3))
+        return figures(video, scene, true, WAN21.pictures(frames.start))
 
 
 def _file_name(contender: Contender) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 
 from adastate_core.attention.cached import CachedAttention, plain_attention
 from adastate_core.attention.wan import SESSION, TEXT_KEY, cross_attention_forward, self_attention_forward
+from adastate_core.geometry import WAN21
 from adastate_core.rollout import ModelGeometry
 from adastate_core.schedules.schedule import timesteps
 from adastate_core.weights.checkpoints import geometry_of, open_checkpoint
@@ -32,7 +33,7 @@ class BareModel:
     def __init__(self, model: nn.Module, context: torch.Tensor) -> None:
         self.device = next(model.parameters()).device
         self.model, self.context = model, context.to(self.device)
-        self.geometry = ModelGeometry(16, len(model.blocks), model.num_heads, model.dim // model.num_heads)
+        self.geometry = ModelGeometry(WAN21.channels, len(model.blocks), model.num_heads, model.dim // model.num_heads)
         patch_attention(model)
 
     def set_context(self, context: torch.Tensor) -> None:

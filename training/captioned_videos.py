@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from adastate_core.files.tensor_file import write_tensors
+from adastate_core.geometry import WAN21
 
 from .host_models import LATENT_MEAN, LATENT_STD, use_host
 from .run import Run, log
@@ -95,7 +96,7 @@ class HostModels:
 
 def write_clips(config: dict, models: HostModels, pairs: list[tuple[Path, str]], folder: Path) -> None:
     """`train.safetensors` and `held_out.safetensors`: latents, and for every chunk the number of the clip's caption."""
-    frames, (height, width) = 4 * (config["latent_frames"] - 1) + 1, config["size"]
+    frames, (height, width) = WAN21.pictures(config["latent_frames"]), config["size"]
     latents, numbers = [], []
     for number, (video, _) in enumerate(pairs):
         clip = pictures(video, frames, config["fps"], height, width)

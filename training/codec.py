@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from adastate_core.geometry import WAN21
+
 from .host_models import LATENT_MEAN, LATENT_STD, build_codec
 from .optim import Average, Optimiser
 from .run import Run
@@ -131,7 +133,7 @@ def main() -> None:
         generator = torch.Generator().manual_seed(run.config["seed"] * 1_000_003 + run.step)
         clips = clip_batch(phase["batch"], phase["frames"], generator)
         batch, _, frames, height, width = clips.shape
-        noise = torch.randn([batch, 16, 1 + frames // 4, height // 8, width // 8], generator=generator)
+        noise = torch.randn(WAN21.shape(batch, frames, height, width), generator=generator)
         loss, divergence = losses(clips, noise)
         (loss + run.config["kl"] * divergence).backward()
         norm = optimiser.step(run.done)

@@ -10,6 +10,7 @@ from torch import nn
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import anchor_from
+from adastate_core.geometry import WAN21
 from adastate_core.prompts.demo_words import prompt
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_core.schedules.schedule import Schedule
@@ -61,7 +62,7 @@ class Contender:
         """One stream a scene. The content's noise depends on `seed` and the place in the list alone, so contenders can be
         compared in pairs."""
         bare = BareModel(self.model(), torch.cat([prompt(scene.words(0)) for scene in scenes]))
-        side = SIZE // 8
+        side = SIZE // WAN21.stride
         spec = RolloutSpec(
             bare.geometry, len(scenes), side, side, CHUNK_LATENTS, self.window_frames, anchor_from(self.anchor),
             self.positions, torch.float32,

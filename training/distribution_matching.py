@@ -14,6 +14,7 @@ import copy
 import torch
 from torch import nn
 
+from adastate_core.geometry import WAN21
 from adastate_core.schedules.schedule import Schedule
 
 from .bare_model import load_denoiser
@@ -123,7 +124,7 @@ class Matching:
         rows, columns = self.config["latent_size"]
 
         def noise(_chunk: int, _step: int, frames: int, _state: bool) -> torch.Tensor:
-            return self._randn(generator, len(words), 16, frames, rows, columns)
+            return self._randn(generator, len(words), WAN21.channels, frames, rows, columns)
 
         step = self.student_replica if torch.is_grad_enabled() else self.student
         return step(self.workers.share(words), noise, exit_step, offset, true_clips)

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from adastate_core.geometry import WAN21
+
 from .captioned_videos import ragged
 from .host_models import build_denoiser
 from .run import read_config
@@ -38,7 +40,7 @@ def stand_ins(
         parameter.data += 0.02 * torch.randn_like(parameter)
     torch.save(model.state_dict(), folder / "model.pt")
     rows, columns = size
-    latents = torch.randn(clips, 16, chunks * CHUNK_LATENTS, rows, columns).half()
+    latents = torch.randn(clips, WAN21.channels, chunks * CHUNK_LATENTS, rows, columns).half()
     words = torch.zeros(clips, chunks, 1, dtype=torch.long)
     save_file({"latents": latents, "words": words}, folder / "clips.safetensors")
     text = torch.zeros(TOKENS, 4096)

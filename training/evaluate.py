@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from adastate_core.decode.wan_vae import pictures_of
+from adastate_core.geometry import WAN21
 from adastate_core.measure.metrics import sharpness
 
 from . import measures
@@ -54,8 +55,8 @@ def evaluation_scenes(count: int, seed: int) -> list[Scene]:
 def true_segment(codec, scene: Scene, segment: range) -> torch.Tensor:
     """The world's own pictures of these latents, through the codec."""
     start = max(0, segment.start - LEAD)
-    frames = torch.arange(max(0, 4 * start - 3), 4 * segment.stop - 3)
-    frames = frames[len(frames) - 4 * (segment.stop - start) + 3 :] if start else frames
+    frames = torch.arange(WAN21.pictures(start), WAN21.pictures(segment.stop))
+    frames = frames[len(frames) - WAN21.pictures(segment.stop - start) :] if start else frames
     clip = render(scene, frames).permute(3, 0, 1, 2)[None] * 2 - 1
     pictures = decode_clip(codec, encode_clip(codec, clip)[0])[0].permute(1, 2, 3, 0)
     return ((pictures[pictures_of(segment.start - start) :] + 1) / 2).clamp(0, 1)
@@ -129,7 +130,7 @@ class Evaluation:
                     video = decoded(self.codec, latents[number][i])[lead:]
                     if i < 4:
                         draw_sheet([video], self.scratch / f"{name}_{segment}_{i}.png".replace(" ", "_"))
-                rows[segment].append(figures(video, scene, true, max(0, 4 * frames.start - 3)))
+                rows[segment].append(figures(video, scene, true, WAN21.pictures(frames.start)))
         file.write_text(json.dumps(rows))
         log.info("%s: %d streams to %dx", name, streams, max(lengths))
         return rows

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from adastate_core.files.tensor_file import write_tensors
+from adastate_core.geometry import WAN21
 from adastate_core.prompts.demo_words import VOCABULARY
 
 from .codec import encode_clip
@@ -33,7 +34,7 @@ def encode(encoder: Callable[[torch.Tensor], tuple], scene: Scene, chunks: int) 
 
     `encoder` maps pixels to (mean, log variance), as `partial(encode_clip, codec)` does.
     """
-    frames = 4 * (chunks * CHUNK_LATENTS - 1) + 1
+    frames = WAN21.pictures(chunks * CHUNK_LATENTS)
     pixels = render(scene, torch.arange(frames)).permute(3, 0, 1, 2)[None] * 2 - 1
     latents, _ = encoder(pixels)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
