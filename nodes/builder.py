@@ -15,6 +15,8 @@ import torch
 from ..adastate_core.absorption.settings import AbsorptionSettings
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CachePlan
+from ..adastate_core.families.family import Family
+from ..adastate_core.families.wan21 import WAN21_TEXT
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.rollout import RolloutSpec, RolloutState
 from ..adastate_core.schedules.schedule import Schedule
@@ -108,6 +110,7 @@ class Subject:
     geometry: ModelGeometry
     dtype: torch.dtype
     wishes: dict[str, Any] | None
+    family: Family = WAN21_TEXT
     fingerprint: str = ""
 
     @staticmethod
@@ -117,6 +120,7 @@ class Subject:
             geometry=host_model.geometry_of(patcher),
             dtype=host_model.compute_dtype(patcher),
             wishes=rollout_defaults(patcher),
+            family=host_model.family_of_model(patcher),
             fingerprint=host_model.fingerprint(patcher) if identified else "",
         )
 
@@ -145,6 +149,11 @@ def build(subject: Subject, asked: Asked) -> Built:
     resolved = resolve(subject.wishes, numbers, anchor)
     given = asked.sigmas is not None
     schedule = resolved.given_schedule(asked.sigmas) if given else resolved.schedule
+    if subject.family.samplers and schedule.sampler not in subject.family.samplers:
+        raise ValueError(
+            f"the sampler is {schedule.sampler}, and {subject.family.name} takes {', '.join(subject.family.samplers)}; choose "
+            "another preset in Model Preset"
+        )
     spec = RolloutSpec(
         geometry=subject.geometry,
         batch=asked.batch,

@@ -26,9 +26,10 @@ class Prepared:
         checks.check_model(request.model)
         if request.start_latent is not None:
             checks.check_latent("start_latent", request.start_latent)
+        self.family, self.fps = host_model.family_of_model(request.model), request.fps
+        self.space = self.family.space
         contexts = self._contexts()
         context = contexts[0][1]
-        self.space, self.fps = host_model.space_of(request.model), request.fps
         self.built = build(Subject.of(request.model), request.asked(self.space))
         self.resolved, self.spec, self.schedule = self.built.resolved, self.built.spec, self.built.schedule
         self.settings = self.resolved.numbers
@@ -82,11 +83,11 @@ class Prepared:
         """(entry of the timeline, its text embeddings), the first from frame 0; ValueError for what a prompt carries."""
         positive = self.request.positive
         if not isinstance(positive, Prompts):
-            return [(None, checks.check_conditioning(positive))]
+            return [(None, checks.check_conditioning(positive, self.family))]
         contexts = []
         for entry in positive.entries:
             try:
-                contexts.append((entry, checks.check_conditioning(entry.conditioning)))
+                contexts.append((entry, checks.check_conditioning(entry.conditioning, self.family)))
             except ValueError as error:
                 raise ValueError(f"the prompt at {entry.seconds:g} s: {error}") from error
         return contexts
@@ -119,7 +120,7 @@ class Prepared:
                 "the model's attention override (optimized_attention_override) is not used in passes that the absorption watches"
             )
         for prompt in prompts:
-            found += checks.unknown_conditioning(prompt)
+            found += checks.unknown_conditioning(prompt, self.family)
         found += [] if start is None else checks.unknown_latent("start_latent", start)
         return list(dict.fromkeys(found))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..adastate_core.geometry import space_of
 from ..adastate_core.rollout import RolloutState
 from ..adastate_core.states.kept_states import state_at
 from ..adastate_core.states.state_file import load_state, save_state
@@ -132,7 +133,7 @@ class DecodeStateNode(Node):
             raise ValueError(
                 f"this rollout ran with the {kind} anchor, which has no hidden state; use Anchor: Adaptive State"
             )
-        frames = wan_to_vae_space(state.hidden).transpose(1, 2).flatten(0, 1)[:, :, None]
+        frames = wan_to_vae_space(state.hidden, space_of(state.spec)).transpose(1, 2).flatten(0, 1)[:, :, None]
         pictures = []
         for frame in frames:  # each is the first frame of a video of its own
             decoder = HostDecoder(vae, latent_space=latent_space)

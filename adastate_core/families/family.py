@@ -5,7 +5,7 @@ A family is a value. Whoever needs one of its facts asks it, so that another fam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..geometry import LatentSpace
 
@@ -13,7 +13,8 @@ from ..geometry import LatentSpace
 @dataclass(frozen=True)
 class Family:
     """`model_classes` are the host's names of its models' classes (model_base), `vae_classes` those of its VAEs' networks by
-    their kind here. `conditions` are what a chunk may be given beside its latents; all else is refused. `samplers` are of
+    their kind here. `refused_conditions` are the host's keys of what a prompt may carry besides its text and a chunk of this
+    family is not given, with the words for each. `samplers` are of
     schedule.SAMPLERS, or empty for all of them.
     """
 
@@ -22,14 +23,10 @@ class Family:
     model_classes: tuple[str, ...]
     vae_classes: dict[str, str]
     vae_examples: str
-    conditions: tuple[str, ...] = ("text",)
+    refused_conditions: dict[str, str] = field(default_factory=dict, repr=False)
     samplers: tuple[str, ...] = ()
 
     @property
     def model_class(self) -> str:
         """The class that most of its models have."""
         return self.model_classes[0]
-
-    def latent_shape(self, batch: str = "batch") -> str:
-        """A latent's shape in words."""
-        return f"[{batch}, {self.space.channels}, frames, h, w]"

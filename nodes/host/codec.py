@@ -113,7 +113,11 @@ class HostDecoder:
 
         NonFinitePicturesError, with the stream as before, for NaN or infinity among them.
         """
-        fed = comfy.latent_formats.Wan21().process_in(latents.float()) if self.model_space else latents
+        fed = (
+            getattr(comfy.latent_formats, SPACE.latent_format)().process_in(latents.float())
+            if self.model_space
+            else latents
+        )
         moved = fed.to(self.vae.vae_dtype).to(self.vae.device)
         try:
             pictures = self.stream.step(moved).to(self.vae.output_device).float()

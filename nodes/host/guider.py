@@ -9,7 +9,7 @@ import torch
 from comfy.samplers import CFGGuider, Sampler
 
 from ...adastate_core.geometry import LatentSpace
-from .model import HostModel
+from .model import HostModel, family_of_model
 from .refusals import check_conditioning, check_model, unknown_conditioning, unknown_options
 
 __all__ = ["Sampler", "GuidedModel", "check_guider", "check_latents", "unknown"]
@@ -33,7 +33,7 @@ def check_guider(guider: Any, extra_args: dict[str, Any]) -> torch.Tensor:
             f"prediction to weigh against: {_GUIDERS}"
         )
     check_model(guider.model_patcher, extra_args["model_options"], sampled=True)
-    context = check_conditioning(_positive(guider))
+    context = check_conditioning(_positive(guider), family_of_model(guider.model_patcher))
     if context is None:
         raise ValueError("positive holds no text embeddings; connect a plain text prompt")
     return context
@@ -42,7 +42,7 @@ def check_guider(guider: Any, extra_args: dict[str, Any]) -> torch.Tensor:
 def unknown(guider: Any, model_options: dict[str, Any]) -> list[str]:
     """A sentence each about what the model and the prompt of a guider carry and nobody knows."""
     found = unknown_options(guider.model_patcher, model_options, sampled=True)
-    return found + unknown_conditioning(_positive(guider))
+    return found + unknown_conditioning(_positive(guider), family_of_model(guider.model_patcher))
 
 
 def _positive(guider: Any) -> list[list[Any]]:

@@ -17,8 +17,9 @@ import torch
 from ...adastate_core.attention.cached import CachedAttention
 from ...adastate_core.attention.wan import SESSION, TEXT_KEY, cross_attention_forward, self_attention_forward
 from ...adastate_core.cache.byte_plan import CachePlan
+from ...adastate_core.families.family import Family
 from ...adastate_core.families.known import family_of
-from ...adastate_core.geometry import LatentSpace, ModelGeometry
+from ...adastate_core.geometry import WAN21, LatentSpace, ModelGeometry
 from ...adastate_core.schedules.schedule import timesteps
 
 # numbers of the contexts that were ever set: never one twice, as an address may be
@@ -39,11 +40,16 @@ def geometry_of(patcher: Any) -> ModelGeometry:
 
 
 def space_of(patcher: Any) -> LatentSpace:
-    """The latent space that a MODEL works in. ValueError for one that no rollout drives (refusals.check_model says more)."""
+    """The latent space that a MODEL works in. ValueError for one that no rollout drives."""
+    return family_of_model(patcher).space
+
+
+def family_of_model(patcher: Any) -> Family:
+    """The family of a MODEL. ValueError for one that no rollout drives (refusals.check_model says more)."""
     config = type(patcher.model.model_config).__name__
     if (family := family_of(config)) is None:
         raise ValueError(f"the model is a {config}, which no rollout drives")
-    return family.space
+    return family
 
 
 def compute_dtype(patcher: Any) -> torch.dtype:
@@ -250,6 +256,6 @@ def attention_in_place(patcher: Any) -> Iterator[None]:
                 del module.forward
 
 
-def wan_to_vae_space(latents: torch.Tensor) -> torch.Tensor:
-    """Latents of a Wan 2.1 model to VAE space without a model at hand."""
-    return comfy.latent_formats.Wan21().process_out(latents)
+def wan_to_vae_space(latents: torch.Tensor, space: LatentSpace = WAN21) -> torch.Tensor:
+    """Latents of a model's space to VAE space without a model at hand."""
+    return getattr(comfy.latent_formats, space.latent_format)().process_out(latents)

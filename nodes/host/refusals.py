@@ -14,7 +14,9 @@ from typing import Any
 import comfy.utils
 import torch
 
+from ...adastate_core.families.family import Family
 from ...adastate_core.families.known import FAMILIES, family_of
+from ...adastate_core.families.wan21 import WAN21_TEXT
 
 NOTES_KEY = "adastate_notes"  # of model_options: what of a MODEL's files it does without, a sentence each
 _SKIPPED = "which a rollout would silently skip; remove the node that sets it"
@@ -94,39 +96,6 @@ _NOT_CALLED = (
 # object patches beside the layers that are acted on, or that the docs say are not used
 _KNOWN_PATCHED = {"model_sampling", "manual_cast_dtype", "memory_required"}
 _ROPE_MODULE = "diffusion_model.rope_embedder"
-# conditioning keys that a rollout cannot honour, by the words a user knows them by
-_REFUSED_CONDITIONING = {
-    "hooks": "hooks (keyframed LoRA)",
-    "area": "an area",
-    "mask": "a mask",
-    "set_area_to_bounds": "an area",
-    "start_percent": "a timestep range",
-    "end_percent": "a timestep range",
-    "timestep_start": "a timestep range",
-    "timestep_end": "a timestep range",
-    "clip_start_percent": "a schedule of text encoder hooks",
-    "clip_end_percent": "a schedule of text encoder hooks",
-    "control": "a ControlNet",
-    "additional_models": "a model of its own",
-    "noise_concat": "channels beside the noise",
-    "concat_image": "a concat image",
-    "concat_latent_image": "a concat latent image (image to video)",
-    "concat_mask": "a concat mask (image to video)",
-    "reference_latents": "reference latents",
-    "context_latents": "reference latents",
-    "clip_vision_output": "a CLIP vision output",
-    "unclip_conditioning": "a CLIP vision output",
-    "gligen": "GLIGEN boxes",
-    "vace_frames": "VACE frames",
-    "vace_context": "VACE frames",
-    "audio_embed": "audio",
-    "time_dim_concat": "reference frames (Phantom)",
-    "camera_conditions": "camera motion",
-    "control_video": "a control video",
-    "reference_motion": "a reference motion",
-    "pose_video_latent": "a pose video",
-    "face_video_pixels": "a face video",
-}
 _KNOWN_CONDITIONING = {
     "cross_attn",
     "model_conds",
@@ -298,15 +267,16 @@ def overrides_attention(patcher: Any) -> bool:
     return patcher.model_options.get("transformer_options", {}).get("optimized_attention_override") is not None
 
 
-def check_conditioning(positive: Any) -> torch.Tensor:
-    """The context [1 or B, tokens, width] of a plain conditioning; ValueError naming what it carries besides."""
+def check_conditioning(positive: Any, family: Family = WAN21_TEXT) -> torch.Tensor:
+    """The context [1 or B, tokens, width] of a plain conditioning; ValueError naming what it carries besides, of which a
+    chunk of `family` is given nothing."""
     if not isinstance(positive, Sequence) or len(positive) != 1:
         count = len(positive) if isinstance(positive, Sequence) else 0
         raise ValueError(
             f"positive holds {count} conditioning entries; a rollout takes exactly one: use one prompt, not combined ones"
         )
     context, extra = positive[0]
-    for name, words in _REFUSED_CONDITIONING.items():
+    for name, words in family.refused_conditions.items():
         if extra.get(name) is not None:
             raise ValueError(
                 f"positive carries {words} ({name}), which a rollout cannot honour; connect a plain text prompt"
@@ -316,12 +286,12 @@ def check_conditioning(positive: Any) -> torch.Tensor:
     return context
 
 
-def unknown_conditioning(positive: Any) -> list[str]:
+def unknown_conditioning(positive: Any, family: Family = WAN21_TEXT) -> list[str]:
     """A sentence about what a conditioning that passed `check_conditioning` carries and nobody here knows, if anything."""
     extra = positive[0][1]
     names = [str(key) for key, value in extra.items() if key not in _KNOWN_CONDITIONING and value is not None]
     names += [f"model_conds {key}" for key in extra.get("model_conds") or {} if key not in _KNOWN_MODEL_CONDS]
-    names = [name for name in names if name not in _REFUSED_CONDITIONING]
+    names = [name for name in names if name not in family.refused_conditions]
     return [_unknown("positive carries", names)] if names else []
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import folder_paths
 import pytest
+import torch
 from adastate_pack.adastate_core import extend
-from adastate_pack.adastate_core.weights.presets import PRESETS
+from adastate_pack.adastate_core.families.wan21 import WAN21_TEXT
+from adastate_pack.adastate_core.geometry import ModelGeometry
+from adastate_pack.adastate_core.schedules.schedule import SAMPLERS
+from adastate_pack.adastate_core.weights.presets import PRESETS, Preset
+from adastate_pack.nodes.builder import Asked, Subject, build
 from adastate_pack.nodes.host import pack_hooks as extensions
 from conftest import NODES, HostNode
 
@@ -77,3 +83,16 @@ def test_hooks_are_called_once_whichever_pack_came_first(monkeypatch, caplog):
     extensions.call_packs()
     assert sorted(called) == ["fails", "first", "second"]
     assert "a_pack_that_fails" in caplog.text
+
+
+def test_a_family_that_names_its_samplers_refuses_others(monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "mine", lambda sigmas, noises: None)
+    monkeypatch.setitem(PRESETS, "with_mine", Preset("with_mine", "Mine", "mine", sampler="mine"))
+    family = replace(WAN21_TEXT, samplers=("renoising",))
+    subject = Subject(
+        geometry=ModelGeometry(16, 2, 1, 128), dtype=torch.float32, wishes={"preset": "with_mine"}, family=family
+    )
+    asked = Asked(height=4, width=4, fps=16.0)
+    with pytest.raises(ValueError, match="the sampler is mine, and Wan 2.1 text to video takes renoising"):
+        build(subject, asked)
+    assert build(replace(subject, family=WAN21_TEXT), asked).schedule.sampler == "mine"
