@@ -92,7 +92,9 @@ def test_what_fails_on_the_way_says_why(example):
 
 def test_ctrl_c_stops_the_run_and_leaves_what_was_finished(client, proxy, tmp_path):
     command = command_of(client, "long_video", CUT)
-    with subprocess.Popen(command, cwd=tmp_path, env=proxy, stdout=subprocess.PIPE, text=True) as running:
+    # what runs in a shell's background inherits that Ctrl-C is ignored
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    with subprocess.Popen(command, cwd=tmp_path, env=proxy, stdout=subprocess.PIPE, text=True, **heard) as running:
         for line in running.stdout:
             if (found := re.fullmatch(r"node 5: pass (\d+) of \d+\n", line)) and int(found[1]) > 12:
                 break
