@@ -49,7 +49,7 @@ class Node(io.ComfyNode):
         execute = cls.__dict__.get("execute")
         if execute is None or hasattr(execute.__func__, "holds"):  # the host clones classes for every call
             return
-        inputs = functools.cache(lambda: _inputs(cls))
+        inputs = functools.partial(_inputs, cls)  # each time anew: lists such as the presets change while the host runs
         cls.validate_inputs = classmethod(_asked(cls, execute.__func__, inputs))
         cls.execute = classmethod(_held(execute.__func__, inputs))
 

@@ -306,7 +306,7 @@ def test_without_history_nothing_is_kept_and_given_frames_are_no_chunk(rollout, 
     saves = []
     monkeypatch.setattr(output, "save_state", lambda state, path: saves.append(path.name))
     rollout(length=45, stream=stream(history_chunks=0))
-    assert names_in(folders / "output" / "video") == ["take_00001_.mp4"] and saves == []
+    assert names_in(folders / "output" / "video") == ["take_00001_.mp4", "take_00001_.report.json"] and saves == []
     start = {"samples": torch.randn(1, 16, 7, 4, 4)}
     report = json.loads(rollout(length=69, start_latent=start, stream=stream(history_chunks=1)).args[2])
     assert report["history"] == [1, 2, 3, 4]

@@ -17,7 +17,7 @@ from adastate_pack.adastate_core.files import whole_file
 from adastate_pack.adastate_core.rollout import Rollout
 from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.adastate_core.video import sink as video_sink
-from adastate_pack.nodes import job, output, report
+from adastate_pack.nodes import job, output, preflight, report
 from adastate_pack.nodes.host import error_types
 from adastate_pack.nodes.host import live_runs as live
 from adastate_pack.nodes.host import model as adapter
@@ -314,7 +314,9 @@ class Clock:
 
     def __init__(self, monkeypatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: self.now, perf_counter=time.perf_counter))
+        monkeypatch.setattr(
+            preflight, "time", SimpleNamespace(monotonic=lambda: self.now, perf_counter=time.perf_counter)
+        )
         self._slow(monkeypatch, HostModel, "velocity", 10.0)
         self._slow(monkeypatch, adapter.HostModel, "load", 30.0)
 
