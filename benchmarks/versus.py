@@ -41,15 +41,23 @@ def load_other(folder: Path) -> None:
     spec.loader.exec_module(module)
 
 
+def module(pack: str, *names: str) -> Any:
+    """A module of a pack by the first of its names that there is: other versions have other folders."""
+    for name in names:
+        if importlib.util.find_spec(f"{pack}.{name.rpartition('.')[0]}") and importlib.util.find_spec(f"{pack}.{name}"):
+            return importlib.import_module(f"{pack}.{name}")
+    raise SystemExit(f"{pack} has no {' or '.join(names)}")
+
+
 def start(pack: str, model: Any, context: torch.Tensor, size: tuple[int, int], case: tuple) -> Any:
     """An endless rollout of this pack: an iterator of chunks."""
     anchors, rollout, schedule, host_model = (
-        importlib.import_module(f"{pack}.{name}")
-        for name in (
-            "adastate_core.anchors",
-            "adastate_core.rollout",
-            "adastate_core.schedules.schedule",
-            "nodes.host.model",
+        module(pack, *names)
+        for names in (
+            ("adastate_core.anchors",),
+            ("adastate_core.rollout",),
+            ("adastate_core.schedules.schedule", "adastate_core.schedule"),
+            ("nodes.host.model",),
         )
     )
     kind, numbers, window, more = case

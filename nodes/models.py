@@ -70,6 +70,7 @@ class LoadModelNode(Node):
             category=CATEGORY,
             description="Loads a causal Wan 2.1 model in any of the public layouts, and remembers how its system rolls it out.",
             search_aliases=["self forcing", "causal forcing", "longlive", "unet", "checkpoint", ".pt"],
+            has_intermediate_output=True,
             inputs=[
                 _file_input(),
                 widget(
@@ -115,6 +116,7 @@ class LoadLoraNode(Node):
             description="Puts a causal model's LoRA onto it, in the trainers' own layout too (LongLive's lora.pt); what of the "
             "file is left out is said.",
             search_aliases=["longlive lora", "peft", "lora.pt"],
+            has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model from any loader."),
                 widget(

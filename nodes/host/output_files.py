@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +159,7 @@ def _numbered(prefix: str, suffixes: list[str], width: int, height: int, kind: s
     A number is taken as well where something lies that would belong to the file: a state of another video, its history.
     """
     root = folder_paths.get_temp_directory() if kind == "temp" else folder_paths.get_output_directory()
-    check_names(root, prefix, suffixes, width, height)
+    _check(root, prefix, suffixes, width, height)
     with _telling(Path(root) / prefix):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -186,12 +188,39 @@ def video_endings(batch: int) -> list[str]:
     return [VIDEO_SUFFIX] if batch == 1 else [f"b{item}{VIDEO_SUFFIX}" for item in range(batch)]
 
 
+def _check(root: str, prefix: str, endings: list[str], width: int = 0, height: int = 0) -> None:
+    """ValueError unless files of all `endings` can be made of a prefix, by this host's own rule for links too."""
+    path = check_names(root, prefix, endings, width, height)
+    leads_out = not Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(root))
+    if leads_out and not _writes_through_links():
+        raise ValueError(
+            f"{prefix!r} leads out of the host's folder through a link, and this ComfyUI writes nothing there; give a name in the "
+            "folder itself (what lies behind the link is listed and loads)"
+        )
+
+
+@functools.cache
+def _writes_through_links() -> bool:
+    """Whether the host gives names behind a link that leads out of the folder: newer ones do not. Tried once, beside its own
+    folders; where no link can be made, none has to be followed."""
+    with tempfile.TemporaryDirectory() as there, tempfile.TemporaryDirectory() as root:
+        try:
+            os.symlink(there, os.path.join(root, "link"))
+        except OSError:
+            return True
+        try:
+            folder_paths.get_save_image_path("link/name", root)
+        except Exception:  # noqa: BLE001  the host raises a bare one
+            return False
+        return True
+
+
 def check_prefix(prefix: str, suffix: str, kind: str = "output") -> str | None:
     """Why a filename prefix cannot be used for files of this suffix, or None. Beside an output video lies its state."""
     endings = BESIDE_VIDEO if suffix == VIDEO_SUFFIX and kind == "output" else [suffix]
     root = folder_paths.get_temp_directory() if kind == "temp" else folder_paths.get_output_directory()
     try:
-        check_names(root, prefix, endings)
+        _check(root, prefix, endings)
     except ValueError as error:
         return str(error)
     return None
@@ -202,7 +231,7 @@ def check_video_prefix(prefix: str, batch: int, width: int, height: int) -> None
     stems = [ending.removesuffix(VIDEO_SUFFIX) for ending in video_endings(batch)]
     endings = [f"{stem}{end}" for stem in stems for end in BESIDE_VIDEO]
     try:
-        check_names(folder_paths.get_output_directory(), prefix, endings, width, height)
+        _check(folder_paths.get_output_directory(), prefix, endings, width, height)
     except ValueError as error:
         raise ValueError(f"filename_prefix {error}") from error
 

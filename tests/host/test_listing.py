@@ -50,8 +50,12 @@ def options(node) -> list[str]:
 
 
 def test_states_under_a_linked_folder_are_listed_and_load(node, folders, saved):
-    name = node("AdaStateSaveState")(state=saved, filename_prefix="linked/deep/take").args[0]
-    assert name == "linked/deep/take_00001_.state.safetensors [output]" and options(node) == [name]
+    node("AdaStateSaveState")(state=saved, filename_prefix="take")
+    (folders / "elsewhere" / "deep").mkdir(parents=True)
+    shutil.move(folders / "output" / "take_00001_.state.safetensors", folders / "elsewhere" / "deep")
+    listing._listings.clear()
+    name = "linked/deep/take_00001_.state.safetensors [output]"
+    assert options(node) == [name]
     assert node("AdaStateLoadState").validate(file=name, chunk=-1) is True
     assert node("AdaStateLoadState")(file=name).args[0].emitted == saved.emitted
     shutil.move(folders / "elsewhere", folders / "input" / "here")
