@@ -40,7 +40,7 @@ def touch(path: Path, when: float = 1e9) -> Path:
 @pytest.fixture
 def saved(rollout, folders):
     """A state in a folder that is linked into the output folder."""
-    (folders / "elsewhere" / "deep").mkdir(parents=True)
+    (folders / "elsewhere" / "deep").mkdir(parents=True, exist_ok=True)
     (folders / "output" / "linked").symlink_to(folders / "elsewhere")
     return rollout(length=9, steps=1).args[1]
 
@@ -51,7 +51,7 @@ def options(node) -> list[str]:
 
 def test_states_under_a_linked_folder_are_listed_and_load(node, folders, saved):
     node("AdaStateSaveState")(state=saved, filename_prefix="take")
-    (folders / "elsewhere" / "deep").mkdir(parents=True)
+    (folders / "elsewhere" / "deep").mkdir(parents=True, exist_ok=True)
     shutil.move(folders / "output" / "take_00001_.state.safetensors", folders / "elsewhere" / "deep")
     listing._listings.clear()
     name = "linked/deep/take_00001_.state.safetensors [output]"
