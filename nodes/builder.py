@@ -22,7 +22,7 @@ from ..adastate_core.rollout import RolloutSpec, RolloutState
 from ..adastate_core.schedules.schedule import Schedule
 from .absorption_nodes import AbsorptionRequest
 from .anchor_nodes import anchor_at
-from .defaults import Resolved, asked_numbers, resolve
+from .defaults import Resolved, resolve
 from .host import model as host_model
 from .host.checkpoint_wishes import rollout_defaults
 from .stream_settings import StreamSettings
@@ -144,8 +144,13 @@ class Built:
 def build(subject: Subject, asked: Asked) -> Built:
     """What is asked for, of a model. ValueError, in a sentence, where it does not go together."""
     anchor, told = anchor_at(asked.anchor, asked.fps, asked.resumed)
-    numbers = asked_numbers(asked.chunk_frames, asked.window_frames, asked.positions)
-    numbers |= {"steps": asked.steps or None, "shift": asked.shift or None}
+    numbers = {
+        "steps": asked.steps or None,
+        "shift": asked.shift or None,
+        "chunk_frames": asked.chunk_frames or None,
+        "window_frames": None if asked.window_frames < 0 else asked.window_frames,
+        "positions": None if asked.positions == "auto" else asked.positions,
+    }
     resolved = resolve(subject.wishes, numbers, anchor)
     given = asked.sigmas is not None
     schedule = resolved.given_schedule(asked.sigmas) if given else resolved.schedule

@@ -45,15 +45,6 @@ def checkpoint_anchor(defaults: dict[str, Any]) -> Anchor:
     return AnchorAdaptive(frames, defaults.get("state_after_past") is True)
 
 
-def asked_numbers(chunk_frames: int = 0, window_frames: int = -1, positions: str = "auto") -> dict[str, Any]:
-    """The inputs of a node by name, None where they say auto."""
-    return {
-        "chunk_frames": chunk_frames or None,
-        "window_frames": None if window_frames < 0 else window_frames,
-        "positions": None if positions == "auto" else positions,
-    }
-
-
 @dataclass(frozen=True)
 class Resolved:
     """Settings of a rollout with nothing left at auto. `schedule_asked`: steps or shift were given as numbers."""

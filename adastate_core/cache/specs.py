@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from ..anchors import Anchor
@@ -44,4 +44,4 @@ def describe_layer(layer: LayerSpec) -> dict[str, Any]:
 
 def described_alike(one: dict[str, Any]) -> dict[str, Any]:
     """A description of any version of the pack as this one's. TypeError for one that is none."""
-    return describe_layer(replace(layer_from(**one)))
+    return describe_layer(layer_from(**one))

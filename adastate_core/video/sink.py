@@ -11,7 +11,7 @@ import contextlib
 import heapq
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -184,10 +184,6 @@ def _why(error: Exception) -> str:
     return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
 
 
-def _packets(container: av.container.InputContainer) -> Iterator[av.Packet]:
-    yield from packets(container)
-
-
 def remux(path: Path, beside: Prefix | None = None) -> None:
     """Rewrite a fragmented mp4 in place as a plain one with its index first, all tracks, clocks and metadata unchanged.
 
@@ -212,7 +208,7 @@ def _rewrite(path: Path, new: Path, beside: Prefix | None) -> list[int]:
             more = {track.index: copied_track(target, track) for track in tracks_beside}
             counts = [0] * (len(own) + len(more))
             streams = (
-                ((own[p.stream.index], p) for p in _packets(source)),
+                ((own[p.stream.index], p) for p in packets(source)),
                 ((more[p.stream.index], p) for p in packets_beside),
             )
             for stream, packet in heapq.merge(*streams, key=lambda pair: pair[1].dts * pair[1].time_base):

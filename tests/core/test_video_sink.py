@@ -265,7 +265,7 @@ def test_a_disk_without_room_for_the_rewrite_keeps_the_file(tmp_path):
 
 def test_an_interrupted_rewrite_keeps_the_file_and_leaves_nothing(tmp_path, monkeypatch):
     sink, path = growing(tmp_path / "a.mp4"), tmp_path / "a.mp4"
-    original = video_sink._packets
+    original = video_sink.packets
 
     def interrupted(*given: object):
         for i, packet in enumerate(original(*given)):
@@ -273,7 +273,7 @@ def test_an_interrupted_rewrite_keeps_the_file_and_leaves_nothing(tmp_path, monk
                 raise KeyboardInterrupt
             yield packet
 
-    monkeypatch.setattr(video_sink, "_packets", interrupted)
+    monkeypatch.setattr(video_sink, "packets", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sink.close()
     assert list(tmp_path.iterdir()) == [path] and len(decoded(path)) == 21
