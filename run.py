@@ -3,7 +3,9 @@
 
   python3 run.py demo [WORKFLOW.json]   make a long video with the shipped model, in a real ComfyUI
   python3 run.py serve [--port N]       start ComfyUI with the pack, for a browser; further flags go to ComfyUI
+  python3 run.py selftest [--quick]     try this machine's own device with tiny models; prints a table for a bug report
   python3 run.py test [LAYER] [...]     style and all tests, or one folder of tests/; further arguments go to pytest
+  python3 run.py test --all-cases [...] the same, but for tests with very many alike cases not a sample of these, all of them
   python3 run.py test bounds [...]      the tests of files and videos with the oldest packages that are promised
   python3 run.py test quick [...]       style and, in under a minute, some tests of every layer that needs no browser
   python3 run.py faults [--sample N] [--seed S] [--only NAME] [--at "MODE N"]
@@ -136,6 +138,31 @@ def serve(arguments: list[str]) -> int:
     return run_child([*command, *flags], host, host.path)
 
 
+def selftest(arguments: list[str]) -> int:
+    """Run the node AdaState Self Test, and print its table; 0 if all of it is ok."""
+    parser = argparse.ArgumentParser(prog="run.py selftest")
+    parser.add_argument("--quick", action="store_true", help="leave out the time of a block of Wan 2.1 1.3B")
+    options = parser.parse_args(arguments)
+    host = ensure_ready()
+    say("Starting ComfyUI.")
+    prompt = {"1": {"class_type": "AdaStateSelfTest", "inputs": {"speed": not options.quick}}}
+    with Server(host, BASE, OUTPUT, CACHE / "selftest-server.log") as server:
+        server.wait_ready()
+        entry = run_prompt(server, prompt)
+    if error := error_text(entry):
+        say(f"{error}\nThe server's log is {CACHE / 'selftest-server.log'}.")
+        return 1
+    text = entry["outputs"]["1"]["text"][0]
+    say(text)
+    return int(not all_ok(text))
+
+
+def all_ok(text: str) -> bool:
+    """Whether the first line of a self test's table says that all checks are ok."""
+    found = re.search(r"(\d+) of (\d+) ok", text)
+    return bool(found) and found[1] == found[2]
+
+
 def run_child(
     command: list[str], host: Host, folder: Path = ROOT, said: IO[bytes] | None = None, front: Path | None = None
 ) -> int:
@@ -234,7 +261,11 @@ def run_layer(
 
 
 def chosen_layers(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The names of the layers that `run.py test` was asked for, and what is left for pytest."""
+    """The names of the layers that `run.py test` was asked for, and what is left for pytest. `--all-cases` is told to the tests by
+    the environment (tests/core/sampled.py)."""
+    if "--all-cases" in arguments:
+        os.environ["ADASTATE_CASES"] = "all"
+        arguments = [each for each in arguments if each != "--all-cases"]
     names = [*test_layers(ROOT / "tests"), "bounds"]
     if arguments and arguments[0] == "quick":
         return QUICK, ["-m", "quick", *arguments[1:]]
@@ -333,6 +364,7 @@ def setup(arguments: list[str]) -> int:
 COMMANDS = {
     "demo": demo,
     "serve": serve,
+    "selftest": selftest,
     "test": test,
     "faults": faults,
     "bench": bench,

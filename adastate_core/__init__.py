@@ -12,9 +12,9 @@ cache/          where keys and values lie: byte_plan, slots, enter_leave, rotate
 attention/      cached (what a model's layers call during a pass), wan (its forwards)
 absorption/     layers whose history becomes a closed-form correction (ISPA); lse: attention in parts, merged exactly
 schedules/      noise levels, samplers, noise by (seed, chunk, step); rolling: chunks denoised together
-prompts/        timelines as people write them, the plan by frame, blends of embeddings
+prompts/        timelines as people write them, the plan by frame, blends of embeddings; steered: changed while a video is made
 decode/         streaming decoders: Wan's VAE, the tiny VAE
-video/          sink (written while it grows), join, tail, frames (read), colour
+video/          sink (a video that grows), frame_folder, enlarging (between decoder and files), join, tail, frames (read), colour
 states/         a state on disk, its checks, those that are kept on the way
 weights/        checkpoints, LoRAs, presets and their files
 files/          the one way in which a file is written, tensors with checksums, headers

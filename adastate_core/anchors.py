@@ -72,11 +72,14 @@ class RolloutNumbers(Protocol):
 class Selection:
     """What a policy asks for that chooses tokens by attention (cache/deep.py), in latent frames: `staged_frames` are read
     beside the sink once it has chosen, `query_frames` of them are the newest past ones, whose queries judge. `shift`: what
-    was chosen moves in time."""
+    was chosen moves in time. From the first cut on the sink stands `sink_back` frames further back than what follows it. A token
+    is chosen at most `most_choices` times (0: no limit)."""
 
     staged_frames: int
     query_frames: int
     shift: bool
+    sink_back: int = 0
+    most_choices: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,15 @@ class Anchor:
         """Kind and numbers, JSON-able; equal descriptions mean equal behaviour."""
         return {"kind": self.kind} | asdict(self)
 
+    @classmethod
+    def described(cls, numbers: dict[str, Any]) -> Anchor:
+        """The policy whose `describe` gave these numbers beside its kind, in this version or an earlier one."""
+        return cls(**numbers)
+
+    def difference(self, theirs: dict[str, Any]) -> str:
+        """How a state's anchor of another description differs, a phrase."""
+        return f"anchor is {theirs} in the state and {self.describe()} here"
+
 
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
@@ -189,8 +201,10 @@ class AnchorEMA(AnchorStatic):
 class AnchorMemory(AnchorStatic):
     """A sink and two memory frames, a long one and a short one, that follow what leaves the window (MemRoPE).
 
-    Of the frames that leave at one commit the mean over frames and tokens, e [B, heads * head_dim] for keys and values,
-    moves each memory to (1 - rate) memory + rate e, the same at every token; both begin as the first e. Raw, in float32.
+    Until something leaves, the two frames behind the sink stand in the memories' slots, so every frame is there, in order. They are
+    dropped when the window overflows first. Of the frames that leave at one commit the mean over frames and tokens, e
+    [B, heads * head_dim] for keys and values, moves each memory to (1 - rate) memory + rate e, the same at every token; both begin
+    as the first e. Raw, in float32.
     """
 
     kind: ClassVar[str] = "memory"
@@ -209,6 +223,9 @@ class AnchorMemory(AnchorStatic):
     def frames(self) -> int:
         return self.sink_frames + 2
 
+    def slot_of(self, frame: int) -> int | None:
+        return frame if frame < self.frames else None
+
     def evicted(self, layer: LayerView, frame: int, source: Source, place: tuple[int, int] = (0, 1)) -> None:
         index, count = place
         key, value = (t.float().mean(1, keepdim=True).expand_as(t) for t in source())
@@ -216,8 +233,11 @@ class AnchorMemory(AnchorStatic):
         def mean() -> tuple[torch.Tensor, torch.Tensor]:
             return key, value
 
-        for slot, rate in ((self.sink_frames, self.long_rate), (self.sink_frames + 1, self.short_rate)):
-            if (first := layer.frame_in(slot)) is None:
+        long, short = self.sink_frames, self.sink_frames + 1
+        # memories stand for the first frame that left, the same one; frames that stand in their slots for themselves
+        first = layer.frame_in(long) if layer.frame_in(long) == layer.frame_in(short) else None
+        for slot, rate in ((long, self.long_rate), (short, self.short_rate)):
+            if first is None:
                 layer.set_anchor(slot, frame, mean)
             elif first == frame - index:  # the first e is still being gathered
                 layer.blend_anchor(slot, mean, 1.0 / (index + 1))
@@ -325,8 +345,10 @@ class AnchorDeep(AnchorStatic):
 
     A chunk that would read more than sink, window and itself together begins by cutting the cache down to `budget_frames`:
     the sink, `recent_frames`, of which the chunk itself is a part, and tokens worth what is left, C = budget - sink - recent.
-    The chosen tokens stand between sink and recent frames in time, frame after frame, as the paper has it; without
-    `shift_selected` each keeps its own distance to the chunk, as in the authors' published code.
+    The chosen tokens stand between sink and recent frames in time, frame after frame, as the paper has it. Without
+    `shift_selected` the rule is that of the authors' published code: each keeps its own distance to the chunk, the same token is
+    chosen at most `most_choices` times, and from the first cut on the sink stands as many frames further back as a chunk has.
+    `most_choices` 0 is what earlier versions did without `shift_selected`: no limit, and a sink that stays next to what follows.
     """
 
     kind: ClassVar[str] = "deep"
@@ -336,6 +358,7 @@ class AnchorDeep(AnchorStatic):
     recent_frames: int = 4
     budget_frames: int = 16
     shift_selected: bool = True
+    most_choices: int = 7
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -345,11 +368,35 @@ class AnchorDeep(AnchorStatic):
             raise ValueError(
                 f"budget_frames is {self.budget_frames}; it counts sink and recent frames and must be at least {least}"
             )
+        if self.most_choices < 0:
+            raise ValueError(f"most_choices is {self.most_choices}; it must be at least 1, or 0 for no limit")
 
     def selection(self, chunk_frames: int) -> Selection:
         """A budget leaves chosen tokens and recent frames of the past beside the sink; the chunk is one of the recent."""
         staged = self.budget_frames - self.sink_frames - chunk_frames
-        return Selection(staged, self.recent_frames - chunk_frames, self.shift_selected)
+        most = 0 if self.shift_selected else self.most_choices
+        return Selection(
+            staged, self.recent_frames - chunk_frames, self.shift_selected, chunk_frames if most else 0, most
+        )
+
+    def describe(self) -> dict[str, Any]:
+        described = super().describe()
+        if self.shift_selected:
+            del described["most_choices"]
+        return described
+
+    @classmethod
+    def described(cls, numbers: dict[str, Any]) -> AnchorDeep:
+        before = {} if numbers.get("shift_selected", True) else {"most_choices": 0}
+        return cls(**(before | numbers))
+
+    def difference(self, theirs: dict[str, Any]) -> str:
+        if theirs == self.describe() | {"most_choices": 0}:
+            return (
+                "an earlier version of the pack saved the state, which without shift_selected chose the same tokens again without "
+                "limit and left the sink where it was; go on with that version, or begin a new video by the authors' rule"
+            )
+        return super().difference(theirs)
 
     def check(self, rollout: RolloutNumbers) -> None:
         if rollout.positions != "packed":
@@ -436,4 +483,4 @@ def anchor_from(description: dict[str, Any]) -> Anchor:
     kind = numbers.pop("kind", None)
     if kind not in KINDS:
         raise ValueError(unknown_kind(kind))
-    return KINDS[kind](**numbers)
+    return KINDS[kind].described(numbers)

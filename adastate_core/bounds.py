@@ -9,8 +9,8 @@ from .geometry import WAN21
 
 @dataclass(frozen=True)
 class Bound:
-    """From `least` to `most`; `auto` is what an input says for "what the checkpoint wants", where it may; `step` is what the
-    number is a multiple of."""
+    """From `least` to `most`; `auto` is what an input says for "what the checkpoint wants" (of a size: what the picture has, of a
+    length: until it is stopped), where it may; `step` is what the number is a multiple of, or counts in."""
 
     least: float
     most: float
@@ -24,11 +24,11 @@ class Bound:
         return sound and self.least <= value <= self.most
 
 
-_SIZE = Bound(WAN21.multiple, 8192, step=WAN21.multiple)
+_SIZE = Bound(WAN21.multiple, 8192, auto=0, step=WAN21.multiple)
 BOUNDS: dict[str, Bound] = {
     "width": _SIZE,
     "height": _SIZE,
-    "length": Bound(1, 2**24, step=WAN21.temporal_stride),
+    "length": Bound(1, 2**24, auto=0, step=WAN21.temporal_stride),
     "batch_size": Bound(1, 64),
     "seed": Bound(0, 2**64 - 1),
     "steps": Bound(1, 100, auto=0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,22 @@ class LatentSpace:
     def shape(self, batch: int, pictures: int, height: int, width: int) -> tuple[int, int, int, int, int]:
         """[B, C, T, h, w] of so many pictures of a size in pixels."""
         return batch, self.channels, self.latents(pictures), height // self.stride, width // self.stride
+
+    def size_like(self, width: int, height: int, pixels: int) -> tuple[int, int]:
+        """(width, height) of a video of `pixels` pixels or a little less, in the shape of a picture of `width` by `height`.
+
+        Of the multiples on both sides of the lengths that have just this area and this shape: those nearest to the shape, without
+        more pixels. A shape so long that a side would be less than one multiple is made shorter.
+        """
+        exact = (math.isqrt(pixels * width // height), math.isqrt(pixels * height // width))
+        across, down = (max(1, side // self.multiple) for side in exact)
+        sizes = [(self.multiple * w, self.multiple * h) for w in (across, across + 1) for h in (down, down + 1)]
+        within = [size for size in sizes if math.prod(size) <= pixels] or sizes[:1]
+        return min(within, key=lambda size: (abs(math.log(size[0] * height / (size[1] * width))), -math.prod(size)))
+
+    def side_like(self, side: int, along: int, other: int) -> int:
+        """The side, a multiple, that goes with `side` in the shape of a picture that has `along` there and `other` here."""
+        return max(1, round(side * other / along / self.multiple)) * self.multiple
 
     def seconds(self, latents: float, fps: float) -> float:
         """How long so many latent frames are on screen at `fps` pictures a second."""

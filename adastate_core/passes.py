@@ -9,6 +9,7 @@ import torch
 
 from .attention.cached import CachedAttention, Kernel, plain_attention
 from .cache.kv_cache import KVCache
+from .cache.one_pass import OnePass
 from .past import Past
 from .spec import ModelGeometry
 
@@ -45,7 +46,9 @@ class Passes:
         self, model: CausalModel, past: Past, context_timestep: float = 0.0, on_step: StepCallback | None = None
     ) -> None:
         self.model, self.past, self.context_timestep, self.on_step = model, past, context_timestep, on_step
-        self.attention = CachedAttention(past.cache, past.rope, getattr(model, "kernel", plain_attention))
+        self.attention = CachedAttention(
+            past.cache, past.rope, getattr(model, "kernel", plain_attention), getattr(model, "fused_blocks", None)
+        )
         if past.absorber is not None:
             self.attention.corrections = past.absorber.corrections
 
@@ -62,28 +65,45 @@ class Passes:
         cache = self.past.caches[0 if own is None else own]
         return self._forward(x, timestep, content_frames, own is not None, cache)
 
-    def clean(self, x0: torch.Tensor, content_frames: int) -> None:
-        """The pass over a finished [state | content]; its keys and values are cached with the chunk's commit. NonFiniteError."""
-        self.past.place(self.past.layout())
+    def clean(self, x0: torch.Tensor, content_frames: int, meanwhile: Callable[[], None] | None = None) -> None:
+        """The pass over a finished [state | content]; its keys and values are cached with the chunk's commit. NonFiniteError.
+
+        `meanwhile` is called when the pass has been launched and before its end is waited for."""
+        self.past.place(self.past.layout(content_frames, clean=True))
+        velocity = self._forward(x0.to(self.model.device), self.context_timestep, content_frames, True, self.past.cache)
+        if meanwhile is not None:
+            meanwhile()
+        self.require_finite(velocity)
+
+    def one_pass(self, x0: torch.Tensor, one_pass: OnePass) -> None:
+        """One clean pass over finished frames that all see each other; with `Past.commit_one_pass` they are anchor and window.
+        NonFiniteError."""
+        layout = one_pass.placed(self.past.layout(), self.past.spec.chunk_frames)
+        self.past.place(layout)
         x0 = x0.to(self.model.device)
-        self.require_finite(self._forward(x0, self.context_timestep, content_frames, True, self.past.cache))
+        self.attention.begin(layout, one_pass.frames, True, self.past.cache, one_pass)
+        self.require_finite(self._velocity(x0, self.context_timestep))
 
     def look(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
         """A pass over [state | content] between two chunks, which changes nothing. It may be interrupted before it begins."""
         self.checkpoint(0, 1, None)
         self.past.start_chunk(told=False)
-        mark = self.past.mark()
+        undo = self.past.mark()
         try:
-            self.past.place(self.past.layout())
             frames = x.shape[2] - self.past.spec.anchor.state_frames
+            self.past.place(self.past.layout(frames))
             return self._forward(x.to(self.model.device), timestep, frames, False, self.past.cache)
         finally:
-            self.past.rewind(mark)
+            self.past.rewind(undo)
 
     def _forward(
         self, x: torch.Tensor, timestep: float | Sequence[float], frames: int, kept: bool, cache: KVCache
     ) -> torch.Tensor:
-        self.attention.begin(self.past.layout(), frames, kept, cache)
+        self.attention.begin(self.past.layout(frames, clean=kept), frames, kept, cache)
+        return self._velocity(x, timestep)
+
+    def _velocity(self, x: torch.Tensor, timestep: float | Sequence[float]) -> torch.Tensor:
+        """The forward of a pass that has begun."""
         velocity = self.model.velocity(x, timestep, self.attention)
         self.attention.end()
         return velocity

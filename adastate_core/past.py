@@ -1,6 +1,6 @@
 """The past of a rollout as one thing with one owner: its caches, what it counts, and what absorbs part of it.
 
-    mark = past.mark(); ...; past.rewind(mark)      # around what comes before a chunk and may fail
+    undo = past.mark(); ...; past.rewind(undo)      # around what comes before a chunk and may fail
     past.commit_chunk(x0, frames)                   # after a clean pass: the only way in which a chunk becomes past
     state = past.snapshot()
 
@@ -12,8 +12,10 @@ goes on from the write that failed.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,41 +24,19 @@ from .absorption.absorber import Absorber
 from .absorption.saved import absorber_state, restore_absorber
 from .absorption.solve import Solution
 from .anchors import Anchor
-from .cache.kv_cache import KVCache, LayerSnapshot
+from .cache.kv_cache import KVCache
+from .cache.one_pass import OnePass
 from .cache.steps import Step, Steps
 from .rollout_state import RolloutState
 from .rope import Layout, Rope
 from .schedules import rolling
 from .spec import RolloutSpec
+from .standing import Standing
+from .undo import Exchange, Undo
 
 
 class UnfinishedError(RuntimeError):
     """A write that brings the cache to a whole chunk failed twice, so there is no state to go on from."""
-
-
-@dataclass(frozen=True, eq=False)
-class Standing:
-    """How far a rollout is. It is replaced as a whole. `before` is the frame with which the last generated chunk began; the other
-    fields mean what they mean in RolloutState."""
-
-    next_frame: int
-    next_chunk: int
-    before: int
-    emitted: int
-    pending: torch.Tensor
-    recent: torch.Tensor
-    given: torch.Tensor
-    hidden: torch.Tensor | None = None
-    blocks: tuple[rolling.Block, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Mark:
-    """What `rewind` goes back to."""
-
-    now: Standing
-    caches: tuple[tuple[LayerSnapshot, ...], ...]
-    absorber: dict[int, Any]
 
 
 # makes a pass over x [B, C, frames, h, w] at a timestep, changes nothing by it, and returns the velocity
@@ -114,21 +94,31 @@ class Past:
         solution: Solution | None = None,
         levels: int = 1,
         keep_latents: bool = False,
+        length: int | None = None,
+        state: RolloutState | None = None,
     ) -> None:
+        """`length`: latent frames of the video, as far as it is known. `state`: what will be restored; nothing is allocated that it
+        does not need."""
         patch = spec.geometry.patch
         self.spec = spec
         self.rope = Rope(spec.geometry.head_dim, spec.height // patch, spec.width // patch, device)
-        self.caches = [KVCache(spec.plan(text_tokens), spec.geometry.heads, device) for _ in range(levels)]
+        plan = spec.plan(text_tokens, length=length, solution=solution, resumed=state)
+        self.rope.most_bytes = self.rope.bytes_of(plan.table_frames)
+        self.caches = [KVCache(plan, spec.geometry.heads, device) for _ in range(levels)]
         self.absorber: Absorber | None = None
         if spec.absorption is not None:
             self.absorber = Absorber(spec.absorption, self.cache, spec.anchor, self.rope, solution)
         self.observer: Observer | None = self.absorber
+        # the anchor's policy when the chunk from a frame on is cached
+        self.anchor_at: Callable[[int], Anchor] = lambda first_frame: spec.anchor
         nothing = torch.zeros(self.shape(0))
-        self.now = Standing(0, 0, 0, 0, nothing, nothing, nothing)
+        self.now = Standing(0, 0, 0, 0, nothing, nothing, nothing, nothing)
         self.kept: list[torch.Tensor] | None = [] if keep_latents else None
         # how far a rope cut puts the chunk under way ahead
         self.jump = 0
         self._work: _Work | None = None
+        # what is kept for `rewind`, while something may be undone
+        self._undo: Undo | None = None
 
     @property
     def cache(self) -> KVCache:
@@ -149,9 +139,9 @@ class Past:
         """[B, C, frames, h, w]."""
         return (self.spec.batch, self.spec.geometry.channels, frames, self.spec.height, self.spec.width)
 
-    def layout(self) -> Layout:
-        """Positions of the pass to come."""
-        return Layout(
+    def layout(self, frames: int = 0, clean: bool = False) -> Layout:
+        """Positions of the pass to come, over `frames` content frames; `clean`: of a finished chunk."""
+        layout = Layout(
             mode=self.spec.positions,
             anchor_capacity=self.spec.anchor.frames,
             window_capacity=self.spec.window_frames,
@@ -162,6 +152,7 @@ class Past:
             state_after_past=self.spec.anchor.state_after_past,
             jump=self.jump,
         )
+        return rolling.shared(layout, self.spec.chunk_frames, frames, clean) if self.spec.shares_window else layout
 
     # ---- what is under way
 
@@ -201,6 +192,8 @@ class Past:
         """Bring every cached key to its position in `layout`."""
         for cache in self.caches:
             for step in cache.turns(layout, self.rope):
+                if self._undo is not None:
+                    self._undo.turns(step.layer, cache.layers[step.layer], step.write)
                 self._do([step])
 
     # ---- commits
@@ -215,7 +208,8 @@ class Past:
         content, rest = self.now.given[:, :, :frames], self.now.given[:, :, frames:]
         states = self.spec.anchor.state_frames
         hidden = content[:, :, -1:].expand(-1, -1, states, -1, -1).clone() if states else None
-        self._commit(self.spec.anchor, frames, replace(self._after(content), hidden=hidden, given=rest))
+        anchor = self.anchor_at(self.now.next_frame)
+        self._commit(anchor, frames, replace(self._after(content), hidden=hidden, given=rest))
 
     def commit_chunk(self, x0: torch.Tensor, frames: int, blocks: tuple[rolling.Block, ...] = ()) -> None:
         """A chunk [state | content] float32, after its clean pass; `blocks` are the chunks that are still being denoised."""
@@ -228,23 +222,62 @@ class Past:
             hidden=x0[:, :, :states].cpu().clone() if states else None,
             blocks=tuple(replace(block, x=block.x.cpu()) for block in blocks),
         )
-        self._commit(self.spec.anchor, frames, after)
+        self._commit(self.anchor_at(now.next_frame), frames, after)
+
+    def commit_uncached(self, content: torch.Tensor, given: int = 0) -> None:
+        """A chunk [B, C, F, h, w] of which no key is kept, because the window is made anew before every chunk: it is empty then.
+        `given`: these are the next so many given frames instead."""
+        self.finish()
+        now, window = self.now, self.spec.window_frames
+        after = self._after(content.cpu())
+        if given:
+            after = replace(after, given=now.given[:, :, given:])
+        else:
+            after = replace(after, next_chunk=now.next_chunk + 1, before=now.next_frame)
+        after = replace(after, again=min(window, after.next_frame))
+        steps = [
+            Step(i, partial(layer.take_window, OrderedDict())) for cache in self.caches for i, layer in enumerate(cache)
+        ]
+
+        def move() -> None:
+            self.now = after
+
+        self._do(steps, move, commits=True)
 
     def commit_again(self, frames: int, anchor: Anchor) -> None:
-        """Frames that were in the cache before, after another clean pass over them."""
+        """Frames that were in the cache before, after another clean pass over them. Only the clean passes' cache gets them:
+        what a noise level made itself cannot be made again, and its window begins anew."""
         after = replace(self.now, next_frame=self.now.next_frame + frames)
-        self._commit(anchor, frames, after, told=False)
+        self._commit(anchor, frames, after, self.caches[:1], told=False)
+
+    def commit_one_pass(self, one_pass: OnePass) -> None:
+        """Frames that were in the cache before, after the one pass that made anchor and window again."""
+        after = replace(self.now, next_frame=one_pass.end)
+        steps = [
+            Step(index, partial(layer.take_books, *one_pass.of(layer).books()))
+            for index, layer in enumerate(self.cache)
+        ]
+
+        def move() -> None:
+            self.now = after
+
+        self._do(steps, move, commits=True)
 
     def _after(self, content: torch.Tensor) -> Standing:
         """Where the rollout stands once `content` has been made."""
         now = self.now
         recent = torch.cat([now.recent, content], 2)[:, :, -self.spec.recent_frames :]
         pending = torch.cat([now.pending, content], 2) if now.pending.shape[2] else content
-        return replace(now, next_frame=now.next_frame + content.shape[2], pending=pending, recent=recent)
+        first = content[:, :, :1].clone() if self.spec.remade and not now.next_frame else now.first
+        return replace(
+            now, next_frame=now.next_frame + content.shape[2], pending=pending, recent=recent, first=first, again=0
+        )
 
-    def _commit(self, anchor: Anchor, frames: int, after: Standing, told: bool = True) -> None:
+    def _commit(
+        self, anchor: Anchor, frames: int, after: Standing, caches: list[KVCache] | None = None, told: bool = True
+    ) -> None:
         steps, left = [], []
-        for cache in self.caches:
+        for cache in caches or self.caches:
             more, leaving = cache.prepared(anchor, self.now.next_frame, frames)
             steps, left = steps + more, left + leaving
         observer = self.observer if told else None
@@ -261,40 +294,67 @@ class Past:
 
         self._do(steps, move, commits=True)
 
+    def reach(self, length: int) -> None:
+        """The video will have `length` latent frames; the next `catch_up` makes room for them."""
+        for cache in self.caches:
+            cache.reach(self.spec.made_frames(length))
+
     def catch_up(self, look: Look) -> None:
-        """Let the observer do what is due."""
+        """Give the cache the size that it is to have, and let the observer do what is due. Comes before the passes of a chunk."""
         self.finish()
+        for cache in self.caches:
+            cache.fit()
         if self.observer is not None:
             self.observer.catch_up(self.now.next_frame, look)
 
     # ---- transitions
 
-    def mark(self) -> Mark:
-        """The past as it is, on the CPU."""
+    def mark(self) -> Undo:
+        """What `rewind` goes back to. It keeps up with what is changed until it is used or forgotten; there is one at a time."""
         self.finish()
-        observer = {} if self.observer is None else self.observer.mark()
-        return Mark(self.now, tuple(cache.snapshot() for cache in self.caches), observer)
+        self._undo = Undo(self.now, None if self.observer is None else self.observer.mark())
+        return self._undo
 
-    def rewind(self, mark: Mark) -> None:
-        """Back to a mark of this run, whatever is under way."""
+    def forget_mark(self) -> None:
+        """Nothing is to be undone any more."""
+        self._undo = None
+
+    def rewind(self, undo: Undo) -> None:
+        """Back to where `mark` was called, whatever is under way. Frames that were to be committed again are not in the window
+        then: `now.again` says how many of the newest latents have to be, before the next chunk."""
+        self._undo = None
 
         def move() -> None:
-            if self.observer is not None:
-                self.observer.rewind(mark.absorber)
-            self.now, self.jump = mark.now, 0
+            if self.observer is not None and undo.again:
+                self.observer.flushed(0)
+            elif self.observer is not None:
+                self.observer.rewind(undo.observer)
+            self.now, self.jump = replace(undo.now, again=undo.again or undo.now.again), 0
 
-        steps = []
-        for cache, saved in zip(self.caches, mark.caches, strict=True):
-            steps += cache.restores(saved)
-        self._do(steps, move)
+        self._do(undo.steps(self.caches), move)
 
     def flush(self, keep: int) -> None:
         """Forget the window but for its `keep` newest frames."""
         for cache in self.caches:
-            for layer in cache:
-                layer.flush(keep)
+            for index, layer in enumerate(cache):
+                exchange = Exchange(index, layer, keep)
+                if self._undo is not None:
+                    self._undo.moves(exchange)
+                exchange.make()
         if self.observer is not None:
             self.observer.flushed(keep)
+
+    def empty(self, frames: int, anchor_too: bool) -> None:
+        """Forget the whole window, which is about to be made again from the newest `frames` latents. `anchor_too`: what is in the
+        anchor will change as well."""
+        if self._undo is not None:
+            self._undo.commits_again(frames, self.caches, anchor_too)
+        self.flush(0)
+
+    def empty_anchor(self) -> None:
+        """Forget the anchor of the clean passes' cache, which is about to be made again."""
+        for layer in self.cache:
+            layer.take_books({}, layer.pinned, layer.window)
 
     def go_back(self, frame: int) -> None:
         """The next passes commit frames from `frame` on again."""
@@ -317,12 +377,23 @@ class Past:
         pending = torch.cat([latents, now.pending], dim=2)
         self.now = replace(now, pending=pending, emitted=now.emitted - latents.shape[2])
         if self.kept is not None:
-            self.kept.pop()
+            frames = latents.shape[2]
+            while frames > 0:  # a state that was taken since has joined them with the chunks before
+                last = self.kept.pop()
+                if last.shape[2] > frames:
+                    self.kept.append(last[:, :, :-frames])
+                frames -= last.shape[2]
 
     @property
     def kept_latents(self) -> torch.Tensor | None:
-        """All latents that have left since frame 0 [B, C, T, h, w], if they were kept all along."""
-        return torch.cat(self.kept, dim=2) if self.kept else None
+        """All latents that have left since frame 0 [B, C, T, h, w], if they were kept all along.
+
+        What is returned is what is kept from then on: whoever asks shares it, and nobody writes to it."""
+        if not self.kept:
+            return None
+        if len(self.kept) > 1:
+            self.kept = [torch.cat(self.kept, dim=2)]
+        return self.kept[0]
 
     # ---- states
 
@@ -344,6 +415,8 @@ class Past:
             stream=stream or {},
             absorption={} if self.absorber is None else absorber_state(self.absorber),
             given=now.given.clone() if now.given.shape[2] else None,
+            again=now.again,
+            first=now.first.clone() if now.first.shape[2] else None,
         )
 
     def restore(self, state: RolloutState, steps: int) -> None:
@@ -359,8 +432,10 @@ class Past:
             pending=state.pending,
             recent=nothing if state.recent is None else state.recent,
             given=nothing if state.given is None else state.given,
+            first=nothing if state.first is None else state.first,
             hidden=state.hidden,
             blocks=rolling.under_way(state.noisy, state.next_chunk, frames, steps),
+            again=state.again,
         )
         if self.absorber is not None:
             restore_absorber(self.absorber, state.absorption)
@@ -375,10 +450,23 @@ class Past:
         elif state.emitted:
             self.kept = None
 
+    def return_to(self, state: RolloutState, steps: int) -> None:
+        """Between two chunks: to an earlier state of this same rollout. If it fails, `restore` has to be tried with another one."""
+        self.finish()
+        self._undo, self.jump = None, 0
+        self.kept = None if self.kept is None else []
+        self.restore(state, steps)
+
     def _check(self, state: RolloutState) -> None:
         shapes = [(state.pending, state.pending.shape[2]), (state.hidden, self.spec.anchor.state_frames)]
         shapes.append((state.latents, state.emitted))
-        shapes += [(one, one.shape[2]) for one in (state.recent, state.noisy, state.given) if one is not None]
+        shapes += [
+            (one, one.shape[2]) for one in (state.recent, state.noisy, state.given, state.first) if one is not None
+        ]
+        if state.again and (state.recent is None or not 0 < state.again <= state.recent.shape[2]):
+            raise ValueError(
+                f"the state has {state.again} latent frames to be cached again and not as many recent ones: it is damaged"
+            )
         for latents, frames in shapes:
             if latents is not None and (latents.shape != self.shape(frames) or latents.dtype != torch.float32):
                 raise ValueError("the state's latents do not have the shape that its settings say: it is damaged")

@@ -1,6 +1,6 @@
 """The recurrence: a causal video model rolled out chunk by chunk over an immutable state.
 
-    rollout = Rollout(model, spec, settings)          # or with state=..., to go on from one
+    rollout = Rollout(model, spec, settings, length=length)   # or with state=..., to go on from one
     for chunk in rollout.chunks(length): ...          # chunk.latents [B, C, n, h, w]
     state = rollout.snapshot()                        # after any chunk, and after an interrupt
 
@@ -10,14 +10,16 @@ Semantics: docs/semantics.md. Latents are float32 in the model's latent space; t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from . import remade
 from .absorption.absorber import Absorber
 from .absorption.solve import Solution
+from .anchors import Anchor, AnchorAdaptive
 from .attention.cached import CachedAttention
 from .cache.kv_cache import KVCache
 from .passes import CausalModel, NonFiniteError, Passes, StepCallback
@@ -25,8 +27,7 @@ from .past import Past, UnfinishedError
 from .prompts.plan import PromptPlan
 from .rollout_state import RolloutState
 from .schedules import rolling
-from .schedules.noise import noise
-from .schedules.schedule import TIMESTEPS
+from .schedules.noise import NoiseAhead, noise
 from .spec import ModelGeometry, RolloutSpec, Settings
 from .transitions import before_chunk
 
@@ -70,9 +71,11 @@ class Rollout:
         on_step: StepCallback | None = None,
         solution: Solution | None = None,
         prompts: PromptPlan | None = None,
+        length: int | None = None,
     ) -> None:
         """`solution`: an absorption that was solved before for the same model, prompt and seed. `prompts`: texts that
-        change during the rollout; without `prompts` the model keeps its text."""
+        change during the rollout; without `prompts` the model keeps its text. `length`: latent frames of the video; the cache has
+        no room for more until `chunks` is asked for them (None: the whole window is allocated)."""
         schedule = settings.schedule
         if spec.blocks > 1 and len(schedule.sigmas) != spec.blocks:
             raise ValueError(
@@ -82,16 +85,37 @@ class Rollout:
             raise ValueError(
                 f"the sampler {schedule.sampler} does not go with {spec.blocks} chunks denoised together; use renoising"
             )
+        if schedule.told and spec.blocks > 1:
+            raise ValueError(
+                "chunks denoised together are told their own noise levels; leave out what the model is told"
+            )
         if schedule.kept and (spec.blocks > 1 or spec.absorption is not None):
             raise ValueError(
                 "steps with a past of their own go neither with absorption nor with chunks denoised together"
             )
+        if schedule.kept and spec.remade:
+            raise ValueError(
+                "steps with a past of their own do not go with a past that is made anew before every chunk"
+            )
         if state is not None and (differences := spec.differences(state.spec)):
             raise ValueError("this state belongs to another rollout: " + "; ".join(differences))
         self.model, self.spec, self.settings, self.prompts = model, spec, settings, prompts
+        # whether somebody will want a state from before the window shrank, and what gives its `stream`; it may raise
+        self.holds_state = True
+        self.streamed: Callable[[], dict[str, Any]] | None = None
+        # who encodes a frame anew, where the past of a chunk begins with one (remade.py)
+        self.renewed: remade.Renewed | None = None
+        self._before_end: RolloutState | None = None
+        self._unheld: Exception | None = None
+        # the frame from which on the window shrinks, and the length that it ends at
+        self._end: tuple[int, int] | None = None
         levels = 1 + len(schedule.kept)
-        self.past = Past(spec, model.device, text_tokens, solution, levels, keep_latents)
+        self.past = Past(spec, model.device, text_tokens, solution, levels, keep_latents, length, state)
+        self.past.anchor_at = self._anchor_at
+        # what a state remembers of changes that were asked for while it was made, JSON-able
+        self.steered: dict[str, Any] = {} if state is None else state.steered
         self._passes = Passes(model, self.past, schedule.context_timestep, on_step)
+        self._noise = NoiseAhead(self._drawn)
         if state is not None:
             self.past.restore(state, len(schedule.sigmas))
 
@@ -106,9 +130,68 @@ class Rollout:
         return self.past.now.next_chunk
 
     @property
+    def next_frame(self) -> int:
+        """The first latent frame of the chunk that is made next, behind given frames that are still to be taken."""
+        return self.past.now.next_frame + self.past.now.given.shape[2]
+
+    def steer(self, prompts: PromptPlan | None) -> None:
+        """Between two chunks: have this plan instead, which says the same of all chunks that there are. Noise that was drawn ahead
+        is drawn again."""
+        self.prompts, self._noise = prompts, NoiseAhead(self._drawn)
+
+    def go_back(self, state: RolloutState) -> Callable[[], None]:
+        """Between two chunks: to an earlier state of this same rollout, from which `chunks` goes on as a rollout from it would. Not
+        with an absorption. What is returned brings it back to where it was. If it fails, it is there."""
+        here, steps = self.past.snapshot(), len(self.settings.schedule.sigmas)
+        before = self._before_end, self._unheld, self._end, self.steered
+
+        def undo() -> None:
+            self.past.return_to(here, steps)
+            self._before_end, self._unheld, self._end, self.steered = before
+            self._noise = NoiseAhead(self._drawn)
+
+        try:
+            self.past.return_to(state, steps)
+        except BaseException:
+            undo()
+            raise
+        self._before_end, self._unheld, self._end, self.steered = None, None, None, state.steered
+        self._noise = NoiseAhead(self._drawn)
+        return undo
+
+    def frames_after(self, chunk: int) -> int:
+        """How many latent frames there are once `chunk` chunks were generated."""
+        return self.past.given_frames + chunk * self.spec.chunk_frames
+
+    def seed_of(self, chunk: int) -> int:
+        """The seed that the noise of generated chunk `chunk`, from the next one on, is drawn with."""
+        if self.prompts is None:
+            return self.settings.seed
+        return self.prompts.seed(
+            self.next_frame + (chunk - self.generated) * self.spec.chunk_frames, self.settings.seed
+        )
+
+    def _anchor_at(self, first_frame: int) -> Anchor:
+        """The anchor's policy when the chunk from `first_frame` on is cached."""
+        anchor = self.spec.anchor
+        if self.prompts is None or not isinstance(anchor, AnchorAdaptive):
+            return anchor
+        return replace(anchor, strength=self.prompts.strength(first_frame, anchor.strength))
+
+    @property
+    def renewed_frames(self) -> tuple[int, ...]:
+        """The latent frames there are whose last picture will be wanted of `renewed`, the next chunk's first."""
+        return remade.renewed_frames(self.spec, self.past.now.next_frame, self.generated)
+
+    @property
     def kept_latents(self) -> torch.Tensor | None:
-        """All latents since frame 0 [B, C, T, h, w], if they were kept all along."""
+        """All latents since frame 0 [B, C, T, h, w], if they were kept all along; the rollout's own, not to be written to."""
         return self.past.kept_latents
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether all latents since frame 0 are kept: if that was asked for, and the state that it goes on from has them."""
+        return self.past.kept is not None
 
     @property
     def cache(self) -> KVCache:
@@ -136,8 +219,29 @@ class Rollout:
 
     def snapshot(self, stream: dict[str, Any] | None = None) -> RolloutState:
         """The state after the last whole chunk; valid after an interrupt or an error too. A chunk that failed while it was
-        being committed is finished first, and its latents are pending in the state. UnfinishedError if this fails again."""
-        return self.past.snapshot(stream)
+        being committed is finished first, and its latents are pending in the state. UnfinishedError if this fails again.
+
+        Once the window shrinks it is the state from before that, with its own `stream`, and says how many latents came
+        `after`: chunks that were finished in a smaller window are no past for a longer video.
+        """
+        if self._before_end is not None:
+            return replace(self._before_end, after=self.emitted - self._before_end.emitted)
+        if self._unheld is not None and self.past.now.next_frame != self._end[0]:
+            raise UnfinishedError(
+                f"the state from before the window shrank could not be held ({self._unheld}), so there is none to go on from; "
+                "free some memory, or choose the open ending"
+            ) from self._unheld
+        return self._snapshot(stream)
+
+    def _snapshot(self, stream: dict[str, Any] | None) -> RolloutState:
+        blocks = self.attention.blocks
+        compiled = blocks.compiled_layers if blocks else ()
+        return replace(self.past.snapshot(stream), compiled_layers=compiled, steered=self.steered)
+
+    @property
+    def ends(self) -> bool:
+        """Whether the window shrinks or has shrunk: the state stays as it was before."""
+        return self._end is not None
 
     def put_back(self, latents: torch.Tensor) -> None:
         """Take latents that have just left, but could not be used, back as the first pending ones."""
@@ -153,8 +257,13 @@ class Rollout:
                 f"the rollout holds {self.emitted} latent frames and {length} were asked for; "
                 "length counts from the first frame of the video, so ask for more than there is"
             )
+        if self.ends and length != self._end[1]:
+            raise ValueError(
+                f"the window shrinks towards {self._end[1]} latent frames and {length} were asked for; go on from the snapshot"
+            )
         if given is not None:
             self._give(given, length)
+        self.past.reach(length)
         while self.emitted < length:
             start = time.perf_counter()
             self.past.finish()
@@ -179,15 +288,43 @@ class Rollout:
         if self.past.now.given.shape[2]:
             self._take()
         else:
-            with before_chunk(self.past, self._passes, self.prompts):
-                self._generate() if self.spec.blocks == 1 else self._generate_rolling(length)
+            if self._shrinks(length) and self._before_end is None:
+                self._hold_state(length)
+            with before_chunk(self.past, self._passes, self.prompts, self.renewed, self._passes_of_chunk):
+                self._generate(length) if self.spec.blocks == 1 else self._generate_rolling(length)
         self.past.catch_up(self._passes.look)
 
+    def _shrinks(self, length: int) -> bool:
+        """Whether the next chunk is finished in a window that no chunk enters any more."""
+        spec, now = self.spec, self.past.now
+        if spec.blocks == 1 or spec.ending == "open":
+            return False
+        return rolling.shrinks(now.next_frame, len(now.blocks), spec.blocks, spec.chunk_frames, length)
+
+    def _hold_state(self, length: int) -> None:
+        """Hold the state from before the window shrinks. If that fails twice, the video still ends, without one."""
+        frame = self.past.now.next_frame
+        if self._end is not None and self._end[0] != frame:
+            return
+        stream = self.streamed() if self.streamed else None
+        if not self.holds_state:
+            self._unheld = RuntimeError("nobody wanted it")
+        for _ in range(2 if self.holds_state else 0):
+            try:
+                self._before_end = self._snapshot(stream)
+                break
+            except Exception as error:
+                self._unheld = error
+        self._end = frame, length
+
     def _take(self) -> None:
-        """A chunk of given frames: one clean pass, with S copies of the last frame as its state."""
+        """A chunk of given frames: one clean pass, with S copies of the last frame as its state, unless the past is made anew."""
         if self.prompts is not None:
             self.model.set_context(self.prompts.context(0))
         content = self.past.now.given[:, :, : self.spec.chunk_frames]
+        if self.spec.remade:
+            self.past.commit_uncached(content, given=content.shape[2])
+            return
         state = content[:, :, -1:].expand(-1, -1, self.spec.anchor.state_frames, -1, -1)
         self._passes.checkpoint(0, len(self._sigmas) + 1, None)
         self.past.start_chunk()
@@ -198,65 +335,81 @@ class Rollout:
     def _sigmas(self) -> tuple[float, ...]:
         return self.settings.schedule.for_chunk(self.generated)
 
-    def _generate(self) -> None:
-        """Draw, denoise, commit one chunk."""
+    @property
+    def _passes_before(self) -> int:
+        """Passes that the past of the next chunk takes."""
+        return remade.passes_before(self.spec, self.past.now.next_frame)
+
+    @property
+    def _passes_of_chunk(self) -> int:
+        """Passes of the next chunk, which denoise it and make it, or its past, part of the cache."""
+        return len(self._sigmas) + (self._passes_before if self.spec.remade else 1)
+
+    def _generate(self, length: int) -> None:
+        """Draw, denoise, commit one chunk. The next one's noise, if `length` asks for one, is drawn during the clean pass."""
         frames, sigmas, schedule = self.spec.chunk_frames, self._sigmas, self.settings.schedule
+        passes, before = self._passes_of_chunk, self._passes_before
         self.past.start_chunk()
         self.past.place(self.past.layout())
-        solver = schedule.solver(self.generated, self._noises(len(sigmas)))
-        x, x0 = solver.start, None
-        for step, sigma in enumerate(sigmas):
-            self._passes.checkpoint(step, len(sigmas) + 1, x0)
-            v = self._passes.noisy(x, TIMESTEPS * sigma, frames, schedule.own_past(step))
+        noises = self._noise.take(self.generated, len(sigmas)).to(self.model.device, non_blocking=True)
+        solver = schedule.solver(self.generated, noises)
+        x, x0, told = solver.start, None, schedule.timesteps_of(self.generated)
+        for step, timestep in enumerate(told):
+            self._passes.checkpoint(before + step, passes, x0)
+            v = self._passes.noisy(x, timestep, frames, schedule.own_past(step))
             x0, x = solver.step(step, x, v)
-        self._passes.checkpoint(len(sigmas), len(sigmas) + 1, x0)
+        if self.spec.remade:
+            self._passes.require_finite(x0)
+            self.past.commit_uncached(x0)
+            return
+        self._passes.checkpoint(len(sigmas), passes, x0)
         self._passes.require_finite(x0)
-        self._passes.clean(x0, frames)
+        more = self.past.now.next_frame + frames < length
+        self._passes.clean(x0, frames, self._draw_next if more else None)
         self.past.commit_chunk(x0, frames)
+
+    def _draw_next(self) -> None:
+        following = self.generated + 1
+        self._noise.prepare(following, len(self.settings.schedule.for_chunk(following)))
 
     def _generate_rolling(self, length: int) -> None:
         """Make passes over all chunks under way until the oldest is finished, then commit that one."""
-        frames, sigmas, seed, past = (
-            self.spec.chunk_frames,
-            self.settings.schedule.sigmas,
-            self.settings.seed,
-            self.past,
-        )
+        frames, sigmas, past = self.spec.chunk_frames, self.settings.schedule.sigmas, self.past
         blocks, finished, x0 = past.now.blocks, None, None
+        shrinks = self._shrinks(length)
         while finished is None:
             chunk, first = self.generated + len(blocks), past.now.next_frame + len(blocks) * frames
-            if len(blocks) < self.spec.blocks and not (self.settings.ramp_down and first >= length):
+            if len(blocks) < self.spec.blocks and not (shrinks and first >= length):
                 blocks = (*blocks, rolling.Block(chunk, 0, self._content_noise(chunk, 0)))
             self._passes.checkpoint(0, 2, x0)
             past.start_chunk()
-            past.place(past.layout())
+            past.place(past.layout(frames * len(blocks)))
             x, timesteps, levels = rolling.joined(blocks, sigmas, self.model.device)
             x0 = x - levels * self._passes.noisy(x, timesteps, frames * len(blocks))
-            finished, blocks = rolling.advanced(blocks, x0, sigmas, seed)
+            finished, blocks = rolling.advanced(blocks, x0, sigmas, self.seed_of)
         self._passes.checkpoint(1, 2, finished)
         self._passes.require_finite(x0)
         self._passes.clean(finished, frames)
         past.commit_chunk(finished, frames, blocks)
 
-    def _noises(self, steps: int) -> torch.Tensor:
-        """[steps, B, C, S + F, h, w] noise of the current chunk, state first, float32 on the model's device.
+    def _drawn(self, chunk: int, steps: int) -> torch.Tensor:
+        """[steps, B, C, S + F, h, w] noise of a chunk, state first, float32 on the CPU, page-locked if the model is on CUDA.
 
         Made for all steps at once: a copy between two steps would wait for the device.
         """
-        seed, chunk, states = self.settings.seed, self.generated, self.spec.anchor.state_frames
-        out = torch.empty((steps, *self.past.shape(states + self.spec.chunk_frames)))
+        seed, states = self.seed_of(chunk), self.spec.anchor.state_frames
+        shape = (steps, *self.past.shape(states + self.spec.chunk_frames))
+        out = torch.empty(shape, pin_memory=self.model.device.type == "cuda")
         for step in range(steps):
             out[step, :, :, states:] = self._content_noise(chunk, step)
             if states:
                 out[step, :, :, :states] = noise(seed, chunk, step, self.past.shape(states), state=True)
-        if self.model.device.type == "cuda":
-            out = out.pin_memory()
-        return out.to(self.model.device, non_blocking=True)
+        return out
 
     def _content_noise(self, chunk: int, step: int) -> torch.Tensor:
         """The noise [B, C, F, h, w] of a chunk's content: drawn from the seed, or at step 0 from `first_noise` if that is given."""
         frames, given = self.spec.chunk_frames, self.settings.first_noise
-        out = noise(self.settings.seed, chunk, step, self.past.shape(frames))
+        out = noise(self.seed_of(chunk), chunk, step, self.past.shape(frames))
         if step == 0 and given is not None:
             own = given[:, :, chunk * frames : (chunk + 1) * frames]
             out[:, :, : own.shape[2]] = own
@@ -274,10 +427,14 @@ class Rollout:
         """How many forwards of the model are left until `length` latent frames, of which the first `given` are given. Forwards
         that a change of the prompt needs are not counted."""
         given = given or self.past.now.given.shape[2]
-        taken, left = -(-given // self.spec.chunk_frames), length - given - self.past.now.next_frame
+        taken = 0 if self.spec.remade else -(-given // self.spec.chunk_frames)
+        left = length - given - self.past.now.next_frame
         chunks = max(0, -(-left // self.spec.chunk_frames))
         if not chunks:
             return taken
         if self.spec.blocks > 1:
             return taken + 2 * chunks + (0 if self.past.now.blocks else self.spec.blocks - 1)
-        return taken + len(self._sigmas) + 1 + (chunks - 1) * (len(self.settings.schedule.sigmas) + 1)
+        noisy = len(self._sigmas) + (chunks - 1) * len(self.settings.schedule.sigmas)
+        if self.spec.remade:
+            return noisy + remade.passes(self.spec, self.past.now.next_frame + given, chunks)
+        return taken + noisy + chunks

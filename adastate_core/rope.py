@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 
 THETA = 10000.0
-# tables that a Rope keeps; those used longest ago go first
-MOST_TABLES = 24
+# the most bytes of tables that a Rope keeps where nobody says otherwise
+MOST_BYTES = 2**28
 POSITION_MODES = ("packed", "fixed", "absolute")
 
 
@@ -67,10 +67,22 @@ def _pairs(units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return units.real.repeat_interleave(2, -1), torch.stack([-units.imag, units.imag], -1).flatten(-2)
 
 
+def table_bytes(channels: int, tokens: int, real_pairs: bool) -> int:
+    """Bytes of the table that turns `channels` of a head at so many tokens."""
+    return tokens * channels * (8 if real_pairs else 4)
+
+
+def space_bytes(head_dim: int, tokens: int, real_pairs: bool) -> int:
+    """Bytes of what a Rope of frames of `tokens` keeps beside its tables: the parts that all frames share."""
+    return table_bytes(sum(axis_widths(head_dim)[1:]), tokens, real_pairs)
+
+
 class Rope:
     """Rotations of the tokens of frames of one size, on one device.
 
-    `rotate` turns [B, frames * rows * columns, heads, head_dim] in any float dtype; computed in float32, cast back.
+    `rotate` turns [B, frames * rows * columns, heads, head_dim] in any float dtype; computed in float32, cast back. A table
+    is made on the first of its uses and kept as long as all that are kept take at most `most_bytes`; those used longest ago
+    go first, and one that is larger than that alone is made, used and not kept.
     """
 
     def __init__(
@@ -80,11 +92,13 @@ class Rope:
         columns: int,
         device: torch.device | str = "cpu",
         real_pairs: bool | None = None,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         """`real_pairs`: no complex numbers; None: on every device but the CPU."""
         self.time_width, height_width, width_width = axis_widths(head_dim)
         self.rows, self.columns, self.device = rows, columns, torch.device(device)
         self.real_pairs = self.device.type != "cpu" if real_pairs is None else real_pairs
+        self.most_bytes = most_bytes
         row_angles = _angles(torch.arange(rows, dtype=torch.float32), height_width)
         column_angles = _angles(torch.arange(columns, dtype=torch.float32), width_width)
         self._space = torch.cat(
@@ -94,8 +108,20 @@ class Rope:
             ],
             dim=-1,
         ).reshape(rows * columns, -1)
-        # the newest used last
+        # the newest used last, and their bytes
         self._kept: dict[Hashable, tuple[torch.Tensor, ...]] = {}
+        self._bytes = 0
+        # what every table of raw keys has of height and width: [P, 1, channels], parts as in a Turn
+        self._space_parts: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device of what is kept now; at most `most_bytes` and what `space_bytes` says."""
+        return self._bytes + sum(part.nbytes for part in self._space_parts or ())
+
+    def bytes_of(self, frames: int) -> int:
+        """Bytes of a table that turns so many frames."""
+        return table_bytes(self.time_width + 2 * self._space.shape[-1], frames * len(self._space), self.real_pairs)
 
     def turn(self, from_positions: Sequence[float | None] | None, to_positions: Sequence[float | None]) -> Turn:
         """What brings keys of frames at `from_positions` to `to_positions`, frame by frame; None is raw, on either side, and
@@ -105,23 +131,50 @@ class Rope:
         if len(came) != len(to):
             raise ValueError(f"{len(came)} positions to come from and {len(to)} to go to; each frame has one of both")
 
-        def make() -> torch.Tensor:
-            table = self._units(to)
-            if any(position is not None for position in came):
-                table = table * self._units(came).conj().resolve_conj()
-            return table[:, None]
+        def make() -> tuple[torch.Tensor, ...]:
+            if all(position is None for position in came):
+                return self._from_raw(to)
+            table = self._units(to) * self._units(came).conj().resolve_conj()
+            return self._parts(table[:, None])
 
-        return Turn(self._once((came, to), make), len(self._space))
+        return Turn(self._once((came, to), self.bytes_of(len(to)), make), len(self._space))
+
+    def _from_raw(self, positions: tuple[float | None, ...]) -> tuple[torch.Tensor, ...]:
+        """The parts of a turn of raw keys. Time is the same for all tokens of a frame, height and width for all frames, so
+        only one row a frame is computed; the rest is put together on the device."""
+        times = _units(_angles(torch.tensor([p or 0.0 for p in positions], dtype=torch.float32), self.time_width))
+        raw = [i for i, p in enumerate(positions) if p is None]
+        times[raw] = 1
+        made = []
+        for part, (time, space) in enumerate(zip(self._parts(times), self._space_once(), strict=True)):
+            frames, tokens, split = len(positions), len(space), time.shape[-1]
+            out = space.new_empty((frames, tokens, 1, split + space.shape[-1]))
+            out[..., :split] = time[:, None, None]
+            out[..., split:] = space
+            for i in raw:
+                out[i, ..., split:] = 1 - part  # of unit numbers 1; of cosines 1 and of sines 0
+            made.append(out.flatten(0, 1))
+        return tuple(made)
+
+    def _space_once(self) -> tuple[torch.Tensor, ...]:
+        if self._space_parts is None:
+            self._space_parts = self._parts(_units(self._space)[:, None])
+        return self._space_parts
+
+    def _parts(self, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Unit complex numbers as a Turn has them, on the device."""
+        return tuple(part.to(self.device) for part in (_pairs(units) if self.real_pairs else (units,)))
 
     def turn_tokens(self, positions: Sequence[float], which: torch.Tensor, tokens: torch.Tensor) -> Turn:
         """What brings raw keys of single tokens to the time `positions`[`which`], in the place of the frame that `tokens`
         says (row-major); token 0 turns by time alone. Both [..., N] int64; on the device, nothing waits for it."""
 
-        def time() -> torch.Tensor:
-            return _units(_angles(torch.tensor(positions, dtype=torch.float32), self.time_width))[:, None]
+        def time() -> tuple[torch.Tensor, ...]:
+            return self._parts(_units(_angles(torch.tensor(positions, dtype=torch.float32), self.time_width))[:, None])
 
-        times = self._once(("time", positions if isinstance(positions, range) else tuple(positions)), time)
-        space = self._once(("space",), lambda: _units(self._space)[:, None])
+        key = ("time", positions if isinstance(positions, range) else tuple(positions))
+        times = self._once(key, table_bytes(self.time_width, len(positions), self.real_pairs), time)
+        space = self._space_once()
         which, tokens = which.to(self.device), tokens.to(self.device)
         return Turn(tuple(torch.cat([t[which], s[tokens]], -1) for t, s in zip(times, space, strict=True)), 1)
 
@@ -136,25 +189,33 @@ class Rope:
                 table[i] = 1
         return table.flatten(0, 1)
 
-    def _once(self, key: Hashable, make: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The parts of a table of unit complex numbers on the device, made on the first of its uses."""
+    def _once(self, key: Hashable, size: int, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """The parts of a table of `size` bytes, made on the first of its uses and kept as far as `most_bytes` goes."""
         parts = self._kept.pop(key, None)
         if parts is None:
-            parts = tuple(part.to(self.device) for part in (_pairs(make()) if self.real_pairs else (make(),)))
-            if len(self._kept) >= MOST_TABLES:
-                self._kept.pop(next(iter(self._kept)))
+            while self._kept and self._bytes + size > self.most_bytes:
+                self._bytes -= sum(part.nbytes for part in self._kept.pop(next(iter(self._kept))))
+            parts = make()
+            if size > self.most_bytes:
+                return parts
+            self._bytes += size
         self._kept[key] = parts
         return parts
 
     @staticmethod
     def rotate(x: torch.Tensor, turn: Turn) -> torch.Tensor:
         """`x` [B, N, heads, head_dim] turned by a `turn` of its N tokens; same shape and dtype."""
+        return Rope.turned(x, turn).to(x.dtype)
+
+    @staticmethod
+    def turned(x: torch.Tensor, turn: Turn) -> torch.Tensor:
+        """The same in float32, for whoever rounds it while copying it to its place."""
         if len(turn.parts) == 1:
             pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-            return torch.view_as_real(pairs * turn.parts[0]).flatten(-2).to(x.dtype)
+            return torch.view_as_real(pairs * turn.parts[0]).flatten(-2)
         cosines, sines = turn.parts
         swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return (x * cosines).addcmul_(swapped, sines).to(x.dtype)
+        return (x * cosines).addcmul_(swapped, sines)
 
 
 @dataclass(frozen=True)
@@ -164,7 +225,9 @@ class Layout:
     `anchor_capacity` A, `window_capacity` W and `state_frames` S are the rollout's numbers, `anchor_present` a and
     `window_present` w what its fullest layer holds, `first_frame` f the index of the pass's first content frame.
     With `state_after_past` the state that is being denoised stands between the past and the content; `jump` puts the
-    content that much later than it belongs, for a cut.
+    content that much later than it belongs, for a cut. Of passes that read less than is cached (schedules/rolling.py),
+    `reads_window` is how many of the newest window frames they read (None: all), `reads_anchor` whether the anchor, and
+    `anchor_at` the position of its slot 0 where that is no matter of the mode.
     """
 
     mode: str
@@ -176,6 +239,9 @@ class Layout:
     first_frame: int
     state_after_past: bool = False
     jump: int = 0
+    reads_window: int | None = None
+    reads_anchor: bool = True
+    anchor_at: int | None = None
 
     @property
     def past_end(self) -> int:
@@ -205,6 +271,8 @@ class Layout:
 
     def anchor(self, slot: int, frame: int) -> int:
         """Position of an anchor slot that holds video frame `frame` (itself in `absolute`, else the slot)."""
+        if self.anchor_at is not None:
+            return self.anchor_at + slot
         return frame if self.mode == "absolute" else slot
 
     def current(self, content_frames: int) -> list[int]:

@@ -7,16 +7,27 @@ from typing import Any
 
 import torch
 
-from .absorption.settings import AbsorptionSettings, absorption_bytes
+from .absorption.absorbed_phases import Absorbed, Standing
+from .absorption.settings import AbsorptionSettings
+from .absorption.solve import Solution
 from .anchors import Anchor, anchor_from
+from .attention.fused_blocks import PassForm
 from .cache.byte_plan import CACHE_DEVICES, CACHE_DTYPES, CachePlan, LayerSpec
+from .cache.one_pass import OnePass, goes_with
 from .cache.specs import describe_layer, described_alike, layer_spec, stored
 from .geometry import ModelGeometry
+from .rollout_state import RolloutState
 from .rope import POSITION_MODES
 from .schedules.schedule import Schedule
 
 # what states that do not mention it were made with
-_NEUTRAL = {"blocks": 1, "restart_frames": 0, "overlap_frames": 0, "cache_dtype": "model"}
+_NEUTRAL = {
+    "blocks": 1, "restart_frames": 0, "overlap_frames": 0, "cache_dtype": "model", "shares_window": False, "remade": "",
+}  # fmt: skip
+# how a video of several chunks denoised together ends: as the system's own loop, or with the others still under way
+ENDINGS = ("as published", "open")
+# how the past of a chunk comes about: cached as the chunks before it left it, or made anew before it (remade.py)
+REMADE = ("", "newest", "first")
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,17 @@ class RolloutSpec:
     together (Rolling Forcing); every `restart_frames` latent frames the video starts afresh over its last
     `overlap_frames` (CausVid; 0: never). `cache_dtype` is how anchor and window are stored, `cache_device` where; only the
     latter may change from run to run.
+
+    `shares_window`: the blocks of a pass take their room from the window, as Rolling Forcing's do (schedules/rolling.py).
+    `ending`, one of ENDINGS, may change from run to run: "as published" lets no block enter that begins beyond the length
+    asked for, so that the window shrinks; in "open" all that are under way stay, and a shorter video is an exact prefix of
+    a longer one.
+
+    `one_pass_recache`: a recache is one pass over anchor, window and a chunk, as LongLive's (cache/one_pass.py), where the rollout
+    allows for it. It may change from run to run.
+
+    `remade`, one of REMADE: no cache outlives a chunk, and its past is made anew of the newest `window_frames` latents, or of the
+    video's first one and the newest others (Krea Realtime; remade.py).
     """
 
     geometry: ModelGeometry
@@ -47,6 +69,10 @@ class RolloutSpec:
     overlap_frames: int = 0
     cache_dtype: str = "model"
     cache_device: str = "gpu"
+    shares_window: bool = False
+    ending: str = "open"
+    one_pass_recache: bool = False
+    remade: str = ""
 
     def __post_init__(self) -> None:
         checks = {
@@ -64,7 +90,13 @@ class RolloutSpec:
             raise ValueError(
                 f"the latent is {self.width}x{self.height}; both sides must be multiples of {self.geometry.patch}"
             )
-        known = {"positions": POSITION_MODES, "cache_dtype": CACHE_DTYPES, "cache_device": CACHE_DEVICES}
+        known = {
+            "positions": POSITION_MODES,
+            "cache_dtype": CACHE_DTYPES,
+            "cache_device": CACHE_DEVICES,
+            "ending": ENDINGS,
+            "remade": REMADE,
+        }
         for name, options in known.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(options)}")
@@ -86,6 +118,10 @@ class RolloutSpec:
             raise ValueError(
                 f"absorption does not go with {self.blocks} chunks denoised together; remove one of the two"
             )
+        if self.shares_window:
+            self._check_shared()
+        if self.remade:
+            self._check_remade()
         if self.restart_frames:
             if not 0 < self.overlap_frames < self.restart_frames:
                 raise ValueError(
@@ -93,6 +129,37 @@ class RolloutSpec:
                 )
             if self.positions == "absolute":
                 raise ValueError("restarts count time from 0 again, so positions must be packed or fixed, not absolute")
+
+    def _check_shared(self) -> None:
+        """What blocks that take their room from the window ask for."""
+        if self.blocks == 1 or self.restart_frames or self.layers is not None:
+            raise ValueError(
+                "chunks that share the window's room are several at once, never start afresh and have one cache layout in every "
+                f"layer; blocks is {self.blocks}, restart_frames {self.restart_frames}"
+            )
+        if self.window_frames < self.room_shared:
+            raise ValueError(
+                f"window_frames is {self.window_frames}; {self.blocks} chunks that share its room need at least {self.room_shared}"
+            )
+
+    def _check_remade(self) -> None:
+        """What a past that is made anew asks for."""
+        others = {
+            "chunks denoised together": self.blocks > 1,
+            "restarts": self.restart_frames,
+            f"the {self.anchor.kind} anchor": type(self.anchor) is not Anchor,
+            "absorption": self.absorption is not None,
+            "absolute positions": self.positions == "absolute",
+        }
+        if found := [name for name, there in others.items() if there]:
+            raise ValueError(
+                f"a past that is made anew before every chunk does not go with {' and '.join(found)}; remove one of the two"
+            )
+
+    @property
+    def room_shared(self) -> int:
+        """The smallest window that `shares_window` goes with: it and one chunk more have room for anchor and all blocks."""
+        return self.anchor.frames + (self.blocks - 1) * self.chunk_frames
 
     def clip(self, frame: int) -> int:
         """Which clip a frame belongs to: 0, and one more after every restart."""
@@ -106,13 +173,52 @@ class RolloutSpec:
         return max(self.anchor.frames + self.window_frames + self.chunk_frames, self.overlap_frames)
 
     @property
+    def recaches_at_once(self) -> bool:
+        """Whether a recache is one pass: it is asked for, the anchor is a plain sink or none, and neither an absorption nor several
+        chunks at once, clips or layers of their own ask for another cache."""
+        plain = goes_with(self.anchor) and self.absorption is None and self.layers is None
+        return self.one_pass_recache and plain and self.blocks == 1 and not self.restart_frames and not self.remade
+
+    def one_pass(self, end: int) -> OnePass | None:
+        """What a recache before the chunk from frame `end` on makes again in one pass; None: it goes chunk after chunk."""
+        if not self.recaches_at_once:
+            return None
+        return OnePass.before(end, self.anchor.frames, self.window_frames, self.chunk_frames)
+
+    @property
     def tokens(self) -> int:
         """Tokens a latent frame."""
         return (self.height // self.geometry.patch) * (self.width // self.geometry.patch)
 
-    def plan(self, text_tokens: int = 0, vae_bytes: int = 0) -> CachePlan:
-        """The cache plan; its `bytes()` is what a run will use."""
-        layer = layer_spec(self.anchor, self.window_frames, self.chunk_frames, self.positions)
+    def made_frames(self, length: int) -> int:
+        """The most content frames that are made for a video of `length` latent frames: the last chunk is always whole."""
+        return length + self.chunk_frames - 1
+
+    @property
+    def pass_forms(self) -> tuple[PassForm, ...]:
+        """The forms of the passes of every whole chunk: noisy ones, and the clean one."""
+        states = self.anchor.state_frames
+        noisy = self.blocks * self.chunk_frames + states
+        timesteps = 1 if self.blocks == 1 else noisy
+        return PassForm(noisy, timesteps, kept=False), PassForm(self.chunk_frames + states, 1, kept=True)
+
+    def plan(
+        self,
+        text_tokens: int = 0,
+        vae_bytes: int = 0,
+        length: int | None = None,
+        solution: Solution | None = None,
+        resumed: RolloutState | None = None,
+        steps: int = 4,
+        recaches: bool = False,
+    ) -> CachePlan:
+        """The cache plan; its `bytes()` is what a run will use.
+
+        `length`: latent frames of the video; no window is larger than it (None: windows are whole). `solution`: an absorption that
+        was solved before. `resumed`: the state that the run goes on from; a state of another rollout is not looked at.
+        `steps`: noisy passes of a chunk. `recaches`: the prompt may change by a recache.
+        """
+        layer = layer_spec(self.anchor, self.window_frames, self.chunk_frames, self.positions, self.shares_window)
         plan = CachePlan(
             batch=self.batch,
             tokens=self.tokens,
@@ -126,16 +232,38 @@ class RolloutSpec:
             heads=self.geometry.heads,
             cache_dtype=self.cache_dtype,
             cache_device=self.cache_device,
+            latent_frame_bytes=4 * self.batch * self.geometry.channels * self.height * self.width,
+            steps=steps,
+            holds_state=self.blocks > 1 and self.ending != "open",
+            one_pass_frames=self._most_in_one_pass(length) if recaches else 0,
         )
         if plan.expands:  # what is stored is raw itself
             plan = replace(plan, layers=tuple(stored(one) for one in plan.layers))
+        if resumed is not None and self.differences(resumed.spec):
+            resumed = None
+        made = 0 if resumed is None else resumed.next_frame
+        if length is not None:
+            plan = replace(plan, frames=max(self.made_frames(length), made))
         if self.absorption is None:
             return plan
-        return replace(plan, absorption_bytes=absorption_bytes(self.absorption, plan, self.geometry.heads))
+        chosen = None if solution is None else solution.chosen
+        standing = None if resumed is None else Standing.of(resumed.absorption, len(plan.layers))
+        absorbed = Absorbed(self.absorption, self.anchor, self.chunk_frames)
+        return replace(plan, phases=absorbed.phases(plan, chosen, standing, made))
+
+    def _most_in_one_pass(self, length: int | None) -> int:
+        """The most frames that one pass of a recache has in a video of `length` latent frames (None: of any length)."""
+        if not self.recaches_at_once:
+            return 0
+        return self.recent_frames if length is None else min(self.recent_frames, length)
 
     def describe(self) -> dict[str, Any]:
-        """What has to match, by name, JSON-able."""
-        return {
+        """What has to match, by name, JSON-able; and how the video ends. What states of before do not name is left out where
+        it is as theirs."""
+        later = {"shares_window": True} if self.shares_window else {}
+        later |= {} if self.ending == "open" else {"ending": self.ending}
+        later |= {"remade": self.remade} if self.remade else {}
+        return later | {
             "model": self.model,
             "geometry": self.geometry.describe(),
             "batch": self.batch,
@@ -156,7 +284,8 @@ class RolloutSpec:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Where a state's description differs from this spec, a phrase each; empty if it can go on."""
-        mine, stride = self.describe(), self.geometry.space.stride
+        mine, stride = _NEUTRAL | self.describe(), self.geometry.space.stride
+        mine.pop("ending", None)
         other = _NEUTRAL | other
         try:
             other["anchor"] = anchor_from(other["anchor"]).describe()
@@ -173,11 +302,30 @@ class RolloutSpec:
                 continue
             if name == "model":
                 phrases.append("model is another checkpoint, or the same one loaded in another weight dtype")
+            elif name == "shares_window":
+                phrases.append(
+                    f"the chunks under way {'do not ' if value else ''}share the window's room in the state and "
+                    f"{'' if value else 'do not '}here"
+                )
+            elif name == "remade":
+                phrases.append(f"{_made(theirs)} in the state, and {_made(value)} here")
+            elif name == "anchor":
+                phrases.append(self.anchor.difference(theirs))
             elif name in ("width", "height") and isinstance(theirs, int):
                 phrases.append(f"{name} is {stride * theirs} in the state and {stride * value} here")
             else:
                 phrases.append(f"{name} is {theirs} in the state and {value} here")
         return phrases
+
+
+def _made(remade: object) -> str:
+    """What is said of a `remade` from any file."""
+    words = {
+        "": "the past is cached from chunk to chunk",
+        "newest": "the past is made anew before every chunk",
+        "first": "the past is made anew before every chunk and begins with the first frame",
+    }
+    return words.get(str(remade), f"the past is {remade!r:.40}")
 
 
 @dataclass(frozen=True)
@@ -186,11 +334,8 @@ class Settings:
 
     `first_noise` [B, C, T, h, w] float32 on the CPU: the content's noise at the first step, counted from the first
     generated frame; None, and frames beyond its end, mean the seed's. The state and later steps have the seed's.
-    `ramp_down`: with several blocks at once, none enters that begins beyond the length asked for, as in Rolling Forcing's
-    own loop. Without it a shorter video is an exact prefix of a longer one.
     """
 
     seed: int
     schedule: Schedule
-    ramp_down: bool = False
     first_noise: torch.Tensor | None = field(default=None, compare=False, repr=False)

@@ -82,7 +82,8 @@ def measure(arguments: argparse.Namespace) -> None:
         f"Absorption on the {kind} geometry, {arguments.width}x{arguments.height}, {host.geometry.layers} layers, "
         f"{arguments.window + CHUNK} latent frames of keys",
         ["what", "layers switched", "chunk once full, of full history", "collecting chunk, of full history",
-         "solve and switch, of a chunk", "KV cache MiB", "after the switch", "statistics MiB", "corrections MiB"],
+         "solve and switch, of a chunk", "KV cache without absorption MiB", "at its peak", "after the switch",
+         "statistics MiB", "corrections MiB"],
         table,
         [
             f"Ratios are medians over chunks made side by side ({arguments.rounds} once every window is full); random weights; "
@@ -98,7 +99,7 @@ def row(name: str, rollout: Any, times: dict[str, list[float]], filled: int) -> 
     """One line of the table."""
     full = times["full history"]
     late = statistics.median(a / b for a, b in zip(times[name][filled:], full[filled:], strict=True))
-    cells = [name, "", f"{late:.3f}", "", "", f"{rollout.cache.nbytes / 2**20:.1f}", "", "", ""]
+    cells = [name, "", f"{late:.3f}", "", "", f"{rollout.cache.nbytes / 2**20:.1f}", "", "", "", ""]
     absorber = rollout.absorber
     if absorber is None:
         return cells
@@ -112,9 +113,10 @@ def row(name: str, rollout: Any, times: dict[str, list[float]], filled: int) -> 
     if report["layers"]:
         cells[4] = f"{absorber.seconds / statistics.median(full[max(0, last - 1) : last + 2]):.2f}"
     mib = 2**20
-    cells[5], cells[6] = f"{report['kv_bytes_before'] / mib:.1f}", f"{report['kv_bytes_after'] / mib:.1f}"
-    cells[7] = f"{rollout.spec.plan().bytes()['absorption'] / mib:.1f}"
-    cells[8] = f"{report['correction_bytes'] / mib:.2f}"
+    for i, name in enumerate(("before", "peak", "after"), 5):
+        cells[i] = f"{report[f'kv_bytes_{name}'] / mib:.1f}"
+    cells[8] = f"{rollout.cache.plan.first_phase.absorption_bytes / mib:.1f}"
+    cells[9] = f"{report['correction_bytes'] / mib:.2f}"
     return cells
 
 

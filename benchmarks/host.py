@@ -37,8 +37,8 @@ def load_pack() -> None:
     spec.loader.exec_module(module)
 
 
-def random_weights(geometry: str, layers: int | None = None) -> dict[str, torch.Tensor]:
-    """Random weights of a Wan 2.1 geometry, always the same; bf16 on a GPU, else float32."""
+def random_weights(geometry: str, layers: int | None = None, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Random weights of a Wan 2.1 geometry, always the same of one `device` that draws them; bf16 on a GPU, else float32."""
     import comfy.ops
     from comfy.ldm.wan.model import WanModel
 
@@ -49,23 +49,23 @@ def random_weights(geometry: str, layers: int | None = None) -> dict[str, torch.
             model_type="t2v", dim=width, ffn_dim=feed_forward, num_heads=width // 128, num_layers=layers or depth,
             in_dim=16, out_dim=16, operations=comfy.ops.disable_weight_init, device="meta", dtype=dtype,
         ).state_dict()  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     state = {}
     for name, value in shapes.items():
         if "norm" in name and name.endswith("weight"):
             state[name] = torch.ones(value.shape, dtype=dtype)
         else:
             fan = value[0].numel() if value.ndim > 1 else 400
-            state[name] = (torch.randn(value.shape, generator=generator) / fan**0.5).to(dtype)
+            state[name] = (torch.randn(value.shape, generator=generator, device=device) / fan**0.5).to("cpu", dtype)
     return state
 
 
-def random_model(geometry: str, layers: int | None = None, fp8: bool = False) -> Any:
+def random_model(geometry: str, layers: int | None = None, fp8: bool = False, device: str = "cpu") -> Any:
     """A MODEL of a Wan 2.1 geometry with random weights, through the host's own loader (`fp8`: 8-bit linear weights, as
     Load Diffusion Model's weight_dtype gives them)."""
     import comfy.sd
 
-    weights = random_weights(geometry, layers)
+    weights = random_weights(geometry, layers, device)
     return comfy.sd.load_diffusion_model_state_dict(weights, {"dtype": torch.float8_e4m3fn} if fp8 else {})
 
 

@@ -155,7 +155,11 @@ def attention_errors(host: Any, exact: Any, spec: Any, settings: Any, state: Any
         rollout.attention.place(layout)
         rollout.attention.begin(layout, spec.chunk_frames, kept=False)
     both = Both(first.attention, second.attention)
-    host.velocity(first._noises()[0], TIMESTEPS * settings.schedule.sigmas[0], both)
+    host.velocity(
+        first._drawn(first.generated, len(settings.schedule.sigmas))[0].to(host.device),
+        TIMESTEPS * settings.schedule.sigmas[0],
+        both,
+    )
     return both.errors
 
 

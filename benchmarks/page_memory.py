@@ -24,6 +24,7 @@ from host import write_table
 from tools.host_client import Server
 from tools.make_workflows import open_page, running_browser, running_host
 from tools.setup_host import SetupError
+from tools.workflow_titles import TITLES
 
 MIB = 2**20
 _OPEN = """async ([name, inputs]) => {
@@ -61,7 +62,7 @@ def main() -> None:
 def measure(server: Server, page: Any, arguments: argparse.Namespace) -> None:
     """Queue the run from the page and sample until it ends; write results/page-memory.md."""
     inputs = {"width": arguments.size, "height": arguments.size, "length": 12 * arguments.chunks - 3}
-    page.evaluate(_OPEN, ["long_video", inputs | {"steps": arguments.steps}])
+    page.evaluate(_OPEN, [TITLES["long_video"], inputs | {"steps": arguments.steps}])
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable")
     samples, wanted = [], arguments.every

@@ -7,6 +7,7 @@ import traceback
 
 from typing_extensions import override
 
+from .host import queued
 from .host.api import ComfyExtension, io
 from .host.live_routes import add_routes
 from .host.output_files import add_own_models
@@ -24,11 +25,13 @@ class AdaStateExtension(ComfyExtension):
                 analysis,
                 anchor_nodes,
                 demo,
+                frames_node,
                 metrics_node,
                 models,
                 prompt_nodes,
                 rollout_node,
                 sampler_nodes,
+                self_test_node,
                 start,
                 state_nodes,
                 stream,
@@ -41,6 +44,7 @@ class AdaStateExtension(ComfyExtension):
         add_routes()
         offer()
         when_all_are_loaded()
+        queued.watch()
         return [
             *models.NODES,
             *anchor_nodes.NODES,
@@ -48,10 +52,12 @@ class AdaStateExtension(ComfyExtension):
             *rollout_node.NODES,
             *sampler_nodes.NODES,
             *stream.NODES,
+            *frames_node.NODES,
             *start.NODES,
             *state_nodes.NODES,
             *absorption_nodes.NODES,
             *analysis.NODES,
             *metrics_node.NODES,
+            *self_test_node.NODES,
             *demo.NODES,
         ]

@@ -103,7 +103,8 @@ class AbsorptionNode(Node):
             inputs=[
                 widget(
                     io.Float, "ratio", default=0.5, min=0.0, max=1.0, step=0.05,
-                    tooltip="Share of the layers that forget. The paper goes to 0.5.",
+                    tooltip="Share of the layers that forget, not of the cache: the plan and the report say how much of that is "
+                    "freed. The paper goes to 0.5.",
                 ),
                 widget(
                     io.Int, "warmup_frames", default=24, min=1, max=4096,

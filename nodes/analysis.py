@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..adastate_core.anchors import Anchor
-from ..adastate_core.measure.attention_share import measure_share, share_table
+from ..adastate_core.measure.attention_share import measure_shares, share_table
 from ..adastate_core.measure.compare import Comparison
 from ..adastate_core.video.sink import VideoSink
 from .builder import Request
@@ -25,6 +25,8 @@ from .plots import share_plot
 
 CATEGORY = "AdaState/analysis"
 MAX_WINDOWS = 8
+MAX_CHUNKS = 256
+SHARES = ("all", "past")
 LENGTH = 81  # any: as many chunks are made as a window takes
 
 
@@ -54,8 +56,8 @@ class AttentionShareNode(Node):
             inputs=[
                 io.Model.Input("model", tooltip="A causal Wan 2.1 text-to-video model, from Load Diffusion Model."),
                 io.Conditioning.Input("positive", tooltip="One plain text prompt."),
-                number(io.Int, "width", default=832, tooltip="Width in pixels."),
-                number(io.Int, "height", default=480, tooltip="Height in pixels."),
+                number(io.Int, "width", auto=False, default=832, tooltip="Width in pixels."),
+                number(io.Int, "height", auto=False, default=480, tooltip="Height in pixels."),
                 widget(
                     io.String,
                     "windows",
@@ -68,6 +70,27 @@ class AttentionShareNode(Node):
                     "anchor",
                     optional=True,
                     tooltip="Whose share is wanted. Empty: what the checkpoint was trained with, else none.",
+                ),
+                widget(
+                    io.Combo,
+                    "share_of",
+                    options=list(SHARES),
+                    default=SHARES[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="all = of everything a new frame attends to, itself included; past = of what is cached alone, as in "
+                    "the figure of AdaState's paper.",
+                ),
+                widget(
+                    io.Int,
+                    "chunks",
+                    default=0,
+                    min=0,
+                    max=MAX_CHUNKS,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Measures in each of so many chunks, and draws what anchor and window get over them. 0 = only in the "
+                    "chunk after the window is full.",
                 ),
             ],
             outputs=[
@@ -87,7 +110,16 @@ class AttentionShareNode(Node):
 
     @classmethod
     def execute(
-        cls, model: Any, positive: Any, width: int, height: int, windows: str, seed: int, anchor: Anchor | None = None
+        cls,
+        model: Any,
+        positive: Any,
+        width: int,
+        height: int,
+        windows: str,
+        seed: int,
+        anchor: Anchor | None = None,
+        share_of: str = SHARES[0],
+        chunks: int = 0,
     ) -> io.NodeOutput:
         jobs = []
         for window in parse_windows(windows):
@@ -97,10 +129,17 @@ class AttentionShareNode(Node):
             )  # fmt: skip
             job = Job(request)
             kept = job.spec.anchor.frames - job.spec.anchor.state_frames
-            jobs.append((window, job, -(-(window + kept) // job.spec.chunk_frames) + 1))
-        progress = Progress(sum(chunks * (len(job.schedule.sigmas) + 1) for _, job, chunks in jobs))
-        found = [(window, measure_share(job.rollout(progress), chunks)) for window, job, chunks in jobs]
-        return io.NodeOutput(share_plot(found), json.dumps(share_table(found), indent=1))
+            until_full = -(-(window + kept) // job.spec.chunk_frames) + 1
+            jobs.append((window, job, chunks or until_full, 0 if chunks else until_full - 1))
+        progress = Progress(sum(count * (len(job.schedule.sigmas) + 1) for _, job, count, _ in jobs))
+        found = [(window, measure_shares(job.rollout(progress), count, first)) for window, job, count, first in jobs]
+        if share_of == "past":
+            found = [(window, [one.past for one in shares]) for window, shares in found]
+        last, curves = [(window, shares[-1]) for window, shares in found], [shares for _, shares in found]
+        table = share_table(last)
+        for row, curve in zip(table, curves if chunks else (), strict=False):
+            row["by_chunk"] = [{"labels": one.labels, "share": one.mean} for one in curve]
+        return io.NodeOutput(share_plot(last, curves if chunks else ()), json.dumps(table, indent=1))
 
 
 class CompareNode(Node):

@@ -350,8 +350,9 @@ class AnchorDeepNode(Node):
                     default=True,
                     optional=True,
                     advanced=True,
-                    tooltip="Where chosen tokens stand in time: on, between sink and recent frames, as in the paper; off, where "
-                    "they were in the video, as in the authors' published code.",
+                    tooltip="Whose rule it is. On, the paper's: chosen tokens stand between sink and recent frames. Off, the "
+                    "authors' code's: they stay where they were in the video, a token is chosen at most 7 times, and the sink "
+                    "stands a chunk further back.",
                 ),
             ],
             outputs=[api.Anchor.Output("anchor", display_name="ANCHOR", tooltip=_OUTPUT)],

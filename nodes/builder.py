@@ -7,12 +7,13 @@ preset wishes reaches all of them alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..adastate_core.absorption.settings import AbsorptionSettings
+from ..adastate_core.absorption.solve import Solution
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CachePlan
 from ..adastate_core.families.family import Family
@@ -22,15 +23,17 @@ from ..adastate_core.rollout import RolloutSpec, RolloutState
 from ..adastate_core.schedules.schedule import Schedule
 from .absorption_nodes import AbsorptionRequest
 from .anchor_nodes import anchor_at
-from .defaults import Resolved, resolve
+from .defaults import Resolved, as_before, cached_instead, resolve
 from .host import model as host_model
 from .host.checkpoint_wishes import rollout_defaults
 from .stream_settings import StreamSettings
 
+ON_DEMAND = frozenset(("LATENT", "STATE"))  # large, and made only where they are linked; VIDEO is no more than a path
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A rollout as the node's inputs ask for it."""
+    """A rollout as the node's inputs ask for it; `linked` are those of the outputs ON_DEMAND that somebody takes."""
 
     model: Any = field(repr=False)
     positive: Any = field(repr=False)
@@ -55,11 +58,23 @@ class Request:
     cache_dtype: str = "model"
     cache_device: str = "gpu"
     max_seconds: float = 0.0
+    linked: frozenset[str] = ON_DEMAND
+    ends_open: bool = False  # as a run without an end does, of which this makes a part
+
+    @property
+    def endless(self) -> bool:
+        """Whether it rolls until it is stopped."""
+        return self.length == 0
 
     @property
     def fps(self) -> float:
         """The stream's rate; without one that of the latent space."""
         return self.stream.fps if self.stream else host_model.space_of(self.model).fps
+
+    def sized(self, space: LatentSpace) -> Request:
+        """The same with the size of what it starts from where a side is 0. ValueError where there is none to take it from."""
+        width, height = size_of_start(self.width, self.height, space, self.start_latent, self.resume)
+        return replace(self, width=width, height=height)
 
     def asked(self, space: LatentSpace) -> Asked:
         """Its numbers, in latent frames and pixels of the model's space."""
@@ -70,8 +85,37 @@ class Request:
             fps=self.fps,
             absorption=self.absorption.settings if self.absorption else None,
             resumed=self.resume and self.resume.spec,
+            ends_open=self.endless or self.ends_open,
             **{name: getattr(self, name) for name in _SHARED},
         )
+
+
+def size_of_start(
+    width: int,
+    height: int,
+    space: LatentSpace,
+    start_latent: dict[str, Any] | None = None,
+    resume: RolloutState | None = None,
+) -> tuple[int, int]:
+    """(width, height) in pixels; a side of 0 is that of the state that is gone on from, or else of `start_latent`."""
+    if width and height:
+        return width, height
+    if resume is not None:
+        found = (resume.spec["width"] * space.stride, resume.spec["height"] * space.stride)
+    elif start_latent is not None:
+        found = tuple(space.stride * int(side) for side in start_latent["samples"].shape[:-3:-1])
+    else:
+        name = "height" if width else "width"
+        raise ValueError(
+            f"{name} is 0, which stands for that of the picture in start_latent, and nothing is connected there: connect a picture "
+            f"through Continue Video, or give {name}"
+        )
+    if resume is None and (len(found) < 2 or any(side % space.multiple for side in found)):
+        raise ValueError(
+            f"start_latent is {'x'.join(map(str, found))}, and the sides of a video are multiples of {space.multiple}: encode the "
+            "picture with Continue Video, which brings it to such a size"
+        )
+    return width or found[0], height or found[1]
 
 
 # what a Request and an Asked have under one name
@@ -84,7 +128,7 @@ _SHARED = (
 class Asked:
     """The numbers of a rollout, whoever asks. 0 steps, shift and chunk frames, -1 window frames, "auto" positions and no anchor
     leave them to the checkpoint, its preset or the fallback. `height` and `width` are in latent pixels;
-    `resumed` is the spec of the state that is gone on from."""
+    `resumed` is the spec of the state that is gone on from. `ends_open`: nobody knows where the video ends."""
 
     batch: int = 1
     height: int
@@ -101,6 +145,7 @@ class Asked:
     cache_device: str = "gpu"
     fps: float
     resumed: dict[str, Any] | None = None
+    ends_open: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +181,35 @@ class Built:
     told: list[str]
     sigmas_warnings: list[str]
 
-    def plan(self, text_tokens: int, vae_bytes: int = 0) -> CachePlan:
-        """Its bytes, with a prompt of so many tokens and a decoder's own cache."""
-        return self.spec.plan(text_tokens, vae_bytes)
+    def plan(
+        self,
+        text_tokens: int,
+        vae_bytes: int = 0,
+        length: int | None = None,
+        solution: Solution | None = None,
+        resumed: RolloutState | None = None,
+        recaches: bool = False,
+    ) -> CachePlan:
+        """Its bytes, with a prompt of so many tokens and a decoder's own cache, for a video of `length` latent frames (None: of any
+        length), a correction that was solved before, and the state that is gone on from. `recaches`: prompts change by recaches."""
+        steps = len(self.schedule.sigmas)
+        return self.spec.plan(text_tokens, vae_bytes, length, solution, resumed, steps, recaches)
+
+    @property
+    def recache_told(self) -> list[str]:
+        """What may surprise about its recaches: that they are not the preset's, a sentence."""
+        preset = self.resolved.preset
+        if preset is None or not preset.one_pass_recache or self.spec.recaches_at_once:
+            return []
+        why = f"the {self.spec.anchor.kind} anchor" if self.spec.absorption is None else "an absorption"
+        return [
+            f"with {why} a recache makes the window again chunk after chunk, and not in the one pass that {preset.title} makes"
+        ]
+
+
+_NO_LAST_CHUNKS = (
+    "nobody knows which chunks are the last ones of a video of length 0, so its ending is open and not as published"
+)
 
 
 def build(subject: Subject, asked: Asked) -> Built:
@@ -151,7 +222,12 @@ def build(subject: Subject, asked: Asked) -> Built:
         "window_frames": None if asked.window_frames < 0 else asked.window_frames,
         "positions": None if asked.positions == "auto" else asked.positions,
     }
-    resolved = resolve(subject.wishes, numbers, anchor)
+    numbers, before = as_before(subject.wishes, numbers, asked.resumed)
+    wishes, numbers, cached = cached_instead(
+        subject.wishes, numbers, anchor, asked.absorption is not None, asked.resumed
+    )
+    told += [cached] if cached else []
+    resolved = resolve(wishes, numbers, anchor, asked.resumed)
     given = asked.sigmas is not None
     schedule = resolved.given_schedule(asked.sigmas) if given else resolved.schedule
     if subject.family.samplers and schedule.sampler not in subject.family.samplers:
@@ -159,6 +235,13 @@ def build(subject: Subject, asked: Asked) -> Built:
             f"the sampler is {schedule.sampler}, and {subject.family.name} takes {', '.join(subject.family.samplers)}; choose "
             "another preset in Model Preset"
         )
+    options = resolved.spec_options(len(schedule.sigmas))
+    if before:
+        options, told = options | {"shares_window": False, "ending": "open"}, [*told, before]
+    elif resolved.preset is not None and resolved.preset.shares_window and not options.get("shares_window"):
+        told = [*told, resolved.not_shared(options["blocks"])]
+    if asked.ends_open and options.get("ending", "open") != "open":
+        options, told = options | {"ending": "open"}, [*told, _NO_LAST_CHUNKS]
     spec = RolloutSpec(
         geometry=subject.geometry,
         batch=asked.batch,
@@ -173,7 +256,7 @@ def build(subject: Subject, asked: Asked) -> Built:
         absorption=asked.absorption,
         cache_dtype=asked.cache_dtype,
         cache_device=asked.cache_device,
-        **resolved.spec_options(len(schedule.sigmas)),
+        **options,
     )
     sigmas_warnings = resolved.sigmas_warnings(schedule) if given else []
     return Built(resolved, schedule, spec, told, sigmas_warnings)

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from ..adastate_core.absorption.absorber import PHASES
+from ..adastate_core.absorption.settings import PHASES
 from ..adastate_core.prompts.values import Prompts
 from ..adastate_core.rollout import Chunk, Rollout
 from .host import model as host_model
-from .host.codec import HostDecoder
 from .preflight import Prepared
 
 STATE_SIDE = 20  # latents: a picture of the hidden state is at most 160 pixels wide and high
@@ -26,7 +25,7 @@ def run_facts(job: Prepared, stream: str | None) -> dict[str, Any]:
     if isinstance(request.positive, Prompts):
         prompts = [
             {"seconds": entry.seconds, "text": entry.text[:_LONGEST_TEXT], "transition": entry.transition}
-            for entry in request.positive.entries[:_MOST_PROMPTS]
+            for entry in request.positive.worded[:_MOST_PROMPTS]
         ]
     return {
         "seed": request.seed,
@@ -34,6 +33,7 @@ def run_facts(job: Prepared, stream: str | None) -> dict[str, Any]:
         "fps": job.fps,
         "first_frame": job.space.pictures(request.resume.emitted) if request.resume else 0,
         "history_chunks": request.stream.history_chunks if request.stream else 0,
+        "keeps_state": request.stream.keeps_state if request.stream else False,
         "stream": stream,
         "continues": request.resume.stream.get("run_id") if request.resume else None,
         "prompts": prompts,
@@ -49,38 +49,42 @@ def hidden_picture(job: Prepared, hidden: torch.Tensor) -> torch.Tensor:
     factor = -(-max(latent.shape[3:]) // STATE_SIDE)
     if factor > 1:
         latent = torch.nn.functional.avg_pool2d(latent[:, :, 0].float(), factor, ceil_mode=True)[:, :, None]
-    decoder = HostDecoder(job.request.stream.vae, latent_space=job.request.stream.latent_space)
-    return decoder.step(latent)[0, -1]
+    return job.decoder.another().step(latent)[0, -1]
 
 
-def chunk_facts(job: Prepared, number: int, chunk: Chunk, rollout: Rollout) -> dict[str, Any]:
-    """JSON-able numbers of the run's chunk `number` (from 0); seconds are seconds of video.
+def chunk_facts(
+    job: Prepared, number: int, chunk: Chunk, rollout: Rollout, autosave: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """JSON-able numbers of the run's chunk `number` (from 0); seconds are seconds of video. Totals are None where it has no end.
 
-    `seconds` counts from the first frame of the video, `seconds_made` from where this run began.
+    `seconds` counts from the first frame of the video, `seconds_made` from where this run began. `autosave` is what the run's
+    stream says of its autosaves.
     """
     request, fps = job.request, job.fps
     before = job.space.pictures(request.resume.emitted) if request.resume else 0
     frames = job.space.pictures(rollout.emitted)
+    total = None if request.endless else job.space.pictures(job.latent_length)
     prompt, text = 0, None
     if job.prompts is not None:
         prompt = job.prompts.index(chunk.first_frame)
     if isinstance(request.positive, Prompts):
-        text = request.positive.entries[prompt].text or None
+        text = request.positive.worded[prompt].text or None
     return {
         "chunk": number,
         "given": chunk.given,
         "first_frame": job.space.pictures(chunk.first_frame),
         "frames": frames,
-        "frames_total": job.space.pictures(job.latent_length),
+        "frames_total": total,
         "fps": fps,
         "seconds": frames / fps,
         "seconds_made": (frames - before) / fps,
-        "seconds_total": job.space.pictures(job.latent_length) / fps,
+        "seconds_total": None if total is None else total / fps,
         "generated": rollout.generated,
         "absorbed": rollout.absorber is not None and rollout.absorber.phase == PHASES[1],
         "kv_bytes": rollout.cache.nbytes + rollout.cache.host_nbytes,
         "prompt": prompt,
         "prompt_text": text,
+        "autosave": autosave or None,
     }
 
 

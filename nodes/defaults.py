@@ -12,6 +12,7 @@ from ..adastate_core.bounds import BOUNDS
 from ..adastate_core.geometry import WAN21
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedules.schedule import Schedule
+from ..adastate_core.spec import ENDINGS
 from ..adastate_core.weights.presets import PRESETS, Preset
 from .host.node import shown
 
@@ -29,6 +30,7 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     **{name: BOUNDS[name].holds for name in ("steps", "shift", "chunk_frames", "window_frames")},
     "positions": lambda value: isinstance(value, str) and value in POSITION_MODES,
 }
+_ENDING: Callable[[Any], bool] = lambda value: isinstance(value, str) and value in ENDINGS  # noqa: E731
 # noise levels that are one: a scheduler of the host rounds to a thousandth of its range
 SAME_SIGMA = 1e-3
 NOT_CAUSAL = (
@@ -55,6 +57,8 @@ class Resolved:
     causal: bool
     schedule_asked: bool
     passed_over: tuple[str, ...] = ()
+    ending: str = ENDINGS[0]
+    remade: str = ""
 
     @property
     def schedule(self) -> Schedule:
@@ -70,11 +74,14 @@ class Resolved:
     def given_schedule(self, sigmas: Sequence[float]) -> Schedule:
         """A SIGMAS list as the schedule of every chunk, so that the rollout and the sampler node take one alike.
 
-        Only where it is the preset's own list the preset's steps for the first chunk go with it: a SIGMAS has no room for
-        them. ValueError for a list that does not fall.
+        Only where it is the preset's own list the preset's steps for the first chunk go with it, and what it tells the model: a
+        SIGMAS has no room for them. ValueError for a list that does not fall.
         """
         given = self._sampled(Schedule.from_sigmas(sigmas))
-        return replace(given, first_sigmas=self.preset.schedule.first_sigmas) if self._is_presets(given) else given
+        if not self._is_presets(given):
+            return given
+        own = self.preset.schedule
+        return replace(given, first_sigmas=own.first_sigmas, told=own.told)
 
     def _is_presets(self, schedule: Schedule) -> bool:
         own = self.preset.schedule.sigmas if self.preset is not None else ()
@@ -84,6 +91,11 @@ class Resolved:
 
     def sigmas_warnings(self, schedule: Schedule) -> list[str]:
         """What may surprise about a SIGMAS that was connected."""
+        if self.preset is not None and self.preset.schedule.told and not schedule.told:
+            return [
+                f"sigmas is not the list of {self.preset.title}, so the model is told these noise levels and not the timesteps "
+                "that its system tells it"
+            ]
         if self.preset is None or not self.preset.first_timesteps or schedule.first_sigmas:
             return []
         return [
@@ -91,18 +103,36 @@ class Resolved:
             "are not used: every chunk has the given ones"
         ]
 
-    def spec_options(self, sigmas: int) -> dict[str, int]:
+    def spec_options(self, sigmas: int) -> dict[str, Any]:
         """What a preset adds to a RolloutSpec, for a schedule of `sigmas` steps."""
         if self.preset is None:
             return {}
+        blocks = sigmas if self.preset.blocks > 1 else 1
+        shares = self.preset.shares_window and blocks > 1 and not self.room_missing(blocks)
         return {
-            "blocks": sigmas if self.preset.blocks > 1 else 1,
+            "blocks": blocks,
             "restart_frames": self.preset.restart_frames,
             "overlap_frames": self.preset.overlap_frames,
+            "one_pass_recache": self.preset.one_pass_recache,
+            "remade": self.remade,
+            **({"shares_window": True, "ending": self.ending} if shares else {}),
         }
 
-    def warnings(self, latent_length: int) -> list[str]:
-        """What may surprise, a sentence each."""
+    def room_missing(self, blocks: int) -> int:
+        """How many frames a window lacks that so many chunks at once are to share."""
+        needed = self.anchor.frames + (blocks - 1) * self.numbers["chunk_frames"]
+        return max(0, needed - self.numbers["window_frames"])
+
+    def not_shared(self, blocks: int) -> str:
+        """Why the chunks of a preset that share the window's room do not, a sentence."""
+        least = self.numbers["window_frames"] + self.room_missing(blocks)
+        return (
+            f"window_frames is {self.numbers['window_frames']}: {self.preset.title}'s own rule takes {least} or more, so every "
+            "pass reads the whole window, and the video ends open"
+        )
+
+    def warnings(self, latent_length: int | None) -> list[str]:
+        """What may surprise about a video of so many latent frames (None: one without an end), a sentence each."""
         if not self.causal:
             return [NOT_CAUSAL]
         found = []
@@ -111,25 +141,87 @@ class Resolved:
                 f"the checkpoint's own settings say {', '.join(self.passed_over)}, which makes no sense here and is passed over"
             )
         preset = self.preset
-        if preset is None or not preset.longer or latent_length <= preset.trained_frames:
+        if preset is None or not preset.longer or self.anchor != preset.anchor:
             return found
-        if self.anchor != preset.anchor:
+        if self.numbers["positions"] == preset.longer_positions:
             return found
+        if latent_length is not None and latent_length <= preset.trained_frames:
+            return found
+        asked = "a video without an end was" if latent_length is None else f"{latent_length} were"
         return [
             *found,
             f"{preset.title} was made for {preset.trained_frames} latent frames "
-            f"({WAN21.pictures(preset.trained_frames)} pictures) and {latent_length} were asked for; {preset.longer}",
+            f"({WAN21.pictures(preset.trained_frames)} pictures) and {asked} asked for; {preset.longer}",
         ]
+
+
+def as_before(
+    defaults: dict[str, Any] | None, asked: dict[str, Any], resumed: dict[str, Any] | None
+) -> tuple[dict[str, Any], str]:
+    """(`asked`, what is to be told) for going on from a state's spec `resumed`: one whose chunks under way did not share the
+    window's room goes on with its own window, and open."""
+    preset = preset_of(defaults)
+    if preset is None or not preset.shares_window or not resumed or resumed.get("shares_window"):
+        return asked, ""
+    if resumed.get("blocks", 1) == 1:
+        return asked, ""
+    if asked["window_frames"] is None:
+        asked = asked | {"window_frames": resumed.get("window_frames")}
+    return asked, (
+        f"in the state every pass reads all {asked['window_frames']} frames of the window, as before {preset.title}'s published "
+        "rule was built in; it goes on so, and ends open"
+    )
+
+
+def cached_instead(
+    defaults: dict[str, Any] | None,
+    asked: dict[str, Any],
+    anchor: Anchor | None,
+    absorbs: bool,
+    resumed: dict[str, Any] | None,
+) -> tuple[dict[str, Any] | None, dict[str, Any], str]:
+    """(`defaults`, `asked`, what is to be told) where the past that a preset makes anew before every chunk is cached from chunk to
+    chunk instead: with what does not go with the other, and for going on from a state's spec `resumed` that was made so."""
+    preset = preset_of(defaults)
+    if preset is None or preset.cached is None:
+        return defaults, asked, ""
+    before = resumed is not None and not resumed.get("remade")
+    found = {
+        "this anchor": anchor is not None and type(anchor) is not Anchor,
+        "absorption": absorbs,
+        "absolute positions": asked["positions"] == "absolute",
+    }
+    found = [name for name, there in found.items() if there]
+    if not before and not found:
+        return defaults, asked, ""
+    own, cached = preset.settings(), preset.cached.settings()
+    changed = {name: cached[name] for name in cached if defaults.get(name) == own[name]}
+    if not before:
+        listed = " and ".join(found)
+        told = (
+            f"{listed} and a past that is made anew before every chunk do not go together, so {preset.title}'s is cached from "
+            f"chunk to chunk; for its published rule leave out {listed}"
+        )
+        return defaults | changed | {"cached": True}, asked, told
+    for name in ("window_frames", "positions"):
+        if asked[name] is None:
+            asked = asked | {name: resumed.get(name)}
+    told = f"the state's past was cached from chunk to chunk, as before {preset.title}'s published rule was built in; it goes on so"
+    return defaults | changed | {"cached": True}, asked, told
 
 
 def preset_of(defaults: dict[str, Any] | None) -> Preset | None:
     """The preset that a checkpoint's own words name, if there is one of that name."""
-    name = (defaults or {}).get("preset")
-    return PRESETS.get(name) if isinstance(name, str) else None
+    name, cached = (defaults or {}).get("preset"), (defaults or {}).get("cached") is True
+    preset = PRESETS.get(name) if isinstance(name, str) else None
+    return preset.cached if cached and preset is not None and preset.cached is not None else preset
 
 
-def resolve(defaults: dict[str, Any] | None, asked: dict[str, Any], anchor: Anchor | None) -> Resolved:
-    """`asked` (None where auto) and an `anchor` (None where not connected) over what the checkpoint says."""
+def resolve(
+    defaults: dict[str, Any] | None, asked: dict[str, Any], anchor: Anchor | None, resumed: dict[str, Any] | None = None
+) -> Resolved:
+    """`asked` (None where auto) and an `anchor` (None where not connected) over what the checkpoint says. `resumed` is the spec of
+    the state that is gone on from."""
     known = defaults or {}
     preset = preset_of(defaults)
     asked = {name: asked.get(name) for name in FALLBACK}
@@ -139,11 +231,25 @@ def resolve(defaults: dict[str, Any] | None, asked: dict[str, Any], anchor: Anch
     numbers |= {name: value for name, value in asked.items() if value is not None}
     if anchor is None:
         anchor = preset.anchor if preset else checkpoint_anchor(known)
-    if asked["positions"] is None and numbers["positions"] == "absolute" and anchor.relative_only:
-        numbers["positions"] = "packed"
+    if asked["positions"] is None and ("positions" not in stated or numbers["positions"] == "absolute"):
+        numbers["positions"] = _positions(numbers["positions"], anchor, preset, resumed)
     own = preset.settings() if preset else {}
     schedule_asked = any(asked[name] is not None or stated.get(name) not in (None, own.get(name)) for name in _STEPS)
-    return Resolved(numbers, anchor, preset, defaults is not None, schedule_asked, _passed_over(known))
+    ending = known["ending"] if _ENDING(known.get("ending")) else ENDINGS[0]
+    remade = preset.remade if preset is not None else ""
+    if remade and known.get("keep_first_frame") is True:
+        remade = "first"
+    return Resolved(numbers, anchor, preset, defaults is not None, schedule_asked, _passed_over(known), ending, remade)
+
+
+def _positions(said: str, anchor: Anchor, preset: Preset | None, resumed: dict[str, Any] | None) -> str:
+    """`said` by a preset or the fallback, unless the anchor asks for something else.
+
+    With a hidden state every chunk has the same positions, the first one included, unless a state of before had `packed` ones.
+    """
+    if anchor.state_frames and (preset is None or preset.anchor != anchor):
+        return "packed" if (resumed or {}).get("positions") == "packed" else "fixed"
+    return "packed" if said == "absolute" and anchor.relative_only else said
 
 
 def _passed_over(known: dict[str, Any]) -> tuple[str, ...]:
@@ -152,6 +258,8 @@ def _passed_over(known: dict[str, Any]) -> tuple[str, ...]:
         "preset": lambda value: isinstance(value, str) and value in PRESETS,
         "state_frames": _whole(0, MOST_STATE_FRAMES),
         "state_after_past": lambda value: isinstance(value, bool),
+        "ending": _ENDING,
+        "keep_first_frame": lambda value: isinstance(value, bool),
     }
     odd = [name for name, is_sound in sound.items() if known.get(name) is not None and not is_sound(known[name])]
     return tuple(f"{name} {shown(known[name])}" for name in odd)

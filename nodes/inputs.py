@@ -14,14 +14,17 @@ def number(kind: Any, name: str, auto: bool = True, **options: Any) -> Any:
     table has one and `auto` is on; `options` are the widget's, and win."""
     bound = BOUNDS[name]
     least = bound.auto if auto and bound.auto is not None else bound.least
-    step = {} if bound.step is None else {"step": bound.step}
+    # the front end counts steps from the least value, so none may lead from it past all the others
+    step = {} if bound.step is None or (bound.least - least) % bound.step else {"step": bound.step}
     return widget(kind, name, **({"min": least, "max": bound.most} | step | options))
 
 
-def check_size(width: int | None, height: int | None) -> str | None:
-    """Why a picture cannot have this size, or None; linked numbers arrive as None."""
+def check_size(width: int | None, height: int | None, auto: bool = False) -> str | None:
+    """Why a picture cannot have this size, or None; linked numbers arrive as None. `auto`: a side may be 0."""
     for name, value in (("width", width), ("height", height)):
         least, most, step = int(BOUNDS[name].least), int(BOUNDS[name].most), int(BOUNDS[name].step)
+        if auto and value == BOUNDS[name].auto:
+            continue
         if value is not None and (value < least or value % step or value > most):
             nearest = round(min(max(value, least), most) / step) * step
             bounds = f"at least {least}" if value <= most else f"at most {most}"

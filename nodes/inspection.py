@@ -9,17 +9,22 @@ from typing import Any
 import torch
 
 from ..adastate_core.anchors import Anchor
+from ..adastate_core.cache.byte_plan import CachePlan
 from ..adastate_core.families.wan21 import WAN21_TEXT
-from ..adastate_core.geometry import ModelGeometry
+from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.weights.checkpoints import TORCH_SUFFIXES, open_checkpoint
 from ..adastate_core.weights.presets import PRESETS
 from ..adastate_core.weights.wan_weights import listed
-from .builder import Asked, Subject, build
+from .builder import Asked, Built, Subject, build, size_of_start
+from .enlarged_stream import FileForm, stream_bytes
 from .host import model as host_model
 from .host import refusals as checks
 from .host.checkpoint_wishes import checkpoint_path, wished
 from .host.codec import HostDecoder
 from .inputs import check_size
+from .memory_plan import Beside, memory_plan
+from .renewal import Renewal
+from .stream_settings import StreamSettings
 
 TEXT_TOKENS = 512
 GIB = 2**30
@@ -91,38 +96,139 @@ def plan_text(
     anchor: Anchor | None,
     vae: Any,
     cache: dict[str, Any],
+    start_latent: dict[str, Any] | None = None,
+    stream: StreamSettings | None = None,
 ) -> tuple[str, str]:
-    """(words, JSON) of what a rollout of a MODEL would take; `cache` holds a spec's cache_dtype, cache_device, absorption.
+    """(words, JSON) of what a rollout of a MODEL would take; `cache` holds a spec's cache_dtype, cache_device, absorption. A side
+    of 0 is that of `start_latent`, a `length` of 0 has no end. With a `stream` also what its files will be.
 
     ValueError for a model or size that cannot be rolled out.
     """
-    _require_size(width, height)
     checks.check_model(model)
     space = host_model.space_of(model)
+    if start_latent is not None:
+        checks.check_latent("start_latent", start_latent)
+    width, height = size_of_start(width, height, space, start_latent)
+    _require_size(width, height)
     size = {"batch": batch, "height": height // space.stride, "width": width // space.stride}
-    built = build(Subject.of(model, identified=False), Asked(**size, **asked, anchor=anchor, fps=space.fps, **cache))
-    vae_bytes = HostDecoder(vae).cache_bytes(*size.values()) if vae is not None else 0
-    resolved, plan, free = built.resolved, built.plan(TEXT_TOKENS, vae_bytes), host_model.available_bytes(model)
+    rate = stream.fps if stream else space.fps
+    asked_for = Asked(**size, **asked, anchor=anchor, fps=rate, ends_open=not length, **cache)
+    built = build(Subject.of(model, identified=False), asked_for)
+    vae = stream.vae if stream is not None and vae is None else vae
+    decoder = HostDecoder(vae, fast=True) if vae is not None else None  # as a stream decodes
+    vae_bytes = decoder.cache_bytes(*size.values()) if decoder else 0
+    latents = space.latents(length) if length else None
+    resolved, plan = built.resolved, built.plan(TEXT_TOKENS, vae_bytes, latents)
+    free = host_model.available_bytes(model)
     try:
         host_model.check_memory(plan, free)
-        host_model.check_host_memory(plan)
+        host_model.check_host_memory(plan, model.load_device)
         verdict, fits = f"fits: {_size(free)} could be free on the device", True
     except ValueError as error:
         verdict, fits = str(error), False
-    latents = space.latents(length)
     warnings = [*resolved.warnings(latents), *built.told, *checks.unknown_options(model)]
-    kept = space.channels * latents * math.prod(size.values()) * torch.float32.itemsize
-    lines = [f"{name}: {_size(count)}" for name, count in plan.bytes().items() if count]
+    kept = space.channels * (latents or 0) * math.prod(size.values()) * torch.float32.itemsize
+    encodes = Renewal(model, built.spec, decoder).encodes
+    decoding = decoder.working_bytes(*size.values(), encodes=encodes) if decoder else 0
+    files, streamed = _streamed(stream, (width, height), batch, resolved.numbers["chunk_frames"], space, decoding)
+    rest = Beside(
+        host_model.forward_bytes(model, plan), latents or 0, states=True, **{"decoder_bytes": decoding} | streamed
+    )
+    beside = memory_plan(built.spec, plan, rest, model.load_device.type == "cuda")
+    span = f"{length} frames" if length else "any length"
+    lines = [f"planned for {width}x{height} and {span}" + (f", {batch} videos" if batch > 1 else "")]
+    lines += [f"{name}: {_size(count)}" for name, count in plan.bytes().items() if count]
     lines += [
-        f"keys and values in all: {_size(plan.kv_bytes)} on the device, the same at any length",
-        f"in host memory, with keep_latents: {_size(kept)} for {latents} latent frames",
+        f"keys and values in all: {_size(plan.kv_bytes)} on the device, "
+        + _at_any_length(built.plan(TEXT_TOKENS, vae_bytes).kv_bytes, plan.kv_bytes),
+        *_freed(plan),
+        f"in host memory, with keep_latents: {_size(kept)} for {latents} latent frames"
+        if latents
+        else "length 0: it is rolled until it is stopped, and keeps no latents",
+        f"beside that, by the host's estimate: {_size(beside['device']['host_forward'])} for a forward of the model",
+        *(
+            [f"and {_size(decoding)} to decode a chunk: the host's estimate, and older caches of the decoder"]
+            if decoder
+            else []
+        ),
+        *_recached(model, built, plan, vae_bytes, latents),
+        f"a state of it: {_size(beside['host']['state'])} in host memory while it is taken, {_size(beside['disk']['state'])} on "
+        f"disk{' with keep_latents' if latents else ''}",
+        *_of_files(files, space.pictures(latents) if latents else None, beside),
         verdict,
         *warnings,
     ]
     numbers = {
+        "width": width, "height": height,
         "plan_bytes": plan.bytes(), "kv_bytes": plan.kv_bytes, "host_bytes": plan.host_bytes, "total_bytes": plan.total_bytes,
-        "free_bytes": free,
+        **({"kv_bytes_without_absorption": plan.plain.kv_bytes} if plan.phases else {}), "free_bytes": free,
+        "memory": beside,
         "fits": fits, "kept_latents_bytes": kept, "settings": resolved.numbers, "anchor": resolved.anchor.describe(),
-        "warnings": warnings,
+        "warnings": warnings, **({"files": files.said(space.pictures(latents) if latents else None)} if files else {}),
     }  # fmt: skip
     return "\n".join(lines), json.dumps(numbers, indent=1)
+
+
+def _streamed(
+    stream: StreamSettings | None,
+    size: tuple[int, int],
+    batch: int,
+    chunk_frames: int,
+    space: LatentSpace,
+    decoding: int,
+) -> tuple[FileForm | None, dict[str, Any]]:
+    """What the files of a stream of pictures (width, height) will be, and what a memory plan has of it. ValueError where no encoder
+    takes them."""
+    if stream is None:
+        return None, {}
+    form, enlarging = stream.form(*size), stream.enlarging
+    stream.check_files(form)
+    enlarger = enlarging.enlarger(*size) if enlarging else None
+    pictures = space.temporal_stride * chunk_frames
+    return form, stream_bytes(form, stream.takes, pictures, (batch, *size), decoding, enlarger)
+
+
+def _of_files(files: FileForm | None, pictures: int | None, beside: dict[str, dict[str, int]]) -> list[str]:
+    """What the files of a stream of so many decoded pictures (None: without an end) will be, and what enlarging takes."""
+    if files is None:
+        return []
+    told = [f"each file of the stream: {files.in_words(pictures)}"]
+    if "enlarging" in beside["device"]:
+        device, host = _size(beside["device"]["enlarging"]), beside["host"]["enlarging"] + beside["host"]["pictures"]
+        told.append(
+            f"enlarging takes, by the host's estimate: {device} on the device with its weights, beyond a decode, and "
+            f"{_size(host)} of pictures in host memory"
+        )
+    return told
+
+
+def _at_any_length(endless: int, here: int) -> str:
+    return "the same at any length" if endless == here else f"and at most {_size(endless)} however long the video is"
+
+
+def _recached(model: Any, built: Built, plan: CachePlan, vae_bytes: int, latents: int | None) -> list[str]:
+    """What is taken in addition where a prompt changes by a recache of one pass."""
+    recaching = built.plan(TEXT_TOKENS, vae_bytes, latents, recaches=True)
+    if recaching.pass_frames == plan.pass_frames:
+        return []
+    forward = host_model.forward_bytes(model, recaching) - host_model.forward_bytes(model, plan)
+    return [
+        f"a prompt that changes by a recache takes {_size(recaching.total_bytes - plan.total_bytes)} more, and by the host's "
+        f"estimate {_size(forward)} more for the forward, which then is one over {recaching.pass_frames} latent frames"
+    ]
+
+
+def _freed(plan: CachePlan) -> list[str]:
+    """What an absorption makes of the cache, by its bytes: layers are another share of it."""
+    if not plan.phases:
+        return []
+    (before, after), last = (_cache_bytes(one) for one in (plan.plain, plan)), plan.held(plan.phases[-1])
+    return [
+        f"without absorption: {_size(before)}; absorption takes {max(0.0, 1 - after / max(before, 1)):.0%} of it off the peak, and "
+        f"{max(0.0, 1 - _cache_bytes(last) / max(before, 1)):.0%} once layers are switched"
+    ]
+
+
+def _cache_bytes(plan: CachePlan) -> int:
+    """Keys and values, wherever they lie."""
+    return plan.kv_bytes + plan.host_bytes

@@ -7,6 +7,7 @@ from typing import Any
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.rope import POSITION_MODES
+from ..adastate_core.spec import ENDINGS
 from ..adastate_core.weights.presets import PRESETS
 from .absorption_nodes import AbsorptionRequest
 from .host import api
@@ -172,6 +173,23 @@ class ModelPresetNode(Node):
                     default="self_forcing",
                     tooltip="What every auto input of the rollout follows; a number or an anchor of your own still wins.",
                 ),
+                widget(
+                    io.Combo,
+                    "ending",
+                    options=list(ENDINGS),
+                    default=ENDINGS[0],
+                    optional=True,
+                    tooltip="Of Rolling Forcing, which denoises several chunks together. as published: its window shrinks at the "
+                    "end, and a longer video has other last chunks. open: a shorter video is an exact prefix of a longer one.",
+                ),
+                widget(
+                    io.Boolean,
+                    "keep_first_frame",
+                    default=False,
+                    optional=True,
+                    tooltip="Of Krea Realtime, which makes its past anew before every chunk: the past then begins with the video's "
+                    "first frame, and no picture is encoded anew.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -182,9 +200,11 @@ class ModelPresetNode(Node):
         )
 
     @classmethod
-    def execute(cls, model: Any, preset: str) -> io.NodeOutput:
-        text = PRESETS[preset].describe()
-        return io.NodeOutput(with_preset(model, preset), text, ui=ui.PreviewText(text))
+    def execute(
+        cls, model: Any, preset: str, ending: str = ENDINGS[0], keep_first_frame: bool = False
+    ) -> io.NodeOutput:
+        text = PRESETS[preset].describe(ending, keep_first_frame)
+        return io.NodeOutput(with_preset(model, preset, ending, keep_first_frame), text, ui=ui.PreviewText(text))
 
 
 class InspectCheckpointNode(Node):
@@ -198,11 +218,12 @@ class InspectCheckpointNode(Node):
             is_output_node=True,
             inputs=[
                 _file_input(),
-                number(io.Int, "width", default=832, optional=True, tooltip="Video width."),
-                number(io.Int, "height", default=480, optional=True, tooltip="Video height."),
+                number(io.Int, "width", auto=False, default=832, optional=True, tooltip="Video width."),
+                number(io.Int, "height", auto=False, default=480, optional=True, tooltip="Video height."),
                 number(
                     io.Int,
                     "length",
+                    auto=False,
                     default=81,
                     optional=True,
                     tooltip="Video frames, to tell whether the file was made for that many.",
@@ -237,13 +258,19 @@ class PlanNode(Node):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that is to be rolled out; it is not moved to the device."),
-                number(io.Int, "width", default=832, tooltip="Width of the video in pixels."),
-                number(io.Int, "height", default=480, tooltip="Height in pixels."),
+                number(
+                    io.Int,
+                    "width",
+                    default=832,
+                    tooltip="Width of the video in pixels; 0 = that of start_latent.",
+                ),
+                number(io.Int, "height", default=480, tooltip="Height in pixels; 0 = that of start_latent."),
                 number(
                     io.Int,
                     "length",
                     default=81,
-                    tooltip="Video frames. The caches do not depend on it; kept latents and files do.",
+                    tooltip="Video frames; 0 = rolled until it is stopped. The caches do not depend on it; kept latents and "
+                    "files do.",
                 ),
                 number(io.Int, "batch_size", default=1, optional=True, tooltip="Videos side by side."),
                 number(io.Int, "chunk_frames", default=0, optional=True, tooltip="0: what the model wants."),
@@ -267,6 +294,15 @@ class PlanNode(Node):
                 shared["absorption"],
                 shared["cache_dtype"],
                 shared["cache_device"],
+                io.Latent.Input(
+                    "start_latent", optional=True, tooltip="Only its size counts, where width or height is 0."
+                ),
+                api.Stream.Input(
+                    "stream",
+                    optional=True,
+                    tooltip="STREAM of Stream To Video or Stream To Frames: says what its files will be, and counts what they "
+                    "take. Its VAE counts where vae is empty.",
+                ),
             ],
             outputs=[
                 io.String.Output("text", display_name="TEXT", tooltip="The plan in words."),
@@ -276,7 +312,7 @@ class PlanNode(Node):
 
     @classmethod
     def check(cls, width: int | None = None, height: int | None = None) -> str | None:
-        return check_size(width, height)
+        return check_size(width, height, auto=True)
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> float:
@@ -299,12 +335,16 @@ class PlanNode(Node):
         absorption: AbsorptionRequest | None = None,
         cache_dtype: str = CACHE_DTYPES[0],
         cache_device: str = CACHE_DEVICES[0],
+        start_latent: dict[str, Any] | None = None,
+        stream: Any = None,
     ) -> io.NodeOutput:
         asked = {"chunk_frames": chunk_frames, "window_frames": window_frames, "positions": positions}
         cache = {"cache_dtype": cache_dtype, "cache_device": cache_device}
         if absorption is not None:
             cache["absorption"] = absorption.settings
-        text, numbers = plan_text(model, width, height, length, batch_size, asked, anchor, vae, cache)
+        text, numbers = plan_text(
+            model, width, height, length, batch_size, asked, anchor, vae, cache, start_latent, stream
+        )
         return io.NodeOutput(text, numbers, ui=ui.PreviewText(text))
 
 

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from typing import Any
 
 import torch
 
+from ..adastate_core.anchors import AnchorAdaptive
 from ..adastate_core.cache.eight_bits import check_cache_dtype
-from ..adastate_core.prompts.plan import PromptChange, PromptPlan
+from ..adastate_core.prompts.plan import NumberChange, PromptChange, PromptPlan
 from ..adastate_core.prompts.values import PromptAt, Prompts
+from ..adastate_core.rollout import RolloutState
+from ..adastate_core.states.disk_room import shown_bytes
+from ..adastate_core.video.frame_formats import FRAME_FORMATS
+from ..adastate_core.video.picture_forms import VALUE_BYTES
+from . import endless
 from .builder import Request, Subject, build
+from .course import takes_words, unsaid
+from .enlarged_stream import FileForm, check_joined, holds_frame, resume_notes, stream_bytes
 from .host import model as host_model
 from .host import refusals as checks
 from .host.codec import HostDecoder
+from .host.frame_folders import output_room
 from .host.output_files import check_video_prefix
+from .memory_plan import Beside, host_shortage, memory_plan
+from .renewal import Renewal
 from .stream_settings import check_streamable
+
+NO_LATENT = "The frames went to a stream and keep_latents is off, so there is no LATENT; turn keep_latents on."
 
 
 class Prepared:
@@ -22,33 +37,143 @@ class Prepared:
     for what cannot be rolled out."""
 
     def __init__(self, request: Request) -> None:
-        self.request, self._begun = request, time.monotonic()
+        self._begun = time.monotonic()
+        if request.endless and request.stream is None:
+            raise ValueError(endless.NO_STREAM)
         checks.check_model(request.model)
         if request.start_latent is not None:
             checks.check_latent("start_latent", request.start_latent)
         self.family, self.fps = host_model.family_of_model(request.model), request.fps
         self.space = self.family.space
+        self.request = request = request.sized(self.space)
         contexts = self._contexts()
         context = contexts[0][1]
         self.built = build(Subject.of(request.model), request.asked(self.space))
         self.resolved, self.spec, self.schedule = self.built.resolved, self.built.spec, self.built.schedule
         self.settings = self.resolved.numbers
-        self.latent_length = self.space.latents(request.length)
-        self.warnings = [*self.resolved.warnings(self.latent_length), *self._ignored(), *self.built.told]
+        # of a run without an end the most that a video may have: nothing is as long as it
+        self.latent_length = self.space.latents(request.length or endless.MOST_FRAMES)
+        asked = None if request.endless else self.latent_length
+        self.warnings = [*self.resolved.warnings(asked), *self._ignored(), *self.built.told]
+        self.warnings += [endless.LATENTS_OFF] if request.endless and request.keep_latents else []
         self.model = host_model.HostModel(request.model, context, request.batch_size)
         check_cache_dtype(request.cache_dtype, self.model.device)
         self.prompts = self._prompt_plan(contexts)
         self.solution = request.absorption.solution(self.spec) if request.absorption else None
         self.origin = {"prompt": host_model.prompt_digest(context), "seed": request.seed}
         stream = request.stream
-        self.decoder = HostDecoder(stream.vae, latent_space=stream.latent_space) if stream else None
+        self.decoder = HostDecoder(stream.vae, latent_space=stream.latent_space, fast=True) if stream else None
+        self.form = FileForm.of(stream and stream.enlarging, request.width, request.height, self.fps)
+        enlarged = stream is not None and stream.enlarging is not None
+        self.enlarger = stream.enlarging.enlarger(request.width, request.height) if enlarged else None
+        self.enlarging_models = self.enlarger.describe() if self.enlarger else []
+        if self.decoder and request.resume is not None:
+            self.warnings += self.decoder.go_on(request.resume.stream)
         vae_bytes = self.decoder.cache_bytes(*self.latent_size) if self.decoder else 0
         self.text_tokens = max(one.shape[1] for _, one in contexts)
-        self.plan = self.built.plan(self.text_tokens, vae_bytes)
+        recaches = self._recaches()
+        self.warnings += self.built.recache_told if recaches else []
+        self.plan = self.built.plan(
+            self.text_tokens,
+            vae_bytes,
+            self.latent_length,
+            self.solution,
+            request.resume,
+            recaches or takes_words(request.positive),
+        )
         host_model.check_memory(self.plan, host_model.available_bytes(request.model))
-        host_model.check_host_memory(self.plan)
+        host_model.check_host_memory(self.plan, self.model.device)
+        self.renewal = Renewal(request.model, self.spec, self.decoder)
+        self.memory = memory_plan(self.spec, self.plan, self._beside(), self.model.device.type == "cuda")
+        self.warnings += host_shortage(self.memory, host_model.free_host_bytes())
         self.given = self._given()
         self._check_length()
+        self.warnings += [*self._ended(), *self.renewal.notes(), *self._unsaid()]
+
+    def steer(self, prompts: Prompts) -> None:
+        """Between two chunks: have these prompts instead. ValueError, with all as it was, for what a rollout cannot have."""
+        before = self.request
+        self.request = replace(before, positive=prompts)
+        try:
+            self.prompts = self._prompt_plan(self._contexts())
+        except BaseException:
+            self.request = before
+            raise
+
+    def load_again(self) -> None:
+        """Between two chunks: have the model on its device, where another model may have taken its room."""
+        self.model.load(self.plan, *self._in_turn(), True)
+
+    def _in_turn(self) -> tuple[list[Any], int]:
+        """The patchers of what works beside the model, and what the largest of it takes on the device."""
+        beside, working = [self.decoder.patcher] if self.decoder else [], self.decoder_bytes
+        if self.enlarger is None:
+            return beside, working
+        return [*beside, *self.enlarger.patchers], max(working, self.enlarger.working_bytes)
+
+    def _unsaid(self) -> list[str]:
+        """What the state that is gone on from was steered by, and the prompts do not say."""
+        resume = self.request.resume
+        return [] if resume is None else unsaid(resume.steered, self.request.positive, self.latent_frame)
+
+    def _recaches(self) -> bool:
+        """Whether a recache may come: at a change of the prompt, or because a state's was cut."""
+        resume = self.request.resume
+        return (self.prompts is not None and self.prompts.recaches) or (resume is not None and resume.again > 0)
+
+    def _beside(self) -> Beside:
+        """What the run takes beside its caches, as it is asked for."""
+        request, stream = self.request, self.request.stream
+        pictures = self.space.temporal_stride * self.spec.chunk_frames
+        size = (request.batch_size, request.width, request.height)
+        states = "STATE" in request.linked or (
+            stream is not None and (stream.autosave_seconds > 0 or stream.keeps_state)
+        )
+        kept = self.latent_length if self.keeps_latents else 0
+        return Beside(
+            forward_bytes=host_model.forward_bytes(request.model, self.plan),
+            keeps=kept,
+            states=states,
+            **(
+                stream_bytes(self.form, stream.takes, pictures, size, self.decoder_bytes, self.enlarger)
+                if stream
+                else {}
+            ),
+        )
+
+    @property
+    def chunk_bytes(self) -> int:
+        """What a chunk's pictures take on their way to the files of a stream, all items together."""
+        pictures = self.space.temporal_stride * self.spec.chunk_frames * self.form.multiplier
+        return pictures * self._picture_values * VALUE_BYTES[self.request.stream.takes]
+
+    @property
+    def _picture_values(self) -> int:
+        """Values of a picture in the files, all items together."""
+        return 3 * self.request.batch_size * self.form.width * self.form.height
+
+    @property
+    def decoder_bytes(self) -> int:
+        """What a chunk's decode takes beside the decoder's cache, or encoding one of its pictures anew if that is more."""
+        if self.decoder is None:
+            return 0
+        return self.decoder.working_bytes(*self.latent_size, encodes=self.renewal.encodes)
+
+    def decoded_from(self, resume: RolloutState) -> int:
+        """The first latent frame of a state that is decoded again, its length if its decoder's cache is taken as it is.
+
+        A decoder looks back over so many frames and no further: those before change no bit of what comes."""
+        decoder = self.decoder
+        if resume.latents is None or ("vae_latents_seen" in resume.stream and not decoder.foreign(resume.stream)):
+            return resume.emitted
+        reach, first = decoder.reach, self.renewal.first_kept(resume)
+        return 0 if reach is None else max(0, first - reach)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether in-betweens can be made of the resumed state's last picture and the first new one."""
+        resume = self.request.resume
+        return resume is not None and (holds_frame(resume.stream) or self.decoded_from(resume) < resume.emitted)
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
@@ -59,7 +184,11 @@ class Prepared:
         """Everything about length, start, resume and names that can be known before anything is loaded or written."""
         request, resume = self.request, self.request.resume
         if request.stream is not None:
-            check_video_prefix(request.stream.filename_prefix, request.batch_size, request.width, request.height)
+            form = self.form
+            for prefix in request.stream.prefixes:
+                check_video_prefix(prefix, request.batch_size, form.width, form.height)
+            self.warnings += self._room_for_frames()
+            request.stream.check_files(form)
         if self.given is not None and self.given.shape[2] >= self.latent_length:
             frames = self.space.pictures(self.given.shape[2])
             raise ValueError(f"start_latent holds {frames} frames of length {request.length}; length must be longer")
@@ -72,12 +201,76 @@ class Prepared:
         if differences := self.spec.differences(resume.spec):
             raise ValueError("this state belongs to another rollout: " + "; ".join(differences))
         if resume.emitted >= self.latent_length:
+            frames = self.space.pictures(resume.emitted)
+            more = "no video may have more" if request.endless else f"so give more than {frames}"
             raise ValueError(
-                f"the state holds {self.space.pictures(resume.emitted)} frames and length is {request.length}; length counts from "
-                f"the first frame of the video, so give more than {self.space.pictures(resume.emitted)}"
+                f"the state holds {frames} frames and length is {request.length}; length counts from the first frame of the video, "
+                f"{more}"
             )
         if request.stream is not None:
             check_streamable(resume, self.decoder)
+            self._check_files_of(resume)
+
+    def _check_files_of(self, resume: RolloutState) -> None:
+        """ValueError if the new frames cannot be put behind the state's and are to be; what may surprise is a warning."""
+        joins = self.request.stream.joins and resume.emitted > 0
+        if joins:
+            check_joined(resume, self.form, (self.request.width, self.request.height))
+        if self.enlarger:
+            models = self.enlarging_models
+            self.warnings += resume_notes(resume, self.form, models, joins, self.looks_back, self.space)
+
+    def _room_for_frames(self) -> list[str]:
+        """ValueError if the disk has no room for a chunk's frames as they are before compression, or for the end of a video without
+        one; a sentence if it has none for all frames that are to come, which may become smaller."""
+        request, free = self.request, output_room()
+        if request.endless:
+            if free is not None and free <= (kept := endless.kept_room(self)):
+                raise ValueError(
+                    f"length is 0, so {shown_bytes(kept)} are kept free for the video's end and its state, and the output folder's "
+                    f"disk has {shown_bytes(free)} left; free some room on the disk, or give a length"
+                )
+            return []
+        values, multiplier = self._picture_values, self.form.multiplier
+        each = multiplier * sum(values * FRAME_FORMATS[frames.format].value_bytes for frames in request.stream.frames)
+        if not each or free is None:
+            return []
+        begun = 0 if request.resume is None else self.space.pictures(request.resume.emitted)
+        chunk, coming = (
+            self.space.temporal_stride * self.spec.chunk_frames,
+            self.space.pictures(self.latent_length) - begun,
+        )
+        least = each * min(chunk, coming)
+        if least > free:
+            raise ValueError(
+                f"a chunk's frames take {shown_bytes(least)} before they are compressed, and the output folder's disk has "
+                f"{shown_bytes(free)} left; free some room on the disk"
+            )
+        if each * coming <= free:
+            return []
+        return [
+            f"the frames take up to {shown_bytes(each * coming)}, and the output folder's disk has {shown_bytes(free)} left: if it "
+            "fills up, the run ends with what is written, and can be gone on from once there is room"
+        ]
+
+    def _ended(self) -> list[str]:
+        """What a state of a video whose window shrank, or cannot shrink, means for the one that goes on from it."""
+        resume, spec, told = self.request.resume, self.spec, []
+        if resume is None:
+            return told
+        if resume.after:
+            told.append(
+                f"the state's video ended as published: it goes on from before its window shrank, and its last "
+                f"{-(-resume.after // spec.chunk_frames)} chunks are made again"
+            )
+        if spec.ending != "open" and resume.noisy is not None:
+            beyond = resume.next_frame + resume.noisy.shape[2] - spec.chunk_frames
+            if beyond >= self.latent_length:
+                told.append(
+                    f"chunks that the state has under way begin beyond length {self.request.length}, so the video ends open; "
+                    f"from {self.space.pictures(beyond + spec.chunk_frames)} on it ends as published"
+                )
+        return told
 
     def _contexts(self) -> list[tuple[PromptAt | None, torch.Tensor]]:
         """(entry of the timeline, its text embeddings), the first from frame 0; ValueError for what a prompt carries."""
@@ -85,34 +278,47 @@ class Prepared:
         if not isinstance(positive, Prompts):
             return [(None, checks.check_conditioning(positive, self.family))]
         contexts = []
-        for entry in positive.entries:
+        for entry in positive.worded:
             try:
                 contexts.append((entry, checks.check_conditioning(entry.conditioning, self.family)))
             except ValueError as error:
                 raise ValueError(f"the prompt at {entry.seconds:g} s: {error}") from error
         return contexts
 
+    def latent_frame(self, seconds: float) -> int:
+        """Where a prompt of a timeline begins; seconds count at the stream's frames a second, or the latent space's own."""
+        return round(seconds * self.fps / self.space.temporal_stride)
+
     def _prompt_plan(self, contexts: list[tuple[PromptAt | None, torch.Tensor]]) -> PromptPlan | None:
-        """The changes by latent frame; seconds count at the stream's frames a second, or the latent space's own."""
-        if len(contexts) == 1:
+        """The changes by latent frame. ValueError for numbers that this rollout cannot have, or two prompts on one frame."""
+        entries = self.request.positive.entries if isinstance(self.request.positive, Prompts) else ()
+        if len(entries) < 2 and not any(entry.seed is not None or entry.strength is not None for entry in entries):
             return None
-        changes, frame = [], -1
-        for entry, context in contexts:
-            self.model.check_context(context)
-            asked = round(entry.seconds * self.fps / self.space.temporal_stride)
+        words, changes, numbers, frame = dict(contexts), [], [], -1
+        for entry in entries:
+            asked = self.latent_frame(entry.seconds)
             if asked <= frame:
                 raise ValueError(
                     f"the prompt at {entry.seconds:g} s falls on latent frame {asked}, as the one before it; at {self.fps:g} fps "
                     f"prompts must be at least {self.space.seconds(1, self.fps):g} s apart"
                 )
             frame = asked
-            changes.append(PromptChange(frame, context, entry.transition, entry.chunks, entry.blend))
-        return PromptPlan(changes, self.spec.chunk_frames)
+            if entry in words:
+                self.model.check_context(words[entry])
+                changes.append(PromptChange(frame, words[entry], entry.transition, entry.chunks, entry.blend))
+            if entry.seed is not None or entry.strength is not None:
+                numbers.append(NumberChange(frame, entry.seed, entry.strength))
+            if entry.strength is not None and not isinstance(self.spec.anchor, AnchorAdaptive):
+                raise ValueError(
+                    f"the prompt at {entry.seconds:g} s sets a strength, which is the adaptive anchor's, and this rollout has the "
+                    f"{self.spec.anchor.kind} anchor; connect Anchor: Adaptive State, or leave strength out"
+                )
+        return PromptPlan(changes, self.spec.chunk_frames, numbers)
 
     def _ignored(self) -> list[str]:
         """What the inputs carry besides and is not acted on, or nobody knows, a sentence each and each once."""
         positive, start = self.request.positive, self.request.start_latent
-        prompts = [entry.conditioning for entry in positive.entries] if isinstance(positive, Prompts) else [positive]
+        prompts = [entry.conditioning for entry in positive.worded] if isinstance(positive, Prompts) else [positive]
         found = checks.unknown_options(self.request.model)
         found += self.built.sigmas_warnings
         if self.request.absorption is not None and checks.overrides_attention(self.request.model):
@@ -144,7 +350,8 @@ class Prepared:
                 "x".join(str(space.stride * n) for n in hw[::-1]) for hw in (samples.shape[3:], (height, width))
             )
             raise ValueError(
-                f"start_latent is {found} and the rollout {wanted}; scale the pictures to the rollout's size before encoding them"
+                f"start_latent is {found} and the rollout {wanted}; scale the pictures to the rollout's size before encoding them, "
+                "or set width and height to 0, which takes their size"
             )
         return host_model.to_model_space(self.request.model, samples.float()).expand(batch, -1, -1, -1, -1)
 
@@ -153,6 +360,14 @@ class Prepared:
         return time.monotonic() - self._begun
 
     @property
-    def holds_latents(self) -> bool:
-        """Whether LATENT is wanted: a stream holds no latents unless it is told to."""
-        return self.request.keep_latents or self.request.stream is None
+    def no_latent(self) -> str:
+        """Why LATENT cannot be had, a sentence: a stream holds no latents unless it is told to. Empty where it can."""
+        if self.request.endless:
+            return endless.NO_LATENT
+        return "" if self.request.keep_latents or self.request.stream is None else NO_LATENT
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether the rollout keeps all its latents, for LATENT, for STATE or for the states that a stream saves."""
+        request = self.request
+        return request.keep_latents and not request.endless and (bool(request.linked) or request.stream is not None)

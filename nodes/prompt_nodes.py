@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-from ..adastate_core.prompts.demo_words import prompt, words_over_time
+from ..adastate_core.prompts.demo_words import words_over_time
 from ..adastate_core.prompts.values import (
     BLENDS,
     LONGEST,
@@ -21,6 +20,7 @@ from .host import api
 from .host.api import io, schema, widget
 from .host.node import Node
 from .host.text import encode_texts
+from .timeline_sources import Change, ClipTimeline, DemoTimeline, seconds_or_open
 
 CATEGORY = "AdaState/prompts"
 _PROMPTS = "The prompts and when they begin. Connect it to positive of AdaState Rollout."
@@ -41,7 +41,8 @@ def _text_input(default: str, what: str) -> io.Input:
         dynamic_prompts=False,
         default=default,
         tooltip=f"{what} Three ways to write it: lines (0:05 prompt), marks ([5s: prompt]) or bars (prompt [5s] | prompt). "
-        "{cut} behind a time names its transition.",
+        "{cut} behind a time names its transition, {seed 7} and {strength 0.5} set the noise's seed and the adaptive "
+        "anchor's strength.",
     )
 
 
@@ -141,6 +142,14 @@ class PromptTimelineNode(Node):
                     tooltip="Seconds of video, if known: prompts between bars without a length share what is left evenly, and "
                     "one behind the end is refused. 0 leaves it open.",
                 ),
+                widget(
+                    io.Boolean,
+                    "live",
+                    default=False,
+                    optional=True,
+                    tooltip="New words may be given while the video is made, from the panel or over HTTP: the text encoder stays "
+                    "with the run. The report then has the timeline that makes the same video.",
+                ),
             ],
             outputs=_outputs(),
         )
@@ -157,7 +166,7 @@ class PromptTimelineNode(Node):
     ) -> str | None:
         def read() -> None:
             if text is not None and duration is not None:
-                parse_timeline(text, shared or "", _seconds_or_open(duration))
+                parse_timeline(text, shared or "", seconds_or_open(duration))
 
         return _reason(lambda: _check_change(transition, blend_chunks, blend), read)
 
@@ -171,23 +180,14 @@ class PromptTimelineNode(Node):
         blend_chunks: int = 3,
         blend: str = "linear",
         duration: float = 0.0,
+        live: bool = False,
     ) -> io.NodeOutput:
-        entries = parse_timeline(text, shared, _seconds_or_open(duration))
-        encoded = encode_texts(clip, (entry.text for entry in entries))
-        prompts = Prompts(
-            tuple(
-                PromptAt(e.seconds, encoded[e.text], e.transition or transition, blend_chunks, blend, e.text)
-                for e in entries
-            )
-        )
+        entries = parse_timeline(text, shared, seconds_or_open(duration))
+        encoded = encode_texts(clip, (entry.text for entry in entries if entry.text))
+        change = Change(transition, blend_chunks, blend)
+        source = ClipTimeline(text, shared, change, duration, encoded, clip if live else None)
+        prompts = source.read(text)
         return io.NodeOutput(prompts, listing(prompts))
-
-
-def _seconds_or_open(duration: float) -> float | None:
-    """The duration, or None where it is 0; ValueError for what is none."""
-    if not (math.isfinite(duration) and 0 <= duration <= LONGEST):
-        raise ValueError(f"duration is {duration}; it must be between 0 (open) and {LONGEST} seconds")
-    return duration or None
 
 
 class PromptAtNode(Node):
@@ -294,12 +294,7 @@ class DemoTimelineNode(Node):
     def execute(
         cls, text: str, transition: str = "recache", blend_chunks: int = 3, blend: str = "linear"
     ) -> io.NodeOutput:
-        entries = []
-        for entry, words in words_over_time(text):
-            said = ", ".join(word if slot == "lantern" else f"{word} {slot}" for slot, word in words.items())
-            change = (entry.transition or transition, blend_chunks, blend)
-            entries.append(PromptAt(entry.seconds, [[prompt(words), {}]], *change, said))
-        prompts = Prompts(tuple(entries))
+        prompts = DemoTimeline(text, Change(transition, blend_chunks, blend)).read(text)
         return io.NodeOutput(prompts, listing(prompts))
 
 

@@ -7,33 +7,47 @@ import json
 import logging
 import math
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..adastate_core.files.whole_file import whole_file
 from ..adastate_core.rollout import Chunk, Rollout, RolloutState
+from .builder import ON_DEMAND
 from .host.error_types import describe_error
-from .host.output_files import Target, new_files, video_endings
+from .host.output_files import Target, new_files
 from .host.rerun import Place
 from .host.safely import Interrupted, attempt
+from .memory_plan import peak_report
 from .output import StreamOutput
 from .preflight import Prepared
 
 log = logging.getLogger("adastate")
 REPORT_SUFFIX = ".report.json"
+_TIMED_CHUNKS = 4096
 WHOLE, STOPPED, INTERRUPTED, FAILED = ENDS = ("whole", "stopped", "interrupted", "failed")
+UNLINKED = (
+    "{0} was not linked when the rollout ran, so it was not made; queue the graph again with {0} linked: the rollout then runs "
+    "again from the newest state that is kept beside its video, else from the start"
+)
 
 
 @dataclass
 class Made:
-    """What is remembered of each chunk while a rollout runs: the seconds that it took, and its latents if they are wanted."""
+    """What is remembered while a rollout runs: the seconds that each newest chunk took, and all latents if they are wanted."""
 
     count: int = 0
-    seconds: list[float] = field(default_factory=list)
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMED_CHUNKS))
     latents: list[torch.Tensor] = field(default_factory=list)
+
+    def go_back(self, count: int, frames: int) -> None:
+        """Only the first `count` chunks count, and of the latents that are kept the first `frames` frames."""
+        self.count = count
+        if self.latents:
+            self.latents = [torch.cat(self.latents, dim=2)[:, :, :frames]]
 
     def add(self, chunk: Chunk, keep: bool) -> None:
         self.count += 1
@@ -43,9 +57,22 @@ class Made:
             self.latents.append(chunk.latents)
 
 
+class Steered(Protocol):
+    """What a run was asked on the way (steering.py)."""
+
+    def report(self) -> dict[str, Any]:
+        """What of it belongs into the report."""
+        ...
+
+    def notes(self) -> list[str]:
+        """Sentences for its warnings."""
+        ...
+
+
 @dataclass
 class UnderWay:
-    """One run as far as it is; `start` is the clock (perf_counter) when its models were loaded."""
+    """One run as far as it is; `start` is the clock (perf_counter) when its models were loaded. `stopped_by`: what ended it after a
+    chunk, as the report's `stopped` says; empty where nothing did."""
 
     place: Place | None
     output: StreamOutput | None
@@ -53,7 +80,9 @@ class UnderWay:
     made: Made = field(default_factory=Made)
     start: float | None = None
     seconds: float | None = None
+    stopped_by: str = ""
     reports: ReportFiles | None = None
+    steering: Steered | None = None
 
     def __post_init__(self) -> None:
         self.reports = ReportFiles(self.output) if self.output else None
@@ -69,12 +98,16 @@ class UnderWay:
 def identity(job: Prepared, run: UnderWay) -> dict[str, Any]:
     """Whose report it is and what its files are called; nothing here can fail."""
     saved = attempt("what a rollout saved could not be listed", run.output.saved)[0] if run.output else None
+    folders = [target.name for target in run.output.frame_folders] if run.output else []
     return {
         "prompt_id": run.place.prompt_id if run.place else None,
         "node_id": run.place.node_id if run.place else None,
         "videos": [target.name for target in run.output.videos] if run.output else [],
+        **({"frame_folders": folders} if folders else {}),
         "state": (saved or {}).get("state"),
-        "length": job.space.pictures(job.latent_length),
+        "length": 0 if job.request.endless else job.space.pictures(job.latent_length),
+        "width": job.request.width,
+        "height": job.request.height,
     }
 
 
@@ -96,8 +129,15 @@ def counts(job: Prepared, run: UnderWay) -> dict[str, Any]:
         "fps": round(frames / seconds, 2) if seconds else 0.0,
         "speed": round(frames / fps / seconds, 3) if seconds else 0.0,
         "files": [target.path.name for target in output.videos] if output else [],
-        **({"history": output.history.kept} if output and output.history else {}),
+        **({"autosave": output.autosave()} if output and output.states else {}),
+        **({"history": output.states.history.kept} if output and output.states and output.states.history else {}),
     }
+
+
+def not_made(job: Prepared) -> dict[str, str]:
+    """Why outputs are not to be made of a run, by their names, a sentence each."""
+    found = {name: UNLINKED.format(name) for name in sorted(ON_DEMAND - job.request.linked)}
+    return found | {"LATENT": job.no_latent} if job.no_latent else found
 
 
 def planned(job: Prepared) -> dict[str, Any]:
@@ -105,25 +145,50 @@ def planned(job: Prepared) -> dict[str, Any]:
     return {
         "plan_bytes": job.plan.bytes(),
         "kv_bytes_planned": job.plan.kv_bytes,
+        "memory_planned": job.memory,
+        **({"kv_bytes_without_absorption": job.plan.plain.kv_bytes} if job.spec.absorption else {}),
         "settings": job.settings
         | {"seed": job.request.seed, "anchor": job.spec.anchor.describe(), "sigmas": list(job.schedule.sigmas)}
         | {"cache_dtype": job.spec.cache_dtype, "cache_device": job.spec.cache_device}
         | ({"first_sigmas": list(job.schedule.first_sigmas)} if job.schedule.first_sigmas else {})
-        | ({"preset": job.resolved.preset.name} if job.resolved.preset else {}),
+        | ({"preset": job.resolved.preset.name} if job.resolved.preset else {})
+        | ({"ending": job.spec.ending} if job.spec.blocks > 1 else {}),
         "prompts": _prompts(job),
-        **({"decoder": job.decoder.describe()} if job.decoder else {}),
+        **({"decoder": job.decoder.describe(), "decoder_way": job.decoder.described_way} if job.decoder else {}),
+        **({"enlarged": _enlarged(job)} if job.enlarger else {}),
     }
+
+
+def _enlarged(job: Prepared) -> dict[str, Any]:
+    """What the files are of a stream that is enlarged, at the length that was asked for, and by which models."""
+    upscaler, interpolator = job.enlarging_models
+    models = {"upscale_model": upscaler or None, "interp_model": interpolator or None}
+    pictures = None if job.request.endless else job.space.pictures(job.latent_length)
+    return job.form.said(pictures) | models
 
 
 def used(job: Prepared, rollout: Rollout, state: RolloutState | None) -> dict[str, Any]:
     """What a run took: bytes, and where its absorption stands."""
     absorption = _absorption(job, rollout)
     return {
-        "kv_bytes_used": absorption["kv_bytes_before"] if absorption else rollout.cache.nbytes,
-        "host_kv_bytes_used": rollout.cache.host_nbytes,
+        "kv_bytes_used": rollout.cache.peak_nbytes,
+        "host_kv_bytes_used": rollout.cache.peak_host_nbytes,
         "text_kv_bytes_used": rollout.cache.text_nbytes,
+        "memory_peak": peak_report(rollout, job.model.peak_bytes()),
+        "blocks": _blocks(job),
         "state_bytes": None if state is None else state.nbytes,
         **({"absorption": absorption} if absorption else {}),
+    }
+
+
+def _blocks(job: Prepared) -> dict[str, Any]:
+    """Which way the model's blocks went: through compiled functions, or plain and why."""
+    blocks = job.model.fused_blocks
+    return {
+        "way": blocks.way,
+        "compiled": len(blocks.compiled_layers),
+        "of": job.spec.geometry.layers,
+        "why_plain": list(blocks.why),
     }
 
 
@@ -131,7 +196,7 @@ def _prompts(job: Prepared) -> list[dict[str, Any]]:
     """Where the prompt changes: the latent frame, the text if it is known, and how."""
     if job.prompts is None:
         return []
-    pairs = zip(job.request.positive.entries, job.prompts.changes, strict=True)
+    pairs = zip(job.request.positive.worded, job.prompts.changes, strict=True)
     return [
         {"seconds": entry.seconds, "latent_frame": change.frame, "text": entry.text, "transition": change.transition}
         for entry, change in pairs
@@ -161,6 +226,8 @@ def short_report(job: Prepared, run: UnderWay, error: BaseException) -> dict[str
         "error": None if interrupted else describe_error(error),
     }
     parts = [lambda: identity(job, run), lambda: counts(job, run), lambda: planned(job)]
+    if run.steering is not None:
+        parts.append(run.steering.report)
     if run.rollout is not None:
         parts.append(lambda: used(job, run.rollout, None))
     for part in parts:
@@ -218,9 +285,9 @@ class ReportFiles:
         """Beside the videos; names of its own for a run that ended before they had any."""
         if self.output.targets:
             return [Target(_beside(each.path), each.subfolder, each.kind) for each in self.output.targets]
-        request, settings = self.output.job.request, self.output.settings
-        suffixes = [suffix.removesuffix(".mp4") + REPORT_SUFFIX for suffix in video_endings(request.batch_size)]
-        return new_files(settings.filename_prefix, suffixes, request.width, request.height)
+        form, prefix = self.output.job.form, self.output.settings.prefixes[0]
+        suffixes = [f"{ending.rpartition('.')[0]}{REPORT_SUFFIX}" for ending in self.output.endings]
+        return new_files(prefix, suffixes, form.width, form.height)
 
 
 def _beside(video: Path) -> Path:

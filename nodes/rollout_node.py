@@ -8,19 +8,33 @@ from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedules.schedule import Schedule
+from ..adastate_core.video.encoder import CODECS
+from . import endless
 from .absorption_nodes import AbsorptionRequest
-from .builder import Request
-from .host import api, rerun
+from .builder import ON_DEMAND, Request
+from .host import api, links, rerun
 from .host.api import ExecutionBlocker, io, schema, ui, widget
+from .host.frame_folders import shown_frames
 from .host.live_runs import live_run
 from .host.node import Node
 from .host.output_files import save_metadata
 from .inputs import check_size, number
-from .job import Job
+from .job import Result
+from .kept_result import run
+from .preflight import NO_LATENT
 from .report import report_text
 
+NO_VIDEO = (
+    "VIDEO comes from Stream To Video, and this stream writes frames alone: connect Stream To Video to Stream To Frames' stream "
+    "input to have both."
+)
 NO_STREAM = "VIDEO comes from a stream: connect Stream To Video to the rollout's stream input, or use Render Video."
-NO_LATENT = "The frames went to a stream and keep_latents is off, so there is no LATENT; turn keep_latents on."
+OUTPUTS = ("LATENT", "STATE", "REPORT", "VIDEO")
+_ON_DEMAND = frozenset(OUTPUTS.index(name) for name in ON_DEMAND)
+_ONLY_LINKED = (
+    "Made only if linked. If it is linked after a run, the rollout runs again from the newest state that is kept beside its video, "
+    "else from the start."
+)
 
 
 def _inputs() -> list[io.Input]:
@@ -31,14 +45,24 @@ def _inputs() -> list[io.Input]:
             types=[io.Conditioning, api.Prompts],
             tooltip="One plain text prompt, or a Prompt Timeline (the few-step causal models use no negative).",
         ),
-        number(io.Int, "width", default=832, tooltip="Width of the video in pixels."),
-        number(io.Int, "height", default=480, tooltip="Height of the video in pixels."),
+        number(
+            io.Int,
+            "width",
+            default=832,
+            tooltip="Width of the video in pixels; 0 = that of start_latent or of the state.",
+        ),
+        number(
+            io.Int,
+            "height",
+            default=480,
+            tooltip="Height of the video in pixels; 0 = that of start_latent or of the state.",
+        ),
         number(
             io.Int,
             "length",
             default=81,
             tooltip="Video frames since the first frame, also when resuming (4n + 1; 481 is 30 s at 16 fps). Memory does "
-            "not depend on it.",
+            "not depend on it. 0 = rolls until it is stopped, into a stream.",
         ),
         number(io.Int, "batch_size", default=1, tooltip="Videos made side by side, each from its own noise."),
         number(
@@ -99,7 +123,9 @@ def _inputs() -> list[io.Input]:
         api.State.Input(
             "resume", optional=True, tooltip="A rollout to go on from, from another rollout or Load Rollout State."
         ),
-        api.Stream.Input("stream", optional=True, tooltip="Writes the frames to a video while the rollout runs."),
+        api.Stream.Input(
+            "stream", optional=True, tooltip="Writes the frames to a video, or to pictures, while the rollout runs."
+        ),
         widget(
             io.Boolean,
             "keep_latents",
@@ -151,20 +177,24 @@ class RolloutNode(Node):
             is_output_node=True,
             inputs=_inputs(),
             outputs=[
-                io.Latent.Output("latent", display_name="LATENT", tooltip="The latents, for Streaming VAE Decode."),
-                api.State.Output("state", display_name="STATE", tooltip="The rollout to go on from, or to save."),
+                io.Latent.Output(
+                    "latent", display_name="LATENT", tooltip=f"The latents, for Streaming VAE Decode. {_ONLY_LINKED}"
+                ),
+                api.State.Output(
+                    "state", display_name="STATE", tooltip=f"The rollout to go on from, or to save. {_ONLY_LINKED}"
+                ),
                 io.String.Output("report", display_name="REPORT", tooltip="What was planned and used, as JSON."),
                 io.Video.Output("video", display_name="VIDEO", tooltip="The streamed file (batch item 0)."),
             ],
         )
 
     @classmethod
-    def check(cls, width: int | None = None, height: int | None = None) -> str | None:
-        return check_size(width, height)
+    def check(cls, width: int | None = None, height: int | None = None, length: int | None = None) -> str | None:
+        return check_size(width, height, auto=True) or (endless.refused_when_queued() if length == 0 else None)
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return rerun.fingerprint(inputs)
+        return rerun.fingerprint(inputs, _ON_DEMAND)
 
     @classmethod
     def execute(
@@ -192,6 +222,12 @@ class RolloutNode(Node):
         cache_device: str = CACHE_DEVICES[0],
         max_seconds: float = 0.0,
     ) -> io.NodeOutput:
+        place = rerun.executing()
+        linked = rerun.linked_outputs(place, _ON_DEMAND)
+        if length == 0:
+            if place is not None and endless.LATENT in links.plainly_linked_slots(*place):
+                raise ValueError(endless.LATENT_LINKED)
+            linked -= {endless.LATENT}
         request = Request(
             model=model,
             positive=positive,
@@ -216,25 +252,41 @@ class RolloutNode(Node):
             absorption=absorption,
             max_seconds=max_seconds,
             metadata=save_metadata(cls.hidden) if stream is not None else {},
+            linked=frozenset(OUTPUTS[slot] for slot in linked),
         )
         with live_run(cls.hidden) as (view, end):
-            result = Job(request).run(view)
-            end.files, end.short = [target.path for target in result.videos], "stopped" in result.report
+            result = run(request, rerun.take_kept_files(place), view)
+            end.files = [target.path for target in result.videos or result.frame_folders]
+            stopped = result.report.get("stopped")
+            end.stopped = stopped is not None
+            end.short = end.stopped and not (request.endless and stopped["by"] in endless.WANTED)
+            end.outputs = _never_empty(result)
         text = report_text(result.report)
         shown: dict[str, Any] = {"adastate_report": [text]}
         if result.videos:
             shown |= ui.PreviewVideo([target.result() for target in result.videos]).as_dict()
+            if stream.codec != "h264":  # which every page plays
+                shown["adastate_video"] = [{"codec": stream.codec, "mime": CODECS[stream.codec].mime}]
+        elif pictures := shown_frames(result.frame_folders):
+            shown |= pictures
         if result.reports:
             shown["adastate_report_files"] = [dict(target.result()) for target in result.reports]
         return io.NodeOutput(
-            ExecutionBlocker(result.missing.get("LATENT", NO_LATENT))
-            if result.latents is None
-            else {"samples": result.latents},
-            ExecutionBlocker(result.missing["STATE"]) if result.state is None else result.state,
+            ExecutionBlocker(result.why_not["LATENT"]) if result.latents is None else {"samples": result.latents},
+            ExecutionBlocker(result.why_not["STATE"]) if result.state is None else result.state,
             text,
-            api.InputImpl.VideoFromFile(str(result.videos[0].path)) if result.videos else ExecutionBlocker(NO_STREAM),
+            api.InputImpl.VideoFromFile(str(result.videos[0].path))
+            if result.videos
+            else ExecutionBlocker(NO_STREAM if stream is None or stream.video else NO_VIDEO),
             ui=shown,
         )
+
+
+def _never_empty(result: Result) -> frozenset[int]:
+    """The outputs on demand that may be taken from this result: those that were made, and those that no run with these inputs
+    would make."""
+    empty = {name for name, why in result.why_not.items() if why not in (NO_LATENT, endless.NO_LATENT)}
+    return frozenset(OUTPUTS.index(name) for name in ON_DEMAND - empty)
 
 
 NODES = [RolloutNode]

@@ -85,17 +85,19 @@ class RolloutSampler(host_sampler.Sampler):
         for warning in (*told, *built.sigmas_warnings):
             log.warning("AdaState Sampler: %s", warning)
         text_tokens = context.shape[1]
-        plan = built.plan(text_tokens)
+        plan = built.plan(text_tokens, length=noise.shape[2])
         host_model.check_memory(plan, host_model.available_bytes(patcher))
         model.load(plan)
         latents = torch.zeros(noise.shape, dtype=torch.float32, device=noise.device)
         watch = _Watch(callback, latents, spec)
         settings = Settings(extra_args.get("seed") or 0, built.schedule, first_noise=noise.float().cpu())
-        with host_model.attention_in_place(patcher):
-            rollout = Rollout(model, spec, settings, text_tokens=text_tokens, on_step=watch)
+        with host_model.attention_in_place(patcher, model.memory):
+            model.fuse(spec, plan, told=lambda done, total: check_interrupt())
+            rollout = Rollout(model, spec, settings, text_tokens=text_tokens, on_step=watch, length=noise.shape[2])
             watch.total = rollout.passes(noise.shape[2])
-            for _ in rollout.chunks(noise.shape[2]):
-                pass
+            for chunk in rollout.chunks(noise.shape[2]):
+                first, made = chunk.first_frame, chunk.latents
+                latents[:, :, first : first + made.shape[2]] = made.to(latents)
         watch.done(watch.total)
         return latents
 

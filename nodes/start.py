@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ..adastate_core.bounds import BOUNDS
+from ..adastate_core.geometry import LatentSpace
 from .host import codec
 from .host.api import io, schema, widget
 from .host.node import Node
@@ -13,6 +16,7 @@ from .host.pictures import CROPS, SCALERS, scaled, video_tail
 from .inputs import check_size, number
 
 MAX_FRAMES = 1025
+AREAS = ("832x480", "1280x720", "64x64")  # the sizes that models are made for; the last is the demo's
 
 
 class ContinueVideoNode(Node):
@@ -26,8 +30,18 @@ class ContinueVideoNode(Node):
             search_aliases=["image to video", "video to video", "i2v", "v2v", "extend video", "AdaState"],
             inputs=[
                 io.Vae.Input("vae", tooltip="The full Wan 2.1 VAE that belongs to the model."),
-                number(io.Int, "width", default=832, tooltip="Width of the rollout."),
-                number(io.Int, "height", default=480, tooltip="Height of the rollout."),
+                number(
+                    io.Int,
+                    "width",
+                    default=832,
+                    tooltip="Width of the rollout. 0 = as the shape of the picture wants it.",
+                ),
+                number(
+                    io.Int,
+                    "height",
+                    default=480,
+                    tooltip="Height of the rollout. 0 = as the shape of the picture wants it.",
+                ),
                 widget(
                     io.Int,
                     "frames",
@@ -69,6 +83,15 @@ class ContinueVideoNode(Node):
                     advanced=True,
                     tooltip="How frames are scaled, as in Upscale Image; of the right size they are not touched.",
                 ),
+                widget(
+                    io.Combo,
+                    "area",
+                    options=list(AREAS),
+                    default=AREAS[0],
+                    optional=True,
+                    tooltip="With width and height 0: the size that the model is made for. A picture of another shape gets as many "
+                    "pixels. 64x64 is the demo model's.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="LATENT", tooltip="Connect to a rollout's start_latent."),
@@ -85,7 +108,7 @@ class ContinueVideoNode(Node):
     def check(cls, width: int | None = None, height: int | None = None, fps: float | None = None) -> str | None:
         if fps is not None and not (fps == 0 or 1 <= fps <= 240):
             return f"fps is {fps}; it must be 0 or between 1 and 240"
-        return check_size(width, height)
+        return check_size(width, height, auto=True)
 
     @classmethod
     def execute(
@@ -99,21 +122,45 @@ class ContinueVideoNode(Node):
         image: torch.Tensor | None = None,
         fps: float = 16.0,
         upscale_method: str = SCALERS[0],
+        area: str = AREAS[0],
     ) -> io.NodeOutput:
         if (video is None) == (image is None):
             what = "neither video nor image is" if video is None else "both video and image are"
             raise ValueError(f"{what} connected; connect one of them, the one to go on from")
         codec.check_encoder(vae)
-        wanted = codec.SPACE.whole(frames)
+        wanted, size_for = codec.SPACE.whole(frames), _follows(codec.SPACE, width, height, area)
+
+        def fitted(pictures: torch.Tensor) -> torch.Tensor:
+            return scaled(pictures, *size_for(pictures), upscale_method, crop)
+
         if video is not None:
-            found = video_tail(video, wanted, fps, lambda each: scaled(each, width, height, upscale_method, crop))
+            found = video_tail(video, wanted, fps, fitted)
         elif len(image):
-            found = scaled(image[-wanted:, ..., :3], width, height, upscale_method, crop)
+            found = fitted(image[-wanted:, ..., :3])
         else:
             raise ValueError("image holds no picture; connect one with pictures in it")
         kept = codec.SPACE.whole(len(found))
         pictures = found[-kept:]
         return io.NodeOutput({"samples": codec.encode(vae, pictures)}, pictures, kept)
+
+
+def _follows(space: LatentSpace, width: int, height: int, area: str) -> Callable[[torch.Tensor], tuple[int, int]]:
+    """(width, height) for pictures [n, H, W, 3]: as given, or in their shape where a side is 0."""
+    across, down = map(int, area.split("x"))
+
+    def size_for(pictures: torch.Tensor) -> tuple[int, int]:
+        high, wide = pictures.shape[1:3]
+        if width and height:
+            return width, height
+        if width or height:
+            found = (
+                (width, space.side_like(width, wide, high)) if width else (space.side_like(height, high, wide), height)
+            )
+        else:
+            found = space.size_like(wide, high, across * down)
+        return tuple(min(side, int(BOUNDS[name].most)) for name, side in zip(("width", "height"), found, strict=True))
+
+    return size_for
 
 
 NODES = [ContinueVideoNode]

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from ..adastate_core.video.sink import CODECS, VideoSink, to_bytes
+from ..adastate_core.video.frame_writer import FrameWriter
+from ..adastate_core.video.picture_forms import VALUE_BYTES
+from ..adastate_core.video.sink import CODECS, VideoSink
+from .enlarged_stream import Enlarging, enlarging_widgets
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.codec import LATENT_SPACES, SPACE, HostDecoder
@@ -19,15 +22,31 @@ from .output import StreamSettings
 CATEGORY = "AdaState/video"
 
 
+def fps_widget() -> io.Input:
+    return widget(
+        io.Float, "fps", default=16.0, min=1.0, max=240.0, step=0.001, tooltip="Frames a second; Wan 2.1 makes 16."
+    )
+
+
 def _file_widgets(prefix: str) -> list[io.Input]:
     return [
         widget(io.String, "filename_prefix", default=prefix, tooltip="Where the video goes, in the host's folder."),
+        fps_widget(),
         widget(
-            io.Float, "fps", default=16.0, min=1.0, max=240.0, step=0.001, tooltip="Frames a second; Wan 2.1 makes 16."
+            io.Combo,
+            "codec",
+            options=list(CODECS),
+            default="h264",
+            tooltip="h264 plays everywhere; hevc and av1 (8 or 10 bit) are smaller, for players that have them; prores (.mov) and "
+            "ffv1 (.mkv, RGB in 16 bits) are for editors.",
         ),
-        widget(io.Combo, "codec", options=list(CODECS), default="h264", tooltip="How the frames are encoded."),
         widget(
-            io.Int, "quality", default=18, min=0, max=51, tooltip="Constant rate factor: lower is better and larger."
+            io.Int,
+            "quality",
+            default=18,
+            min=0,
+            max=51,
+            tooltip="Constant rate factor: lower is better and larger. Not used by prores and ffv1.",
         ),
     ]
 
@@ -46,7 +65,7 @@ def latent_space_widget() -> io.Input:
     )
 
 
-def _history_widgets() -> list[io.Input]:
+def history_widgets() -> list[io.Input]:
     return [
         widget(
             io.Int,
@@ -58,7 +77,7 @@ def _history_widgets() -> list[io.Input]:
             advanced=True,
             tooltip="Keeps a state every so many chunks, to make the video again from there (chunk on Load Rollout State). 0 = "
             "none. A state weighs the cached frames (0.27 GiB each at 832x480 with 1.3B), the VAE's cache (there 1.8 GiB; a tiny "
-            "one's is small) and all latents if they are kept; the chunk waits while it is written.",
+            "one's is small) and all latents if they are kept. It is written beside the rollout.",
         ),
         widget(
             io.Int,
@@ -73,7 +92,43 @@ def _history_widgets() -> list[io.Input]:
     ]
 
 
-def _check_prefix(filename_prefix: str | None, kind: str) -> str | None:
+def autosave_widget() -> io.Input:
+    return widget(
+        io.Float,
+        "autosave_seconds",
+        default=60.0,
+        min=0.0,
+        max=86400.0,
+        step=1.0,
+        optional=True,
+        tooltip="Seconds between two states that are saved beside the video, at least; more where saving takes over "
+        "1 % of the time, ten minutes at most. Always when a run ends early; 0 = only then. They go when the video is "
+        "whole.",
+    )
+
+
+def keep_state_widget() -> io.Input:
+    return widget(
+        io.Boolean,
+        "keep_state",
+        default=False,
+        optional=True,
+        tooltip="A whole video leaves its state beside it too, so that it can be extended without making it again. A "
+        "state weighs as much as with history_chunks.",
+    )
+
+
+def join_widget(how: str) -> io.Input:
+    """`how`: a sentence on what is done with the old file."""
+    return widget(io.Boolean, "join", default=False, optional=True, tooltip=f"When resuming: {how}")
+
+
+def run_widgets() -> list[io.Input]:
+    """The last inputs of every node that streams a rollout: what its VAE is fed, which states are left, what is enlarged."""
+    return [latent_space_widget(), *history_widgets(), keep_state_widget(), *enlarging_widgets()]
+
+
+def check_prefix_of(filename_prefix: str | None, kind: str) -> str | None:
     reason = check_prefix(filename_prefix, VIDEO_SUFFIX, kind) if filename_prefix is not None else None
     return reason and f"filename_prefix {reason}"
 
@@ -85,38 +140,22 @@ class StreamOutputNode(Node):
             node_id="AdaStateStreamOutput",
             display_name="Stream To Video",
             category=CATEGORY,
-            description="Decodes a rollout while it runs and writes the frames to an mp4 that plays even if the run is killed.",
-            search_aliases=["stream", "mp4", "autosave"],
+            description="Decodes a rollout while it runs and writes the frames to a video that plays even if the run is killed.",
+            search_aliases=["stream", "mp4", "autosave", "prores", "hevc", "av1", "ffv1", "10 bit"],
             inputs=[
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE that belongs to the model, full or tiny."),
                 *_file_widgets("video/AdaState"),
-                widget(io.Boolean, "preview", default=True, tooltip="Show the newest frame on the rollout node."),
-                widget(
-                    io.Float,
-                    "autosave_seconds",
-                    default=60.0,
-                    min=0.0,
-                    max=86400.0,
-                    step=1.0,
-                    optional=True,
-                    tooltip="How often the state is saved beside the video; always when a run is interrupted. 0 = only then.",
-                ),
-                widget(
-                    io.Boolean,
-                    "join",
-                    default=False,
-                    optional=True,
-                    tooltip="When resuming: copy the old video's packets in front, so that one file holds everything.",
-                ),
-                latent_space_widget(),
-                *_history_widgets(),
+                widget(io.Boolean, "preview", default=True, tooltip="Show the newest frames on the rollout node."),
+                autosave_widget(),
+                join_widget("copy the old video's packets in front, so that one file holds everything."),
+                *run_widgets(),
             ],
             outputs=[api.Stream.Output("stream", display_name="STREAM", tooltip="Connect to a rollout's stream.")],
         )
 
     @classmethod
     def check(cls, filename_prefix: str | None = None) -> str | None:
-        return _check_prefix(filename_prefix, "output")
+        return check_prefix_of(filename_prefix, "output")
 
     @classmethod
     def execute(
@@ -132,10 +171,16 @@ class StreamOutputNode(Node):
         latent_space: str = "auto",
         history_chunks: int = 0,
         history_states: int = 8,
+        keep_state: bool = False,
+        upscale_model: Any = None,
+        interp_model: Any = None,
+        frame_multiplier: int = 2,
+        upscale_by: float = 0.0,
     ) -> io.NodeOutput:
         settings = StreamSettings(
             vae, filename_prefix, fps, codec, quality, preview, autosave_seconds, join, latent_space,
-            history_chunks, history_states,
+            history_chunks, history_states, keep_state,
+            enlarging=Enlarging.asked(upscale_model, interp_model, frame_multiplier, upscale_by),
         )  # fmt: skip
         return io.NodeOutput(settings)
 
@@ -147,7 +192,7 @@ class DecodeNode(Node):
             node_id="AdaStateDecode",
             display_name="Streaming VAE Decode",
             category=CATEGORY,
-            description="Decodes a video latent frame by frame with the VAE's own cache: the bits of VAE Decode, at a memory "
+            description="Decodes a video latent frame by frame with the VAE's own cache: the pictures of VAE Decode, at a memory "
             "that does not grow with the length.",
             search_aliases=["VAE decode", "long video decode"],
             inputs=[
@@ -160,8 +205,8 @@ class DecodeNode(Node):
                     min=1,
                     max=64,
                     optional=True,
-                    tooltip="Latent frames a decoder call. 1 gives the bits of VAE Decode; more can be faster and is exact to "
-                    "rounding.",
+                    tooltip="Latent frames a decoder call. 1 gives the bits of VAE Decode, but for long videos on several threads "
+                    "(1e-5); more can be faster and is exact to rounding.",
                 ),
                 latent_space_widget(),
             ],
@@ -206,7 +251,7 @@ class RenderVideoNode(Node):
 
     @classmethod
     def check(cls, filename_prefix: str | None = None) -> str | None:
-        return _check_prefix(filename_prefix, "temp")
+        return check_prefix_of(filename_prefix, "temp")
 
     @classmethod
     def execute(
@@ -221,13 +266,18 @@ class RenderVideoNode(Node):
     ) -> io.NodeOutput:
         samples = _video_samples(latent)
         height, width = (side * SPACE.stride for side in samples.shape[3:])
-        target = new_file(filename_prefix, VIDEO_SUFFIX, width, height, kind="temp")
+        target = new_file(filename_prefix, CODECS[codec].suffix, width, height, kind="temp")
         progress = Progress(samples.shape[0] * samples.shape[2])
         rate = Fraction(fps).limit_denominator(1001)
-        with VideoSink(target.path, width, height, rate, codec, quality, save_metadata(cls.hidden)) as sink:
+        metadata = save_metadata(cls.hidden)
+        with (
+            VideoSink(target.path, width, height, rate, codec, quality, metadata) as sink,
+            FrameWriter([sink], SPACE.temporal_stride * height * width * 3 * VALUE_BYTES[sink.takes]) as writer,
+        ):
             for item in range(samples.shape[0]):
-                for part in decoded(vae, samples[item : item + 1], progress, latent_space=latent_space):
-                    sink.write(to_bytes(part[0]))
+                latents = samples[item : item + 1]
+                for part in decoded(vae, latents, progress, latent_space=latent_space, takes=writer.takes, fast=True):
+                    writer.give(part)
         return io.NodeOutput(
             api.InputImpl.VideoFromFile(str(target.path)), ui=ui.PreviewVideo([target.result()]).as_dict()
         )
@@ -244,15 +294,21 @@ def _video_samples(latent: dict[str, Any]) -> torch.Tensor:
 
 
 def decoded(
-    vae: Any, samples: torch.Tensor, progress: Progress, frames_per_call: int = 1, latent_space: str = "auto"
+    vae: Any,
+    samples: torch.Tensor,
+    progress: Progress,
+    frames_per_call: int = 1,
+    latent_space: str = "auto",
+    takes: str | None = None,
+    fast: bool = False,
 ) -> Any:
-    """Pictures [1, t, H, W, 3] of one item's latents [1, 16, n, h, w], call by call."""
-    decoder = HostDecoder(vae, frames_per_call, latent_space)
+    """Pictures [1, t, H, W, 3] of one item's latents [1, 16, n, h, w], call by call, as HostDecoder.step gives them."""
+    decoder = HostDecoder(vae, frames_per_call, latent_space, fast)
     decoder.load(samples.shape)
-    first, *rest = samples[:, :, :1], *samples[:, :, 1:].split(frames_per_call, dim=2)
+    first, *rest = samples[:, :, :1], *samples[:, :, 1:].split(decoder.latents_a_call, dim=2)
     for part in (first, *rest):
         if part.shape[2]:
-            yield decoder.step(part)
+            yield decoder.step(part, takes)
             progress.step(part.shape[2])
 
 

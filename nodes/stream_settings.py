@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adastate_core.rollout import RolloutState
+from ..adastate_core.video.encoder import CODECS, check_encoder
+from ..adastate_core.video.frame_folder import FrameFolder
+from ..adastate_core.video.frame_formats import check_format
+from ..adastate_core.video.picture_forms import deepest
+from .enlarged_stream import Enlarging, FileForm
 from .host.codec import HostDecoder
 
 
 @dataclass(frozen=True)
+class FrameSettings:
+    """A folder of frames, as AdaStateStreamFrames sets it; `format` is one of FRAME_FORMATS."""
+
+    filename_prefix: str
+    format: str
+    join: bool = False
+
+
+@dataclass(frozen=True)
 class StreamSettings:
-    """What AdaStateStreamOutput sets: where the frames of a rollout go."""
+    """What AdaStateStreamOutput and AdaStateStreamFrames set: where the frames of a rollout go. `video`: whether to a video, too;
+    if not, filename_prefix, codec, quality and join are nobody's."""
 
     vae: Any = field(repr=False)
     filename_prefix: str
@@ -24,6 +39,46 @@ class StreamSettings:
     latent_space: str = "auto"
     history_chunks: int = 0
     history_states: int = 8
+    keep_state: bool = False
+    video: bool = True
+    frames: tuple[FrameSettings, ...] = ()
+    enlarging: Enlarging | None = None
+
+    def form(self, width: int, height: int) -> FileForm:
+        """What the files are of a rollout of this size."""
+        return FileForm.of(self.enlarging, width, height, self.fps)
+
+    def check_files(self, form: FileForm) -> None:
+        """ValueError, in a sentence, where an encoder does not take pictures of this size and rate."""
+        if self.video:
+            tried = self.enlarging is not None
+            check_encoder(form.width, form.height, form.rate, self.codec, self.quality, tried)
+        for frames in self.frames:
+            check_format(form.width, form.height, frames.format)
+
+    @property
+    def joins(self) -> bool:
+        """Whether anything of it is put behind files that are there."""
+        return (self.video and self.join) or any(frames.join for frames in self.frames)
+
+    @property
+    def takes(self) -> str:
+        """The form in which pictures go to the files."""
+        return deepest([*([CODECS[self.codec].takes] if self.video else []), *(FrameFolder.takes for _ in self.frames)])
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Of all that is written."""
+        return [*([self.filename_prefix] if self.video else []), *(frames.filename_prefix for frames in self.frames)]
+
+    def joined(self) -> StreamSettings:
+        """The same with what is there put in front."""
+        return replace(self, join=True, frames=tuple(replace(frames, join=True) for frames in self.frames))
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a whole video leaves the state at its end: somebody asked for it, or for a history to go back into."""
+        return self.keep_state or self.history_chunks > 0
 
 
 def check_streamable(state: RolloutState, decoder: HostDecoder) -> None:

@@ -14,8 +14,9 @@ import av
 from PIL import Image, ImageDraw, ImageFont
 
 from tools.host_client import Server, run_prompt
-from tools.make_workflows import WORKFLOWS, open_page
+from tools.make_workflows import open_page
 from tools.setup_host import SetupError
+from tools.workflow_titles import shown, twin
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -47,7 +48,7 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
 
 def workflow(name: str, **changes: Any) -> Graph:
     """A shipped API workflow with some inputs changed: `n5__length=97` is input `length` of node 5."""
-    graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    graph = json.loads(twin(name).read_text(encoding="utf-8"))
     for key, value in changes.items():
         number, field = key.removeprefix("n").split("__", 1)
         graph[number]["inputs"][field] = value
@@ -98,7 +99,7 @@ class Stage:
 
     def __init__(self, server: Server, folder: Path, browser: Browser) -> None:
         self.server, self.browser = server, browser
-        self.folders = {"output": folder / "output", "temp": folder / "temp"}
+        self.folders = {kind: folder / kind for kind in ("input", "output", "temp")}
         self._done: dict[str, Run] = {}
 
     def run(self, graph: Graph) -> Run:
@@ -140,7 +141,7 @@ class Stage:
         try:
             open_page(page, self.server.port)
             if graph is None:
-                text = (WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")
+                text = shown(name).read_text(encoding="utf-8")
                 page.evaluate("(text) => app.loadGraphData(JSON.parse(text))", text)
             else:
                 page.evaluate("([graph, name]) => app.loadApiJson(graph, name)", [graph, name])

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,6 +37,14 @@ def link_pack(base: Path) -> None:
         subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(ROOT)], check=True, stdout=subprocess.DEVNULL)
 
 
+def give_example(host: Host, base: Path) -> None:
+    """The picture that an installed ComfyUI has in its input folder, for the base folder's."""
+    source, target = host.path / "input" / "example.png", base / "input" / "example.png"
+    if source.is_file() and not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:
@@ -56,6 +65,7 @@ def server_command(host: Host, base: Path, output: Path, port: int, linked: bool
     output.mkdir(parents=True, exist_ok=True)
     if linked:
         link_pack(base)
+    give_example(host, base)
     command = [str(host.python), str(host.path / "main.py"), "--port", str(port), "--base-directory", str(base)]
     command += ["--output-directory", str(output)] + ([] if has_cuda(host.python) else ["--cpu"])
     flags = (host.path / "comfy" / "cli_args.py").read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from PIL import Image
 
 from tools import make_figures
 from tools.help_runs import Graph, Run, Stage, narrowed, node, strip, with_rollout, workflow, written
+from tools.made_chain import CLIP, NAME, write_chain
 from tools.make_workflows import running_browser, running_host
 from tools.setup_host import ROOT, SetupError, say
 
@@ -166,6 +168,13 @@ def video_metrics(stage: Stage) -> Image.Image:
     return stage.run(workflow("video_metrics")).picture("9")
 
 
+def clips(stage: Stage) -> Image.Image:
+    """Of a chain that is made up."""
+    write_chain(stage.folders["input"])
+    changes = {"n1__file": NAME, "n2__clip_frames": CLIP, "n2__first_clip_frames": CLIP + 1}
+    return stage.run(workflow("measure_any_video", **changes)).picture("3")
+
+
 def continue_video(stage: Stage) -> Image.Image:
     run = stage.run(workflow("continue_video"))
     given, made = run.frames("5"), run.frames("9")
@@ -224,6 +233,13 @@ def preset(stage: Stage) -> Image.Image:
     return written(stage.run(graph).text("3"))
 
 
+def self_test(stage: Stage) -> Image.Image:
+    """The head of a table and its first rows, the columns' padding and the time that it took, left out."""
+    lines = stage.run({"1": node("AdaStateSelfTest", speed=False)}).text("1").splitlines()[1:]
+    rows = [re.sub(r"\s+", " ", line.strip("| ")) for line in lines if not line.startswith("| ---")]
+    return written("\n".join(rows[:13]))
+
+
 def text(number: str, stage: Stage) -> Image.Image:
     return written(stage.run(workflow("inspect_and_plan")).text(number))
 
@@ -245,6 +261,7 @@ PICTURES: dict[str, Callable[[Stage], Image.Image]] = {
     "AdaStatePromptAt.jpg": prompt_at,
     "AdaStateCompare.jpg": compare,
     "AdaStateVideoMetrics.png": video_metrics,
+    "AdaStateVideoMetricsClips.png": clips,
     "AdaStateContinueVideo.jpg": continue_video,
     "AdaStateLoadState.jpg": load_state,
     "AdaStateDecode.jpg": decode,
@@ -254,9 +271,11 @@ PICTURES: dict[str, Callable[[Stage], Image.Image]] = {
     "AdaStatePlan.png": functools.partial(text, "7"),
     "AdaStateRollout.jpg": lambda stage: stage.watched("long_video", 5, 14),
     "AdaStateStreamOutput.png": crop("long_video", 4, run=False),
+    "AdaStateStreamFrames.png": crop("stream_to_frames", 6, run=False),
     "AdaStateSampler.png": crop("sampler", 7, 8, 9, 10, 11, run=False),
     "AdaStateRenderVideo.jpg": crop("sampler", 11, 12),
     "AdaStateSaveState.png": save_state,
+    "AdaStateSelfTest.png": self_test,
 }
 
 

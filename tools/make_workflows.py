@@ -1,7 +1,7 @@
-"""Make workflows/<name>.json, what users drag in, from workflows/api/<name>.json with the host's own front end.
+"""Make workflows/<title>.json, what users drag in, from workflows/api/<name>.json with the host's own front end.
 
 The API file is written again with every input that it leaves out at its default, so that both say the same. Those of the
-systems are not written by hand: system_workflows.py describes them.
+systems are not written by hand: system_workflows.py describes them. Which title a name has stands in workflow_titles.py.
 
     python -m tools.make_workflows              # all of them, from the checkout's root
     python -m tools.make_workflows long_video
@@ -29,12 +29,11 @@ from tools.host_client import PACK_NAME, Server
 from tools.setup_host import ROOT, SetupError, ensure_ready, say
 from tools.system_workflows import PREFIX, SYSTEMS, graph, layout
 from tools.workflow_layouts import FEATURES, Layout
+from tools.workflow_titles import API, TITLES, shown, twin
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-WORKFLOWS = ROOT / "workflows"
-API = WORKFLOWS / "api"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # No screen, no sandbox (it is not to be had as root), and no calls to the browser maker's hosts.
 BROWSER_FLAGS = [
@@ -61,7 +60,8 @@ _ARRANGE = """(layout) => {
   graph.add(note);
   note.title = "About this workflow";
   note.widgets[0].value = layout.note;
-  note.setSize([layout.groups[0][1].length * (WIDTH + GAP_X) - GAP_X, NOTE]);
+  const widthOf = (column) => Math.max(...column.map((id) => layout.widths[id] ?? WIDTH));
+  note.setSize([layout.groups[0][1].reduce((sum, column) => sum + widthOf(column) + GAP_X, -GAP_X), NOTE]);
   note.pos = [PAD, TITLE];
   let x = PAD, top = TITLE + NOTE + GAP_Y, lowest = 0;
   for (const [title, columns] of layout.groups) {
@@ -75,14 +75,14 @@ _ARRANGE = """(layout) => {
         const fitting = 10 * Math.ceil(node.computeSize()[1] / 10);
         const grows = !["PreviewImage", "PreviewAny"].includes(node.type);  // these do not always do so by themselves
         const height = grows ? fitting : fitting + room;
-        node.setSize([WIDTH, height]);
+        node.setSize([layout.widths[id] ?? WIDTH, height]);
         node.pos = [x, y];
         if (layout.models[id]) node.properties.models = layout.models[id];
         const end = y + fitting + room;
         bottom = Math.max(bottom, end);
         y = end + GAP_Y + TITLE;
       }
-      x += WIDTH + GAP_X;
+      x += widthOf(column) + GAP_X;
     }
     const group = new LiteGraph.LGraphGroup(title);
     group.pos = [left, top];
@@ -142,7 +142,7 @@ def running_host(folder: Path) -> Iterator[Server]:
 
 def open_page(page: Page, port: int) -> None:
     """Ask for the front end and wait until its graph and its nodes are there."""
-    page.goto(f"http://127.0.0.1:{port}/")
+    page.goto(f"http://127.0.0.1:{port}/", timeout=120_000)  # a machine that does other work takes long to load a page
     page.wait_for_function(
         "() => window.app?.graph && window.app.extensionManager?.setting && LiteGraph.registered_node_types?.AdaStateRollout",
         timeout=120_000,
@@ -182,10 +182,10 @@ def known_names() -> list[str]:
 
 
 def make(page: Page, name: str, object_info: dict[str, Any], versions: dict[str, str]) -> tuple[str, str]:
-    """The texts of workflows/<name>.json and of workflows/api/<name>.json."""
+    """The texts of workflows/<title>.json and of workflows/api/<name>.json."""
     wanted = layout_of(name)
     system = name.removeprefix(PREFIX)
-    api = graph(system) if system in SYSTEMS else json.loads((API / f"{name}.json").read_text(encoding="utf-8"))
+    api = graph(system) if system in SYSTEMS else json.loads(twin(name).read_text(encoding="utf-8"))
     page.evaluate("([api, name]) => app.loadApiJson(api, name)", [api, name])
     page.wait_for_function("(n) => app.graph.nodes.length === n", arg=len(api))
     arranged = {
@@ -194,6 +194,7 @@ def make(page: Page, name: str, object_info: dict[str, Any], versions: dict[str,
         "groups": list(wanted.groups.items()),
         "room": {str(node): pixels for node, pixels in wanted.room.items()},
         "models": {str(node): files for node, files in wanted.models.items()},
+        "widths": {str(node): pixels for node, pixels in wanted.widths.items()},
     }
     saved = json.loads(page.evaluate(_ARRANGE, arranged))
     saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.workflows.adastate"))
@@ -237,6 +238,8 @@ def main(arguments: list[str]) -> int:
     names = parser.parse_args(arguments).names or known
     if unknown := [name for name in names if name not in known]:
         parser.error(f"there is no workflows/api/{unknown[0]}.json; there are: {', '.join(known)}")
+    if untitled := [name for name in names if name not in TITLES]:
+        parser.error(f"{untitled[0]} has no title; write it into tools/workflow_titles.py")
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -250,11 +253,11 @@ def main(arguments: list[str]) -> int:
             for name in names:
                 page = browser.new_page()
                 open_page(page, server.port)
-                shown, prompt = make(page, name, object_info, versions)
-                (WORKFLOWS / f"{name}.json").write_text(shown, encoding="utf-8")
-                (API / f"{name}.json").write_text(prompt, encoding="utf-8")
+                graph, prompt = make(page, name, object_info, versions)
+                shown(name).write_text(graph, encoding="utf-8")
+                twin(name).write_text(prompt, encoding="utf-8")
                 page.close()
-                say(f"workflows/{name}.json")
+                say(f"workflows/{shown(name).name}")
     except SetupError as error:
         say(f"make_workflows: {error}")
         return error.code

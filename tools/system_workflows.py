@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from adastate_core.weights.presets import PRESETS
-from tools.workflow_layouts import Layout
+from tools.workflow_layouts import FRAMEWISE_URL, HUB, TEXT_URL, VAE_URL, Layout, offered
 
-HUB = "https://huggingface.co/"
 PREFIX = "system_"
-# Past the window and the anchor of every system that is made for more than 81 frames.
-LONG = 97
-_REPACKAGED = f"{HUB}Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"
-VAE_URL = f"{_REPACKAGED}vae/wan_2.1_vae.safetensors"
-TEXT_URL = f"{_REPACKAGED}text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+# thirty seconds: past the window and the anchor of every system that is made for more than 81 frames, and long enough to drift
+LONG = 481
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,7 @@ SYSTEMS = {
     "causal_forcing_frame": System(
         (("zhuhz22/Causal-Forcing", "framewise/causal_forcing.pt"),),
         ("desert", "slow", "gold", "no lantern"),
-        url=f"{HUB}TalmajM/causal_forcing_framewise_ComfyUI_repackaged/resolve/main/split_files/diffusion_models/"
-        "causal_forcing-framewise.safetensors",
+        url=FRAMEWISE_URL,
         remark="The presets *causal_forcing*, *causal_forcing_frame_2step* and *causal_forcing_frame_1step* are for the other "
         "weights of that repository.",
     ),
@@ -67,13 +62,23 @@ SYSTEMS = {
         ("city", "slow", "violet", "no lantern"),
         url=f"{HUB}krea/krea-realtime-video/resolve/main/krea-realtime-video-14b.safetensors",
     ),
+    "adastate": System(
+        (),
+        ("meadow", "steady", "violet", "lantern"),
+        remark="The preset *adastate_long* is for weights trained with horizon weight 4. The preset brings the anchor; *Anchor: "
+        "Adaptive State* is not needed.",
+    ),
 }
 
 
 def length(name: str) -> int:
-    """Video frames: as many as the system was made for, or LONG where it is made for any number."""
-    preset = PRESETS[name]
-    return 4 * preset.trained_frames - 3 if preset.longer else LONG
+    """Video frames: LONG, or as many as the system was made for where these are fewer."""
+    return min(made_for(name), LONG) if PRESETS[name].longer else LONG
+
+
+def made_for(name: str) -> int:
+    """Video frames of the clips that the system was made for."""
+    return 4 * PRESETS[name].trained_frames - 3
 
 
 def graph(name: str) -> dict[str, Any]:
@@ -96,30 +101,30 @@ def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 def models(name: str) -> dict[int, list[dict[str, str]]]:
     """What the front end can offer to download, by node id, once the workflow names these files: for `properties.models`."""
-    found = {2: [_model(VAE_URL, "vae")]}
+    found = {2: [offered(VAE_URL, "vae")]}
     if url := SYSTEMS[name].url:
-        found[1] = [_model(url, "diffusion_models")]
+        found[1] = [offered(url, "diffusion_models")]
     return found
-
-
-def _model(url: str, directory: str) -> dict[str, str]:
-    return {"name": url.rpartition("/")[2], "url": url, "directory": directory}
 
 
 def note(name: str) -> str:
     """What the workflow is, and what to change for the real weights."""
     preset, system = PRESETS[name], SYSTEMS[name]
     files = " or ".join(f"`{file}` of [{repository}]({HUB}{repository})" for repository, file in system.weights)
-    if system.url and not system.weights[0][1].endswith("safetensors"):
+    if system.url and not all(file.endswith("safetensors") for _, file in system.weights[:1]):
         files += f" or [{system.url.rpartition('/')[2]}]({system.url})"
-    frames = f"{length(name)} frames, what it was made for" if preset.longer else "any length"
+    files = files or "there are no public weights yet; `training/` makes them from a causal Wan 2.1"
+    frames = f"up to {made_for(name)} frames, what it was made for" if preset.longer else "any length"
     rules, *more = map(_sentence, preset.describe().splitlines()[1:])
     remarks = " ".join([*more, system.remark])
+    demo = "The demo model was not trained for these rules: here they run, but what the system paints is seen with its own weights:"
+    if not system.weights:
+        demo = "The demo model was trained for these rules, at a small size. For the size of Wan 2.1:"
     return f"""\
 ### {preset.title}
 By the rules of {preset.source}. *Model Preset* sets them; what stands at auto follows. {rules}
 
-The demo model was not trained for these rules: here they run, but what the system paints is seen with its own weights:
+{demo}
 
 - **Load Causal Video Model**: {files}, in `models/diffusion_models`
 - **Load VAE**: [wan_2.1_vae.safetensors]({VAE_URL}), in `models/vae`

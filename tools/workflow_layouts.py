@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+HUB = "https://huggingface.co/"
+_REPACKAGED = f"{HUB}Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"
+VAE_URL = f"{_REPACKAGED}vae/wan_2.1_vae.safetensors"
+TEXT_URL = f"{_REPACKAGED}text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+FRAMEWISE_URL = (
+    f"{HUB}TalmajM/causal_forcing_framewise_ComfyUI_repackaged/resolve/main/split_files/diffusion_models/"
+    "causal_forcing-framewise.safetensors"
+)
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Titled groups of columns of node ids, left to right, and a note above the first; `room` is kept free below a node.
+    """Titled groups of columns of node ids, left to right, and a note above the first; `room` is kept free below a node, and
+    `widths` are those of nodes that are wider than the others.
 
     `models`, by node id, is what the front end can offer to download when a file is missing (`properties.models`).
     """
@@ -17,6 +27,12 @@ class Layout:
     room: dict[int, int] = field(default_factory=dict)
     note_height: int = 260
     models: dict[int, list[dict[str, str]]] = field(default_factory=dict)
+    widths: dict[int, int] = field(default_factory=dict)
+
+
+def offered(url: str, directory: str) -> dict[str, str]:
+    """A file that the front end can offer to download into a folder of the models."""
+    return {"name": url.rpartition("/")[2], "url": url, "directory": directory}
 
 
 FEATURES = {
@@ -29,6 +45,21 @@ Stop it whenever you like: the file plays, and the state saved beside it can be 
 
 *Demo Prompt* is for the tiny demo model; real checkpoints take *CLIP Text Encode*.""",
         groups={"Model and prompt": [[1, 2, 3]], "Roll out and write": [[4], [5]]},
+        room={5: 340},
+    ),
+    "stream_to_frames": Layout(
+        note="""\
+### Frames for editors
+Every frame becomes a file, made from the decoder's own values: 16-bit PNG here, or 8-bit PNG, 16-bit TIFF, 32-bit float EXR, \
+an animated WebP. They lie in **output/frames**, numbered by the video's frame.
+
+*Stream To Video* writes the video beside them. For frames alone, bypass it and connect *Load VAE* to **vae** of \
+*Stream To Frames*.
+
+Drag a PNG frame in to open this graph again.
+
+For a real checkpoint: Wan 2.1 VAE, *CLIP Text Encode*, 832x480.""",
+        groups={"Model and prompt": [[1, 2, 3]], "Write": [[4], [6]], "Roll out": [[5]]},
         room={5: 340},
     ),
     "hidden_state": Layout(
@@ -80,7 +111,35 @@ each trained with its own anchor, is in the model card.""",
             "None": [[14, 15]],
             "Side by side": [[16], [17]],
         },
-        room={9: 340, 11: 340, 13: 340, 15: 340, 17: 370},
+        room={8: 90, 9: 340, 10: 90, 11: 340, 12: 90, 13: 340, 14: 90, 15: 340, 17: 370},
+    ),
+    "compare_systems": Layout(
+        note="""\
+### Four systems side by side, thirty seconds
+One prompt, seed and noise, rolled out by the rules of four systems. *Compare Videos* puts them side by side with meters.
+
+Systems differ in what they look back to. No anchor: Self-Forcing, Causal-Forcing, CausVid. The first frames, kept: LongLive, \
+Rolling Forcing, Infinity-RoPE. Something that moves along: Reward Forcing, MemRoPE, Rolling Sink. A hidden state: AdaState. \
+*Model Preset* takes any of them.
+
+All four run on the demo's weights here, which were trained with a hidden state. For a fair picture give each *Model Preset* a \
+*Load Causal Video Model* with that system's own weights; the workflows *System ...* say where they are. Self-Forcing was made for \
+81 pictures, so its report warns at 481.""",
+        groups={
+            "Model, prompt, rules": [[1, 2, 3], [4, 5, 6, 7]],
+            "No anchor": [[8, 9]],
+            "First frames": [[10, 11]],
+            "Running mean": [[12, 13]],
+            "Hidden state": [[14, 15]],
+            "Side by side": [[16], [17]],
+        },
+        room={
+            **dict.fromkeys((4, 5, 6, 7), 130),
+            **dict.fromkeys((8, 10, 12, 14), 90),
+            **dict.fromkeys((9, 11, 13, 15), 340),
+            17: 370,
+        },
+        note_height=400,
     ),
     "save_and_resume": Layout(
         note="""\
@@ -114,19 +173,32 @@ checkpoints take *Prompt Timeline*, with a CLIP.""",
         room={3: 120, 5: 340, 6: 160},
     ),
     "start_from_picture": Layout(
-        note="""\
+        note=f"""\
 ### A video from a picture
-*Continue Video* scales a picture to the rollout's size and encodes it; as *start_latent* it becomes the first frame.
+Drop a picture onto **Load Image**, say in the words what is to happen, press Run. The picture becomes the first frame, and the \
+video takes its shape: **width** and **height** are 0 in both nodes. Nothing is stretched; of one side up to 3 % may be cut off \
+(at the demo's 64x64 up to a sixth).
 
-The picture is made by the first group, so that nothing has to be there. Put *Load Image* in the place of *ImageFromBatch* for \
-your own.
+The demo model knows one little world, and leads any picture into it. For real video, with Causal-Forcing frame-wise, which its \
+authors offer for pictures too:
 
-Needs the full VAE: a tiny one only decodes.""",
+- **Load Causal Video Model**: [causal_forcing-framewise.safetensors]({FRAMEWISE_URL}), in `models/diffusion_models`. Leave \
+**preset** at auto: it finds 4 steps, one latent frame a chunk and a window of 20.
+- **Load VAE**: [wan_2.1_vae.safetensors]({VAE_URL}), in `models/vae`. A tiny VAE only decodes.
+- **CLIP Text Encode** in place of *Demo Prompt*, behind *Load CLIP* (type wan) with \
+[umt5_xxl_fp8_e4m3fn_scaled.safetensors]({TEXT_URL}), in `models/text_encoders`
+- **Continue Video**: **area** 832x480. A square picture becomes 624x624, an upright phone's picture 464x832.
+- **length** 81: five seconds, what the model was made for. Which weights are made for more say the workflows *System ...*: \
+connect this LATENT to their *start_latent*.
+
+It was made at 832x480; how it does in other shapes has not been measured here.""",
         groups={
-            "Model and a picture": [[1, 2, 3], [4, 5, 6, 7]],
-            "Encode it, go on from it": [[8, 9], [10], [11]],
+            "Your picture, the model, the words": [[3], [1, 2, 9]],
+            "Encode it, go on from it": [[8], [10], [11]],
         },
-        room={7: 240, 8: 80, 11: 340},
+        room={3: 260, 8: 80, 11: 340},
+        note_height=360,
+        models={1: [offered(FRAMEWISE_URL, "diffusion_models")], 2: [offered(VAE_URL, "vae")]},
     ),
     "continue_video": Layout(
         note="""\
@@ -137,7 +209,7 @@ its own. Its **length** counts the frames taken.
 The last group leaves these frames out and puts both parts into one video. Put *Load Video* in the first rollout's place for \
 your own, at the model's size.
 
-With a rollout's state at hand, *resume* has no seam at all: workflow *save_and_resume*.""",
+With a rollout's state at hand, *resume* has no seam at all: workflow *Stop and go on another day*.""",
         groups={
             "Model and prompt": [[1, 2, 3]],
             "A video": [[4], [5]],
@@ -216,13 +288,34 @@ Both inputs are among the rollout's advanced ones.""",
         room={5: 340, 7: 340, 9: 370, 10: 400},
         note_height=320,
     ),
+    "measure_any_video": Layout(
+        note="""\
+### Does my long video drift?
+For any video, whatever model made it: no model is loaded here. Drop it onto **Load Video** and press Run.
+
+Many long videos are chains: each clip begins with the last picture of the one before. **clip_frames** is what each clip adds, \
+**first_clip_frames** what the first one has: 80 and 81 for clips of 81 whose first picture is that last one. For one long take \
+set both to 0.
+
+The plot goes clip by clip. Where the curves climb, the chain drifts: colour drift in dE (1 can just be seen) and colours off \
+grey, contrast and sharpness. The third panel shows the seams: how much more the picture moves into a clip than inside clips, and \
+how far its colour jumps.
+
+A sunset is drift too: the numbers say that something changes, not whether it should. To hold one video against another, take \
+*Measure two videos*.""",
+        groups={"Your video": [[1], [2]], "Clip by clip": [[3], [4]]},
+        room={1: 320, 3: 620, 4: 640},
+        note_height=300,
+        widths={3: 760},
+    ),
     "video_metrics": Layout(
         note="""\
-### Measure a video
+### Measure two videos
 Same prompt, same seed, a window of 9 and of 1. *Video Metrics* measures the second by chunk and compares it with the first: \
 drift of the colours, contrast, motion, flicker, PSNR and SSIM.
 
-Any two videos of one size can be connected; without **reference** the first six plots stay.""",
+Any two videos of one size can be connected, whatever model made them: put *Load Video* in the rollouts' places. Of chained clips \
+say their length in **clip_frames**. Without **reference** the first six curves stay.""",
         groups={
             "Model and prompt": [[1, 2, 3]],
             "Long window": [[4], [5]],
@@ -230,6 +323,7 @@ Any two videos of one size can be connected; without **reference** the first six
             "Measured": [[8, 9], [10]],
             "Side by side": [[11], [12]],
         },
-        room={5: 340, 7: 340, 9: 340, 10: 600, 12: 370},
+        room={5: 340, 7: 340, 9: 440, 10: 600, 12: 370},
+        widths={9: 560},
     ),
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -157,29 +158,36 @@ class Evaluation:
         return clips, ColourJudge(known[0][:, :, CHUNK_LATENTS : 2 * CHUNK_LATENTS], known[2])
 
 
-def rolled_table(results: dict[str, dict[str, list[dict]]], compared: list[list[str]]) -> list[str]:
+def rolled_table(
+    results: dict[str, dict[str, list[dict]]], compared: list[list[str]], columns: Sequence[str] = tuple(COLUMNS)
+) -> list[str]:
     """Means of every contender, and the differences in `compared`: lists of one and those it is set against."""
-    lines = ["| contender | horizon | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    lines = ["| contender | horizon | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
     for name, segments in results.items():
         for segment, rows in segments.items():
             cells = []
-            for column in COLUMNS:
+            for column in columns:
                 mean, low, high = interval([row[column] for row in rows])
                 cells.append(f"{mean:.2f} ({low:.2f} to {high:.2f})")
             lines.append(f"| {name} | {segment} | " + " | ".join(cells) + " |")
     for reference, *others in compared:
-        lines += differences(results, reference, others)
+        lines += differences(results, reference, others, columns)
     return lines
 
 
-def differences(results: dict[str, dict[str, list[dict]]], reference: str, others: list[str]) -> list[str]:
+def differences(
+    results: dict[str, dict[str, list[dict]]],
+    reference: str,
+    others: list[str],
+    columns: Sequence[str] = tuple(COLUMNS),
+) -> list[str]:
     """Paired differences with 95 % intervals, in bold where they are clear of zero."""
     lines = ["", f"Differences, {reference} minus the other, stream by stream:", ""]
-    lines += ["| against | horizon | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    lines += ["| against | horizon | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
     for name in others:
         for segment, rows in results[name].items():
             cells = []
-            for column in COLUMNS:
+            for column in columns:
                 pairs = zip(results[reference][segment], rows, strict=True)
                 mean, low, high = interval([a[column] - b[column] for a, b in pairs])
                 clear = "**" if low > 0 or high < 0 else ""

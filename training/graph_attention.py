@@ -96,6 +96,10 @@ class Pass:
     kernel: Kernel
     staged: dict[int, Pair] = field(default_factory=dict)
 
+    def takes_unnormed(self, layer: int, dtype: torch.dtype) -> bool:
+        """Never: the model norms queries and keys itself, and gradients run through that."""
+        return False
+
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """One layer's attention: q, k (normed, not rotated), v [B, N, heads * head_dim] -> the same shape."""
         self.staged.setdefault(layer, (k, v))

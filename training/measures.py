@@ -10,7 +10,8 @@ from functools import lru_cache
 
 import torch
 
-from adastate_core.measure.metrics import lab, motion
+from adastate_core.measure.lab_colour import lab
+from adastate_core.measure.metrics import motion
 
 from .world import BALLOON_COLOURS, BALLOON_RADIUS, DAY_FRAMES, PACE_PIXELS, TERRAIN_COLOURS, Scene, sky_colours
 
@@ -114,11 +115,11 @@ def clock_rate(video: torch.Tensor) -> float:
     return (passed.mean() / (hop / DAY_FRAMES)).item()
 
 
-def seam(video: torch.Tensor, first_frame: int = 0) -> float:
+def seam(video: torch.Tensor, first_frame: int = 0, chunk_frames: int = 12) -> float:
     """Motion from the last frame of a chunk to the first of the next, against motion elsewhere; 1 without seams.
 
-    `first_frame` is the number of the video's first frame in its stream, whose chunks have 9, 12, 12, ... frames.
+    `first_frame` is the number of the video's first frame in its stream. Chunks have `chunk_frames` frames, the first one 3 fewer.
     """
     moved = motion(video)
-    border = (torch.arange(1, len(moved) + 1) + first_frame - 9) % 12 == 0
+    border = (torch.arange(1, len(moved) + 1) + first_frame - (chunk_frames - 3)) % chunk_frames == 0
     return (moved[border].mean() / moved[~border].mean()).item()

@@ -50,6 +50,7 @@ def sample_sheet(
         config["positions"], torch.float32,
     )  # fmt: skip
     settings = Settings(config["seed"], Schedule.shifted(config.get("rollout_steps", 4), config["shift"]))
-    chunks = Rollout(bare, spec, settings).chunks(words.shape[1] * CHUNK_LATENTS)
+    length = words.shape[1] * CHUNK_LATENTS
+    chunks = Rollout(bare, spec, settings, length=length).chunks(length)
     codec = load_codec(config["codec"]).to(device)
     draw_sheet([decoded(codec, one) for one in torch.cat([c.latents for c in chunks], 2)], path)

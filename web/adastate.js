@@ -2,26 +2,46 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { ROLLOUT, nodeOf } from "./js/graph.js";
+import { ROLLOUT, nodeOf, stepLength } from "./js/graph.js";
+import { keepMessages, speak } from "./js/language.js";
 import { Panel } from "./js/panel.js";
 import { Runs } from "./js/runs.js";
+import { steer } from "./js/steering.js";
+import { listByName } from "./js/templates.js";
 import { TEXTS } from "./js/texts.js";
 import { View } from "./js/view.js";
 
 const WIDGET = "adastate_live";
+const LOCALE = "Comfy.Locale"; // the front end's setting
 const PLAYERS = new Set(["video-preview", "$$comfy_animation_preview"]);
+const OPEN_LENGTH = new Set([ROLLOUT, "AdaStatePlan"]);
 const runs = new Runs();
 const views = new WeakMap(); // node -> its view and widget
 
 const rootGraph = () => app.rootGraph ?? app.graph?.rootGraph ?? app.graph;
 
-const panel = new Panel({
-  runs,
-  graph: rootGraph,
-  nodeOf: (run) => nodeOf(rootGraph(), run.ids),
-  stop,
-  complain,
-});
+speak(app.extensionManager?.setting?.get?.(LOCALE));
+let panel = makePanel();
+
+function makePanel() {
+  return new Panel({
+    runs,
+    graph: rootGraph,
+    nodeOf: (run) => nodeOf(rootGraph(), run.ids),
+    stop,
+    steer: steerRun,
+    complain,
+  });
+}
+
+/** Another language was chosen: the front end makes the nodes again, and so their views; the panel is made again here. */
+function changeLanguage(locale) {
+  speak(locale);
+  const place = panel.element.parentElement;
+  panel.unmount();
+  panel = makePanel();
+  if (place) panel.mount(place);
+}
 
 function complain(summary, detail) {
   app.extensionManager?.toast?.add({ severity: "warn", summary, detail, life: 6000 });
@@ -36,6 +56,17 @@ async function stop(run) {
   if (answer.ok) run.stopping = run.running;
   else complain(TEXTS.stopFailed, (await answer.json().catch(() => null))?.error?.message ?? answer.statusText);
   show(run);
+}
+
+/** Ask for a change of a run while it rolls; an Error says why it is refused. */
+async function steerRun(run, change) {
+  const asked = steer(run, change);
+  panel.changed(); // it waits from now on
+  try {
+    await asked;
+  } finally {
+    show(run);
+  }
 }
 
 /**
@@ -121,14 +152,37 @@ async function catchUp() {
   showAll();
 }
 
+/**
+ * A video that this browser cannot play is kept from the host's player, which would show an empty one: the view says so and goes on
+ * with the preview's pictures. The file is where it was written, and in the history that the server keeps.
+ */
+function keepUnplayableOut({ detail }) {
+  const video = detail.output?.adastate_video?.[0];
+  if (!video || document.createElement("video").canPlayType(video.mime)) return;
+  delete detail.output.images;
+  delete detail.output.animated;
+  const run = runs.get({ prompt_id: detail.prompt_id, node_id: detail.node, display_node: detail.display_node });
+  run.unplayable = video.codec;
+  if (run.newest) show(run);
+}
+
 function listen() {
+  // before the host's own listeners
+  api.addEventListener("executed", keepUnplayableOut, { capture: true });
   api.addEventListener("adastate.start", ({ detail }) => {
-    runs.get(detail).about = detail.about;
+    const run = runs.get(detail);
+    run.about = detail.about;
+    run.steer(detail.steering);
     panel.look();
   });
   api.addEventListener("adastate.chunk", ({ detail }) => {
     const run = runs.get(detail);
     run.addChunk(detail);
+    show(run);
+  });
+  api.addEventListener("adastate.steered", ({ detail }) => {
+    const run = runs.get(detail);
+    run.steer(detail.steering);
     show(run);
   });
   api.addEventListener("adastate.pictures", ({ detail }) => {
@@ -138,6 +192,7 @@ function listen() {
   });
   api.addEventListener("adastate.end", ({ detail }) => {
     const run = runs.get(detail);
+    run.steer(detail.steering);
     run.end(detail.outcome, detail.saved);
     show(run);
   });
@@ -166,20 +221,25 @@ app.registerExtension({
       destroy: () => panel.unmount(),
     },
   ],
-  init() {
-    for (const name of ["adastate", "panel", "prompts"]) {
+  async init() {
+    for (const name of ["adastate", "panel", "prompts", "steer"]) {
       const style = document.createElement("link");
       style.rel = "stylesheet";
       style.href = new URL(`./css/${name}.css`, import.meta.url).href;
       document.head.append(style);
     }
     listen();
+    listByName(api);
+    app.ui?.settings?.addEventListener?.(`${LOCALE}.change`, ({ detail }) => changeLanguage(detail.value));
+    const answer = await api.fetchApi("/i18n"); // waited for, since the nodes are named next
+    if (answer.ok) keepMessages(await answer.json());
   },
   setup() {
     whenConnected(catchUp);
   },
   nodeCreated(node) {
     // now, because Nodes 2.0 draws the widgets that a node has when it is made
+    if (OPEN_LENGTH.has(node.comfyClass)) stepLength(node);
     if (node.comfyClass !== ROLLOUT) return;
     keepPlayersOut(node);
     prepare(node);

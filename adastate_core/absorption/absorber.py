@@ -4,8 +4,9 @@
     absorber.joins(), absorber.moved()           # with the chunk's commit; from then on the rows of the chunk count
     absorber.catch_up(next_frame)                # after the commit: what is due is solved, switched, measured
 
-`catch_up` makes all new things aside and takes them over at once. So it may fail, and is then called again: in this run, or in the
-run that goes on from its state. Everything public about ISPA and what is this pack's own choice: docs/design-notes.md.
+`catch_up` makes all new things aside and takes them over at once; then the cache's layers get their new buffers, one after the
+other. So it may fail, and is then called again: in this run, or in the run that goes on from its state. Everything public about
+ISPA and what is this pack's own choice: docs/design-notes.md.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..anchors import Anchor
-from ..cache.byte_plan import CachePlan, LayerSpec
+from ..cache.host_copies import HostCopies, frame_block_bytes
 from ..cache.kv_cache import KVCache
+from ..cache.phases import Phase
 from ..cache.slots import LayerSlots
 from ..rope import Rope
+from .absorbed_phases import NOTHING, SWITCHED, WARMING, switched_layers, watched_of
 from .collector import Collector
 from .corrections import Corrections
 from .host_history import HostHistory
@@ -29,7 +32,6 @@ from .solve import Correction, Fit, Solution, fit, residual
 
 # how many measurements are kept; when there are more, those of every second instant are forgotten
 MOST_WATCHED = 2048
-PHASES = ("warming", "switched", "nothing to absorb")
 
 
 def choose(fits: dict[int, Fit], settings: AbsorptionSettings, layers: int) -> tuple[int, ...]:
@@ -43,17 +45,6 @@ def choose(fits: dict[int, Fit], settings: AbsorptionSettings, layers: int) -> t
     return tuple(sorted(sorted(fits, key=lambda layer: (score(fits[layer]), layer))[: settings.layers(layers)]))
 
 
-def small_layer(layer: LayerSpec, settings: AbsorptionSettings, pinned: int) -> LayerSpec:
-    """A layer once it has been switched and keeps `pinned` first frames of its window."""
-    return layer.small(min(settings.local_window_frames, layer.window_frames), pinned)
-
-
-def watched_of(chosen: tuple[int, ...], settings: AbsorptionSettings) -> tuple[int, ...]:
-    """Those of the switched layers that keep their history, evenly spread."""
-    wanted = len(chosen) if settings.monitor_layers < 0 else settings.monitor_layers
-    return chosen[:: max(1, len(chosen) // wanted)][:wanted] if wanted else ()
-
-
 class Absorber:
     """Mutable, private to one run, like the cache that it shrinks."""
 
@@ -64,7 +55,7 @@ class Absorber:
         self.settings, self.cache, self.anchor = settings, cache, anchor
         pinned = settings.pinned(anchor.frames) if anchor.state_frames else settings.sink_frames
         self.corrections = Corrections(settings, cache, pinned, rope)
-        self.phase = PHASES[0] if settings.layers(len(cache.layers)) else PHASES[2]
+        self.phase = WARMING if settings.layers(len(cache.layers)) else NOTHING
         # copied, because solving anew changes the fits, and the given ones belong to the caller
         self.solution = None if solution is None else Solution(solution.chosen, dict(solution.fits))
         self._given = solution is not None
@@ -77,7 +68,6 @@ class Absorber:
         # the prompt and seed of this run, and those of the run that solved
         self.origin: dict[str, Any] = {}
         self.solved_for: dict[str, Any] = {}
-        self.bytes_before = self.bytes_after = cache.nbytes
         self.chunks_since = 0
         # whether the chunks collected wait to be measured
         self.due = False
@@ -98,7 +88,7 @@ class Absorber:
     def start_chunk(self) -> None:
         """Decide what this chunk collects, and forget what an unfinished one left."""
         self.collector.start_chunk()
-        if self.phase == PHASES[0]:
+        if self.phase == WARMING:
             collects = not self._given and bool(self.corrections.parts(self.cache.layers[0], 0)[1])
         else:
             left = self.settings.monitor_chunks - self.chunks_since % self.settings.monitor_chunks
@@ -119,7 +109,7 @@ class Absorber:
         collected = self.corrections.collector is not None
         if collected:
             self.collector.close_chunk()
-        if self.phase == PHASES[1]:
+        if self.phase == SWITCHED:
             self.chunks_since += 1
             self.due = collected and self.chunks_since % self.settings.monitor_chunks == 0
         self.corrections.collector = None
@@ -140,7 +130,7 @@ class Absorber:
     def catch_up(self, next_frame: int, look: object = None) -> None:
         """Solve, switch or measure if that is due. `next_frame` is the index of the next chunk's first frame. `look` is not used:
         everything that is needed was collected while the chunks were made."""
-        if self.phase == PHASES[0] and next_frame >= self.settings.warmup_frames:
+        if self.phase == WARMING and next_frame >= self.settings.warmup_frames:
             self._solve()
         elif self.due:
             self._measure(next_frame)
@@ -148,58 +138,60 @@ class Absorber:
     def _solve(self) -> None:
         """Fit every layer, choose, and switch the chosen ones at one instant."""
         start = time.perf_counter()
-        solution = self.solution
-        if solution is None:
-            if not self.collector.chunks:
-                self.phase = PHASES[2]
-                return
-            seen, held_out, ridges = self.collector.seen, self.collector.held_out, self.settings.ridges
-            fits = {i: fit(seen[i], held_out[i], ridges, self._rank) for i in self.collector.layers}
-            chosen = choose(fits, self.settings, len(self.cache.layers))
-            kept = {i: f if i in chosen else replace(f, correction=None) for i, f in fits.items()}
-            solution = Solution(chosen, kept)
+        if self.solution is None and not self.collector.chunks:
+            self.find_nothing()
+            return
+        solution = self._solved() if self.solution is None else self.solution
         first = self.cache.layers[0].window.values()
-        switch = self._switch(solution, sum(slot.frame < self.corrections.pinned for slot in first), moved=True)
+        pinned = sum(slot.frame < self.corrections.pinned for slot in first)
+        switch = self._switch(solution, pinned, moved=True)
         collector = self._collecting_on(switch.histories)
         self.collector, self.solved_for = collector, dict(self.origin)
         self._take(solution, switch)
         self.seconds = time.perf_counter() - start
+        self.cache.fit()
+
+    def _solved(self) -> Solution:
+        """The fits of all layers, and which are chosen."""
+        seen, held_out, ridges = self.collector.seen, self.collector.held_out, self.settings.ridges
+        fits = {i: fit(seen[i], held_out[i], ridges, self._rank) for i in self.collector.layers}
+        chosen = choose(fits, self.settings, len(self.cache.layers))
+        return Solution(chosen, {i: f if i in chosen else replace(f, correction=None) for i, f in fits.items()})
+
+    def find_nothing(self) -> None:
+        """There is nothing to absorb: every layer has its whole window from now on."""
+        self.phase = NOTHING
+        self.cache.enter(Phase(NOTHING, self.cache.plan.layers))
+        self.cache.fit()
 
     def _switch(self, solution: Solution, pinned: int, moved: bool) -> _Switch:
-        """The small caches of the chosen layers. If `moved`, they hold the frames that the layers keep; else they are empty, to be
-        restored."""
+        """What the switch to a solution needs. If `moved`, histories hold what the watched layers are about to lose; else they are
+        empty, to be restored."""
         chosen = solution.chosen
-        watched = watched_of(chosen, self.settings)
-        plans = list(self.cache.plan.layers)
+        layers = switched_layers(self.cache.plan.layers, chosen, self.settings, pinned)
+        made = _Switch(Phase(SWITCHED, layers))
         for i in chosen:
-            plans[i] = small_layer(plans[i], self.settings, pinned)
-        made = _Switch(replace(self.cache.plan, layers=tuple(plans)))
-        for i in chosen:
-            old = self.cache.layers[i]
-            made.layers[i] = old.shrunk(plans[i]) if moved else old.empty(plans[i])
             made.standing[i] = self._on_device(solution.fits[i].correction)
-            if i in watched:
-                history = HostHistory(max(0, self.full_window - plans[i].ring_frames))
-                if moved:
-                    self._remember(history, old)
-                made.histories[i] = history
-                made.layers[i].on_evict = history.push
+        copies = HostCopies(self.cache.device, frame_block_bytes(self.cache.plan))
+        for i in watched_of(chosen, self.settings):
+            made.histories[i] = HostHistory(max(0, self.full_window - layers[i].ring_frames), copies)
+            if moved:
+                self._remember(made.histories[i], self.cache.layers[i])
         return made
 
     def _take(self, solution: Solution, made: _Switch) -> None:
-        """From here on the chosen layers are small."""
-        self.solution, self.phase = solution, PHASES[1]
-        self.cache.plan = made.plan
-        for i, layer in made.layers.items():
-            self.cache.layers[i] = layer
+        """From here on the chosen layers are small, although their buffers are still to be made."""
+        self.solution, self.phase = solution, SWITCHED
+        self.cache.enter(made.phase)
+        for i, history in made.histories.items():
+            self.cache.layers[i].on_evict = history.push
         self.corrections.switched, self.corrections.histories = True, made.histories
         self.corrections.standing = {i: one for i, one in made.standing.items() if one is not None}
-        self.bytes_after = made.plan.kv_bytes
-        self.cache.fit()
 
     def resume_switched(self, pinned: int, chunks_since: int, watched: list[dict[str, Any]]) -> None:
         """Go to where a run stood that had switched. Caches and histories are empty, to be restored."""
         self._take(self.solution, self._switch(self.solution, pinned, moved=False))
+        self.cache.fit()
         self.collector = self._collector(self.histories)
         self.chunks_since, self.watched = chunks_since, watched
 
@@ -251,15 +243,27 @@ class Absorber:
         new = fit(seen, held_out, self.settings.ridges, self._rank)
         return None if residual(held_out, self.solution.fits[layer].correction) <= new.residual else new
 
+    def _bytes(self) -> dict[str, Any]:
+        """Keys and values on the device without absorption, now, and at most; the shares of the cache that absorption gave back now
+        and at the peak, wherever the cache lies."""
+        cache, plain = self.cache, self.cache.plan.plain
+        whole = max(1, plain.kv_bytes + plain.host_bytes)
+        return {
+            "kv_bytes_before": plain.kv_bytes,
+            "kv_bytes_after": cache.nbytes,
+            "kv_bytes_peak": cache.peak_nbytes,
+            "freed_share": round(1 - (cache.nbytes + cache.host_nbytes) / whole, 4),
+            "freed_share_at_peak": round(1 - (cache.peak_nbytes + cache.peak_host_nbytes) / whole, 4),
+        }
+
     def report(self) -> dict[str, Any]:
         """JSON-able: phase, chosen layers, residuals by layer, bytes, seconds of solve and switch, what was watched."""
         fits = {} if self.solution is None else self.solution.fits
         return {
             "phase": self.phase,
-            "layers": list(self.solution.chosen) if self.solution and self.phase == PHASES[1] else [],
-            "collected_chunks": self.collector.chunks if self.phase == PHASES[0] else None,
-            "kv_bytes_before": self.bytes_before,
-            "kv_bytes_after": self.bytes_after,
+            "layers": list(self.solution.chosen) if self.solution and self.phase == SWITCHED else [],
+            "collected_chunks": self.collector.chunks if self.phase == WARMING else None,
+            **self._bytes(),
             "correction_bytes": sum(one.nbytes for one in self.corrections.standing.values()),
             "history_bytes_in_host_memory": sum(history.nbytes for history in self.histories.values()),
             "solve_seconds": round(self.seconds, 4),
@@ -273,10 +277,9 @@ class Absorber:
 
 @dataclass
 class _Switch:
-    """What a switch puts in place of the old caches, by layer."""
+    """What a switch makes of the cache, and by layer what comes with it."""
 
-    plan: CachePlan
-    layers: dict[int, LayerSlots] = field(default_factory=dict)
+    phase: Phase
     standing: dict[int, Correction | None] = field(default_factory=dict)
     histories: dict[int, HostHistory] = field(default_factory=dict)
 

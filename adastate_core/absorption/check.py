@@ -11,9 +11,9 @@ import torch
 from ..anchors import Anchor
 from ..cache.byte_plan import CachePlan
 from ..files.header_check import Damage, Fields, Tensors, number, shown, whole
-from .absorber import PHASES, small_layer, watched_of
+from .absorbed_phases import small_layer, watched_of
 from .moments import FIELDS
-from .settings import AbsorptionSettings, blocks_of
+from .settings import PHASES, AbsorptionSettings, blocks_of
 
 PARTS = ("constant", "matrix", "left", "right")
 

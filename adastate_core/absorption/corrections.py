@@ -45,7 +45,8 @@ class Corrections:
             return self.collect(layer, q, current_frames)
         if layer in self.histories and len(self.histories[layer]):
             local = self._local(layer, q, self.parts(self.cache.layers[layer], current_frames)[0])
-            past = self.histories[layer].read(layout, self.rope, self.cache.heads, self.cache.device)
+            most = self.cache.plan.block_frames
+            past = self.histories[layer].read(layout, self.rope, self.cache.heads, self.cache.device, most)
             full = merge(local, attend_part(q, *past, self.cache.heads))
             self.collector.add(layer, rows(local), rows(full))
         return None

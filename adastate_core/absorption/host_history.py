@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..cache.host_copies import HostCopies
 from ..rope import Layout, Rope
 
 
@@ -24,9 +25,10 @@ class _Kept:
 
 
 class HostHistory:
-    """The newest `capacity` frames that have left one layer."""
+    """The newest `capacity` frames that have left one layer, brought to host memory by `copies`."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, copies: HostCopies) -> None:
+        self._copies = copies
         self._frames: deque[_Kept] = deque(maxlen=capacity)
 
     def __len__(self) -> int:
@@ -37,11 +39,12 @@ class HostHistory:
         return sum(kept.key.nbytes + kept.value.nbytes for kept in self._frames)
 
     def push(self, frame: int, position: float | None, key: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:
-        """Copy a frame's key and value. Returns a function; the copies are in the history after it is called."""
-        kept = _Kept(frame, position, key.to("cpu", copy=True), value.to("cpu", copy=True))
-        return partial(self._append, kept)
+        """Start copying a frame's key and value. Returns a function; the copies are in the history after it is called."""
+        taken = self._copies.take({"key": (key[:, None], None), "value": (value[:, None], None)})
+        return partial(self._append, _Kept(frame, position, taken["key"][:, 0], taken["value"][:, 0]))
 
     def _append(self, kept: _Kept) -> None:
+        self._copies.wait()
         self._frames.append(kept)
 
     def flush(self, keep: int) -> None:
@@ -55,13 +58,24 @@ class HostHistory:
     def rewind(self, mark: tuple[_Kept, ...]) -> None:
         self._frames = deque(mark, self._frames.maxlen)
 
-    def read(self, layout: Layout, rope: Rope, heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys at their positions in `layout`, and values, each [B, frames * P, width] on `device`."""
-        keys = torch.cat([kept.key for kept in self._frames], 1).to(device)
-        values = torch.cat([kept.value for kept in self._frames], 1).to(device)
-        came = [kept.position for kept in self._frames]
-        turn = rope.turn(came, [layout.window(kept.frame) for kept in self._frames])
-        return rope.rotate(keys.unflatten(-1, (heads, -1)), turn).flatten(2), values
+    def read(
+        self, layout: Layout, rope: Rope, heads: int, device: torch.device, most: int = 3
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys at their positions in `layout`, and values, each [B, frames * P, width] on `device`. They are rotated in
+        blocks of at most `most` frames."""
+        kept = list(self._frames)
+        batch, tokens, width = kept[0].key.shape
+        keys, values = (kept[0].key.new_empty((batch, len(kept), tokens, width), device=device) for _ in range(2))
+        for i, one in enumerate(kept):
+            keys[:, i].copy_(one.key)
+            values[:, i].copy_(one.value)
+        for low in range(0, len(kept), most):
+            part = kept[low : low + most]
+            turn = rope.turn([one.position for one in part], [layout.window(one.frame) for one in part])
+            block = keys[:, low : low + most]
+            turned = rope.rotate(block.flatten(1, 2).unflatten(-1, (heads, -1)), turn)
+            block.copy_(turned.reshape(block.shape))
+        return keys.flatten(1, 2), values.flatten(1, 2)
 
     def state(self, prefix: str) -> dict[str, Any]:
         """Flat tensors and the frames' numbers."""

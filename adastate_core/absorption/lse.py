@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-# query rows of one block in the plain way
-BLOCK = 1024
+# query rows of one block in the plain way, and the most bytes of its scores, and of its keys and values in float32
+BLOCK, MOST_BYTES = 1024, 2**28
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,25 @@ def _efficient_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by explicit products in float32, `BLOCK` queries at a time."""
-    keys, values = k.float().transpose(-1, -2), v.float()
-    outs, sums = [], []
-    for block in q.split(BLOCK, dim=2):
-        scores = block.float() @ keys * q.shape[-1] ** -0.5
-        sums.append(scores.logsumexp(-1))
-        outs.append((scores - sums[-1][..., None]).exp() @ values)
-    return torch.cat(outs, 2).to(q.dtype), torch.cat(sums, 2)
+    """The same by explicit products in float32, `BLOCK` queries at a time, or fewer where there are many keys; as many heads
+    at a time as `MOST_BYTES` of keys and values allow."""
+    batch, heads, queries, channels = q.shape
+    each = max(1, MOST_BYTES // (8 * batch * k.shape[2] * channels))
+    rows = max(1, min(BLOCK, MOST_BYTES // (4 * batch * min(each, heads) * k.shape[2])))
+    out, sums = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+    )
+    for head in range(0, heads, each):
+        some = slice(head, head + each)
+        keys, values = k[:, some].float().transpose(-1, -2), v[:, some].float()
+        for low in range(0, queries, rows):
+            part = slice(low, low + rows)
+            scores = q[:, some, part].float() @ keys * channels**-0.5
+            lse = scores.logsumexp(-1)
+            sums[:, some, part] = lse
+            out[:, some, part] = (scores - lse[..., None]).exp() @ values
+    return out, sums
 
 
 WAYS = {"flash, cpu": _flash_cpu, "flash": _flash_cuda, "efficient": _efficient_cuda, "plain": plain}

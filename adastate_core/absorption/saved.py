@@ -11,9 +11,9 @@ import torch
 
 from ..files.header_check import Damage, Fields, Tensors, Unreadable, refusal
 from ..files.tensor_file import TensorFile, parsed, write_tensors
-from .absorber import PHASES, Absorber
+from .absorber import Absorber
 from .check import PARTS, check_absorption, check_numbers, check_solution, settings_of
-from .settings import AbsorptionSettings
+from .settings import PHASES, AbsorptionSettings
 from .solve import Correction, Fit, Solution
 
 # version 2 has checksums and is refused without them; version 1, of earlier packs, is read with all other checks
@@ -58,7 +58,7 @@ def absorber_state(absorber: Absorber) -> dict[str, Any]:
         return state | {f"collector.{k}": v for k, v in absorber.collector.state().items()}
     if absorber.phase == PHASES[1]:
         first = absorber.solution.chosen[0]
-        state["pinned"] = absorber.cache.plan.layers[first].pinned_frames
+        state["pinned"] = absorber.cache.phase.layers[first].pinned_frames
         state |= {"chunks_since": absorber.chunks_since, "watched": [dict(entry) for entry in absorber.watched]}
         state |= {"seconds": absorber.seconds, "solved_for": dict(absorber.solved_for), "due": absorber.due}
         state["first_residuals"] = sorted(absorber.first_residuals.items())
@@ -70,7 +70,7 @@ def absorber_state(absorber: Absorber) -> dict[str, Any]:
 
 
 def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
-    """Go on from what `absorber_state` gave. Call this before the cache is restored, because it changes the cache's plan.
+    """Go on from what `absorber_state` gave. Call this before the cache is restored, because it may change the cache's layers.
 
     ValueError if the state does not fit; nothing has been changed then.
     """
@@ -84,7 +84,7 @@ def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
     if state["phase"] == PHASES[0]:
         absorber.collector.restore(under("collector.", state))
     elif state["phase"] == PHASES[2]:
-        absorber.phase = PHASES[2]
+        absorber.find_nothing()
     else:
         saved = under("solution.", state)
         absorber.solution = solution_from(saved, settings, len(plan.layers), plan.width, absorber.cache.heads)

@@ -6,9 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..cache.byte_plan import CachePlan
-from .moments import Moments
-
+PHASES = ("warming", "switched", "nothing to absorb")
 SCOPES = ("head", "layer", "lowrank")
 REFRESHES = ("never", "drift", "always")
 SELECTIONS = ("residual", "discrepancy", "explained")
@@ -109,10 +107,3 @@ def settings_from(description: dict[str, Any]) -> AbsorptionSettings:
 def blocks_of(settings: AbsorptionSettings, heads: int) -> int:
     """Blocks of the statistics: one a head, or one for the layer."""
     return heads if settings.scope == "head" else 1
-
-
-def absorption_bytes(settings: AbsorptionSettings, plan: CachePlan, heads: int) -> int:
-    """The most bytes that an absorption takes on the device. Statistics are those seen, held out, and of the chunk under way."""
-    if not settings.layers(len(plan.layers)):
-        return 0
-    return 3 * len(plan.layers) * Moments.nbytes_of(plan.width, blocks_of(settings, heads))

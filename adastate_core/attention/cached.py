@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from ..cache.kv_cache import KVCache
+from ..cache.one_pass import OnePass, OnePassLayer
+from ..cache.slots import LayerSlots
 from ..rope import Layout, Rope, Turn
+from .fused_blocks import FusedBlocks, QueryKeyNorms
 
 if TYPE_CHECKING:
     from ..absorption.corrections import Corrections
@@ -34,12 +37,14 @@ class LayerOrderError(RuntimeError):
 
 @dataclass
 class _Pass:
-    """One forward of the model: how many content frames, whether its keys are to be cached, its rotation, whose turn it is."""
+    """One forward of the model: how many content frames, whether its keys are to be cached, its rotation, whose turn it is, and
+    which frames it makes again, if it is no chunk's."""
 
     content_frames: int
     kept: bool
     turn: Turn
     layout: Layout
+    one_pass: OnePass | None = None
     layer: int = 0
 
 
@@ -49,8 +54,11 @@ class CachedAttention:
     Queries attend to [cached anchor | cached window | current state | current content] with no mask.
     """
 
-    def __init__(self, cache: KVCache, rope: Rope, kernel: Kernel = plain_attention) -> None:
-        self.cache, self.rope, self.kernel = cache, rope, kernel
+    def __init__(
+        self, cache: KVCache, rope: Rope, kernel: Kernel = plain_attention, blocks: FusedBlocks | None = None
+    ) -> None:
+        """`blocks`: which of the model's blocks use compiled functions; None: none."""
+        self.cache, self.rope, self.kernel, self.blocks = cache, rope, kernel, blocks
         # called in every layer of every pass with (layer, rotated q, keys, kept); may look, must not change
         self.observe: Callable[[int, torch.Tensor, torch.Tensor, bool], None] | None = None
         self.corrections: Corrections | None = None
@@ -61,11 +69,19 @@ class CachedAttention:
         for step in self.cache.turns(layout, self.rope):
             step.write()
 
-    def begin(self, layout: Layout, content_frames: int, kept: bool, cache: KVCache | None = None) -> None:
+    def begin(
+        self,
+        layout: Layout,
+        content_frames: int,
+        kept: bool,
+        cache: KVCache | None = None,
+        one_pass: OnePass | None = None,
+    ) -> None:
         """Start a pass of [state | content_frames] over `cache` (None: the one before). If it is `kept`, its raw keys are
-        staged, to be committed."""
+        staged, to be committed. `one_pass`: its frames are these, and become anchor and window."""
         self.cache = cache or self.cache
-        self._pass = _Pass(content_frames, kept, self.rope.turn(None, layout.current(content_frames)), layout)
+        turn = self.rope.turn(None, layout.current(content_frames))
+        self._pass = _Pass(content_frames, kept, turn, layout, one_pass)
         self.cache.begin()
 
     def end(self) -> None:
@@ -83,26 +99,64 @@ class CachedAttention:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """One layer's attention; q, k (normed, not rotated) and v [B, N, heads * head_dim] -> the same shape."""
         self._expect(layer)
-        run, cache, heads = self._pass, self.cache.layers[layer], self.cache.heads
-        dtype = q.dtype
+        run, cache = self._pass, self.cache.layers[layer]
         self.cache.open(layer)
-        cache.write_current(self._rotated(k, run.turn), v)
+        self._own(layer).write_current(self._rotated(k, run.turn), v)
         if cache.selects:
-            cache.see(q, run.layout, self.rope, heads, run.kept)
-        frames = self.cache.plan.state_frames + run.content_frames
-        q = self._rotated(q, run.turn).to(self.cache.plan.dtype)
+            cache.see(q, run.layout, self.rope, self.cache.heads, run.kept)
+        return self._attend(layer, self._rotated(q, run.turn).to(self.cache.plan.dtype), k).to(q.dtype)
+
+    def uses(self, layer: int) -> bool:
+        """Whether a layer's block is to use the compiled functions."""
+        return self.blocks is not None and self.blocks.use(layer)
+
+    def takes_unnormed(self, layer: int, dtype: torch.dtype) -> bool:
+        """Whether a layer's queries and keys, of `dtype`, go to `attend_unnormed`: its block uses the functions, and its cache has
+        slots that they can write to."""
+        return self.uses(layer) and dtype == self.cache.plan.dtype and self._slots(layer) is not None
+
+    def attend_unnormed(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, norms: QueryKeyNorms
+    ) -> torch.Tensor:
+        """As `attend`, of q and k that are still to be normed, where the layer `takes_unnormed`."""
+        self._expect(layer)
+        run, heads = self._pass, self.cache.heads
+        self.cache.open(layer)
+        name = "norm_rotate_raw" if run.kept else "norm_rotate"
+        weights, turn = (norms.q_weight, norms.k_weight, norms.eps), (run.turn.parts, run.turn.tokens)
+        made = self.blocks.fused(name, q, k, v, *weights, *turn, heads, *self._slots(layer))
+        q, k = made if run.kept else (made, None)
+        return self._attend(layer, q, k)
+
+    def _slots(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The pass's own slots in a layer, if they lie side by side and are written to as they are."""
+        return None if self._pass.one_pass is not None else self.cache.layers[layer].current_slots(self._frames)
+
+    def _own(self, layer: int) -> LayerSlots | OnePassLayer:
+        """Where the pass's keys and values go in a layer."""
+        cache, one_pass = self.cache.layers[layer], self._pass.one_pass
+        return cache if one_pass is None else one_pass.of(cache)
+
+    @property
+    def _frames(self) -> int:
+        """State and content frames of the pass."""
+        return self.cache.plan.state_frames + self._pass.content_frames
+
+    def _attend(self, layer: int, q: torch.Tensor, k: torch.Tensor | None) -> torch.Tensor:
+        """Of queries that are rotated, once keys and values are in their slots; k are the raw keys, if they are kept."""
+        run, own, heads, frames = self._pass, self._own(layer), self.cache.heads, self._frames
         out = None if self.corrections is None else self.corrections.attend(layer, q, frames, run.layout)
         if out is None:
-            keys, values = cache.read(frames)
+            keys, values = own.read(frames, run.layout)
             if self.observe is not None:
                 self.observe(layer, q, keys, run.kept)
             out = self.kernel(q, keys, values, heads)
             if self.corrections is not None:
                 out = self.corrections.correct(layer, out)
         if run.kept:
-            cache.keep_raw_current(k)
+            own.keep_raw_current(k)
         run.layer += 1
-        return out.to(dtype)
+        return out
 
     def text(
         self, layer: int, key: object, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]

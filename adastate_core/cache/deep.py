@@ -29,7 +29,8 @@ from ..rope import Layout, Rope, Turn
 from .byte_plan import CachePlan, LayerSpec
 from .deep_choice import choose, gathered, summed
 from .enter_leave import write_frame
-from .slots import LayerSlots, LayerSnapshot, Slot, to_cpu, write_turned
+from .host_copies import Frames, HostCopies, place
+from .slots import LayerSlots, LayerSnapshot, Slot, Turned
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ class DeepSpec(LayerSpec):
 
     def bytes(self, plan: CachePlan) -> dict[str, int]:
         kept = (self.anchor_frames + self.ring_frames) * plan.frame_bytes
-        # staged frames; ids of the chosen tokens, in the cache and of the chunk that chooses; summed queries
-        ids = 2 * 8 * plan.batch * self.chosen_frames * plan.tokens
+        # staged frames; of the chosen tokens ids and counts, and what the chunk that chooses has picked; summed queries
+        tables = 3 if self.selection.most_choices else 2
+        ids = tables * 8 * plan.batch * self.chosen_frames * plan.tokens
         queries = 4 * plan.batch * (self.query_frames + plan.chunk_frames) * plan.width
         return {
             "k": kept,
@@ -71,8 +73,8 @@ class DeepSpec(LayerSpec):
             "selection": 2 * self.staged_frames * plan.frame_bytes + ids + queries,
         }
 
-    def build(self, plan: CachePlan, device: torch.device, workspace: Any) -> DeepLayer:
-        return DeepLayer(plan, self, device)
+    def build(self, plan: CachePlan, device: torch.device, workspace: Any, room: DeepSpec) -> DeepLayer:
+        return DeepLayer(plan, self, device, room)
 
 
 class DeepLayer(LayerSlots):
@@ -80,10 +82,12 @@ class DeepLayer(LayerSlots):
 
     selects: ClassVar[bool] = True
 
-    def __init__(self, plan: CachePlan, layer: DeepSpec, device: torch.device) -> None:
-        super().__init__(plan, layer, device)
+    def __init__(
+        self, plan: CachePlan, layer: DeepSpec, device: torch.device, room: DeepSpec, old: DeepLayer | None = None
+    ) -> None:
+        super().__init__(plan, layer, device, room, old)
         self.shift = layer.selection.shift
-        self.home_frames = layer.ring_frames
+        self.home_frames = room.ring_frames
         self.recent = layer.query_frames
         self.chosen_frames = layer.chosen_frames
         batch, tokens, width = plan.batch, plan.tokens, plan.width
@@ -99,8 +103,12 @@ class DeepLayer(LayerSlots):
         # summed queries at time 0, one for each frame: of the newest past frames, and of the chunk under way
         self.queries = torch.zeros((batch, self.recent, width), device=device)
         self.new_queries = torch.zeros((batch, plan.chunk_frames, width), device=device)
+        # how often each chosen token was chosen, where that has a limit
+        self.counts = torch.zeros_like(self.ids) if layer.selection.most_choices else None
         self.chosen = 0
         self.compressed = False
+        # whether the sink stands `sink_back` frames further back, as it does from the first cut on
+        self.moved = False
 
     @property
     def current_start(self) -> int:
@@ -131,7 +139,7 @@ class DeepLayer(LayerSlots):
         """Bytes really allocated, by the plan's names."""
         frame = self.k[:, :1].nbytes
         current, staged = self.plan.current_frames * frame, self.layer.staged_frames * frame
-        tables = (self.ids, self.picked, self.queries, self.new_queries)
+        tables = [t for t in (self.ids, self.picked, self.counts, self.queries, self.new_queries) if t is not None]
         return {
             "k": self.k.nbytes - current - staged,
             "v": self.v.nbytes - current - staged,
@@ -147,18 +155,21 @@ class DeepLayer(LayerSlots):
         self.compressed = False
 
     def turns(self, layout: Layout, rope: Rope, heads: int) -> Iterator[Callable[[], None]]:
-        """Writes that rotate the keys that entered since the last time. Sink slots and frames of home get positions 0, 1, 2, ..."""
+        """Writes that rotate the keys that entered since the last time. Sink slots and frames of home get positions 0, 1, 2, ...,
+        but a sink that was moved stands further back."""
+        cut = self.moved or self.count > self.layer.window_frames
+        back = self.layer.selection.sink_back if cut else 0
         for slot, entry in self.anchor.items():
-            to = layout.anchor(slot, entry.frame)
+            to = layout.anchor(slot, entry.frame) - back
             if entry.position != to:
                 key = self.k[:, self.anchor_index(slot)]
                 turned = self._rotated(key, rope.turn([entry.position], [to]), heads)
-                yield partial(write_turned, key, turned, [(entry, to)])
+                yield Turned(key, turned, [(entry, to)])
         for i, entry in self.window.items():
             to = len(self.anchor) + i
             if entry.position != to:
                 turned = self._rotated(self.raw[:, i], rope.turn(None, [to]), heads)
-                yield partial(write_turned, self.k[:, self.home_index(i)], turned, [(entry, to)])
+                yield Turned(self.k[:, self.home_index(i)], turned, [(entry, to)])
 
     @staticmethod
     def _rotated(keys: torch.Tensor, turn: Turn, heads: int) -> torch.Tensor:
@@ -191,12 +202,29 @@ class DeepLayer(LayerSlots):
         places = [*range(first + candidates, first + self.count), *range(content, content + sums.shape[1])]
         keys = [self.k[:, self.home_index(i)] for i in range(candidates)]
         queries = torch.cat([self.queries, sums], 1)
-        self.picked.copy_(choose(keys, queries, places, self.picked.shape[1], rope, heads))
+        most = self.layer.selection.most_choices
+        spent = self.counts >= most if most and self.chosen else None
+        self.picked.copy_(choose(keys, queries, places, self.picked.shape[1], rope, heads, spent))
+
+    def picked_counts(self) -> torch.Tensor:
+        """[B, C * P] how often each picked token was chosen, this time included."""
+        if not self.chosen:
+            return torch.ones_like(self.picked)
+        held = self.counts.shape[1]
+        before = self.counts.gather(1, self.picked.clamp(max=held - 1)) * (self.picked < held)
+        return before + 1
 
     def picked_ids(self) -> torch.Tensor:
         """[B, C * P] `ids` of the picked tokens."""
         tokens = self.plan.tokens
-        frames = torch.tensor([slot.frame for slot in self.window.values()], device=self.device)
+        held = [slot.frame for slot in self.window.values()]
+        following = range(held[0], held[0] + len(held)) if held else range(0)
+        # frames that follow one another are counted out on the device: within a pass nothing is copied to it
+        frames = (
+            torch.arange(following.start, following.stop, device=self.device)
+            if held == [*following]
+            else torch.tensor(held, device=self.device)
+        )
         whole = (frames[:, None] * tokens + torch.arange(tokens, device=self.device)).flatten()
         whole = whole.expand(self.plan.batch, -1)
         ids = torch.cat([self.ids, whole], 1) if self.chosen else whole
@@ -213,16 +241,20 @@ class DeepLayer(LayerSlots):
         else:  # as far before the content as they lie in the video
             ages = 1 << layout.first_frame.bit_length()  # a length that seldom changes
             places, which = range(layout.content, layout.content - ages, -1), layout.first_frame - ids // tokens
-        turn = rope.turn_tokens(places, which, ids % tokens)
-        self._rotate(gathered(self.raw, self.picked), turn, self.k[:, chosen].flatten(1, 2), heads)
         mirrored = self.home_index(self.picked // tokens) * tokens + self.picked % tokens
-        self.v[:, chosen].flatten(1, 2).copy_(gathered(self.v[:, : self.home_frames], mirrored))
+        keys, values = (t[:, chosen].flatten(1, 2) for t in (self.k, self.v))
+        size = self.plan.block_frames * tokens
+        for low in range(0, ids.shape[1], size):
+            part = slice(low, low + size)
+            turn = rope.turn_tokens(places, which[:, part], ids[:, part] % tokens)
+            self._rotate(gathered(self.raw, self.picked[:, part]), turn, keys[:, part], heads)
+            values[:, part].copy_(gathered(self.v[:, : self.home_frames], mirrored[:, part]))
         for j in range(self.recent):
             i, to = self.count - self.recent + j, self.chosen_frames + j
             self._rotate(self.raw[:, i], rope.turn(None, [first + to]), self.k[:, start + to], heads)
             self.v[:, start + to].copy_(self.v[:, self.home_index(i)])
 
-    def read(self, current_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, current_frames: int, layout: Layout | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the past and the current frames, each [B, tokens, width]: views of the buffers.
 
         Only a pass of fewer than F content frames that has chosen (over given frames) has to copy.
@@ -254,12 +286,17 @@ class DeepLayer(LayerSlots):
         frames = keys.shape[1] // self.plan.tokens
         self.k[:, self.current_start : self.current_start + frames].copy_(keys.unflatten(1, (frames, -1)))
 
-    def flush(self, keep: int) -> None:
-        """Forget home but for its `keep` newest frames, chosen tokens too; the sink stays."""
-        self.chosen, self.compressed = 0, False
-        super().flush(keep)
+    def window_books(self) -> tuple[Any, ...]:
+        return self.window, self.chosen
 
-    def scratch(self) -> torch.Tensor | None:
+    def take_window(self, window: OrderedDict[int, Slot], chosen: int = 0) -> None:
+        """Which frame of home lies where from now on, behind how many frames' worth of chosen tokens; the sink stays."""
+        self.window, self.chosen, self.compressed = window, chosen, False
+
+    def beside_window(self, anchor_too: bool) -> list[torch.Tensor]:
+        return [*super().beside_window(anchor_too), self.queries]
+
+    def scratch(self, blends: bool = False) -> torch.Tensor | None:
         """[B, C * P, width]: chosen tokens on their way."""
         return self.raw.new_empty((self.plan.batch, self.chosen_frames * self.plan.tokens, self.plan.width))
 
@@ -286,10 +323,33 @@ class DeepLayer(LayerSlots):
     def _take(self, ring: int) -> list[torch.Tensor]:
         return [t.clone() for t in (*self.leaving(ring), self.k[:, self.home_index(ring)])]
 
+    def resized(self, layer: DeepSpec, room: DeepSpec) -> DeepLayer:
+        new = super().resized(layer, room)
+        for i in range(self.chosen):
+            new._carry(self, i, i)
+        new.ids.copy_(self.ids)
+        new.queries.copy_(self.queries)
+        if self.counts is not None:
+            new.counts.copy_(self.counts)
+        new.chosen, new.moved = self.chosen, self.moved
+        return new
+
+    def _carry(self, old: DeepLayer, ring: int, to: int) -> None:
+        self.raw[:, to].copy_(old.raw[:, ring])
+        for mine, other in ((self.k, old.k), (self.v, old.v)):
+            mine[:, self.home_index(to)].copy_(other[:, old.home_index(ring)])
+
+    def _carry_anchor(self, old: DeepLayer, slot: int) -> None:
+        for mine, other in ((self.k, old.k), (self.v, old.v)):
+            mine[:, self.anchor_index(slot)].copy_(other[:, old.anchor_index(slot)])
+
     def _place(self, ring: int, taken: list[torch.Tensor]) -> None:
         raw, value, key = taken
         self.enter(ring, raw, value)
         self.k[:, self.home_index(ring)].copy_(key)
+
+    def _anchor_buffers(self) -> list[torch.Tensor]:
+        return [t[:, self.home_frames : self.current_start] for t in (self.k, self.v)]
 
     def write_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
         index = self.anchor_index(slot)
@@ -305,20 +365,19 @@ class DeepLayer(LayerSlots):
     def _order(self, anchors: int, count: int) -> list[int]:
         return [*(self.anchor_index(slot) for slot in range(anchors)), *(self.home_index(i) for i in range(count))]
 
-    def snapshot(self) -> LayerSnapshot:
-        """A copy on the CPU of all that is cached: sink slots, chosen tokens and whole frames, in this order.
+    def snapshot(self, copies: HostCopies) -> LayerSnapshot:
+        """As LayerSlots: sink slots, chosen tokens and whole frames, in this order.
 
-        Besides keys and values it has `raw` [B, home, P, width], `ids` [B, C * P] and `queries` [B, r, width].
+        Besides keys and values it has `raw` [B, home, P, width], `ids` [B, C * P], `queries` [B, r, width] and, where tokens are
+        counted, `counts` [B, C * P].
         """
-        shape = (self.plan.batch, self.plan.tokens, self.plan.width)
         self.anchor = dict(sorted(self.anchor.items()))
         order = self._order(len(self.anchor), self.count)
-        tensors = {
-            n: to_cpu((t[:, i] for i in order), shape, t.dtype) for n, t in (("keys", self.k), ("values", self.v))
-        }
-        tensors["raw"] = to_cpu((self.raw[:, i] for i in range(self.count)), shape, self.raw.dtype)
-        tensors |= {name: t.to("cpu", copy=True) for name, t in (("ids", self.ids), ("queries", self.queries))}
-        return self._snapshot_of(tensors)
+        parts: dict[str, Frames] = {"keys": (self.k, order), "values": (self.v, order)}
+        parts |= {"raw": (self.raw, range(self.count)), "ids": (self.ids, None), "queries": (self.queries, None)}
+        if self.counts is not None:
+            parts["counts"] = (self.counts, None)
+        return self._snapshot_of(parts, copies)
 
     def restore(self, saved: LayerSnapshot) -> None:
         """Take over a snapshot of a layer with the same plan; the snapshot stays as it is."""
@@ -331,6 +390,8 @@ class DeepLayer(LayerSlots):
             "ids": tuple(self.ids.shape),
             "queries": tuple(self.queries.shape),
         }
+        if self.counts is not None:
+            shapes["counts"] = tuple(self.counts.shape)
         fits = (
             len(saved.frames) == len(saved.positions) == anchors + window
             and saved.anchor_slots == tuple(range(anchors))
@@ -340,7 +401,7 @@ class DeepLayer(LayerSlots):
             and count <= self.home_frames
             and saved.pinned == 0
             and {name: tuple(t.shape) for name, t in saved.tensors.items()} == shapes
-            and saved.tensors["ids"].dtype == torch.int64
+            and all(saved.tensors[name].dtype == torch.int64 for name in ("ids", "counts") if name in shapes)
             and saved.tensors["queries"].dtype == torch.float32
             and all(saved.tensors[name].dtype == plan.dtype for name in ("keys", "values", "raw"))
         )
@@ -349,10 +410,13 @@ class DeepLayer(LayerSlots):
         self._adopt(saved)
         self.chosen, self.compressed = chosen, False
         order = self._order(anchors, count)
-        self.k[:, order] = saved.tensors["keys"].to(self.k)
-        self.v[:, order] = saved.tensors["values"].to(self.v)
+        place(self.k, order, saved.tensors["keys"])
+        place(self.v, order, saved.tensors["values"])
         self.raw[:, :count] = saved.tensors["raw"].to(self.raw)
+        self.moved = any(entry.position is not None and entry.position < slot for slot, entry in self.anchor.items())
         self.ids.copy_(saved.tensors["ids"])
+        if self.counts is not None:
+            self.counts.copy_(saved.tensors["counts"])
         self.queries.copy_(saved.tensors["queries"])
 
 
@@ -364,7 +428,7 @@ class DeepDraft:
         self.cache, self._scratch = cache, scratch
         self.anchor = {slot: replace(entry) for slot, entry in cache.anchor.items()}
         self.window = OrderedDict((i, replace(entry)) for i, entry in cache.window.items())
-        self.chosen = cache.chosen
+        self.chosen, self.moved = cache.chosen, cache.moved
         self.writes: list[Callable[[], object]] = []
         self.left: list[Callable[[], None]] = []
 
@@ -424,6 +488,8 @@ class DeepDraft:
             partial(cache.raw[:, :chosen].copy_, kept),
             partial(cache.ids.copy_, cache.picked_ids()),
         ]
+        if cache.counts is not None:
+            self.writes.append(partial(cache.counts.copy_, cache.picked_counts()))
         for j in range(cache.recent):  # upwards: a frame that is moved lies above all places that are filled before it
             target, source = cache.raw[:, chosen + j], cache.raw[:, count - cache.recent + j]
             self.writes.append(partial(target.copy_, source))
@@ -433,8 +499,8 @@ class DeepDraft:
                 self.writes.append(partial(target.copy_, source))
         frames = [slot.frame for slot in self.window.values()][len(self.window) - cache.recent :]
         self.window = OrderedDict((i, Slot(f, first + i)) for i, f in zip(range(chosen, staged), frames, strict=True))
-        self.chosen = chosen
+        self.chosen, self.moved = chosen, bool(cache.layer.selection.sink_back)
 
     def _take_books(self) -> None:
-        self.cache.chosen, self.cache.compressed = self.chosen, False
+        self.cache.chosen, self.cache.moved, self.cache.compressed = self.chosen, self.moved, False
         self.cache.take_books(self.anchor, self.cache.pinned, self.window)

@@ -22,18 +22,28 @@ def summed(q: torch.Tensor, frames: int, rope: Rope, heads: int) -> torch.Tensor
 
 
 def choose(
-    keys: Sequence[torch.Tensor], queries: torch.Tensor, places: Sequence[int], count: int, rope: Rope, heads: int
+    keys: Sequence[torch.Tensor],
+    queries: torch.Tensor,
+    places: Sequence[int],
+    count: int,
+    rope: Rope,
+    heads: int,
+    spent: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The `count` tokens [B, count] int64, in the order of time, with the largest scores of all tokens of `keys`.
 
     `keys` are frames [B, P, width], oldest first, rotated to where they are; `queries` [B, n, width] sums of frames at time 0
-    (`summed`), to be judged from the n `places` in time.
+    (`summed`), to be judged from the n `places` in time. Of the first tokens those that are `spent` [B, n] come last.
     """
-    turn = rope.turn_tokens(places, torch.arange(len(places)), torch.zeros(len(places), dtype=torch.int64))
+    which = torch.arange(len(places), device=rope.device)
+    turn = rope.turn_tokens(places, which, torch.zeros_like(which))
     query = rope.rotate(queries.unflatten(-1, (heads, -1)), turn).sum(1).flatten(1)[:, :, None]
     # a frame at a time: a copy of all candidates in float32 would outgrow the buffers
     scores = [(key.float() @ query)[..., 0] for key in keys]
-    order = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True).indices
+    every = torch.cat(scores, 1)
+    if spent is not None:
+        every[:, : spent.shape[1]].masked_fill_(spent, -torch.inf)
+    order = every.sort(dim=1, descending=True, stable=True).indices
     return order[:, :count].sort(dim=1).values
 
 

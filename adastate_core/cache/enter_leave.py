@@ -115,10 +115,10 @@ class LayerDraft:
         self.anchor[slot] = Slot(frame)
 
     def blend_anchor(self, slot: int, source: Source, weight: float) -> None:
-        """Move a float32 anchor slot by `weight` towards a raw key and value [B, P, width]."""
+        """Move an anchor slot by `weight` towards a raw key and value [B, P, width]."""
         self._writes.append(partial(self.cache.blend, slot, source, weight, self._scratch))
         self._writes.append(partial(self.cache.write_blended, slot, self._scratch))
-        self.anchor[slot].position = None
+        self.anchor[slot].position = self.cache.blended_position(self.anchor[slot])
 
     def keep_first(self, first_frame: int, content_frames: int) -> None:
         """Keep raw keys and values of those staged content frames that are among the first `replay_frames`."""

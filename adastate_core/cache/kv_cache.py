@@ -6,6 +6,7 @@ What a layer's buffers look like is its storage's: cache/rotated.py, cache/store
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +14,10 @@ import torch
 from ..anchors import Anchor
 from ..rope import Layout, Rope
 from .byte_plan import HOST, CachePlan
+from .cut_snapshot import cut_to
 from .eight_bits import check_cache_dtype
+from .host_copies import HostCopies, block_bytes
+from .phases import HANDED_ON, Phase, resizes
 from .slots import LayerSlots, LayerSnapshot
 from .steps import Step, Steps
 from .workspace import Workspace
@@ -26,8 +30,15 @@ class KVCache:
         """ValueError if the device has no casts for the plan's `cache_dtype`."""
         self.plan, self.heads, self.device = plan, heads, torch.device(device)
         check_cache_dtype(plan.cache_dtype, self.device)
-        self.workspace = Workspace(plan, self.device) if plan.expands else None
-        self.layers: list[LayerSlots] = [layer.build(plan, self.device, self.workspace) for layer in plan.layers]
+        # what every layer is to be; where a resize failed, layers are not there yet
+        self.phase = plan.first_phase
+        self.workspace = Workspace(plan.held(self.phase), self.device) if plan.expands else None
+        self.layers: list[LayerSlots] = [
+            layer.build(plan, self.device, self.workspace, room)
+            for layer, room in zip(self.phase.layers, plan.rooms(self.phase), strict=True)
+        ]
+        # the most bytes that were ever allocated on the device, and in host memory
+        self.peak_nbytes, self.peak_host_nbytes = self.nbytes, self.host_nbytes
         self._text: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._text_key: object = None
 
@@ -78,7 +89,8 @@ class KVCache:
         self, anchor: Anchor, first_frame: int, content_frames: int
     ) -> tuple[list[Step], list[Callable[[], None]]]:
         """(steps that cache what a kept pass staged, what to call after them). Nothing is changed yet, and it may fail."""
-        scratch = next((made for layer in self.layers if (made := layer.scratch()) is not None), None)
+        made = (layer.scratch(anchor.blends) for layer in self.layers)
+        scratch = next((one for one in made if one is not None), None)
         steps, left = [], []
         for index, layer in enumerate(self.layers):
             draft = layer.draft(scratch)
@@ -94,10 +106,42 @@ class KVCache:
         for told in left:
             told()
 
+    def enter(self, phase: Phase) -> None:
+        """From now on `phase` says what every layer is to be. `fit` brings the layers there; states say it at once."""
+        self.phase = phase
+
+    def reach(self, frames: int) -> None:
+        """As many frames of the video may be made; `fit` makes room for them."""
+        if self.plan.frames is not None and frames > self.plan.frames:
+            self.plan = replace(self.plan, frames=frames)
+
     def fit(self) -> None:
-        """After `plan` and layers were changed: what they share takes the size that the plan says."""
+        """Bring every layer to what it is to be, one at a time, in the order of `resizes`.
+
+        If that fails, each layer is what it was or what it is to be, with the same frames, and `fit` may be called again. It has to
+        have succeeded before the next pass.
+        """
+        rooms = self.plan.rooms(self.phase)
+        sizes = list(zip(self.phase.layers, rooms, strict=True))
+        order = resizes([(layer.layer, layer.room) for layer in self.layers], sizes)
+        if not order:
+            return
         if self.workspace is not None:
-            self.workspace.fit(self.plan)
+            self.workspace.give_up()
+        for i in order:
+            new = self.layers[i].resized(*sizes[i])
+            self._note(new.bytes())
+            self.layers[i] = new
+        if self.workspace is not None:
+            self.workspace.fit(self.plan.held(self.phase))
+        self._note({})
+
+    def _note(self, more: dict[str, int]) -> None:
+        """Remember what is allocated while the buffers `more` are there, too."""
+        sizes = list(self.bytes().items()) + [(name, size) for name, size in more.items() if name not in HANDED_ON]
+        host = sum(size for name, size in sizes if name.startswith(HOST))
+        self.peak_nbytes = max(self.peak_nbytes, sum(size for _, size in sizes) - host)
+        self.peak_host_nbytes = max(self.peak_host_nbytes, host)
 
     @property
     def text_nbytes(self) -> int:
@@ -123,7 +167,16 @@ class KVCache:
         return self._text[layer]
 
     def snapshot(self) -> tuple[LayerSnapshot, ...]:
-        return tuple(layer.snapshot() for layer in self.layers)
+        """Copies of all layers on the CPU as the phase says; what happens to the cache afterwards does not change them. A layer
+        that has not shrunk yet is cut there."""
+        held = replace(self.plan, layers=tuple(layer.room for layer in self.layers))
+        copies = HostCopies(self.device, block_bytes(held))
+        saved = [layer.snapshot(copies) for layer in self.layers]
+        copies.wait()
+        return tuple(
+            one if layer.layer == spec else cut_to(one, spec)
+            for one, layer, spec in zip(saved, self.layers, self.phase.layers, strict=True)
+        )
 
     def restore(self, saved: tuple[LayerSnapshot, ...]) -> None:
         """Take over what `snapshot` gave. ValueError if it does not fit."""

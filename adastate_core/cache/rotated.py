@@ -14,36 +14,42 @@ key is always exactly one rotation away from the raw one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from ..anchors import Anchor, Source
-from ..rope import Layout, Rope
+from ..rope import Layout, Rope, Turn
 from .byte_plan import CachePlan, LayerSpec
 from .enter_leave import LayerDraft
-from .slots import LayerSlots, LayerSnapshot, Slot, runs, to_cpu, with_copies, write_turned
+from .host_copies import Frames, HostCopies, place
+from .slots import LayerSlots, LayerSnapshot, Slot, Turned, blocks, runs, with_copies
 
 
 @dataclass(frozen=True)
 class RotatedSpec(LayerSpec):
-    """`keep_raw`: an un-rotated copy of the window's keys."""
+    """`keep_raw`: an un-rotated copy of the window's keys. `raw_anchor`: the anchor's keys stay un-rotated, and a pass turns
+    them when it reads them."""
 
     keep_raw: bool = False
+    raw_anchor: bool = False
 
     @staticmethod
-    def of(anchor: Anchor, window_frames: int, chunk_frames: int, positions: str) -> RotatedSpec:
-        """What an anchor policy and a window need under a position mode."""
-        moves = positions != "absolute"
+    def of(
+        anchor: Anchor, window_frames: int, chunk_frames: int, positions: str, shares_window: bool = False
+    ) -> RotatedSpec:
+        """What an anchor policy and a window need under a position mode. Where a pass `shares_window`, the window stands still
+        and the anchor moves from pass to pass."""
+        moves = positions != "absolute" and not shares_window
         return RotatedSpec(
             anchor.frames,
             window_frames,
-            keep_raw=moves and window_frames > 0 and (window_frames > chunk_frames or anchor.takes_evicted),
+            keep_raw=window_frames > 0 and (moves and window_frames > chunk_frames or anchor.takes_evicted),
             blend_frames=anchor.frames if anchor.blends else 0,
             replay_frames=anchor.replay_frames,
+            raw_anchor=shares_window,
         )
 
     def small(self, window_frames: int, pinned_frames: int) -> RotatedSpec:
@@ -61,22 +67,31 @@ class RotatedSpec(LayerSpec):
             "replay": self.replay_bytes(plan),
         }
 
-    def build(self, plan: CachePlan, device: torch.device, workspace: Any) -> RotatedLayer:
-        return RotatedLayer(plan, self, device)
+    def build(self, plan: CachePlan, device: torch.device, workspace: Any, room: RotatedSpec) -> RotatedLayer:
+        return RotatedLayer(plan, self, device, room)
 
 
 class RotatedLayer(LayerSlots):
     """One layer's buffers in the compute dtype, on the model's device. Mutable, private to one run."""
 
-    def __init__(self, plan: CachePlan, layer: RotatedSpec, device: torch.device) -> None:
-        super().__init__(plan, layer, device)
-        slots = layer.anchor_frames + plan.current_frames + layer.ring_frames
+    def __init__(
+        self,
+        plan: CachePlan,
+        layer: RotatedSpec,
+        device: torch.device,
+        room: RotatedSpec,
+        old: RotatedLayer | None = None,
+    ) -> None:
+        super().__init__(plan, layer, device, room, old)
+        slots = layer.anchor_frames + plan.current_frames + room.ring_frames
         frame = (plan.tokens, plan.width)
         self.k = torch.zeros((plan.batch, slots, *frame), dtype=plan.dtype, device=device)
         self.v = torch.zeros_like(self.k)
-        self.raw = self._buffer(layer.ring_frames, plan.dtype) if layer.keep_raw else None
-        self.blend_k = self._buffer(layer.blend_frames, torch.float32) if layer.blend_frames else None
-        self.blend_v = torch.zeros_like(self.blend_k) if self.blend_k is not None else None
+        self.raw = self._buffer(room.ring_frames, plan.dtype) if layer.keep_raw else None
+        self.blend_k, self.blend_v = (None, None) if old is None else (old.blend_k, old.blend_v)
+        if old is None and layer.blend_frames:
+            self.blend_k, self.blend_v = (self._buffer(layer.blend_frames, torch.float32) for _ in range(2))
+        self._anchor_turn: Turn | None = None
 
     def _buffer(self, frames: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(
@@ -98,56 +113,64 @@ class RotatedLayer(LayerSlots):
 
     def turns(self, layout: Layout, rope: Rope, heads: int) -> Iterator[Callable[[], None]]:
         """Writes that bring every cached key to its position in `layout`, one after another; only where it changed."""
+        self._rope = rope
         anchor, window = self.wanted(layout)
-        yield from self._turns(anchor, 0, self.blend_k, rope, heads)
+        if self.layer.raw_anchor:
+            self._anchor_turn = rope.turn(None, [anchor[slot][1] for slot in sorted(anchor)]) if anchor else None
+        else:
+            yield from self._turns(anchor, 0, self.blend_k, rope, heads)
         yield from self._turns(window, self.window_start, self.raw, rope, heads)
 
     def _turns(
         self, entries: dict[int, tuple[Slot, float]], start: int, raw: torch.Tensor | None, rope: Rope, heads: int
     ) -> Iterator[Callable[[], None]]:
-        """Keys at `start + offset`, from `raw` (same offsets) if there is one, else in place.
+        """Keys at `start + offset`, from `raw` (same offsets) if there is one, else in place. In blocks (plan.block_frames),
+        whatever the length of the window.
 
         A key that is rotated already and has no raw copy is turned by the difference.
         """
         moved = {o: (e, to) for o, (e, to) in sorted(entries.items()) if e.position != to}
         for run in runs(list(moved)):
-            offsets = slice(run[0], run[-1] + 1)
-            target = self.k[:, start + offsets.start : start + offsets.stop]
-            source = target if raw is None else raw[:, offsets]
-            came = None if raw is not None else [moved[o][0].position for o in run]
-            turn = rope.turn(came, [moved[o][1] for o in run])
-            turned = rope.rotate(source.flatten(1, 2).unflatten(-1, (heads, -1)), turn)
-            yield partial(write_turned, target, turned.reshape(target.shape), [moved[o] for o in run])
+            for part in blocks(run, [moved[o][1] for o in run], self.plan.block_frames):
+                block = run[part]
+                offsets = slice(block[0], block[-1] + 1)
+                target = self.k[:, start + offsets.start : start + offsets.stop]
+                source = target if raw is None else raw[:, offsets]
+                came = None if raw is not None else [moved[o][0].position for o in block]
+                turn = rope.turn(came, [moved[o][1] for o in block])
+                turned = rope.turned(source.flatten(1, 2).unflatten(-1, (heads, -1)), turn)
+                lost = block if raw is None and start else ()
+                yield Turned(target, turned.reshape(target.shape), [moved[o] for o in block], lost)
+
+    def anchor_keys(self, slots: slice) -> torch.Tensor:
+        keys = self.k[:, slots]
+        if not self.layer.raw_anchor:
+            return keys
+        keys = (keys if self.blend_k is None else self.blend_k[:, slots]).to(keys)
+        rows = keys.flatten(1, 2).unflatten(-1, (self.plan.heads, -1))
+        return Rope.rotate(rows, self._anchor_turn).reshape(keys.shape)
+
+    def current_slots(self, frames: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.plan.batch != 1:
+            return None
+        start = self.current_start
+        keys, values = (t[0, start : start + frames].flatten(0, 1).unsqueeze(0) for t in (self.k, self.v))
+        return keys, values
 
     def keep_raw_current(self, keys: torch.Tensor) -> None:
         """After a clean pass has attended: what is staged to be cached are the un-rotated keys."""
         frames = keys.shape[1] // self.plan.tokens
         self.k[:, self.current_start : self.current_start + frames].copy_(keys.unflatten(1, (frames, -1)))
 
-    def empty(self, layer: RotatedSpec) -> RotatedLayer:
-        """A cache of the same kind for `layer`, with nothing in it."""
-        return RotatedLayer(self.plan, layer, self.device)
+    def _carry(self, old: RotatedLayer, ring: int, to: int) -> None:
+        places = zip(self._places(to), old._places(ring), strict=True)
+        for (target, index), (source, came) in places:
+            target[:, index].copy_(source[:, came])
 
-    def shrunk(self, layer: RotatedSpec) -> RotatedLayer:
-        """The same layer with a smaller plan: its anchor, the window's oldest `pinned_frames` and newest frames."""
-        small = self.empty(layer)
-        for i, (ring, entry) in enumerate(self.kept_by(layer)):
-            raw = self.raw is not None and small.raw is None
-            source = self.raw[:, ring] if raw else self.k[:, self.window_start + ring]
-            small.k[:, small.window_start + i].copy_(source)
-            small.v[:, small.window_start + i].copy_(self.v[:, self.window_start + ring])
-            if small.raw is not None:
-                small.raw[:, i].copy_(self.raw[:, ring])
-            held = small.pinned if i < layer.pinned_frames else small.window
-            held[i] = Slot(entry.frame, None if raw else entry.position)
-        for slot, entry in self.anchor.items():
-            to, index = small.anchor_index(slot), self.anchor_index(slot)
-            small.k[:, to].copy_(self.k[:, index])
-            small.v[:, to].copy_(self.v[:, index])
-            small.anchor[slot] = Slot(entry.frame, entry.position)
-        small.blend_k, small.blend_v = self.blend_k, self.blend_v
-        small.first_frames = self.first_frames
-        return small
+    def _carry_anchor(self, old: RotatedLayer, slot: int) -> None:
+        to, came = self.anchor_index(slot), old.anchor_index(slot)
+        self.k[:, to].copy_(old.k[:, came])
+        self.v[:, to].copy_(old.v[:, came])
 
     def draft(self, scratch: torch.Tensor | None) -> LayerDraft:
         return LayerDraft(self, scratch)
@@ -184,6 +207,10 @@ class RotatedLayer(LayerSlots):
         index = self.window_start + ring
         return [(self.k, index), (self.v, index), *([(self.raw, ring)] if self.raw is not None else [])]
 
+    def _anchor_buffers(self) -> list[torch.Tensor]:
+        places = [t[:, : self.layer.anchor_frames] for t in (self.k, self.v)]
+        return places + ([] if self.blend_k is None else [self.blend_k, self.blend_v])
+
     def write_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
         index = self.anchor_index(slot)
         self.k[:, index].copy_(key)
@@ -194,29 +221,33 @@ class RotatedLayer(LayerSlots):
 
     def blend(self, slot: int, source: Source, weight: float, scratch: torch.Tensor) -> None:
         index = self.anchor_index(slot)
+        if self.blend_k is None:
+            self._blend_in_place(slot, (self.k[:, index], self.v[:, index]), source, weight, scratch)
+            return
         for held, one, (raw, out) in zip((self.blend_k, self.blend_v), source(), scratch, strict=True):
             torch.lerp(held[:, index], raw.copy_(one), weight, out=out)
 
     def write_blended(self, slot: int, scratch: torch.Tensor) -> None:
         index = self.anchor_index(slot)
-        self.blend_k[:, index].copy_(scratch[0, 1])
-        self.blend_v[:, index].copy_(scratch[1, 1])
+        if self.blend_k is None:
+            self.k[:, index].copy_(scratch[0, 1])
+        else:
+            self.blend_k[:, index].copy_(scratch[0, 1])
+            self.blend_v[:, index].copy_(scratch[1, 1])
         self.v[:, index].copy_(scratch[1, 1])
 
     def _order(self, anchor_slots: tuple[int, ...], ring_slots: tuple[int, ...]) -> list[int]:
         return [self.anchor_index(s) for s in anchor_slots] + [self.window_start + r for r in ring_slots]
 
-    def snapshot(self) -> LayerSnapshot:
-        """A copy on the CPU of all that is cached (what is staged for the current chunk is not)."""
+    def snapshot(self, copies: HostCopies) -> LayerSnapshot:
         rings = (*self.pinned, *self.window)
         order = self._order(tuple(self.anchor), rings)
-        tensors = {"keys": _to_cpu(self.k, order), "values": _to_cpu(self.v, order)}
+        parts: dict[str, Frames] = {"keys": (self.k, order), "values": (self.v, order)}
         if self.raw is not None:
-            tensors["raw"] = _to_cpu(self.raw, rings)
+            parts["raw"] = self.raw, rings
         if self.blend_k is not None:
-            every = range(self.layer.anchor_frames)
-            tensors |= {"blend_keys": _to_cpu(self.blend_k, every), "blend_values": _to_cpu(self.blend_v, every)}
-        return self._snapshot_of(tensors)
+            parts |= {"blend_keys": (self.blend_k, None), "blend_values": (self.blend_v, None)}
+        return self._snapshot_of(parts, copies)
 
     def restore(self, saved: LayerSnapshot) -> None:
         """Take over a snapshot of a layer with the same plan; the snapshot stays as it is."""
@@ -231,15 +262,10 @@ class RotatedLayer(LayerSlots):
         self._check(saved, shapes)
         self._adopt(saved)
         order = self._order(saved.anchor_slots, saved.ring_slots)
-        self.k[:, order] = saved.tensors["keys"].to(self.k)
-        self.v[:, order] = saved.tensors["values"].to(self.v)
+        place(self.k, order, saved.tensors["keys"])
+        place(self.v, order, saved.tensors["values"])
         if self.raw is not None:
-            self.raw[:, list(saved.ring_slots)] = saved.tensors["raw"].to(self.raw)
+            place(self.raw, saved.ring_slots, saved.tensors["raw"])
         if self.blend_k is not None:
             self.blend_k.copy_(saved.tensors["blend_keys"])
             self.blend_v.copy_(saved.tensors["blend_values"])
-
-
-def _to_cpu(buffer: torch.Tensor, slots: Iterable[int]) -> torch.Tensor:
-    """A copy of some slots [B, slots, P, width]."""
-    return to_cpu((buffer[:, slot] for slot in slots), (buffer.shape[0], *buffer.shape[2:]), buffer.dtype)

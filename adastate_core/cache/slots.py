@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from itertools import pairwise
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from ..anchors import Anchor, Source
 from ..rope import Layout, Rope
 from .byte_plan import CachePlan, LayerSpec
+from .host_copies import Frames, HostCopies
 
 # called with (frame, position, key, value) of a frame that is to leave; position None means that the key is raw. It copies what it
 # wants to keep. It returns a function, which is called when the frame has left.
@@ -81,16 +83,25 @@ class LayerSlots(ABC):
     # whether the layer has to `see` the queries of a pass before the pass reads it
     selects: ClassVar[bool] = False
 
-    def __init__(self, plan: CachePlan, layer: LayerSpec, device: torch.device) -> None:
-        self.plan, self.layer, self.device = plan, layer, device
+    def __init__(
+        self, plan: CachePlan, layer: LayerSpec, device: torch.device, room: LayerSpec, old: LayerSlots | None = None
+    ) -> None:
+        """`layer` says what is kept. `room` is the same spec with the window that buffers are allocated for; it may be smaller as
+        long as there are no more frames. `old`: the layer that this one takes the place of, whose buffers of the first frames
+        and of an anchor that blends are taken over."""
+        self.plan, self.layer, self.device, self.room = plan, layer, device, room
         # called for every frame that is to leave the window
         self.on_evict: Receiver | None = None
+        # of the last pass; whoever turns keys between two passes asks it
+        self._rope: Rope | None = None
         self.anchor: dict[int, Slot] = {}
         self.pinned: OrderedDict[int, Slot] = OrderedDict()  # ring slot -> frame; always the first ring slots
         self.window: OrderedDict[int, Slot] = OrderedDict()  # ring slot -> frame, oldest first
         # [keys or values, frame, B, P, width]: the first frames, raw, for an anchor that puts them into the window again
         kept = (2, layer.replay_frames, plan.batch, plan.tokens, plan.width)
-        self.first_frames = torch.zeros(kept, dtype=plan.dtype, device=device) if layer.replay_frames else None
+        self.first_frames = None if old is None else old.first_frames
+        if old is None and layer.replay_frames:
+            self.first_frames = torch.zeros(kept, dtype=plan.dtype, device=device)
 
     @property
     def current_start(self) -> int:
@@ -134,15 +145,42 @@ class LayerSlots(ABC):
         history = [self.window_start + ring for ring, _ in ordered if ring not in newest | first]
         return tuple([slice(run[0], run[-1] + 1) for run in runs(sorted(part))] for part in (local, history))
 
-    def kept_by(self, layer: LayerSpec) -> list[tuple[int, Slot]]:
-        """Ring slots and frames that a smaller plan keeps, oldest first: the oldest `pinned_frames` and the newest frames."""
-        ordered = list((self.pinned | self.window).items())
-        newest = ordered[max(layer.pinned_frames, len(ordered) - layer.window_frames) :]
-        return ordered[: layer.pinned_frames] + newest
+    def resized(self, layer: LayerSpec, room: LayerSpec) -> LayerSlots:
+        """The same layer with buffers of another size, beside this one, which stays as it is. Nothing may still be on its way to or
+        from host memory (Workspace.give_up).
 
-    def scratch(self) -> torch.Tensor | None:
-        """The memory that a draft needs beside the buffers. It fits all layers of the plan. None if a draft needs nothing."""
-        if not self.layer.blend_frames:
+        If `layer` is this one's, every frame keeps its slot. A smaller `layer` keeps what `kept_of` says, in the order of time.
+        """
+        new, same = self._like(layer, room), layer == self.layer
+        new.on_evict = self.on_evict
+        ordered = list((self.pinned | self.window).items())
+        kept = range(len(ordered)) if same else layer.kept_of(len(ordered))
+        for i, (ring, entry) in enumerate(ordered[index] for index in kept):
+            to = ring if same else i
+            new._carry(self, ring, to)
+            held = new.pinned if i < layer.pinned_frames else new.window
+            held[to] = replace(entry)
+        for slot, entry in self.anchor.items():
+            new._carry_anchor(self, slot)
+            new.anchor[slot] = replace(entry)
+        return new
+
+    def _like(self, layer: LayerSpec, room: LayerSpec) -> LayerSlots:
+        """An empty layer of the same kind, which takes this one's place."""
+        return type(self)(self.plan, layer, self.device, room, self)
+
+    @abstractmethod
+    def _carry(self, old: LayerSlots, ring: int, to: int) -> None:
+        """Copy all that another layer of this kind holds of its ring slot `ring`, as it is, to this one's slot `to`."""
+
+    @abstractmethod
+    def _carry_anchor(self, old: LayerSlots, slot: int) -> None:
+        """Copy what another layer of this kind holds of an anchor slot, as it is. Buffers that were taken over are left alone."""
+
+    def scratch(self, blends: bool = False) -> torch.Tensor | None:
+        """The memory that a draft needs beside the buffers. It fits all layers of the plan. None if a draft needs nothing.
+        `blends`: the policy blends an anchor, even where no float32 frames are kept for it."""
+        if not (self.layer.blend_frames or blends and self.layer.anchor_frames):
             return None
         return torch.empty((2, 2, *self._frame_shape), dtype=torch.float32, device=self.device)
 
@@ -154,15 +192,24 @@ class LayerSlots(ABC):
         """Which frame lies where from now on."""
         self.anchor, self.pinned, self.window = anchor, pinned, window
 
-    def flush(self, keep: int) -> None:
-        """Forget the window but for its `keep` newest frames; the anchor and pinned frames stay."""
-        newest = list(self.window.items())[max(0, len(self.window) - keep) :]
-        taken = [self._take(ring) for ring, _ in newest]
-        self.window.clear()
-        for i, (_, slot) in enumerate(newest):
-            ring = len(self.pinned) + i
-            self._place(ring, taken[i])
-            self.window[ring] = slot
+    def window_books(self) -> tuple[Any, ...]:
+        """Which frame of the window lies where, for `take_window`."""
+        return (self.window,)
+
+    def take_window(self, window: OrderedDict[int, Slot]) -> None:
+        """Which frame of the window lies where from now on; the anchor and pinned frames stay."""
+        self.window = window
+
+    def beside_window(self, anchor_too: bool) -> list[torch.Tensor]:
+        """What committing frames again changes beside the window, as views: the anchor's buffers if it changes."""
+        if not anchor_too:
+            return []
+        return self._anchor_buffers() + ([] if self.first_frames is None else [self.first_frames])
+
+    def turn_back(self, ring: int, key: torch.Tensor, position: float | None) -> None:
+        """Put a key [B, P, width] that was turned in place back into its ring slot, as it was."""
+        self.k[:, self.window_start + ring].copy_(key)
+        (self.pinned if ring in self.pinned else self.window)[ring].position = position
 
     def write_first(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep the raw key and value [B, P, width] of the video's frame `index` for a replay."""
@@ -180,11 +227,19 @@ class LayerSlots(ABC):
         self.k[:, start : start + frames].copy_(keys.unflatten(1, (frames, -1)))
         self.v[:, start : start + frames].copy_(values.unflatten(1, (frames, -1)))
 
-    def read(self, current_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def current_slots(self, frames: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where `write_current` puts keys and values of so many frames, each [1, frames * P, width]: views, whose strides do not
+        depend on how many slots there are. None where it does more than to put them there, or for a batch."""
+        return None
+
+    def read(self, current_frames: int, layout: Layout | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of anchor, current and window, each [B, tokens, width]: views of the buffers.
 
-        Only a pass of fewer than F content frames (the last one over given frames) has to copy.
+        Only a pass of fewer than F content frames (the last one over given frames) has to copy, and one whose `layout` says
+        that it reads less.
         """
+        if layout is not None and layout.reads_window is not None:
+            return self._read_less(current_frames, layout)
         low = self.layer.anchor_frames - len(self.anchor)
         high = self.current_start + current_frames
         held = self.held
@@ -195,6 +250,22 @@ class LayerSlots(ABC):
             return keys, values
         high = self.window_start + held if held else high
         return self.k[:, low:high].flatten(1, 2), self.v[:, low:high].flatten(1, 2)
+
+    def _read_less(self, current_frames: int, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """`read` of the anchor, if it is read, of the current and of the newest window frames: a copy."""
+        newest = sorted(list(self.window)[max(0, len(self.window) - layout.reads_window) :])
+        slots = [*range(self.current_start, self.current_start + current_frames)]
+        slots += [self.window_start + ring for ring in newest]
+        places = [slice(run[0], run[-1] + 1) for run in runs(slots)]
+        keys, values = ([t[:, place] for place in places] for t in (self.k, self.v))
+        if self.anchor and layout.reads_anchor:
+            anchor = slice(self.layer.anchor_frames - len(self.anchor), self.layer.anchor_frames)
+            keys, values = [self.anchor_keys(anchor), *keys], [self.v[:, anchor], *values]
+        return torch.cat(keys, 1).flatten(1, 2), torch.cat(values, 1).flatten(1, 2)
+
+    def anchor_keys(self, slots: slice) -> torch.Tensor:
+        """Keys [B, n, P, width] of all held anchor slots, at their positions."""
+        return self.k[:, slots]
 
     def read_slots(self, slots: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a run of buffer slots, each [B, tokens, width]: views."""
@@ -217,8 +288,8 @@ class LayerSlots(ABC):
         """Stage the un-rotated keys [B, n * P, width] to be cached. Called after a clean pass has attended."""
 
     @abstractmethod
-    def snapshot(self) -> LayerSnapshot:
-        """A copy on the CPU of all that is cached (what is staged for the current chunk is not)."""
+    def snapshot(self, copies: HostCopies) -> LayerSnapshot:
+        """A copy on the CPU of all that is cached (what is staged for the current chunk is not), once `copies` were waited for."""
 
     @abstractmethod
     def restore(self, saved: LayerSnapshot) -> None:
@@ -257,16 +328,37 @@ class LayerSlots(ABC):
         """Put what `_take` took into a ring slot."""
 
     @abstractmethod
+    def _anchor_buffers(self) -> list[torch.Tensor]:
+        """All that is held of the anchor's slots, as views."""
+
+    @abstractmethod
     def write_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write a raw key and value [B, P, width] to an anchor slot."""
 
     @abstractmethod
     def blend(self, slot: int, source: Source, weight: float, scratch: torch.Tensor) -> None:
-        """Move a float32 anchor slot by `weight` towards a raw key and value. The result goes to `scratch`, not to the slot."""
+        """Move an anchor slot by `weight` towards a raw key and value, in float32; the result goes to `scratch`, not the slot."""
 
     @abstractmethod
     def write_blended(self, slot: int, scratch: torch.Tensor) -> None:
         """Write what `blend` made to the anchor slot."""
+
+    def blended_position(self, slot: Slot) -> float | None:
+        """Where the key of an anchor slot is rotated to once it was blended: raw where raw frames are kept for that."""
+        return None if self.layer.blend_frames else slot.position
+
+    def _blend_in_place(
+        self, slot: int, held: Sequence[torch.Tensor], source: Source, weight: float, scratch: torch.Tensor
+    ) -> None:
+        """`blend` of an anchor slot of which no raw float32 frame is kept: towards the new key where the `held` one is rotated to.
+        Rotations and blends may change places."""
+        position = self.anchor[slot].position
+        key, value = source()
+        if position is not None:
+            rows = key.unflatten(-1, (self.plan.heads, -1))
+            key = Rope.turned(rows, self._rope.turn([None], [position])).flatten(-2)
+        for kept, one, (raw, out) in zip(held, (key, value), scratch, strict=True):
+            torch.lerp(kept.float(), raw.copy_(one), weight, out=out)
 
     def hand_over(self, ring: int, receiver: Receiver) -> Callable[[], None]:
         """Show a window frame to `receiver`; what that returned."""
@@ -274,18 +366,18 @@ class LayerSlots(ABC):
         key, value = (t.to(self.plan.dtype) for t in self.shown(ring))
         return receiver(slot.frame, self.shown_position(slot), key, value)
 
-    def _snapshot_of(self, tensors: dict[str, torch.Tensor]) -> LayerSnapshot:
+    def _snapshot_of(self, parts: dict[str, Frames], copies: HostCopies) -> LayerSnapshot:
+        """A snapshot whose tensors are those `parts`."""
         slots = [*self.anchor.values(), *self.pinned.values(), *self.window.values()]
         if self.first_frames is not None:
-            frame = (self.plan.batch, self.plan.tokens, self.plan.width)
             for name, kept in zip(("replay_keys", "replay_values"), self.first_frames, strict=True):
-                tensors = tensors | {name: to_cpu(kept.unbind(0), frame, kept.dtype)}
+                parts = parts | {name: (kept.transpose(0, 1), None)}
         return LayerSnapshot(
             anchor_slots=tuple(self.anchor),
             ring_slots=(*self.pinned, *self.window),
             frames=tuple(entry.frame for entry in slots),
             positions=tuple(entry.position for entry in slots),
-            tensors=tensors,
+            tensors=copies.take(parts),
             pinned=len(self.pinned),
         )
 
@@ -313,7 +405,7 @@ class LayerSlots(ABC):
             and len(saved.anchor_slots) <= self.layer.anchor_frames
             and saved.pinned == self.layer.pinned_frames
             and saved.ring_slots[: saved.pinned] == tuple(range(saved.pinned))
-            and saved.pinned <= window <= self.layer.ring_frames
+            and saved.pinned <= window <= self.room.ring_frames
         )
         float32 = ("blend_keys", "blend_values", "scales")
         dtypes_fit = all(
@@ -353,20 +445,20 @@ def with_copies(saved: LayerSnapshot, keep_raw: bool, blends: bool) -> LayerSnap
     return replace(saved, tensors=tensors)
 
 
-def write_turned(target: torch.Tensor, turned: torch.Tensor, moved: list[tuple[Slot, float]]) -> None:
-    """Put rotated keys in their place, and note in the books where they are rotated to."""
-    target.copy_(turned)
-    for slot, position in moved:
-        slot.position = position
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """A write that puts rotated keys, in float32 or rounded, in their place, and notes in the books where they are rotated to.
+    `in_place`: the ring slots of which it overwrites keys that are nowhere else."""
 
+    target: torch.Tensor
+    turned: torch.Tensor
+    moved: list[tuple[Slot, float]]
+    in_place: Sequence[int] = ()
 
-def to_cpu(frames: Iterable[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A copy of frames [B, ...] as [B, n, ...] on the CPU, made one by one: nothing is gathered on the device."""
-    frames = list(frames)
-    out = torch.empty((shape[0], len(frames), *shape[1:]), dtype=dtype)
-    for i, frame in enumerate(frames):
-        out[:, i].copy_(frame)
-    return out
+    def __call__(self) -> None:
+        self.target.copy_(self.turned)
+        for slot, position in self.moved:
+            slot.position = position
 
 
 def runs(numbers: list[int]) -> list[list[int]]:
@@ -378,3 +470,16 @@ def runs(numbers: list[int]) -> list[list[int]]:
         else:
             found.append([number])
     return found
+
+
+def blocks(run: list[int], to: Sequence[float], most: int) -> list[slice]:
+    """A run of frames that go to positions `to`, in blocks of at most `most`, as slices of it.
+
+    A block's frames follow one another in time. In a ring the oldest frame begins one, so chunk after chunk the blocks have
+    the same positions, and their tables are found again.
+    """
+    starts = [0]
+    for i in range(1, len(run)):
+        if i - starts[-1] == most or abs(to[i] - to[i - 1]) != 1:
+            starts.append(i)
+    return [slice(low, high) for low, high in pairwise([*starts, len(run)])] if run else []

@@ -15,11 +15,13 @@ from .stored import StoredSpec
 FIELDS_OF_BEFORE = {"spare_frames": 0, "staged_frames": 0, "query_frames": 0, "shift_selected": False}
 
 
-def layer_spec(anchor: Anchor, window_frames: int, chunk_frames: int, positions: str) -> LayerSpec:
+def layer_spec(
+    anchor: Anchor, window_frames: int, chunk_frames: int, positions: str, shares_window: bool = False
+) -> LayerSpec:
     """What an anchor policy and a window need under a position mode, with keys and values as they are on the device."""
     selection = anchor.selection(chunk_frames)
     if selection is None:
-        return RotatedSpec.of(anchor, window_frames, chunk_frames, positions)
+        return RotatedSpec.of(anchor, window_frames, chunk_frames, positions, shares_window)
     return DeepSpec(anchor.frames, window_frames, selection=selection, spare_frames=chunk_frames)
 
 
@@ -39,7 +41,10 @@ def layer_from(**described: Any) -> RotatedSpec:
 
 def describe_layer(layer: LayerSpec) -> dict[str, Any]:
     """JSON-able; equal descriptions mean equal layers."""
-    return asdict(layer)
+    described = asdict(layer)
+    if not described.get("raw_anchor", True):  # states of before do not name it
+        del described["raw_anchor"]
+    return described
 
 
 def described_alike(one: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from ..rope import Layout, Rope, Turn
 from .byte_plan import HOST, CachePlan, LayerSpec
 from .eight_bits import quantised, unpack, unpack_rotated
 from .enter_leave import LayerDraft
-from .slots import LayerSlots, LayerSnapshot, Slot, to_cpu, without_copies
+from .host_copies import Frames, HostCopies, place
+from .slots import LayerSlots, LayerSnapshot, blocks, without_copies
+from .working_bytes import locked
 from .workspace import Store, Workspace
 
 KINDS = ("keys", "values")
@@ -39,23 +41,39 @@ class StoredSpec(LayerSpec):
             held = {f"{HOST}{name}": size for name, size in held.items()}
         return held | {"replay": self.replay_bytes(plan)}
 
-    def build(self, plan: CachePlan, device: torch.device, workspace: Workspace) -> StoredLayer:
-        return StoredLayer(plan, self, device, workspace)
+    def locked_bytes(self, plan: CachePlan) -> int:
+        if plan.cache_device == "gpu":
+            return 0
+        kept = self.store_size.frames
+        blocks = [2 * kept * plan.code_bytes, kept * plan.scale_bytes, plan.blended_bytes(self.blend_frames)]
+        return sum(map(locked, [*blocks, 2 * plan.current_frames * plan.frame_bytes]))
+
+    def build(self, plan: CachePlan, device: torch.device, workspace: Workspace, room: StoredSpec) -> StoredLayer:
+        return StoredLayer(plan, self, device, workspace, room)
 
 
 class StoredLayer(LayerSlots):
     """One layer's frames in a store. Mutable, private to one run; `k` and `v` are the shared scratch."""
 
-    def __init__(self, plan: CachePlan, layer: StoredSpec, device: torch.device, workspace: Workspace) -> None:
-        super().__init__(plan, layer, device)
+    def __init__(
+        self,
+        plan: CachePlan,
+        layer: StoredSpec,
+        device: torch.device,
+        workspace: Workspace,
+        room: StoredSpec,
+        old: StoredLayer | None = None,
+    ) -> None:
+        super().__init__(plan, layer, device, room, old)
         self.workspace = workspace
         place = torch.device("cpu") if workspace.host else device
         pinned = workspace.host and device.type == "cuda"
-        self.store = Store.of(plan, layer.store_size, place, pinned)
+        self.store = Store.of(plan, room.store_size, place, pinned, None if old is None else old.store)
         frame = (plan.current_frames, 2, plan.batch, plan.tokens, plan.width)
         self.staging = torch.zeros(frame, dtype=plan.dtype, device=place, pin_memory=pinned)
-        self.first_ring = layer.store_size.frames - layer.ring_frames
-        self._turns: list[Turn | None] = [None, None]
+        self.first_ring = room.store_size.frames - room.ring_frames
+        # of the anchor's frames and of the ring's: where each key is, and where it goes when it is expanded
+        self._moves: list[list[tuple[float | None, float]]] = [[], []]
 
     @property
     def k(self) -> torch.Tensor:
@@ -82,14 +100,10 @@ class StoredLayer(LayerSlots):
         return low, self.first_ring + self.held
 
     def turns(self, layout: Layout, rope: Rope, heads: int) -> Iterator[Callable[[], None]]:
-        """Make the turns that bring every stored key to its position in `layout` when it is expanded; nothing is written."""
+        """Note where every stored key has to be in `layout` when it is expanded; nothing is written."""
+        self._rope = rope
         for i, entries in enumerate(self.wanted(layout)):
-            ordered = [entries[index] for index in sorted(entries)]
-            to = [position for _, position in ordered]
-            if not to or all(slot.position is None for slot, _ in ordered):
-                self._turns[i] = rope.turn(None, to) if to else None
-            else:
-                self._turns[i] = Turn.joined([_turn(rope, slot.position, position) for slot, position in ordered])
+            self._moves[i] = [(slot.position, to) for _, (slot, to) in sorted(entries.items())]
         return iter(())
 
     def expand(self, source: Store) -> None:
@@ -97,21 +111,26 @@ class StoredLayer(LayerSlots):
         low, high = self.stored_range
         start = self.layer.anchor_frames - len(self.anchor)
         if self.anchor and self.layer.blend_frames:
-            self._expand(source.blend[start : self.layer.anchor_frames], None, self._turns[0], start)
+            self._expand(source.blend[start : self.layer.anchor_frames], None, self._moves[0], start)
         elif self.anchor:
-            self._expand(*_frames(source, low, self.first_ring), self._turns[0], start)
+            self._expand(*_frames(source, low, self.first_ring), self._moves[0], start)
         if self.held:
-            self._expand(*_frames(source, self.first_ring, high), self._turns[1], self.window_start)
+            self._expand(*_frames(source, self.first_ring, high), self._moves[1], self.window_start)
 
-    def _expand(self, codes: torch.Tensor, scales: torch.Tensor | None, turn: Turn, start: int) -> None:
-        """In blocks no larger than a pass's own frames, so that the work in float32 takes no more than theirs does."""
+    def _expand(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor | None,
+        moves: list[tuple[float | None, float]],
+        start: int,
+    ) -> None:
+        """In blocks (plan.block_frames), so that the work in float32 takes no more than a pass's own frames do."""
         heads = self.plan.heads
-        for low in range(0, len(codes), self.plan.current_frames):
-            high = min(low + self.plan.current_frames, len(codes))
-            scale = (None, None) if scales is None else scales[low:high].unbind(1)
-            out = slice(start + low, start + high)
-            unpack_rotated(codes[low:high, 0], scale[0], heads, turn.frames(low, high), self.k[:, out])
-            unpack(codes[low:high, 1], scale[1], heads, self.v[:, out])
+        for part in blocks(list(range(len(codes))), [to for _, to in moves], self.plan.block_frames):
+            scale = (None, None) if scales is None else scales[part].unbind(1)
+            out = slice(start + part.start, start + part.stop)
+            unpack_rotated(codes[part, 0], scale[0], heads, _turn(self._rope, moves[part]), self.k[:, out])
+            unpack(codes[part, 1], scale[1], heads, self.v[:, out])
 
     def keep_raw_current(self, keys: torch.Tensor) -> None:
         """After a clean pass has attended: keep its un-rotated keys and its values until the commit."""
@@ -121,25 +140,15 @@ class StoredLayer(LayerSlots):
             self.staging[i, 0].copy_(keys[:, i], non_blocking=True)
             self.staging[i, 1].copy_(values[:, i], non_blocking=True)
 
-    def empty(self, layer: StoredSpec) -> StoredLayer:
-        """A cache of the same kind for `layer`, with nothing in it."""
-        return StoredLayer(self.plan, layer, self.device, self.workspace)
+    def _like(self, layer: StoredSpec, room: StoredSpec) -> StoredLayer:
+        return StoredLayer(self.plan, layer, self.device, self.workspace, room, self)
 
-    def shrunk(self, layer: StoredSpec) -> StoredLayer:
-        """The same layer with a smaller plan: its anchor, the window's oldest `pinned_frames` and newest frames."""
-        self.workspace.settle()
-        small = self.empty(layer)
-        for i, (ring, entry) in enumerate(self.kept_by(layer)):
-            small._copy(small.first_ring + i, self, self.first_ring + ring)
-            held = small.pinned if i < layer.pinned_frames else small.window
-            held[i] = Slot(entry.frame, entry.position)
-        for slot, entry in self.anchor.items():
-            if self.store.blend is None:
-                small._copy(small.anchor_index(slot), self, self.anchor_index(slot))
-            small.anchor[slot] = Slot(entry.frame, entry.position)
-        small.store.blend = self.store.blend
-        small.first_frames = self.first_frames
-        return small
+    def _carry(self, old: StoredLayer, ring: int, to: int) -> None:
+        self._copy(self.first_ring + to, old, old.first_ring + ring)
+
+    def _carry_anchor(self, old: StoredLayer, slot: int) -> None:
+        if self.store.blend is None:
+            self._copy(self.anchor_index(slot), old, old.anchor_index(slot))
 
     def _copy(self, to: int, other: StoredLayer, index: int) -> None:
         self.store.codes[to].copy_(other.store.codes[index])
@@ -156,7 +165,10 @@ class StoredLayer(LayerSlots):
 
     def leaving(self, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value [B, P, width] of a ring slot on the device: float32 out of 8 bits, else the compute dtype."""
-        index = self.first_ring + ring
+        return self._stored(self.first_ring + ring)
+
+    def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of a frame of the store."""
         codes = self.store.codes[index].to(self.device, non_blocking=True)
         if self.store.scales is not None:
             codes = self._unpacked(codes, self.store.scales[index].to(self.device, non_blocking=True))
@@ -195,6 +207,12 @@ class StoredLayer(LayerSlots):
         for held, one in zip([t for t in (store.codes, store.scales) if t is not None], taken, strict=True):
             held[index].copy_(one)
 
+    def _anchor_buffers(self) -> list[torch.Tensor]:
+        self.workspace.settle()
+        store = self.store
+        held = [t[: self.first_ring] for t in (store.codes, store.scales) if t is not None]
+        return held + ([] if store.blend is None else [store.blend])
+
     def write_anchor(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
         index = self.anchor_index(slot)
         if self.store.blend is None:
@@ -204,12 +222,18 @@ class StoredLayer(LayerSlots):
                 self.store.blend[index, i].copy_(x.float(), non_blocking=True)
 
     def blend(self, slot: int, source: Source, weight: float, scratch: torch.Tensor) -> None:
+        if self.store.blend is None:
+            self._blend_in_place(slot, self._stored(self.anchor_index(slot)), source, weight, scratch)
+            return
         held = self.store.blend[self.anchor_index(slot)].to(self.device, non_blocking=True)
         for kept, one, (raw, out) in zip(held, source(), scratch, strict=True):
             torch.lerp(kept, raw.copy_(one), weight, out=out)
 
     def write_blended(self, slot: int, scratch: torch.Tensor) -> None:
         index = self.anchor_index(slot)
+        if self.store.blend is None:
+            self._put(index, scratch[0, 1], scratch[1, 1])
+            return
         for i, (_, blended) in enumerate(scratch):
             self.store.blend[index, i].copy_(blended, non_blocking=True)
 
@@ -217,19 +241,21 @@ class StoredLayer(LayerSlots):
         anchors = [] if self.layer.blend_frames else [self.anchor_index(slot) for slot in anchor_slots]
         return anchors + [self.first_ring + ring for ring in ring_slots]
 
-    def snapshot(self) -> LayerSnapshot:
-        """A copy on the CPU of all that is stored, bit for bit (what is staged for the current chunk is not)."""
+    def snapshot(self, copies: HostCopies) -> LayerSnapshot:
+        """As LayerSlots; what is stored is copied bit for bit."""
         self.workspace.settle()
-        order, plan = self._order(tuple(self.anchor), (*self.pinned, *self.window)), self.plan
-        codes, frame = self.store.codes, (plan.batch, plan.tokens, plan.width)
-        tensors = {name: to_cpu((codes[j, i] for j in order), frame, codes.dtype) for i, name in enumerate(KINDS)}
+        order = self._order(tuple(self.anchor), (*self.pinned, *self.window))
+        parts: dict[str, Frames] = {name: (self._frames_of(self.store.codes, i), order) for i, name in enumerate(KINDS)}
         if self.store.scales is not None:
-            scales = (self.store.scales[j].transpose(0, 1) for j in order)
-            tensors["scales"] = to_cpu(scales, (plan.batch, 2, plan.heads), torch.float32)
+            parts["scales"] = self.store.scales.permute(2, 0, 1, 3), order
         if self.store.blend is not None:
-            for i, name in enumerate(KINDS):
-                tensors[f"blend_{name}"] = to_cpu(self.store.blend[:, i].unbind(0), frame, torch.float32)
-        return self._snapshot_of(tensors)
+            parts |= {f"blend_{name}": (self._frames_of(self.store.blend, i), None) for i, name in enumerate(KINDS)}
+        return self._snapshot_of(parts, copies)
+
+    @staticmethod
+    def _frames_of(stored: torch.Tensor, kind: int) -> torch.Tensor:
+        """Keys or values [B, n, P, width] of stored frames: a view."""
+        return stored[:, kind].transpose(0, 1)
 
     def restore(self, saved: LayerSnapshot) -> None:
         """Take over a snapshot of a layer with the same plan; the snapshot stays as it is."""
@@ -248,19 +274,19 @@ class StoredLayer(LayerSlots):
             raise ValueError("the state's cache does not hold the dtype that its settings say: the file is damaged")
         self._adopt(saved)
         for i, name in enumerate(KINDS):
-            for j, x in zip(order, saved.tensors[name].unbind(1), strict=True):
-                self.store.codes[j, i].copy_(x)
+            place(self._frames_of(self.store.codes, i), order, saved.tensors[name])
             if self.store.blend is not None:
                 self.store.blend[:, i].copy_(saved.tensors[f"blend_{name}"].transpose(0, 1))
         if self.store.scales is not None:
-            for j, scale in zip(order, saved.tensors["scales"].unbind(1), strict=True):
-                self.store.scales[j].copy_(scale.transpose(0, 1))
+            place(self.store.scales.permute(2, 0, 1, 3), order, saved.tensors["scales"])
 
 
 def _frames(source: Store, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     return source.codes[low:high], None if source.scales is None else source.scales[low:high]
 
 
-def _turn(rope: Rope, position: float | None, to: float) -> Turn:
-    """What brings one frame's key from `position` (None: raw) to `to`; where it is already, it stays bit for bit."""
-    return rope.turn([None], [None]) if position == to else rope.turn([position], [to])
+def _turn(rope: Rope, moves: list[tuple[float | None, float]]) -> Turn:
+    """What brings keys from positions (None: raw) to others; a key that is there already stays bit for bit."""
+    if all(came is None for came, _ in moves):
+        return rope.turn(None, [to for _, to in moves])
+    return Turn.joined([rope.turn([None], [None]) if came == to else rope.turn([came], [to]) for came, to in moves])

@@ -24,8 +24,8 @@ class Store:
     blend: torch.Tensor | None
 
     @staticmethod
-    def of(plan: CachePlan, size: StoreSize, device: torch.device, pinned: bool) -> Store:
-        """An empty store of `size` on `device`; `pinned`: in page-locked memory."""
+    def of(plan: CachePlan, size: StoreSize, device: torch.device, pinned: bool, old: Store | None = None) -> Store:
+        """An empty store of `size` on `device`; `pinned`: in page-locked memory. With the blended anchor of `old`."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
@@ -34,7 +34,7 @@ class Store:
         return Store(
             zeros(size.frames, *frame, dtype=CODES[plan.cache_dtype][0] if plan.cache_dtype in CODES else plan.dtype),
             zeros(size.frames, 2, plan.batch, plan.heads) if plan.cache_dtype in CODES else None,
-            zeros(size.blend_frames, *frame) if size.blend_frames else None,
+            (zeros(size.blend_frames, *frame) if size.blend_frames else None) if old is None else old.blend,
         )
 
     @property
@@ -108,6 +108,11 @@ class Workspace:
         self.side = torch.cuda.Stream(device) if self.host and device.type == "cuda" else None
         self.fit(plan)
 
+    def give_up(self) -> None:
+        """Hold nothing until the next `fit` or pass. Nothing is read from a store any more when this returns."""
+        self.settle()
+        self.k, self.v, self.landings = None, None, []
+
     def fit(self, plan: CachePlan) -> None:
         """Have the size that `plan` says; what is in it is lost. If there is no room, the next pass tries again."""
         self.plan, self.k, self.v = plan, None, None
@@ -124,7 +129,7 @@ class Workspace:
     def bytes(self) -> dict[str, int]:
         """Bytes really allocated, by the plan's names."""
         prefetch = sum(landing.store.nbytes for landing in self.landings)
-        return {"scratch": self.k.nbytes + self.v.nbytes, "prefetch": prefetch}
+        return {"scratch": 0 if self.k is None else self.k.nbytes + self.v.nbytes, "prefetch": prefetch}
 
     def begin(self, layers: Sequence[Stored]) -> None:
         """A pass starts: what was fetched before may be stale."""

@@ -21,7 +21,7 @@ from .carried_check import carried
 # More than any decoder needs (33 causal convolutions in Wan 2.1's); unused entries stay None.
 FEATURES = 64
 # What the decoder leaves in the list between the first and the second call of a temporal upsampler.
-_FIRST_CALL_MARKER = "Rep"
+FIRST_CALL_MARKER = "Rep"
 _DAMAGED = "the state's decoder cache is damaged: {}; resume without a stream, or make it again"
 
 
@@ -78,6 +78,8 @@ class VaeStream:
         if frames_per_call < 1:
             raise ValueError(f"frames_per_call is {frames_per_call}; it must be at least 1")
         self.codec, self.frames_per_call = codec, frames_per_call
+        # how latents, and entries from a file, are laid out in memory before the codec gets them, if that matters to it
+        self.layout: torch.memory_format | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -116,6 +118,8 @@ class VaeStream:
         NonFinitePicturesError, for a picture or a carried value that is not finite.
         """
         before = self.mark()
+        if self.layout is not None:
+            latents = latents.contiguous(memory_format=self.layout)
         pieces = []
         start = 0
         try:
@@ -180,9 +184,11 @@ class VaeStream:
         except Damage as error:
             raise ValueError(_DAMAGED.format(error)) from error
         for i in marks:
-            self._features[i] = _FIRST_CALL_MARKER
+            self._features[i] = FIRST_CALL_MARKER
         for i, value in features.items():
-            self._features[i] = value.to(device=device, dtype=dtype, copy=True)
+            self._features[i] = value.to(
+                device=device, dtype=dtype, copy=True, memory_format=self.layout or torch.contiguous_format
+            )
         self.latents_seen, self._unproven = seen, bool(seen)
 
     def _prove(self, before: list[torch.Tensor | str | None]) -> None:

@@ -44,15 +44,7 @@ def write_tensors(
 ) -> Path:
     """Write `path` in one piece, as `whole_file` does. Of tensors that lie elsewhere one at a time is copied."""
     path = Path(path)
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each aligned to its own size
-    table, end = {}, 0
-    for name in order:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    blank = "0" * (_DIGITS * (1 + len(order)))
-    header = json.dumps({"__metadata__": {CHECKSUMS: blank, **texts}, **table}, separators=(",", ":")).encode()
-    header = bytearray(header + b" " * (-len(header) % 8))
+    order, header, _ = _laid_out(tensors, texts)
     with whole_file(path, new) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         sums = [_write(file, tensors[name]) for name in order]
@@ -62,6 +54,25 @@ def write_tensors(
         file.seek(8)
         file.write(header[: place + _DIGITS * len(sums)])
     return path
+
+
+def file_bytes(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> int:
+    """Bytes of the file that `write_tensors` writes."""
+    _, header, end = _laid_out(tensors, texts)
+    return 8 + len(header) + end
+
+
+def _laid_out(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> tuple[list[str], bytearray, int]:
+    """The tensors' names in the order of the file, its header with zeros for checksums, and the bytes of all tensors."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each aligned to its own size
+    table, end = {}, 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    blank = "0" * (_DIGITS * (1 + len(order)))
+    header = json.dumps({"__metadata__": {CHECKSUMS: blank, **texts}, **table}, separators=(",", ":")).encode()
+    return order, bytearray(header + b" " * (-len(header) % 8)), end
 
 
 def _write(file: IO[bytes], tensor: torch.Tensor) -> int:

@@ -116,6 +116,39 @@ class Unnamed:
             self._file.close()
 
 
+class WholeFiles:
+    """Files that are written one after another, as many as frames of a video: whole whenever the process is killed, as those of
+    `whole_file` are, and after a power cut if they were given to `sync_file`.
+
+    They grow in `beside`, a folder of the same disk, where what dead writers left is removed at the start and not for every file.
+    OSError if the folder takes no file.
+    """
+
+    def __init__(self, beside: Path) -> None:
+        self._beside = beside
+        temporary, file, _ = _create(beside)
+        try:
+            _sweep(beside, os.fstat(file.fileno()).st_mtime)
+        finally:
+            file.close()
+            temporary.unlink(missing_ok=True)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Replace `path`, at once, by a file of `data`. OSError if the disk does not take it; what was at `path` stays."""
+        temporary, file, locked = _create(self._beside)
+        try:
+            with file:
+                file.write(data)
+                file.flush()
+                if locked:
+                    _patiently(os.replace, temporary, path)
+            if not locked:
+                _patiently(os.replace, temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
 def changes() -> int:
     """A number that is another one after this process has given a file its name: whoever keeps a listing looks again."""
     return _count["changes"]

@@ -13,28 +13,10 @@ from collections.abc import Sequence
 import numpy
 
 from .compare import frame_meters
+from .lab_colour import mean_lab
 
 _PIXELS = 2048  # of a frame that its mean colour is taken of
 METERS = ("colour", "contrast", "sharpness", "motion")
-# sRGB to XYZ, its rows divided by the white point of D65
-_TO_XYZ = numpy.array(
-    [[0.4339531, 0.3762192, 0.1898277], [0.2126729, 0.7151522, 0.0721750], [0.0177567, 0.1094753, 0.8727680]],
-    numpy.float32,
-)
-
-_VALUES = numpy.arange(256) / 255
-# light of each byte of sRGB; in float32, since powers and roots of a chunk's pixels are what the meters cost
-_LINEAR = numpy.where(_VALUES <= 0.04045, _VALUES / 12.92, ((_VALUES + 0.055) / 1.055) ** 2.4).astype(numpy.float32)
-
-
-def mean_lab(frame: numpy.ndarray) -> numpy.ndarray:
-    """The mean L*, a*, b* of [h, w, 3] uint8 sRGB, as float64 [3]."""
-    xyz = _LINEAR[frame.reshape(-1, 3)] @ _TO_XYZ.T
-    f = numpy.cbrt(xyz)
-    dark = xyz <= (6 / 29) ** 3
-    f[dark] = xyz[dark] / (3 * (6 / 29) ** 2) + 4 / 29
-    x, y, z = f.mean(0, dtype=numpy.float64)
-    return numpy.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def _sampled(frame: numpy.ndarray) -> numpy.ndarray:
@@ -53,7 +35,7 @@ class LiveMeters:
         """The meters of one chunk by some of its frames [h, w, 3] uint8, each as (the frame before it or None, itself)."""
         if not pairs:
             raise ValueError("there are no frames to measure")
-        colour = numpy.mean([mean_lab(_sampled(frame)) for _, frame in pairs], axis=0)
+        colour = mean_lab([_sampled(frame) for _, frame in pairs])
         if self._first is None:
             self._first = colour
         each = [frame_meters(frame, before) for before, frame in pairs]

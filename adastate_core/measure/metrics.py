@@ -6,13 +6,16 @@ Nothing here judges. A sunset moves the colour as well as drift does; what the n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
 
 from ..video.frames import FileClip, MemoryClip, Source, clip
+from .dense_flow import FLOW_MEANS, DenseFlow
+from .lab_colour import mean_lab
 
 METERS = ("motion", "sharpness", "contrast", "colour")
 LEAST_SIDE = 16
@@ -35,14 +38,6 @@ def frame_meters(frame: numpy.ndarray, before: numpy.ndarray | None) -> dict[str
     }
 
 
-def lab(colours: torch.Tensor) -> torch.Tensor:
-    """[..., 3] sRGB in 0..1 to CIE Lab (D65), where a distance of 1 is about what an eye can just tell apart."""
-    from kornia.color import rgb_to_lab
-
-    flat = colours.reshape(-1, 3).clamp(0, 1)
-    return rgb_to_lab(flat.T[None, :, :, None])[0, :, :, 0].T.reshape(colours.shape)
-
-
 def sharpness(video: torch.Tensor) -> torch.Tensor:
     """[T] mean absolute difference of neighbouring pixels of [T, h, w, 3]."""
     return 0.5 * (video.diff(dim=2).abs().mean((1, 2, 3)) + video.diff(dim=1).abs().mean((1, 2, 3)))
@@ -53,9 +48,21 @@ def motion(video: torch.Tensor) -> torch.Tensor:
     return video.diff(dim=0).abs().mean((1, 2, 3))
 
 
+def mean_difference(picture: numpy.ndarray, before: numpy.ndarray) -> float:
+    """Mean absolute difference of two pictures [h, w, 3] uint8, in levels of 255 over pixels and colours."""
+    return float(numpy.abs(picture.astype(numpy.int16) - before).mean())
+
+
+def temporal_flickering(differences: Sequence[float]) -> float:
+    """VBench's measure of that name (arXiv 2311.17982), 0..1, higher is steadier: 1 less the mean of neighbouring pictures' mean
+    absolute differences (levels of 255). NaN for fewer than two pictures."""
+    return 1 - sum(differences) / len(differences) / 255 if differences else math.nan
+
+
 def flicker(series: torch.Tensor, period: int) -> float:
     """Share, 0..1, of the variation of a series [n] that has this period and its overtones; n is cut to whole periods.
 
+    This pack's own measure: it is about what repeats with every chunk, which VBench's temporal flickering is not.
     NaN for fewer than two periods or a period below 2. White noise has one over the number of periods there, in the mean.
     """
     whole = len(series) // max(period, 1)
@@ -145,11 +152,59 @@ class _Sums:
                 self._sums[name] = self._sums.get(name, 0.0) + value
                 self._counts[name] = self._counts.get(name, 0) + 1
 
+    def count(self, name: str) -> int:
+        return self._counts.get(name, 0)
+
     def mean(self, name: str) -> float | None:
         return self._sums[name] / self._counts[name] if name in self._sums else None
 
 
-CHUNK_MEANS = ("lightness", "a", "b", "contrast", "sharpness", "colour", "motion", "displacement", "psnr", "ssim")
+@dataclass(frozen=True)
+class Parts:
+    """Where the parts of a video begin: the second after `first` pictures, each other one `each` pictures later."""
+
+    first: int
+    each: int
+
+    def of(self, index: int) -> int:
+        """The part that a picture is in."""
+        return max(0, (index - self.first) // self.each + 1)
+
+    def begin(self, index: int) -> bool:
+        """Whether a part but the first begins with this picture."""
+        return index >= self.first and (index - self.first) % self.each == 0
+
+    def size(self, part: int) -> int:
+        """How many pictures a part has."""
+        return self.each if part else self.first
+
+
+def parts_of(chunk_frames: int, clip_frames: int = 0, first_clip_frames: int = 0) -> Parts:
+    """A rollout's chunks, whose first has 3 pictures fewer (a causal video VAE makes one picture of the first latent); or with
+    `clip_frames` the clips that a video was put together from."""
+    if clip_frames:
+        return Parts(first_clip_frames or clip_frames, clip_frames)
+    return Parts(max(1, chunk_frames - 3), chunk_frames)
+
+
+CHUNK_MEANS = ("lightness", "a", "b", "contrast", "sharpness", "colour", "motion", "displacement")
+# those that a row has only where they were asked for
+ASKED_MEANS = ("psnr", "ssim", *FLOW_MEANS)
+
+
+@dataclass
+class _Series:
+    """What is known of each picture, in order: how much it moved, its difference in levels, its mean Lab colour."""
+
+    moved: list[float] = field(default_factory=list)
+    differences: list[float] = field(default_factory=list)
+    colours: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def add(self, values: dict[str, float], picture: numpy.ndarray, before: numpy.ndarray | None) -> None:
+        self.colours.append((values["lightness"], values["a"], values["b"]))
+        if before is not None:
+            self.moved.append(values["motion"])
+            self.differences.append(mean_difference(picture, before))
 
 
 def measure_video(
@@ -158,27 +213,30 @@ def measure_video(
     chunk_frames: int = 12,
     every: int = 1,
     on_picture: Callable[[], object] | None = None,
+    flow: DenseFlow | None = None,
+    clip_frames: int = 0,
+    first_clip_frames: int = 0,
 ) -> dict[str, Any]:
-    """JSON-able: measures of a video [h, w, 3] uint8 chunk by chunk, holding two of its pictures at a time.
+    """JSON-able: measures of a video [h, w, 3] uint8 part by part, holding two of its pictures at a time.
 
-    `pictures` and `reference` are every `every`-th picture of their videos, as `read_pictures` gives them. Chunks are those
-    of a rollout: `chunk_frames` pictures, the first one 3 fewer (a causal video VAE makes one picture of the first latent).
-    `drift` is the distance of a chunk's mean Lab colour from the first chunk's. ValueError for no picture, pictures below
-    16x16, and a reference of another size.
+    `pictures` and `reference` are every `every`-th picture of their videos, as `read_pictures` gives them. The parts are the
+    chunks of a rollout, or with `clip_frames` the clips of a video that was put together from them (`parts_of`); these have their
+    seams in their rows, and what each clip adds in `per_clip`. `drift` is the distance of a part's mean Lab colour from the first
+    part's. `flow`: measure dense flow with it, too.
+    ValueError for no picture, pictures below 16x16, and a reference of another size.
     """
-    first_chunk = max(1, chunk_frames - 3)
+    parts, series = parts_of(chunk_frames, clip_frames, first_clip_frames), _Series()
     chunks: list[tuple[int, int, _Sums]] = []
-    moved: list[float] = []
     before, others, compared = None, iter(reference or ()), 0
     for number, picture in enumerate(pictures):
         index = number * every
         _check_size(picture)
-        chunk = max(0, (index - first_chunk) // chunk_frames + 1)
-        if not chunks or chunks[-1][0] != chunk:
-            chunks.append((chunk, index, _Sums()))
+        if not chunks or chunks[-1][0] != parts.of(index):
+            chunks.append((parts.of(index), index, _Sums()))
         values = _picture_values(picture, before)
-        if before is not None:
-            moved.append(values["motion"])
+        series.add(values, picture, before)
+        if flow is not None:
+            values |= flow.add(picture)
         if (other := next(others, None)) is not None:
             values |= _nearness_values(picture, other)
             compared += 1
@@ -188,15 +246,18 @@ def measure_video(
             on_picture()
     if before is None:
         raise ValueError("the video has no frame in it; connect a VIDEO with frames in it")
+    rows, moved = _chunk_table(chunks), series.moved
     return {
-        "pictures": len(moved) + 1,
+        "pictures": len(series.colours),
         "size": [before.shape[1], before.shape[0]],
         "chunk_frames": chunk_frames,
         "every": every,
         "compared": compared,
-        "flicker": _number(flicker(torch.tensor(moved), chunk_frames // every)) if chunk_frames % every == 0 else None,
-        "seam": _seam(moved, first_chunk, chunk_frames) if every == 1 else None,
-        "chunks": _chunk_table(chunks),
+        "flicker": _number(flicker(torch.tensor(moved), parts.each // every)) if parts.each % every == 0 else None,
+        "temporal_flickering": _number(temporal_flickering(series.differences)) if every == 1 else None,
+        "seam": _seam(moved, parts) if every == 1 else None,
+        **(_clips(rows, chunks, series, parts, every) if clip_frames else {}),
+        "chunks": rows,
     }
 
 
@@ -213,7 +274,7 @@ def _check_size(picture: numpy.ndarray, expected: tuple[int, ...] | None = None)
 def _picture_values(picture: numpy.ndarray, before: numpy.ndarray | None) -> dict[str, float]:
     if before is not None and before.shape != picture.shape:
         raise ValueError("the video changes its size on the way; connect one with frames of one size")
-    colour = lab(torch.from_numpy(picture).float() / 255).mean((0, 1)).tolist()
+    colour = mean_lab([picture]).tolist()
     values = frame_meters(picture, before) | dict(zip(("lightness", "a", "b"), colour, strict=True))
     if before is None:
         return values | {"motion": math.nan}
@@ -230,19 +291,62 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _seam(moved: list[float], first_chunk: int, chunk_frames: int) -> float | None:
-    """Motion into the first picture of a chunk against motion elsewhere; 1 without seams."""
+def _seam(moved: list[float], parts: Parts) -> float | None:
+    """Motion into the first picture of a part against motion elsewhere; 1 without seams."""
     series = torch.tensor(moved)
-    border = (torch.arange(1, len(moved) + 1) - first_chunk) % chunk_frames == 0
+    border = torch.tensor([parts.begin(index) for index in range(1, len(moved) + 1)], dtype=torch.bool)
     inside = series[~border].mean()
     return _number(float(series[border].mean() / inside)) if inside > 1e-6 else None
+
+
+# what a clip adds is told of these
+CLIMBING = ("drift", "colour", "contrast", "sharpness", "seam", "seam_colour")
+
+
+def _clips(
+    rows: list[dict[str, Any]], chunks: list[tuple[int, int, _Sums]], series: _Series, parts: Parts, every: int
+) -> dict[str, Any]:
+    """The seam at which each clip begins, into `rows`; what a clip adds in the mean, as the slope of the line through the clips.
+
+    `seam` is the motion into a clip's first picture against the motion inside clips, `seam_colour` the distance in Lab of its
+    first picture from the one before. Both are of neighbouring pictures, so None where not every one was measured. A last clip
+    that is cut short has no part in the line.
+    """
+    inside = [m for i, m in enumerate(series.moved, 1) if not parts.begin(i)]
+    usual = sum(inside) / len(inside) if inside else 0.0
+    for row in rows:
+        index = row["first_picture"]
+        jumps = every == 1 and index > 0
+        row["seam"] = series.moved[index - 1] / usual if jumps and usual > 1e-6 else None
+        row["seam_colour"] = math.dist(series.colours[index], series.colours[index - 1]) if jumps else None
+    whole = [
+        row
+        for row, (part, _, sums) in zip(rows, chunks, strict=True)
+        if sums.count("pictures") * every >= parts.size(part)
+    ]
+    return {
+        "clip_frames": parts.each,
+        "first_clip_frames": parts.first,
+        "per_clip": {name: _slope([(row["chunk"], row[name]) for row in whole]) for name in CLIMBING},
+    }
+
+
+def _slope(points: list[tuple[int, float | None]]) -> float | None:
+    """Of the straight line that is nearest to the points (least squares); None for fewer than two."""
+    known = [(x, y) for x, y in points if y is not None]
+    if len(known) < 2:
+        return None
+    middle = sum(x for x, _ in known) / len(known)
+    return sum((x - middle) * y for x, y in known) / sum((x - middle) ** 2 for x, _ in known)
 
 
 def _chunk_table(chunks: list[tuple[int, int, _Sums]]) -> list[dict[str, Any]]:
     start = [chunks[0][2].mean(name) for name in ("lightness", "a", "b")]
     rows = []
     for chunk, index, sums in chunks:
-        row = {"chunk": chunk, "first_picture": index} | {name: sums.mean(name) for name in CHUNK_MEANS}
+        row = {"chunk": chunk, "first_picture": index} | {
+            name: sums.mean(name) for name in (*CHUNK_MEANS, *ASKED_MEANS)
+        }
         row["drift"] = math.dist([row["lightness"], row["a"], row["b"]], start)
-        rows.append({name: value for name, value in row.items() if name not in ("psnr", "ssim") or value is not None})
+        rows.append({name: value for name, value in row.items() if name not in ASKED_MEANS or value is not None})
     return rows

@@ -1,13 +1,14 @@
-"""Which prompt a chunk is made under, and what has to happen to the cache where it changes.
+"""Which prompt, seed and strength a chunk is made under, and what has to happen to the cache where the prompt changes.
 
 Everything is a function of the chunk's first latent frame, so a rollout that goes on from a state changes where the
-uninterrupted one would. A chunk has the prompt that holds at its middle.
+uninterrupted one would. A chunk has the prompt and the numbers that hold at its middle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,9 +19,9 @@ from .values import TRANSITIONS, blended
 class PromptChange:
     """From latent frame `frame` on the text embeddings are `context` [1 or B, n, c].
 
-    `transition`: "cut" changes the text alone; "recache" makes the window's keys and values again under the new text
-    (LongLive); "flush" forgets the window but for its newest two frames (Infinity-RoPE); "rope cut" puts the first chunk
-    far ahead in time (Infinity-RoPE); "soft" moves the embeddings over in `chunks` chunks, by `blend`.
+    `transition`: "cut" changes the text alone; "recache" makes the window's keys and values again under the new text (LongLive;
+    RolloutSpec says whether in one pass); "flush" forgets the window but for its newest two frames (Infinity-RoPE); "rope cut"
+    puts the first chunk far ahead in time (Infinity-RoPE); "soft" moves the embeddings over in `chunks` chunks, by `blend`.
     """
 
     frame: int
@@ -34,21 +35,52 @@ class PromptChange:
             raise ValueError(f"transition is {self.transition!r}; it must be one of {', '.join(TRANSITIONS)}")
 
 
-class PromptPlan:
-    """The changes of one rollout, the first of them at frame 0."""
+@dataclass(frozen=True)
+class NumberChange:
+    """From latent frame `frame` on noise has `seed`, and the adaptive anchor `strength`; None leaves one as it was."""
 
-    def __init__(self, changes: Sequence[PromptChange], chunk_frames: int) -> None:
+    frame: int
+    seed: int | None = None
+    strength: float | None = None
+
+
+class PromptPlan:
+    """The changes of one rollout, the first of the prompt's at frame 0, and those of its numbers."""
+
+    def __init__(
+        self, changes: Sequence[PromptChange], chunk_frames: int, numbers: Sequence[NumberChange] = ()
+    ) -> None:
+        """ValueError unless both begin one after the other."""
         if not changes or changes[0].frame != 0:
             raise ValueError("a prompt plan begins with the prompt of frame 0")
-        if any(a.frame >= b.frame for a, b in zip(changes, changes[1:], strict=False)):
-            raise ValueError("the changes of a prompt plan must come one after the other")
-        self.changes, self.chunk_frames = tuple(changes), chunk_frames
+        for one in (changes, numbers):
+            if any(a.frame >= b.frame for a, b in zip(one, one[1:], strict=False)):
+                raise ValueError("the changes of a prompt plan must come one after the other")
+        self.changes, self.chunk_frames, self.numbers = tuple(changes), chunk_frames, tuple(numbers)
         self._mixed: tuple[tuple[int, int], torch.Tensor] | None = None
+
+    @property
+    def recaches(self) -> bool:
+        """Whether any change is a recache."""
+        return any(change.transition == "recache" for change in self.changes[1:])
 
     def index(self, first_frame: int) -> int:
         """Which prompt holds at the middle of the chunk from `first_frame` on."""
         middle = first_frame + self.chunk_frames / 2
         return max(i for i, change in enumerate(self.changes) if change.frame < middle or i == 0)
+
+    def seed(self, first_frame: int, otherwise: int) -> int:
+        """The seed of the chunk from `first_frame` on, `otherwise` where none was set until then."""
+        return self._number("seed", first_frame, otherwise)
+
+    def strength(self, first_frame: int, otherwise: float) -> float:
+        """The adaptive anchor's strength when that chunk is cached."""
+        return self._number("strength", first_frame, otherwise)
+
+    def _number(self, name: str, first_frame: int, otherwise: Any) -> Any:
+        middle = first_frame + self.chunk_frames / 2
+        held = [getattr(change, name) for change in self.numbers if change.frame < middle or change.frame == 0]
+        return next((value for value in reversed(held) if value is not None), otherwise)
 
     def context(self, first_frame: int) -> torch.Tensor:
         """The embeddings of a chunk; the same tensor object as long as nothing changes."""

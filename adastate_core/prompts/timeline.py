@@ -5,8 +5,10 @@ marks   `a meadow [5s: a desert] [15s {flush}: snow]`: when each begins; text in
 lines   `0:00 a meadow`, and on the next line `5s {flush} a desert`: when each begins, at the start of its line
 
 A time is `5s`, `2.5s`, `1:02.5` (m:ss) or `1:00:00` (h:mm:ss), in seconds of video; a number alone is none. A transition in
-braces behind a time names how the video changes to that prompt; in bars it may stand alone: `snow [{flush}]`. `#` behind a
-time is Infinity-RoPE's scene cut, `{rope cut}`: the prompt that carries it begins with the cut. A mark may say its end too,
+braces behind a time names how the video changes to that prompt; in bars it may stand alone: `snow [{flush}]`. The braces may
+also set the noise's seed and the adaptive anchor's strength from there on, `5s {soft, seed 7, strength 0.5} snow`
+(prompts/entry_options.py); with a number and no words, `5s {seed 7}`, the words stay as they are. `#` behind a time is
+Infinity-RoPE's scene cut, `{rope cut}`: the prompt that carries it begins with the cut. A mark may say its end too,
 `[0s-3s: a meadow]`, as FramePack Studio allows, and so may a line, `0:00-0:05 a meadow`, `0-5s: a meadow` or `0:00 to 0:05 a
 meadow`; it has to be where the next begins. The last one's end is only read: its prompt lasts to the end of the video.
 Lines that start with `//` and blank lines are left out, and so are spaces at both ends of a line. A line without a time
@@ -23,15 +25,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from .entry_options import TRANSITIONS, EntryOptions, OptionError, read_options
 from .timeline_unknown import is_plain, unknown_time, without_unseen
 
-TRANSITIONS = ("cut", "recache", "flush", "rope cut", "soft")
+__all__ = [
+    "LONGEST",
+    "LONGEST_TEXT",
+    "MOST_PROMPTS",
+    "TRANSITIONS",
+    "TimedText",
+    "TimelineError",
+    "grammar_of",
+    "locate",
+    "parse_timeline",
+    "tidy",
+    "with_shared",
+]
+
 LONGEST = 360_000  # seconds: 100 hours
 LONGEST_TEXT = 200_000  # characters
 MOST_PROMPTS = 10_000
 MOST_WORDS = 2_000_000  # characters of all prompts, with what they share
 _LONGEST_NUMBER = 40  # characters of a time
 _HASH = "rope cut"
+_NONE = EntryOptions()
 _TIMES = "a time is written 5s, 2.5s, 1:02.5 or 1:00:00"
 _FORMS = (
     "a line begins with 0:05, 5s or 0-5s and a space, a mark is [5s: prompt], a length is prompt [5s] | (if it is no time, put 0s "
@@ -68,13 +85,21 @@ class TimelineError(ValueError):
 
 @dataclass(frozen=True)
 class TimedText:
-    """A prompt from `seconds` of video on; `line` and `column` say where its words begin and are not compared."""
+    """A prompt from `seconds` of video on; `line` and `column` say where its words begin and are not compared.
+
+    `seed` and `strength` hold from there on, None: as before. Without words, `text` "", the prompt stays as it was."""
 
     seconds: float
     text: str
     transition: str | None = None
     line: int = field(default=1, compare=False)
     column: int = field(default=1, compare=False)
+    seed: int | None = None
+    strength: float | None = None
+
+    @property
+    def options(self) -> EntryOptions:
+        return EntryOptions(self.transition, self.seed, self.strength)
 
 
 @dataclass
@@ -84,7 +109,7 @@ class _Prompt:
     at: int
     words: int
     text: str
-    transition: str | None = None
+    options: EntryOptions = _NONE
     start: Fraction | None = None
     end: Fraction | None = None
     length: Fraction | None = None
@@ -125,13 +150,13 @@ class _Source:
             at += 1
         return at
 
-    def prompt(self, at: int, start: int, end: int) -> _Prompt:
-        """The words between two offsets as the prompt of the mark at `at`."""
-        text = _tidy(self.text[start:end])
+    def prompt(self, at: int, start: int, end: int, options: EntryOptions = _NONE) -> _Prompt:
+        """The words between two offsets as the prompt of the mark at `at`; there may be none where `options` set a number."""
+        text = tidy(self.text[start:end])
         words = self.skip(start, end)
-        if not text:
+        if not text and (options.transition is not None or not options.numbers):
             raise self.error(at, "the prompt here is empty; write what the video shows from this time on")
-        return _Prompt(at, words, text)
+        return _Prompt(at, words, text, options)
 
     def time(self, at: int) -> tuple[Fraction, int]:
         """The time at an offset in seconds, and where it ends."""
@@ -155,25 +180,24 @@ class _Source:
             raise self.error(at, f"{self.found(at)} is too late; times go up to 100 hours ({LONGEST}s)")
         return seconds
 
-    def transition(self, at: int, own_line: bool) -> tuple[str | None, int]:
-        """The `#` or `{name}` at an offset, if there is one, and where it ends."""
+    def options(self, at: int, own_line: bool) -> tuple[EntryOptions, int]:
+        """The `#` or the braces at an offset, if there are any, and where they end."""
         marked = self.text.startswith("#", at)
         here = at + marked
         brace = here
         while brace < len(self.text) and self.text[brace].isspace() and not (own_line and self.text[brace] == "\n"):
             brace += 1
         if not self.text.startswith("{", brace):
-            return (_HASH if marked else None), here
+            return EntryOptions(_HASH if marked else None), here
         if marked:
             raise self.error(brace, "found a transition in braces behind '#'; '#' is short for {rope cut}: keep one")
         close = re.compile(r"[{}\n]").search(self.text, brace + 1)
         if close is None or close[0] != "}":
             raise self.error(brace, "the brace is not closed; a transition is written {cut}")
-        name = " ".join(re.split(r"[\s_-]+", self.text[brace + 1 : close.start()].strip().lower()))
-        if name not in TRANSITIONS:
-            known = ", ".join(f"{{{known}}}" for known in TRANSITIONS)
-            raise self.error(brace, f"there is no transition {name[:24]!r}; known are {known}")
-        return name, close.end()
+        try:
+            return read_options(self.text[brace + 1 : close.start()]), close.end()
+        except OptionError as error:
+            raise self.error(brace, str(error)) from None
 
 
 def parse_timeline(text: str, shared: str = "", duration: float | None = None) -> tuple[TimedText, ...]:
@@ -194,13 +218,15 @@ def parse_timeline(text: str, shared: str = "", duration: float | None = None) -
         raise source.error(
             prompts[MOST_PROMPTS].at, f"there are {len(prompts)} prompts; a timeline holds at most {MOST_PROMPTS}"
         )
-    shared = _tidy(shared)
+    shared = tidy(shared)
     _check_shared(shared, prompts)
     entries: list[TimedText] = []
     for prompt in prompts:
         seconds = float(prompt.start or 0)
         _check_start(source, prompt, seconds, entries, duration)
-        entries.append(TimedText(seconds, _shared(shared, prompt.text), prompt.transition, *source.place(prompt.words)))
+        options, place = prompt.options, source.place(prompt.words)
+        text = with_shared(shared, prompt.text)
+        entries.append(TimedText(seconds, text, options.transition, *place, options.seed, options.strength))
     return tuple(entries)
 
 
@@ -267,7 +293,7 @@ class _Head:
             if to := _AND.match(source.text, until):
                 self.end_at = source.skip(to.end())
                 self.end, here = source.time(self.end_at)
-        self.transition, here = source.transition(here, own_line=False)
+        self.options, here = source.options(here, own_line=False)
         here = source.skip(here)
         self.closing = source.text[here : here + 1]
         if self.closing not in (":", "]") or (self.time is None and self.closing == ":"):
@@ -301,8 +327,8 @@ def _marks(source: _Source) -> list[_Prompt]:
         if head.closing == "]":
             raise source.error(here, "found a length among marks that say when a prompt begins; write [5s: prompt]")
         close = _closing_bracket(source, here, head.after)
-        prompt = source.prompt(here, head.after, close)
-        prompt.start, prompt.end, prompt.transition = head.time, head.end, head.transition
+        prompt = source.prompt(here, head.after, close, head.options)
+        prompt.start, prompt.end = head.time, head.end
         prompts.append(prompt)
         here = source.skip(close + 1)
     _check_ends(source, prompts)
@@ -369,8 +395,8 @@ def _segment(source: _Source, start: int, end: int) -> _Prompt:
         )
     if head.time == 0:
         raise source.error(head.at, "a prompt that lasts 0 seconds leaves two at one time; give it a length or drop it")
-    prompt = source.prompt(at, start, head.at)
-    prompt.length, prompt.transition = head.time, head.transition
+    prompt = source.prompt(at, start, head.at, head.options)
+    prompt.length = head.time
     return prompt
 
 
@@ -411,12 +437,12 @@ def _lines(source: _Source) -> list[_Prompt]:
             end, here = source.time(until.end())
             if end <= seconds:
                 raise source.error(until.end(), f"the prompt ends at {_plain(end)}, no later than it begins")
-        transition, here = source.transition(here, own_line=True)
+        options, here = source.options(here, own_line=True)
         here += source.text.startswith(":", here)
         if here < len(source.text) and not source.text[here].isspace():
             raise source.error(here, f"found {source.found(here)} right behind a time; put a space between")
-        prompt = source.prompt(at, here, following)
-        prompt.start, prompt.end, prompt.transition = seconds, end, transition
+        prompt = source.prompt(at, here, following, options)
+        prompt.start, prompt.end = seconds, end
         prompts.append(prompt)
     _check_ends(source, prompts)
     return prompts
@@ -425,7 +451,9 @@ def _lines(source: _Source) -> list[_Prompt]:
 def _check_start(
     source: _Source, prompt: _Prompt, seconds: float, before: Sequence[TimedText], duration: float | None
 ) -> None:
-    """The first prompt begins at 0, each other one later than the one before, and all before the video ends."""
+    """The first prompt begins at 0 and has words, each other one begins later than the one before, all before the video ends."""
+    if not before and not prompt.text:
+        raise source.error(prompt.at, "the first prompt has no words; write what the video shows from its beginning on")
     if not before and seconds:
         raise source.error(
             prompt.at,
@@ -445,7 +473,7 @@ def _check_start(
         )
 
 
-def _tidy(text: str) -> str:
+def tidy(text: str) -> str:
     """Lines without spaces at their ends, blank ones left out."""
     return "\n".join(line for line in (line.strip() for line in text.split("\n")) if line)
 
@@ -468,7 +496,10 @@ def _check_shared(shared: str, prompts: Sequence[_Prompt]) -> None:
         )
 
 
-def _shared(shared: str, text: str) -> str:
+def with_shared(shared: str, text: str) -> str:
+    """A prompt's words with what all share, in front or around it; no words stay none."""
+    if not text:
+        return ""
     if "{}" in shared:
         return shared.replace("{}", text)
     return f"{shared} {text}" if shared else text

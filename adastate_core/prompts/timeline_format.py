@@ -12,7 +12,7 @@ GRAMMARS = ("bars", "marks", "lines")
 
 
 def format_timeline(entries: Sequence[TimedText], grammar: str = "lines") -> str:
-    """The text that parse_timeline reads as these entries: equal times, texts and transitions.
+    """The text that parse_timeline reads as these entries: equal times, texts, transitions and numbers.
 
     Raises ValueError for entries that are no timeline, and for a prompt that the grammar would read otherwise.
     """
@@ -49,7 +49,8 @@ def _reads_as(text: str, entries: Sequence[TimedText]) -> bool:
 
 
 def _written(entries: Sequence[TimedText], grammar: str) -> str:
-    marks = [f" {{{entry.transition}}}" if entry.transition is not None else "" for entry in entries]
+    written = [entry.options.written() for entry in entries]
+    marks = [f" {{{options}}}" if options else "" for options in written]
     starts = [Decimal(repr(float(entry.seconds))) for entry in entries]
     if grammar == "bars":
         lengths = [_number(b - a) for a, b in zip(starts, starts[1:], strict=False)] + [""]
@@ -57,7 +58,7 @@ def _written(entries: Sequence[TimedText], grammar: str) -> str:
         return " | ".join(f"{e.text} [{head}]" if head else e.text for e, head in zip(entries, heads, strict=True))
     form = "[{}{}: {}]" if grammar == "marks" else "{}{} {}"
     rows = zip(starts, marks, entries, strict=True)
-    return "\n".join(form.format(_number(start), mark, entry.text) for start, mark, entry in rows)
+    return "\n".join(form.format(_number(start), mark, entry.text).rstrip() for start, mark, entry in rows)
 
 
 def _number(seconds: Decimal) -> str:

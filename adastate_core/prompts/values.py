@@ -1,4 +1,5 @@
-"""Prompts over time as a value: which conditioning holds from which second on, and how the video changes to it.
+"""Prompts over time as a value: which conditioning holds from which second on, how the video changes to it, and which seed and
+strength hold.
 
 The texts that people write for it are read in timeline.py and written in prompts/timeline_format.py; their names can be imported
 from here too.
@@ -7,11 +8,12 @@ from here too.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .entry_options import MOST_SEED, EntryOptions
 from .timeline import LONGEST, MOST_PROMPTS, TRANSITIONS, TimedText, TimelineError, locate, parse_timeline
 from .timeline_format import GRAMMARS, format_timeline
 
@@ -42,7 +44,8 @@ _PARALLEL = 1 - 1e-6
 class PromptAt:
     """A prompt from `seconds` of video on; with transition "soft" it comes in over `chunks` chunks by `blend`.
 
-    Raises ValueError for numbers and names outside their range. Compared by identity: it holds tensors.
+    `seed` of the noise and `strength` of the adaptive anchor hold from there on, None: as before. Where `conditioning` is None the
+    words stay as they were. Raises ValueError for numbers and names outside their range. Compared by identity: it holds tensors.
     """
 
     seconds: float
@@ -51,6 +54,13 @@ class PromptAt:
     chunks: int = 3
     blend: str = "linear"
     text: str = ""
+    seed: int | None = None
+    strength: float | None = None
+
+    @property
+    def has_words(self) -> bool:
+        """Whether the prompt changes here, and not only a number."""
+        return self.conditioning is not None or bool(self.text)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.seconds, (int, float)) and 0 <= self.seconds <= LONGEST):
@@ -61,16 +71,37 @@ class PromptAt:
             raise ValueError(f"blend_chunks is {self.chunks}; it must be a whole number between 1 and {MOST_CHUNKS}")
         if self.blend not in BLENDS:
             raise ValueError(f"blend is {self.blend!r}; it must be one of {', '.join(BLENDS)}")
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed <= MOST_SEED):
+            raise ValueError(f"seed is {self.seed}; it must be a whole number between 0 and {MOST_SEED}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}; it must be above 0 and at most 1")
+
+
+class TimelineSource(Protocol):
+    """Where prompts come from that were written as a timeline, so that it can be gone on with while a video is made."""
+
+    text: str
+
+    def entries(self) -> tuple[TimedText, ...]:
+        """Its entries, as they are written."""
+        ...
+
+    def read(self, text: str) -> Prompts:
+        """The prompts of another text, as the node would make them. ValueError where it would refuse it; KeyError for words that
+        were not encoded."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """The prompts of one video, at least one, the first at second 0, seconds strictly rising; else ValueError.
 
-    Each holds until the next begins. The first one's transition is never used.
+    Each holds until the next begins. The first one's transition is never used. `source`: the timeline that they were read from, if
+    they were.
     """
 
     entries: tuple[PromptAt, ...]
+    source: TimelineSource | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.entries:
@@ -85,6 +116,11 @@ class Prompts:
                     f"a prompt at {entry.seconds:g}s follows one at {before.seconds:g}s; seconds must rise"
                 )
 
+    @property
+    def worded(self) -> tuple[PromptAt, ...]:
+        """Those at which the words change."""
+        return tuple(entry for entry in self.entries if entry.has_words)
+
     def with_entry(self, entry: PromptAt) -> Prompts:
         """These prompts and one more, in order of time; ValueError when one begins at that second already."""
         if any(other.seconds == entry.seconds for other in self.entries):
@@ -93,10 +129,12 @@ class Prompts:
 
 
 def listing(prompts: Prompts) -> str:
-    """One line a prompt: when it begins, by which transition (not for the first), and its text."""
+    """One line a prompt: when it begins, by which transition (not for the first), which numbers it sets, and its text."""
     rows = []
     for number, entry in enumerate(prompts.entries):
-        change = f" {{{entry.transition}}}" if number else ""
+        transition = entry.transition if number and entry.has_words else None
+        options = EntryOptions(transition, entry.seed, entry.strength).written()
+        change = f" {{{options}}}" if options else ""
         rows.append(f"{_clock(entry.seconds)}{change} {' '.join(entry.text.split())}".rstrip())
     return "\n".join(rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,3 +18,24 @@ def noise(seed: int, chunk: int, step: int, shape: Sequence[int], state: bool = 
     generator = torch.Generator()
     generator.manual_seed(int.from_bytes(digest[:8], "big"))
     return torch.randn(list(shape), generator=generator, dtype=torch.float32)
+
+
+class NoiseAhead:
+    """The noise of chunks, of which the next one's may be drawn before its turn: while the device is busy, the CPU has time.
+
+    `draw(chunk, steps)` gives all noise of a chunk, always the same.
+    """
+
+    def __init__(self, draw: Callable[[int, int], torch.Tensor]) -> None:
+        self.draw = draw
+        self._held: tuple[tuple[int, int], torch.Tensor] | None = None
+
+    def prepare(self, chunk: int, steps: int) -> None:
+        """Draw a chunk's noise and hold it until it is taken. If this fails, nothing is held."""
+        self._held = None
+        self._held = (chunk, steps), self.draw(chunk, steps)
+
+    def take(self, chunk: int, steps: int) -> torch.Tensor:
+        """A chunk's noise: what is held if it is this chunk's, else drawn now. Nothing is held afterwards."""
+        held, self._held = self._held, None
+        return held[1] if held is not None and held[0] == (chunk, steps) else self.draw(chunk, steps)

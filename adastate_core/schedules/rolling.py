@@ -3,15 +3,19 @@
 At every pass a chunk of pure noise enters behind the others, all take one step of their own, and the oldest, which has
 taken its last, is finished. With N steps the window grows to N chunks, so a chunk costs one pass over N chunks and the clean
 pass. Noise is that of the chunk-wise schedule: a chunk's number and step alone decide it.
+
+In the published loop the chunks under way take their room from the past (`shared`), and at the end of the video no chunk
+enters any more, so the window shrinks (`shrinks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from ..rope import Layout
 from .noise import noise
 from .schedule import TIMESTEPS, renoised
 
@@ -36,9 +40,10 @@ def joined(
 
 
 def advanced(
-    blocks: Sequence[Block], x0: torch.Tensor, sigmas: Sequence[float], seed: int
+    blocks: Sequence[Block], x0: torch.Tensor, sigmas: Sequence[float], seed_of: Callable[[int], int]
 ) -> tuple[torch.Tensor | None, tuple[Block, ...]]:
-    """(the oldest chunk if it is finished, the others at the noise of their next step) after a pass that gave `x0`."""
+    """(the oldest chunk if it is finished, the others at the noise of their next step) after a pass that gave `x0`; `seed_of` tells
+    each chunk's seed by its number."""
     parts = x0.split(blocks[0].x.shape[2], dim=2)
     going, finished = [], None
     for block, clean in zip(blocks, parts, strict=True):
@@ -46,9 +51,36 @@ def advanced(
         if step == len(sigmas):
             finished = clean
             continue
-        fresh = noise(seed, block.chunk, step, clean.shape).to(clean.device)
+        fresh = noise(seed_of(block.chunk), block.chunk, step, clean.shape).to(clean.device)
         going.append(replace(block, step=step, x=renoised(clean, fresh, sigmas[step])))
     return finished, tuple(going)
+
+
+def shared(layout: Layout, chunk_frames: int, frames: int, clean: bool) -> Layout:
+    """What a pass over `frames` frames reads, and where, if current frames and past have room for W + F frames together.
+
+    `layout` is the pass's with everything in the window read. A noisy pass reads the anchor, put just in front of the newest
+    window frames that still have room. A clean pass reads the newest cached frames: the anchor while it is among them.
+    Window and content stand at their own times throughout, so only the anchor ever moves.
+    """
+    room = layout.window_capacity + chunk_frames - frames
+    anchor, window = layout.anchor_present, layout.window_present
+    if clean:
+        reads_anchor = anchor + window <= room
+        newest = min(window, room)
+    else:
+        reads_anchor = True
+        newest = max(0, min(window, room - anchor))
+    past = {"packed": anchor + newest, "fixed": layout.anchor_capacity + layout.window_capacity}
+    at = None if layout.mode == "absolute" else layout.first_frame - past[layout.mode]
+    return replace(layout, mode="absolute", reads_window=newest, reads_anchor=reads_anchor, anchor_at=at)
+
+
+def shrinks(next_frame: int, under_way: int, blocks: int, chunk_frames: int, length: int) -> bool:
+    """Whether the next chunk, from `next_frame` on, is finished in a window of fewer than `blocks` chunks, because none
+    enters that begins at `length` latent frames or later. Not where one of those `under_way` begins there already."""
+    entered, newest = next_frame + (under_way - 1) * chunk_frames, next_frame + (blocks - 1) * chunk_frames
+    return (not under_way or entered < length) and newest >= length
 
 
 def under_way(noisy: torch.Tensor | None, next_chunk: int, chunk_frames: int, steps: int) -> tuple[Block, ...]:

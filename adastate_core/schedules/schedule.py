@@ -24,7 +24,8 @@ class Schedule:
 
     `first_sigmas`, if there are any, are those of the first generated chunk (Causal-Forcing++'s 1- and 2-step weights).
     Noisy passes see the past as the clean ones left it. The steps in `kept` have a past at their own noise level: they see
-    what they themselves made of the chunks before, and no other pass does. `sampler` is one of SAMPLERS.
+    what they themselves made of the chunks before, and no other pass does. `sampler` is one of SAMPLERS. `told`, if there is any,
+    are the timesteps of 1000 that the model is told at the steps in `sigmas`; without it these are 1000 sigma.
     """
 
     sigmas: tuple[float, ...]
@@ -32,8 +33,14 @@ class Schedule:
     first_sigmas: tuple[float, ...] = ()
     kept: tuple[int, ...] = ()
     sampler: str = "renoising"
+    told: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.told and (len(self.told) != len(self.sigmas) or not all(0.0 <= t <= TIMESTEPS for t in self.told)):
+            raise ValueError(
+                f"the model is told the timesteps {list(self.told)} at {len(self.sigmas)} noise levels; each level takes one, in "
+                f"[0, {TIMESTEPS:g}]"
+            )
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler is {self.sampler!r}; it must be one of {', '.join(SAMPLERS)}")
         if self.kept and (self.first_sigmas or sorted({*self.kept} & {*range(len(self.sigmas))}) != list(self.kept)):
@@ -77,6 +84,11 @@ class Schedule:
     def for_chunk(self, chunk: int) -> tuple[float, ...]:
         """The sigmas of generated chunk `chunk`."""
         return self.first_sigmas if chunk == 0 and self.first_sigmas else self.sigmas
+
+    def timesteps_of(self, chunk: int) -> tuple[float, ...]:
+        """What the model is told at each step of generated chunk `chunk`."""
+        sigmas = self.for_chunk(chunk)
+        return self.told if self.told and sigmas is self.sigmas else tuple(TIMESTEPS * sigma for sigma in sigmas)
 
     def own_past(self, step: int) -> int | None:
         """Which of the pasts beside the clean one noisy pass `step` sees and enters, from 1 on; None: it sees the clean one."""
@@ -157,9 +169,11 @@ def renoised(x0: torch.Tensor, fresh: torch.Tensor, sigma: float) -> torch.Tenso
     return (1 - sigma) * x0 + sigma * fresh
 
 
-def timesteps(timestep: float | Sequence[float], x: torch.Tensor) -> torch.Tensor:
-    """What a Wan model takes for [B, C, T, h, w]: [B] float32 of one timestep, or [B, T] of one a frame."""
+def timesteps(timestep: float | Sequence[float], x: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """What a Wan model takes for [B, C, T, h, w]: [B] float32 of one timestep, or [B, T] of one a frame; on `device` (None: that
+    of `x`)."""
+    device = x.device if device is None else device
     if isinstance(timestep, int | float):
-        return torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
-    every = torch.tensor(timestep, dtype=torch.float32).to(x.device, non_blocking=True)
+        return torch.full((x.shape[0],), timestep, dtype=torch.float32, device=device)
+    every = torch.tensor(timestep, dtype=torch.float32).to(device, non_blocking=True)
     return every.expand(x.shape[0], -1)

@@ -103,6 +103,14 @@ class StateHistory:
         if last:
             self._remove(going)
 
+    def at(self, chunk: int) -> Path:
+        """The state after `chunk` chunks, which is kept."""
+        return self._kept[chunk]
+
+    def go_back(self, chunk: int) -> None:
+        """The rollout goes on from the state after `chunk` chunks: those behind go."""
+        self._remove({number: path for number, path in self._kept.items() if number > chunk})
+
     def _remove(self, going: dict[int, Path]) -> None:
         for chunk, path in going.items():
             self._kept.pop(chunk)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..absorption.absorber import small_layer
+from ..absorption.absorbed_phases import small_layer
 from ..absorption.check import check_absorption, settings_of
 from ..anchors import KINDS, Anchor, unknown_kind
 from ..cache.byte_plan import CACHE_DTYPES, CachePlan, LayerSpec
@@ -22,10 +22,14 @@ from ..cache.specs import FIELDS_OF_BEFORE, layer_from
 from ..decode.carried_check import carried
 from ..decode.tiny_vae import KIND as TINY
 from ..decode.wan_vae import FEATURES
+from ..decode.ways import WAY, WAYS
 from ..files.header_check import Damage, Fields, Tensors, Unreadable, number, shown
 from ..geometry import SPACES, WAN21, ModelGeometry
 from ..rope import POSITION_MODES
-from ..spec import RolloutSpec
+from ..spec import ENDINGS, REMADE, RolloutSpec
+from .enlarged_check import check_enlarged
+from .renewed_pictures import check_pictures
+from .steered_check import check_steered
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # pictures of a decoder's layers are so many times as wide and high as the latent
@@ -46,6 +50,12 @@ def check_state(header: Fields, tensors: Tensors, before: bool) -> None:
     _check_latents(spec, tensors, next_frame, emitted, before)
     if tensors.has("given") and next_chunk:
         raise Damage(f"given is there although {next_chunk} chunks were generated")
+    again = _again_of(header, tensors)
+    if header.has("after") and not 0 < header.whole("after") <= (most := spec.blocks * spec.chunk_frames):
+        raise Damage(
+            f"after is {header.whole('after')}, not 1 to {most} latent frames that were finished in a smaller window"
+        )
+    _check_compiled(header, spec.geometry.layers)
     absorption = header.inner("absorption") if not before or header.has("absorption") else Fields({}, "absorption")
     plan = spec.plan()
     chosen, pinned = check_absorption(absorption, tensors, spec.absorption, plan, spec.anchor)
@@ -54,18 +64,43 @@ def check_state(header: Fields, tensors: Tensors, before: bool) -> None:
     # one cache after the other where noise levels have their own, which absorption does not go with
     if not layers or len(layers) % count or (spec.absorption is not None and len(layers) != count):
         raise Damage(f"cache has {len(layers)} layers, and the settings' model {count}")
-    books: dict[LayerSpec, Any] = {}
+    books: dict[tuple[int, LayerSpec], Any] = {}
     for i, entry in enumerate(layers):
         layer = plan.layers[i % count]
         if i in chosen:
             layer = small_layer(layer, spec.absorption, pinned)
         book = _Book.of(Fields(entry, f"cache.{i}"), layer, next_frame, before)
         _check_layer(book, spec, plan, layer, tensors, i, next_frame)
-        if (other := books.setdefault(layer, (i, book.entries)))[1] != book.entries:
+        if again and len(book.rings) > book.pinned:
+            raise Damage(
+                f"again is {again}, which says that windows are empty, and cache.{i} holds {len(book.rings) - book.pinned} frames"
+            )
+        # a noise level's own cache begins anew where the clean passes' is made again
+        if (other := books.setdefault((i // count, layer), (i, book.entries)))[1] != book.entries:
             raise Damage(f"cache.{i} holds other frames than cache.{other[0]}, which has the same place for them")
-    check_stream(header.inner("stream"), tensors, spec, emitted)
+    check_stream(header.inner("stream"), tensors, spec, emitted, next_frame)
+    if header.has("steered"):
+        check_steered(header.inner("steered"))
     header.done()
     tensors.done()
+
+
+def _again_of(header: Fields, tensors: Tensors) -> int:
+    """How many of the newest latents have to be committed again; a state that does not say so has a whole window."""
+    if not header.has("again"):
+        return 0
+    again, recent = header.whole("again", 1), tensors.tensors.get("recent")
+    held = recent.shape[2] if isinstance(recent, torch.Tensor) and recent.ndim == 5 else 0
+    if again > held:
+        raise Damage(f"again is {again}, more latent frames than recent holds, {held}")
+    return again
+
+
+def _check_compiled(header: Fields, count: int) -> None:
+    """The layers that went through compiled functions; a state that does not say so was made the plain way."""
+    layers = header.wholes("compiled_layers", 0, count - 1) if header.has("compiled_layers") else None
+    if layers is not None and (not layers or layers != sorted(set(layers))):
+        raise Damage(f"compiled_layers are {shown(list(layers))}, not layers of {count} in their order, each once")
 
 
 def spec_of(described: Fields, before: bool) -> RolloutSpec:
@@ -95,6 +130,12 @@ def spec_of(described: Fields, before: bool) -> RolloutSpec:
         "overlap_frames": later("overlap_frames", 0, described.whole),
         "cache_dtype": later("cache_dtype", "model", lambda name: described.text(name, CACHE_DTYPES)),
     }
+    if described.has("shares_window"):
+        values["shares_window"] = described.yes_no("shares_window")
+    if described.has("ending"):
+        values["ending"] = described.text("ending", ENDINGS)
+    if described.has("remade"):
+        values["remade"] = described.text("remade", REMADE)
     described.done()
     try:
         return RolloutSpec(ModelGeometry(**geometry, space=space), **values)
@@ -120,7 +161,7 @@ def _anchor_of(described: Fields) -> Anchor:
         raise Unreadable(unknown_kind(name))
     kind = KINDS[name]
     try:
-        return kind(**_typed(described, kind))
+        return kind.described(_typed(described, kind))
     except ValueError as error:
         raise Damage(f"spec.anchor does not go together ({error})") from error
 
@@ -155,6 +196,8 @@ def _check_latents(spec: RolloutSpec, tensors: Tensors, next_frame: int, emitted
         take("recent", min(spec.recent_frames, next_frame))
     if tensors.has("given"):
         take("given", None)
+    if spec.remade and next_frame:
+        take("first", 1)
     if spec.blocks > 1 and tensors.has("noisy"):
         frames = take("noisy", None)
         if frames % spec.chunk_frames or frames > (spec.blocks - 1) * spec.chunk_frames:
@@ -261,11 +304,15 @@ def _check_deep(book: _Book, spec: RolloutSpec, plan: CachePlan, layer: DeepSpec
     take("raw", count, *frame, dtype=plan.dtype)
     take("queries", layer.query_frames, plan.width)
     ids = take("ids", most * plan.tokens, dtype=torch.int64)
+    if layer.selection.most_choices:
+        counts = take("counts", most * plan.tokens, dtype=torch.int64)
+        if chosen and counts.numel() and not 1 <= int(counts.min()) <= int(counts.max()) <= next_frame:
+            raise Damage(f"a layer's counts are not how often a token was chosen in {next_frame} frames")
     if chosen and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < next_frame * plan.tokens:
         raise Damage(f"a layer's ids count tokens beyond the {next_frame} frames that there are")
 
 
-def check_stream(stream: Fields, tensors: Tensors, spec: RolloutSpec, emitted: int) -> None:
+def check_stream(stream: Fields, tensors: Tensors, spec: RolloutSpec, emitted: int, next_frame: int) -> None:
     """What a state keeps of its files and of its decoder's cache; there may be none of either."""
     if stream.has("files"):
         names, counts = stream.listed("files"), stream.wholes("file_frames")
@@ -273,10 +320,16 @@ def check_stream(stream: Fields, tensors: Tensors, spec: RolloutSpec, emitted: i
             raise Damage(f"stream.files are {shown(names)}, not names")
         if names and len(counts) != len(names):
             raise Damage(f"stream.file_frames are {len(counts)} numbers for {len(names)} files")
+    if stream.has("frame_folders"):
+        folders = stream.listed("frame_folders")
+        if not all(isinstance(name, str) for name in folders):
+            raise Damage(f"stream.frame_folders are {shown(folders)}, not names")
     if stream.has("frames_written"):
         stream.whole("frames_written")
     if stream.has("run_id"):
         stream.text("run_id")
+    check_pictures(stream, tensors, spec, next_frame)
+    check_enlarged(stream, tensors, spec)
     if stream.has("vae_latents_seen"):
         seen = stream.whole("vae_latents_seen")
         if seen != emitted:
@@ -286,6 +339,8 @@ def check_stream(stream: Fields, tensors: Tensors, spec: RolloutSpec, emitted: i
         tiny = stream.has("vae_kind")
         if tiny:
             stream.text("vae_kind", [TINY])
+        if stream.has(WAY):
+            stream.text(WAY, WAYS)
         _check_decoder(stream, tensors, spec, seen, "taehv_memory_" if tiny else "vae_feature_", 4 if tiny else 5)
     stream.done()
 

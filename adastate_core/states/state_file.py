@@ -15,13 +15,13 @@ import torch
 
 from ..cache.kv_cache import LayerSnapshot
 from ..files.header_check import Damage, Fields, Tensors, refusal, shown
-from ..files.tensor_file import TensorFile, parsed, write_tensors
+from ..files.tensor_file import TensorFile, file_bytes, parsed, write_tensors
 from ..rollout import RolloutState
 from .state_check import check_state
 
 FORMAT = "adastate.rollout"
 VERSION, BEFORE = 2, 1
-OPTIONAL = ("hidden", "latents", "recent", "noisy", "given")
+OPTIONAL = ("hidden", "latents", "recent", "noisy", "given", "first")
 LAYER = ("anchor_slots", "ring_slots", "frames", "positions", "pinned")
 _UNREADABLE = (OSError, MemoryError)
 
@@ -31,6 +31,16 @@ def save_state(state: RolloutState, path: Path | str, new: bool = False) -> Path
 
     `new`: FileExistsError if there is a file already. ValueError for a state that holds numbers that are none.
     """
+    return write_tensors(path, *_contents(state), new)
+
+
+def state_bytes(state: RolloutState) -> int:
+    """Bytes of the file that `save_state` writes, to the byte. ValueError as there."""
+    return file_bytes(*_contents(state))
+
+
+def _contents(state: RolloutState) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A state's tensors and texts."""
     tensors: dict[str, torch.Tensor] = {"pending": state.pending}
     for name in OPTIONAL:
         if getattr(state, name) is not None:
@@ -50,8 +60,15 @@ def save_state(state: RolloutState, path: Path | str, new: bool = False) -> Path
         "stream": {k: v for k, v in state.stream.items() if k not in streamed},
         "absorption": {k: v for k, v in state.absorption.items() if k not in absorbed},
     }
-    texts = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(header, allow_nan=False)}
-    return write_tensors(path, tensors, texts, new)
+    if state.again:
+        header["again"] = state.again
+    if state.after:
+        header["after"] = state.after
+    if state.compiled_layers:
+        header["compiled_layers"] = state.compiled_layers
+    if state.steered:
+        header["steered"] = state.steered
+    return tensors, {"format": FORMAT, "version": str(VERSION), "state": json.dumps(header, allow_nan=False)}
 
 
 def _header(path: Path, file: TensorFile) -> tuple[Fields, int]:
@@ -112,6 +129,10 @@ def load_state(path: Path | str) -> RolloutState:
         **{name: tensors.get(name) for name in OPTIONAL},
         stream=values["stream"] | under("stream."),
         absorption=values.get("absorption", {}) | under("absorption."),
+        again=values.get("again", 0),
+        after=values.get("after", 0),
+        compiled_layers=tuple(values.get("compiled_layers", ())),
+        steered=values.get("steered", {}),
     )
 
 

@@ -11,7 +11,7 @@ import av
 from av.bitstream import BitStreamFilterContext
 
 from .colour import BT709, UNSPECIFIED
-from .encoder import Encoding, parameter_sets, quality_of
+from .encoder import CODECS, Encoding, quality_of, signature
 
 # Enough frames to tell 23.976 from 24 on a clock of a thousand ticks a second.
 _LOOKED_AT = 32
@@ -36,6 +36,13 @@ class Prefix:
         if not container.streams.video:
             raise self._refused("has no picture track", "join to the video that the state belongs to")
         stream = container.streams.video[0]
+        named, pixels = _decoders_name(stream.codec_context.name), stream.codec_context.pix_fmt
+        ours = {(codec.named, codec.pixels): name for name, codec in CODECS.items()}
+        other = ours.get((named, pixels), wanted.codec)
+        if other != wanted.codec:
+            raise self._refused(f"was made with codec {other} and codec is {wanted.codec}", "use the same codec")
+        if named != wanted.kind.named:
+            raise self._refused("was made by another encoder", "keep its settings")
         if (stream.width, stream.height) != (wanted.width, wanted.height):
             raise self._refused(
                 f"is {stream.width}x{stream.height} and the new frames are {wanted.width}x{wanted.height}",
@@ -44,10 +51,10 @@ class Prefix:
         looked_at = [packet for _, packet in zip(range(_LOOKED_AT), packets(container, stream), strict=False)]
         if rate := self._other_rate(looked_at):
             raise self._refused(f"has {rate:.6g} fps and fps is {float(wanted.rate):.6g}", "use the same fps")
-        sets = parameter_sets(stream.codec_context.extradata)
-        for matrix in (BT709, UNSPECIFIED):
+        own = signature(wanted.kind.named, stream.codec_context.extradata)
+        for matrix in (BT709, UNSPECIFIED) if wanted.codec == "h264" else (BT709,):
             encoding = replace(wanted, matrix=matrix)
-            if encoding.parameter_sets() == sets:
+            if encoding.signature() == own:
                 return encoding
         quality = quality_of(bytes(looked_at[0])) if looked_at else ""
         if quality and float(quality) != wanted.quality:
@@ -79,14 +86,15 @@ class Prefix:
         with av.open(str(self.source)) as container:
             stream = container.streams.video[0]
             # An mp4 holds NAL units by length; an encoder's packets, which the target expects, by start code.
-            to_start_codes = BitStreamFilterContext("h264_mp4toannexb", stream)
+            name = self.encoding.kind.to_start_codes
+            to_start_codes = BitStreamFilterContext(name, stream) if name else None
             for packet in packets(container, stream):
                 if seen == self.frames:
                     break
                 first = packet.pts if first is None else first
                 if not self._in_time(seen, packet, first):
                     raise self._refused(f"changes its speed at frame {seen}", "keep the video as it was written")
-                for converted in to_start_codes.filter(packet):
+                for converted in to_start_codes.filter(packet) if to_start_codes else [packet]:
                     picture(converted)
                 seen += 1
         if seen < self.frames:
@@ -99,6 +107,11 @@ class Prefix:
             pictures, end = container.streams.video[0], self.frames / self.rate
             others = [t for t in container.streams if t.index != pictures.index and can_be_copied(t)]
             yield others, (p for p in packets(container, *others) if p.dts * p.time_base < end)
+
+
+def _decoders_name(name: str) -> str:
+    """What a decoder decodes: AV1 has several."""
+    return "av1" if "av1" in name or "dav1d" in name else name
 
 
 def packets(container: av.container.InputContainer, *streams: av.stream.Stream) -> Iterator[av.Packet]:

@@ -1,8 +1,9 @@
-"""Frames to an mp4 as they come, so that a killed process leaves a file that plays.
+"""Frames to a video file as they come, so that a killed process leaves a file that plays.
 
-While it grows, the file is a fragmented mp4 with one fragment a frame, each flushed as it is written, from an
+While it grows, the file is a fragmented mp4 or mov with one fragment a frame, each flushed as it is written, from an
 encoder that holds nothing back (no B-frames, no lookahead): all frames but at most the last decode. `close` remuxes
-it, without re-encoding, to a plain mp4 whose index comes first; where that fails, the fragmented file stays.
+it, without re-encoding, to a plain one whose index comes first; where that fails, the fragmented file stays. A Matroska
+file grows by a cluster a frame, and is finished where it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import heapq
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -23,30 +23,26 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 from ..files.whole_file import HIDDEN, not_written, sync_file, whole_file
-from .colour import frame_of
 from .encoder import CODECS, Encoding
 from .join import Prefix, copied_track, packets
 
-__all__ = ["CODECS", "VideoSink", "remux", "to_bytes"]
+__all__ = ["CODECS", "VideoSink", "remux"]
 
 log = logging.getLogger("adastate")
 _GROWING = {
     "movflags": "frag_every_frame+empty_moov+default_base_moof+use_metadata_tags",
     "flush_packets": "1",
 }
+# no cluster is larger than a frame
+_GROWING_MATROSKA = {"flush_packets": "1", "cluster_time_limit": "1", "cluster_size_limit": "1"}
 _FINISHED = {"movflags": "faststart+use_metadata_tags"}
-
-
-def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
-    """[..., 3] float in 0..1 to uint8 on the CPU, as the host's own savers do it (cut off, not rounded)."""
-    return (pictures.float() * 255).clamp(0, 255).to(torch.uint8).cpu()
 
 
 class VideoSink:
     """One growing video. `write` chunks of frames, `close` at the end; also a context manager, which after an exception
     only stops. `warning` is a sentence about what `close` could not do, or empty.
 
-    `quality` is the encoder's constant rate factor (0 best .. 51). `metadata` is written before the first packet:
+    `quality` is the encoder's constant rate factor (0 best .. 51), where it has one. `metadata` is written before the first packet:
     strings as they are, all else as JSON, as the host's savers embed `workflow` and `prompt`. `prefix` is a video of
     the same encoder whose first `prefix_frames` frames are copied in front, with `on_copied`, which may raise, after each.
     """
@@ -66,13 +62,15 @@ class VideoSink:
     ) -> None:
         encoding = Encoding(width, height, Fraction(fps).limit_denominator(1001), codec, quality)
         before = None if prefix is None else Prefix(Path(prefix), prefix_frames, encoding)
-        self._matrix = (before.encoding if before else encoding).matrix
+        self._encoding, self._metadata = before.encoding if before else encoding, metadata
+        self.takes, container = encoding.kind.takes, encoding.kind.container
         self.path, self.frames, self._sent, self.warning = Path(path), 0, 0, ""
         self._beside = before if before and before.has_others else None
-        self._container = av.open(str(self.path), "w", format="mp4", options=dict(_GROWING))
+        growing = _GROWING_MATROSKA if container == "matroska" else _GROWING
+        self._container = av.open(str(self.path), "w", format=container, options=dict(growing))
         for name, value in (metadata or {}).items():
             self._container.metadata[name] = value if isinstance(value, str) else json.dumps(value)
-        self._stream = replace(encoding, matrix=self._matrix).add_to(self._container)
+        self._stream = self._encoding.add_to(self._container)
         self._converter = VideoReformatter()
         if before is not None:
             try:
@@ -83,6 +81,16 @@ class VideoSink:
                     self._container.close()
                 raise
         self._sent = self.frames
+
+    def again(self, path: Path | str, frames: int, on_copied: Callable[[], None] | None = None) -> VideoSink:
+        """Another file like this one over its first `frames` frames, which are copied out of it while it is open; this one stays
+        as it is. ValueError where they are not all on the disk yet."""
+        of, metadata = self._encoding, self._metadata
+        made = VideoSink(
+            path, of.width, of.height, of.rate, of.codec, of.quality, metadata, self.path, frames, on_copied
+        )
+        made._beside = self._beside
+        return made
 
     def __enter__(self) -> VideoSink:
         return self
@@ -113,9 +121,9 @@ class VideoSink:
         self.frames += 1
 
     def write(self, pictures: torch.Tensor) -> None:
-        """Append uint8 [t, height, width, 3]; the first of them becomes a keyframe."""
+        """Append [t, height, width, 3] in the form that it takes; the first of them becomes a keyframe."""
         for i, picture in enumerate(pictures.numpy()):
-            frame = frame_of(picture, self._matrix, self._converter)
+            frame = self._encoding.frame_of(picture, self._converter)
             frame.pts, frame.time_base = self._sent, self._stream.codec_context.time_base
             self._sent += 1
             frame.pict_type = av.video.frame.PictureType.I if i == 0 else av.video.frame.PictureType.NONE
@@ -139,7 +147,7 @@ class VideoSink:
         self.sync()
 
     def close(self) -> Path:
-        """End the file and remux it to a plain mp4 with its index in front; a failure becomes `warning`."""
+        """End the file and remux it to a plain one with its index in front; a failure becomes `warning`."""
         if self._container is None:
             return self.path
         try:
@@ -149,10 +157,15 @@ class VideoSink:
                 f"the end of {self.path.name} could not be written ({_why(error)}), so its last frame may be missing"
             )
             return self.path
+        self.rewrite()
+        return self.path
+
+    def rewrite(self) -> None:
+        """After `stop`: remux the file; a failure becomes `warning`."""
         try:
             if self._beside is not None and self.frames:
                 self._rewrite_with_others()
-            elif self.frames:
+            elif self.frames and self._encoding.kind.container != "matroska":
                 remux(self.path)
         except Exception as error:  # noqa: BLE001  the file is whole and plays without it
             if self.path.exists():
@@ -160,7 +173,6 @@ class VideoSink:
             else:
                 left = "it was moved or removed while it was written; its frames are where it is now, in fragments"
             self._warn(f"{self.path.name} could not be rewritten with its index in front ({_why(error)}): {left}")
-        return self.path
 
     def _rewrite_with_others(self) -> None:
         """Remux together with the sound and all else of the joined file; where that fails, a warning, and without."""
@@ -168,7 +180,8 @@ class VideoSink:
         try:
             remux(self.path, self._beside)
         except Exception as error:  # noqa: BLE001  the pictures are in the file
-            remux(self.path)
+            if self._encoding.kind.container != "matroska":
+                remux(self.path)
             self._warn(f"sound and other tracks of {source} could not be taken along ({_why(error)})")
         else:
             if left_out:
@@ -185,7 +198,7 @@ def _why(error: Exception) -> str:
 
 
 def remux(path: Path, beside: Prefix | None = None) -> None:
-    """Rewrite a fragmented mp4 in place as a plain one with its index first, all tracks, clocks and metadata unchanged.
+    """Rewrite a growing file in place as a plain one with its index first, all tracks, clocks and metadata unchanged.
 
     `beside`: the other tracks of an earlier video are put beside those of the file. The new file takes the old one's place
     only when it was opened again and its first and its last frames decoded. Else an OSError, a ValueError or one of PyAV's
@@ -197,25 +210,47 @@ def remux(path: Path, beside: Prefix | None = None) -> None:
 
 
 def _rewrite(path: Path, new: Path, beside: Prefix | None) -> list[int]:
-    """Copy all tracks' packets to a plain mp4; how many of each."""
+    """Copy all tracks' packets to a plain file of the same container; how many of each."""
     others = contextlib.nullcontext(([], ())) if beside is None else beside.other_tracks()
     with av.open(str(path)) as source, others as (tracks_beside, packets_beside):
-        clock = {"video_track_timescale": str(source.streams.video[0].time_base.denominator)}
-        with av.open(str(new), "w", format="mp4", options=_FINISHED | clock) as target:
+        with av.open(str(new), "w", format=_container_of(source), options=_finished(source)) as target:
             for name, value in source.metadata.items():
                 target.metadata[name] = value
             own = [copied_track(target, track) for track in source.streams]
             more = {track.index: copied_track(target, track) for track in tracks_beside}
             counts = [0] * (len(own) + len(more))
+            lasting = own[source.streams.video[0].index].index, _frame_ticks(source.streams.video[0])
             streams = (
                 ((own[p.stream.index], p) for p in packets(source)),
                 ((more[p.stream.index], p) for p in packets_beside),
             )
             for stream, packet in heapq.merge(*streams, key=lambda pair: pair[1].dts * pair[1].time_base):
                 counts[stream.index] += 1
+                if not packet.duration and stream.index == lasting[0]:
+                    packet.duration = lasting[1]
                 packet.stream = stream
                 target.mux(packet)
     return counts
+
+
+def _frame_ticks(track: av.VideoStream) -> int:
+    """How long a frame lasts, in the track's time base. PyAV before 16 reads no duration in fragments of ProRes, and a last frame
+    that lasts for nothing is behind the end of the finished file."""
+    return round(1 / (track.guessed_rate * track.time_base)) if track.guessed_rate else 0
+
+
+def _container_of(source: av.container.InputContainer) -> str:
+    """The name of its container for a writer; a reader's is a list of all that it reads."""
+    if "matroska" in source.format.name:
+        return "matroska"
+    # of the two brands that are written, "qt" is the one of mov
+    return "mov" if source.metadata.get("major_brand", "").strip() == "qt" else "mp4"
+
+
+def _finished(source: av.container.InputContainer) -> dict[str, str]:
+    if _container_of(source) == "matroska":
+        return {}
+    return _FINISHED | {"video_track_timescale": str(source.streams.video[0].time_base.denominator)}
 
 
 def _require_whole(path: Path, counts: list[int]) -> None:
@@ -223,6 +258,8 @@ def _require_whole(path: Path, counts: list[int]) -> None:
     with av.open(str(path)) as container:
         stream, held_frames = container.streams.video[0], [track.frames for track in container.streams]
         first = next(container.decode(stream), None)
+        if stream.duration is None:  # Matroska, which counts neither
+            return
         container.seek(stream.duration, stream=stream)
         last = [packet.decode() for packet in container.demux(stream)]  # from the last keyframe on
         # a subtitle's track has more: the pauses between its lines

@@ -82,6 +82,8 @@ def _check_bounds(values: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {value}; it must be between {bound.least:g} and {bound.most:g}")
     if values.get("positions", "packed") not in POSITION_MODES:
         raise ValueError(f"positions is {values['positions']!r}; it must be one of {', '.join(POSITION_MODES)}")
+    if any(not 0 < level <= 1 for level in values.get("levels", ())):
+        raise ValueError(f"levels are {list(values['levels'])}; each must lie in (0, 1]")
     for name in ("timesteps", "first_timesteps"):
         if any(not 0 < t <= 1000 for t in values.get(name, ())):
             raise ValueError(f"{name} are {list(values[name])}; each must lie in (0, 1000]")

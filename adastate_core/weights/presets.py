@@ -1,7 +1,8 @@
 """The public causal systems on Wan 2.1, as settings of this pack's rollout.
 
-Each is what that system's own inference does, by its published code: step list, chunk, window, anchor, positions. In
-their words local_attn_size = anchor + window + chunk. Numbers are defaults: what a user or a file says wins.
+Each is that system's step list, chunk, window, anchor and positions; `compared_chunks` says over how many chunks a rollout by it is
+compared with a loop that is written from the published code (docs/systems.md), and the note says where it differs. In their words
+local_attn_size = anchor + window + chunk. Numbers are defaults: what a user or a file says wins.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..anchors import Anchor, AnchorDeep, AnchorEMA, AnchorMemory, AnchorReplay, AnchorStatic
+from ..anchors import Anchor, AnchorAdaptive, AnchorDeep, AnchorEMA, AnchorMemory, AnchorReplay, AnchorStatic
+from ..cache.one_pass import goes_with
 from ..schedules.schedule import Schedule
 
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
@@ -20,12 +22,20 @@ TRAINED_FRAMES = 21
 
 @dataclass(frozen=True)
 class Preset:
-    """One system. `timesteps` are unshifted, of 1000; `first_timesteps` those of the first chunk where it has its own.
+    """One system. `timesteps` are unshifted, of 1000; `first_timesteps` those of the first chunk where it has its own. Without
+    `warp` they are what the model is told, at the noise `levels` (empty: timesteps / 1000).
 
     `blocks` chunks are denoised together at rising noise (Rolling Forcing; 1 elsewhere). Every `restart_frames` latent
     frames the cache is emptied and the last `overlap_frames` are put back first (CausVid; 0: never). `longer` says what
-    to use beyond `trained_frames`, and is empty where the system is made for any length. `names` are regular expressions,
-    one of which is found in the lower-case path of a file with such weights; `sampler` is one of schedule.SAMPLERS.
+    to use beyond `trained_frames`, and is empty where the system is made for any length; `longer_positions` are the positions with
+    which it is made for any. `names` are regular expressions, one of which is found in the lower-case path of a file with such
+    weights; `sampler` is one of schedule.SAMPLERS.
+    `shares_window`: the blocks take their room from the window, which shrinks with them at the end of the video unless
+    another ending is asked for (spec.RolloutSpec).
+    `one_pass_recache`: a recache is one pass over all that is made again, not one a chunk (spec.RolloutSpec).
+    `remade`, one of spec.REMADE: no cache outlives a chunk. `cached` is then the system with a past that is cached from chunk to
+    chunk, for what does not go with the other: an anchor or absorption of one's own, absolute positions, a state of before.
+    `compared_chunks`: over so many the pack's tests compare it with the system's published loop.
     """
 
     name: str
@@ -44,16 +54,25 @@ class Preset:
     overlap_frames: int = 0
     trained_frames: int = TRAINED_FRAMES
     longer: str = ""
+    longer_positions: str = ""
     files: tuple[str, ...] = ()
     note: str = ""
     names: tuple[str, ...] = ()
     sampler: str = "renoising"
+    shares_window: bool = False
+    one_pass_recache: bool = False
+    levels: tuple[float, ...] = ()
+    compared_chunks: int = 0
+    remade: str = ""
+    cached: Preset | None = None
 
     @property
     def schedule(self) -> Schedule:
-        """The steps; a list that is not to be warped is meant as sigmas of 1000."""
+        """The steps; a list that is not to be warped is what the model is told."""
         if self.warp:
             schedule = Schedule.warped(self.timesteps, self.shift, self.first_timesteps)
+        elif self.levels:
+            schedule = Schedule(self.levels, told=self.timesteps)
         else:
             schedule = Schedule(tuple(t / 1000 for t in self.timesteps))
         return replace(schedule, sampler=self.sampler)
@@ -69,14 +88,17 @@ class Preset:
             "preset": self.name,
         }
 
-    def describe(self) -> str:
-        """A few lines for people."""
+    def describe(self, ending: str = "as published", keep_first_frame: bool = False) -> str:
+        """A few lines for people; `ending` is one of spec.ENDINGS, and `keep_first_frame` for a past that is made anew."""
         sigmas = ", ".join(f"{sigma:.4g}" for sigma in self.schedule.sigmas)
         lines = [
             f"{self.title} ({self.source})",
             f"noise levels {sigmas}; {self.chunk_frames} latent frames a chunk; window {self.window_frames}; "
             f"anchor {self.anchor.kind} ({self.anchor.frames} frames); {self.positions} positions",
         ]
+        if self.schedule.told:
+            told = ", ".join(f"{timestep:.4g}" for timestep in self.schedule.told)
+            lines.append(f"the model is told the timesteps {told}")
         if self.first_timesteps:
             first = ", ".join(f"{sigma:.4g}" for sigma in self.schedule.first_sigmas)
             lines.append(f"the first chunk has noise levels {first}")
@@ -84,14 +106,52 @@ class Preset:
             lines.append(f"between its steps it uses the sampler {self.sampler}")
         if self.blocks > 1:
             lines.append(f"{self.blocks} chunks are denoised together at rising noise")
+        if self.shares_window:
+            room = self.window_frames + self.chunk_frames
+            past = max(0, room - self.anchor.frames - self.blocks * self.chunk_frames)
+            end = "they stay under way" if ending == "open" else "no chunk enters, and the window shrinks"
+            lines.append(
+                f"a pass has room for {room} frames: the anchor, the newest {past} past ones and those under way; the clean pass "
+                f"reads the newest {self.window_frames}. At the end of the video {end}"
+            )
         if self.restart_frames:
             lines.append(f"starts afresh every {self.restart_frames} latent frames over {self.overlap_frames} old ones")
+        if self.one_pass_recache and goes_with(self.anchor):
+            later = self.window_frames + self.chunk_frames
+            lines.append(
+                f"a recache is one pass over frames that all see each other: over all, the anchor's among them, while there are no "
+                f"more than {self.anchor.frames + later}, and over the newest {later} afterwards"
+            )
+        if self.remade:
+            lines.append(self._remade_words("first" if keep_first_frame else self.remade))
+        if self.compared_chunks:
+            lines.append(f"equal to its published loop within 1e-4 over {self.compared_chunks} chunks")
         return "\n".join([*lines, *([self.note] if self.note else []), *([self.longer] if self.longer else [])])
+
+    def _remade_words(self, remade: str) -> str:
+        """How the past comes about that is made anew."""
+        past = f"before every chunk but the first the network passes {self.window_frames} past frames once, alone and clean"
+        if remade == "first":
+            frames = f"the video's first and its newest {self.window_frames - 1}"
+        else:
+            frames = (
+                "the newest, the oldest of which is encoded anew from the third chunk on: its last picture, alone, if the "
+                "rollout's stream has a full VAE; without one its latent is taken"
+            )
+        return f"no cache outlives a chunk: {past}; no clean pass follows a chunk. The past frames are {frames}"
 
 
 _ROLLS = "for more than 81 frames use the preset infinity_rope, memrope or reward_forcing, or another anchor"
-_SELF = dict(files=("self_forcing_dmd.pt",), longer=_ROLLS)
-_FRAMEWISE = dict(chunk_frames=1, window_frames=20, longer=_ROLLS)
+# the levels of a table of 1000 at shift 8 that lie nearest to CausVid's timesteps
+_CAUSVID_LEVELS = Schedule.warped((1000.0, 280.0, 120.0), 8.0).sigmas
+_SELF = dict(files=("self_forcing_dmd.pt",), longer=_ROLLS, compared_chunks=12)
+_FRAMEWISE = dict(chunk_frames=1, window_frames=20, longer=_ROLLS, compared_chunks=30)
+# the last pass is told 0 and takes off the last noise level of a table of 1000
+_KREA_TOLD = (1000.0, 937.5, 2500 / 3, 625.0, 0.0)
+_KREA_LEVELS = (*Schedule.warped(FOUR_STEPS, 5.0).sigmas, 0.005 / 1.004)
+_KREA = dict(name="krea_14b", title="Krea Realtime 14B", source="krea-ai/realtime-video", names=(r"krea",))
+# every chunk has the same positions, the first one included (the project page's "same positional structure")
+_STATE = dict(window_frames=3, positions="fixed", anchor=AnchorAdaptive(1))
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -99,7 +159,8 @@ PRESETS: dict[str, Preset] = {
         Preset("self_forcing", "Self-Forcing", "arXiv 2506.08009", names=(r"self.?forcing",), **_SELF),
         Preset(
             "causal_forcing", "Causal-Forcing, chunk-wise", "arXiv 2602.02214", names=(r"causal.?forcing|chunk.?wise",),
-            files=("chunkwise/causal_forcing.pt",), longer=_ROLLS,
+            files=("chunkwise/causal_forcing.pt",), longer=_ROLLS, compared_chunks=12,
+            note="of a file with generator and generator_ema its command takes generator",
         ),
         Preset(
             "causal_forcing_frame", "Causal-Forcing, frame-wise", "arXiv 2602.02214", names=(r"frame.?wise",),
@@ -118,44 +179,56 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "causvid", "CausVid, 3 steps with overlap", "arXiv 2412.07772", names=(r"caus.?vid",),
             timesteps=(1000.0, 757.0, 522.0), warp=False, shift=8.0, positions="packed", restart_frames=21, overlap_frames=3,
-            note="at a restart CausVid decodes and encodes the first overlapping picture again; here latents stay latents",
+            levels=_CAUSVID_LEVELS, compared_chunks=14,
+            note="at a restart CausVid decodes and encodes the first overlapping picture again; here, and in that comparison, "
+            "latents stay latents; its command takes generator of the file",
         ),
         Preset(
             "longlive", "LongLive", "arXiv 2509.22622", names=(r"long.?live",),
             window_frames=6, anchor=AnchorStatic(3), files=("longlive_base.pt", "lora.pt"), trained_frames=240,
-            note="longlive_base.pt wants its LoRA (rank 256): put Load Causal LoRA between the loader and the rollout",
+            compared_chunks=12, one_pass_recache=True,
+            note="longlive_base.pt wants its LoRA (rank 256): put Load Causal LoRA between the loader and the rollout; its command "
+            "takes generator of a file that has generator_ema, too",
+            longer="for more than 957 frames set positions to packed, which is LongLive's infinite mode", longer_positions="packed",
         ),
         Preset(
             "rolling_forcing", "Rolling Forcing", "arXiv 2509.25161", names=(r"rolling.?forcing|longvideo",),
-            timesteps=(1000.0, 800.0, 600.0, 400.0, 200.0), window_frames=3, positions="packed",
-            anchor=AnchorStatic(3), blocks=5, files=("rolling_forcing_dmd.pt", "chunkwise/longvideo.pt"),
-            note="its own clean pass sees 18 past frames and no anchor; here it sees what the noisy pass sees",
+            timesteps=(1000.0, 800.0, 600.0, 400.0, 200.0), positions="packed",
+            anchor=AnchorStatic(3), blocks=5, shares_window=True, files=("rolling_forcing_dmd.pt", "chunkwise/longvideo.pt"),
+            note="equals its published loop to 1e-4 over 13 chunks, the end included",
         ),
         Preset(
             "reward_forcing", "Reward Forcing", "arXiv 2512.04678", names=(r"reward.?forcing",),
-            window_frames=3, positions="packed", anchor=AnchorEMA(3, 0.999),
+            window_frames=3, positions="packed", anchor=AnchorEMA(3, 0.999), compared_chunks=12,
         ),
         Preset(
             "infinity_rope", "Infinity-RoPE, on Self-Forcing weights", "arXiv 2511.20649", names=(r"infinity.?rope",),
-            window_frames=2, positions="packed", anchor=AnchorStatic(1),
+            window_frames=2, positions="packed", anchor=AnchorStatic(1), compared_chunks=12,
         ),
         Preset(
             "memrope", "MemRoPE, on Self-Forcing or LongLive weights", "Kim et al. 2026", names=(r"memrope",),
-            window_frames=4, positions="packed", anchor=AnchorMemory(3),
-            note="its own memories begin a chunk later: until then two more frames stay in their place",
+            window_frames=4, positions="packed", anchor=AnchorMemory(3), compared_chunks=12,
+            note="on LongLive's weights its command takes generator and the LoRA, on Self-Forcing's generator_ema",
         ),
         Preset(
             "rolling_sink", "Rolling Sink, on Self-Forcing weights", "arXiv 2602.07775", names=(r"rolling.?sink",),
-            anchor=AnchorReplay(21),
+            anchor=AnchorReplay(21), compared_chunks=20,
         ),
         Preset(
             "deep_forcing", "Deep Forcing, on Self-Forcing weights", "arXiv 2512.05081", names=(r"deep.?forcing|deep.?sink",),
             window_frames=8, positions="packed", anchor=AnchorDeep(),
-            note="chosen tokens are moved in time, as in the paper; the authors' code leaves them: shift_selected off",
+            note="the paper's rule; for that of the authors' code connect Anchor: Deep Sink with shift_selected off",
         ),
         Preset(
-            "krea_14b", "Krea Realtime 14B", "its model card", names=(r"krea",),
-            note="14 B: plan the cache first (1.19 GiB a latent frame at 832x480 in bf16)", longer=_ROLLS,
+            **_KREA, timesteps=_KREA_TOLD, warp=False, levels=_KREA_LEVELS, window_frames=3, positions="packed", remade="newest",
+            compared_chunks=12, cached=Preset(**_KREA, longer=_ROLLS),
+            note="that comparison is made with the picture and with the latent in its place; 14 B: plan the memory first (a latent "
+            "frame takes 1.19 GiB at 832x480 in bf16)",
+        ),
+        Preset("adastate", "AdaState", "arXiv 2605.30349", names=(r"ada.?state",), **_STATE),
+        Preset(
+            "adastate_long", "AdaState, trained with horizon weight 4", "arXiv 2605.30349", names=(r"ada.?state.*(long|alpha.?4)",),
+            note="its page names these weights for 30 s and longer; they roll out by the same rules as the others", **_STATE,
         ),
     )
 }  # fmt: skip
@@ -190,6 +263,8 @@ def preset(name: str) -> Preset:
 
 # those whose names are looked for in a file's path, most telling first: a name of one may hold that of another
 _TELLING = (
+    "adastate_long",
+    "adastate",
     "krea_14b",
     "causal_forcing_frame_1step",
     "causal_forcing_frame_2step",

@@ -229,19 +229,21 @@ def fetch_named(server: str, name: str, folder: Path) -> Path:
 
 
 def outcome(entry: dict | None, report: dict | None) -> tuple[str, bool]:
-    """How a prompt ended, in words, and whether its video is whole."""
+    """How a prompt ended, in words, and whether its video is whole; one of length 0 is as long as it was when it was stopped."""
     reason = failure(entry)
     if report is None:
         return reason or "done", not reason
+    place = f"at frame {report['frames_total']}" + (f" of {report['length']}" if report["length"] else "")
     words = {
         "whole": reason or "done",
-        "stopped": f"stopped at frame {report['frames_total']} of {report['length']}",
-        "interrupted": f"interrupted at frame {report['frames_total']} of {report['length']}",
+        "stopped": f"stopped {place}",
+        "interrupted": f"interrupted {place}",
         "failed": f"{report['error']['type']}: {report['error']['message']}" if report["error"] else "",
     }[report["ended"]]
     if report["ended"] != "whole" and report["state"]:
         words += f"; goes on from {report['state']}"
-    return words, report["ended"] == "whole" and not reason
+    whole = report["ended"] == "whole" or (report["ended"] == "stopped" and not report["length"])
+    return words, whole and not reason
 
 
 def stop(server: str, prompt_id: str) -> None:

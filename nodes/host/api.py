@@ -22,6 +22,7 @@ __all__ = [
     "Prompts",
     "State",
     "Stream",
+    "InterpModel",
 ]
 
 Absorption = io.Custom("ADASTATE_ABSORPTION")
@@ -29,6 +30,8 @@ Anchor = io.Custom("ADASTATE_ANCHOR")
 Prompts = io.Custom("ADASTATE_PROMPTS")
 State = io.Custom("ADASTATE_STATE")
 Stream = io.Custom("ADASTATE_STREAM")
+# the host's own type, on hosts that have frame interpolation; elsewhere nothing can be connected to it
+InterpModel = io.Custom("INTERP_MODEL")
 
 _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 

@@ -16,8 +16,8 @@ import folder_paths
 import torch
 
 from ...adastate_core.weights.checkpoints import Checkpoint, open_checkpoint, own_metadata
+from ...adastate_core.weights.presets import PRESETS, recognised
 from ...adastate_core.weights.presets import preset as named_preset
-from ...adastate_core.weights.presets import recognised
 from ...adastate_core.weights.wan_weights import QUANTIZATION_KEY
 from .model import fingerprint
 from .refusals import NOTES_KEY, check_model
@@ -41,9 +41,10 @@ WEIGHT_DTYPES = {
 def rollout_defaults(patcher: Any) -> dict[str, Any] | None:
     """The rollout settings in the metadata of the file that `patcher` was loaded from, or None.
 
-    Keys: steps, shift, chunk_frames, window_frames, positions, state_frames, state_after_past (each optional), and
-    fingerprints: one for each dtype that the host may load the file in. `preset` names one of weights/presets.py. What a node of
-    this pack put on the model wins; empty, it means that nothing of the file's is to be followed.
+    Keys: steps, shift, chunk_frames, window_frames, positions, state_frames, state_after_past, ending, keep_first_frame (each
+    optional), and fingerprints: one for each dtype that the host may load the file in. `preset` names one of
+    weights/presets.py. What a node of this pack put on the model wins; empty, it means that nothing of the file's is to be
+    followed.
     """
     if DEFAULTS_KEY in patcher.model_options:
         return patcher.model_options[DEFAULTS_KEY] or None
@@ -144,8 +145,19 @@ def notes_of(patcher: Any) -> list[str]:
     return list(patcher.model_options.get(NOTES_KEY, ()))
 
 
-def with_preset(patcher: Any, name: str) -> Any:
-    """A clone of a MODEL that is to be rolled out by the preset's rules."""
+def with_preset(patcher: Any, name: str, ending: str, keep_first_frame: bool = False) -> Any:
+    """A clone of a MODEL that is to be rolled out by the preset's rules, to end so (one of spec.ENDINGS), and with a past that
+    begins with the first frame if `keep_first_frame`. ValueError for that where the past is not made anew before every chunk."""
+    preset = named_preset(name)
+    if keep_first_frame and not preset.remade:
+        others = ", ".join(other.name for other in PRESETS.values() if other.remade)
+        together = "denoises chunks together and " if preset.blocks > 1 else ""
+        raise ValueError(
+            f"keep_first_frame is on, and {preset.title} {together}caches its past from chunk to chunk; turn it off, connect "
+            f"Anchor: Static for the first frame, or choose {others}"
+        )
     clone = patcher.clone()
-    clone.model_options[DEFAULTS_KEY] = named_preset(name).settings()
+    clone.model_options[DEFAULTS_KEY] = preset.settings() | {"ending": ending}
+    if keep_first_frame:
+        clone.model_options[DEFAULTS_KEY]["keep_first_frame"] = True
     return clone

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import comfy.latent_formats
@@ -12,14 +15,21 @@ from ...adastate_core.decode import tiny_vae as taehv_stream
 from ...adastate_core.decode import wan_vae as vae_stream
 from ...adastate_core.decode.tiny_vae import TaehvStream
 from ...adastate_core.decode.wan_vae import NonFinitePicturesError, VaeStream
+from ...adastate_core.decode.ways import FAST, PLAIN, WAY, way_of
 from ...adastate_core.families.wan21 import WAN21_TEXT
+from ...adastate_core.video.decoded_stream import old_caches
+from ...adastate_core.video.picture_forms import in_form
+from .fast_vae import FastVae, stood_in, why_not
 
 LATENT_SPACES = ("auto", "vae", "model")
 # the decoders are of one family's VAEs
 FAMILY = WAN21_TEXT
 SPACE = FAMILY.space
 _FULL, _TINY = FAMILY.vae_classes["full"], FAMILY.vae_classes["tiny"]
+_AT_ONCE = 2**22  # values that are made pictures of together
 _HOW = "(start ComfyUI with --fp32-vae or --bf16-vae)"
+# latents a call of a tiny VAE on CUDA, the fast way: as many as a chunk has with nearly every model
+_TINY_AT_ONCE = 3
 _WORDS = {None: "a full Wan 2.1 VAE", taehv_stream.KIND: "a tiny VAE"}
 
 
@@ -65,30 +75,91 @@ def encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
     return latents
 
 
+def encode_alone(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, H, W, 3] float32 in 0..1, one a video, to latents [B, 16, 1, H / 8, W / 8] in VAE space, float32 on the CPU:
+    the bits of VAE Encode of each.
+
+    The VAE has to be on its device: it is not loaded for this, which could move a model out that is loaded beside it.
+    NonFinitePicturesError if they are not finite.
+    """
+    made = []
+    with torch.no_grad():
+        for picture in pictures:
+            pixels = vae.process_input(picture.movedim(-1, 0)[None, :, None]).to(vae.vae_dtype).to(vae.device)
+            made.append(vae.first_stage_model.encode(pixels).float().cpu())
+    latents = torch.cat(made)
+    if not bool(torch.isfinite(latents).all()):
+        raise NonFinitePicturesError(
+            f"the VAE gave NaN or infinite values for a picture that it encodes anew; run it in float32 or bfloat16 {_HOW}, or "
+            "load another one"
+        )
+    return latents
+
+
 class HostDecoder:
     """One stream of latents to pictures through the host's VAE, in its dtype, on its device.
 
     A tiny VAE is fed what `latent_space` says: latents in VAE space, or in the model's (normalised).
+
+    The plain way runs the VAE's own modules and gives VAE Decode's bits. The fast way gives its pictures to rounding, and the same
+    bits however a video is split: a full VAE with stand-ins for its layers (fast_vae.py), a tiny one on CUDA with more latents a
+    call. Where it cannot be gone, `why_plain` says why, and the plain one is.
     """
 
-    def __init__(self, vae: Any, frames_per_call: int = 1, latent_space: str = "auto") -> None:
+    def __init__(self, vae: Any, frames_per_call: int = 1, latent_space: str = "auto", fast: bool = False) -> None:
         check_vae(vae)
         self.vae, self.tiny = vae, type(vae.first_stage_model).__name__ == _TINY
         self.model_space = _takes_model_space(vae, self.tiny, latent_space)
+        self.frames_per_call = frames_per_call
         if self.tiny:
             self.stream = TaehvStream(vae.first_stage_model.decoder, frames_per_call)
         else:
             self.stream = VaeStream(vae.first_stage_model, frames_per_call)
+        # the last pictures [B, H, W, 3] float32 on the CPU of latent frames that somebody asked for
+        self.kept_pictures: dict[int, torch.Tensor] = {}
+        self._kept_frames: tuple[int, ...] = ()
+        self.way, self.why_plain, self._fast = PLAIN, "the plain way was asked for", None
+        if fast:
+            self.why_plain = _why_tiny_plain(vae) if self.tiny else why_not(vae)
+            self._go(PLAIN if self.why_plain else FAST)
+
+    def _go(self, way: str) -> None:
+        """Decode this way from now on; the fast one only where nothing speaks against it."""
+        fast = way == FAST
+        if self.tiny:
+            self.stream.frames_per_call = max(self.frames_per_call, _TINY_AT_ONCE) if fast else self.frames_per_call
+        else:
+            self._fast = (self._fast or FastVae(self.vae)) if fast else None
+            self.stream.layout = torch.channels_last_3d if fast else None
+        self.way = way
+
+    @property
+    def latents_a_call(self) -> int:
+        """Latents that a call of the decoder takes at most."""
+        return self.stream.frames_per_call
+
+    def another(self) -> HostDecoder:
+        """A decoder for another stream, the same way through the same VAE; where this one is loaded, so is that one."""
+        other = copy.copy(self)
+        other.stream = copy.copy(self.stream)
+        other.stream.reset()
+        other.kept_pictures, other._kept_frames = {}, ()
+        return other
 
     @property
     def patcher(self) -> Any:
-        """The model patcher to load beside others."""
-        return self.vae.patcher
+        """The model patcher to load beside others. Call `ready` after it was loaded."""
+        return self._fast.patcher if self._fast else self.vae.patcher
 
     def describe(self) -> str:
         """What decodes, for a report."""
         space = "model" if self.model_space else "VAE"
         return f"{_WORDS[self._kind]}, {space}-space latents"
+
+    @property
+    def described_way(self) -> str:
+        """Which way it decodes, for a report; of the plain one also why."""
+        return self.way if self.way == FAST else f"{PLAIN}: {self.why_plain}"
 
     def cache_bytes(self, batch: int, height: int, width: int) -> int:
         """Bytes that the carried cache will take, for latents [batch, 16, t, height, width]."""
@@ -96,20 +167,51 @@ class HostDecoder:
             return taehv_stream.cache_bytes(self.stream.decoder, height, width, batch, self.vae.vae_dtype)
         return vae_stream.cache_bytes(_width(self.vae), height, width, batch, self.vae.vae_dtype)
 
-    def working_bytes(self, batch: int, height: int, width: int) -> int:
-        """What a chunk's decode takes beside the cache: the host's reckoning for each item, and the cache before it."""
+    def working_bytes(self, batch: int, height: int, width: int, encodes: bool = False) -> int:
+        """What a chunk's decode takes beside the cache: the host's reckoning for each item, and the caches before it that a stream
+        keeps. `encodes`: pictures are encoded anew between two chunks, one at a time."""
         one = int(self.vae.memory_used_decode((1, SPACE.channels, 1, height, width), self.vae.vae_dtype))
         frames = self.stream.frames_per_call if self.tiny else 1
-        return batch * frames * one + self.cache_bytes(batch, height, width)
+        cache = self.cache_bytes(batch, height, width)
+        weights = self._fast.nbytes if self._fast else 0
+        most = max(batch * frames * one, self.encoding_bytes(height, width) if encodes else 0)
+        return most + old_caches(cache) * cache + weights
 
     def load(self, shape: torch.Size) -> None:
         """Bring the VAE to its device, with room for its cache. `shape` is that of the latents."""
         batch, height, width = shape[0], shape[3], shape[4]
         needed = self.cache_bytes(batch, height, width) + self.working_bytes(batch, height, width)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
+        self.ready(batch, height, width)
 
-    def step(self, latents: torch.Tensor) -> torch.Tensor:
+    def ready(self, batch: int, height: int, width: int, told: Callable[[int, int], None] | None = None) -> list[str]:
+        """After `patcher` was loaded: make ready for latents [batch, 16, t, height, width]. If the fast way then turns out not to
+        go, the plain one is gone, and a sentence says so. What is compiled, `told` hears of (done, of how many); it may raise."""
+        if self._fast is None:
+            return []
+        self._fast.ready(batch, height, width, self.stream.frames_per_call, told)
+        if not self._gave_up():
+            return []
+        comfy.model_management.load_models_gpu([self.patcher])
+        return [f"the VAE decodes the plain way, slower and with other last bits: {self.why_plain}"]
+
+    def _gave_up(self) -> bool:
+        """If what the fast way calls could not be compiled, go the plain one."""
+        failed = self._fast is not None and bool(self._fast.failed)
+        if failed:
+            self.why_plain = self._fast.failed
+            self._go(PLAIN)
+        return failed
+
+    def _in_place(self) -> bool:
+        """Whether the VAE's modules are those of this decoder's way; others may have been loaded since."""
+        return self._fast.in_place if self._fast else self.tiny or not stood_in(self.vae)
+
+    def step(self, latents: torch.Tensor, takes: str | None = None) -> torch.Tensor:
         """[B, 16, n, h, w] in VAE space to pictures [B, t, H, W, 3] float32 in 0..1 on the host's output device.
+
+        Or in a form that a sink `takes` (picture_forms.FORMS), the same values: on the VAE's device, where the VAE makes its output
+        as the host's own do.
 
         NonFinitePicturesError, with the stream as before, for NaN or infinity among them.
         """
@@ -119,11 +221,57 @@ class HostDecoder:
             else latents
         )
         moved = fed.to(self.vae.vae_dtype).to(self.vae.device)
+        if not self._in_place():
+            self.load(latents.shape)
         try:
-            pictures = self.stream.step(moved).to(self.vae.output_device).float()
+            pictures = self.stream.step(moved)
         except NonFinitePicturesError as error:
             raise NonFinitePicturesError(f"{error} {_HOW}") from None
-        return pictures if self.tiny else self.vae.process_output(pictures)
+        self._keep(pictures, latents.shape[2])
+        self._gave_up()
+        if takes is None or not self._any_device:
+            pictures = self._output(pictures.to(self.vae.output_device))
+            return pictures if takes is None else in_form(pictures, takes)
+        return _in_parts(pictures, lambda part: in_form(self._output(part), takes))
+
+    def keep_pictures_of(self, frames: Sequence[int]) -> None:
+        """Keep the last picture of these latent frames of the video in `kept_pictures` when they are decoded, and no others."""
+        self._kept_frames = tuple(frames)
+        self.kept_pictures = {frame: self.kept_pictures[frame] for frame in frames if frame in self.kept_pictures}
+
+    def _keep(self, pictures: torch.Tensor, latents: int) -> None:
+        """Of the decoder's `pictures` [B, t, H, W, 3] of so many newest latents. All but a video's first latent have as many."""
+        for frame in self._kept_frames:
+            behind = self.stream.latents_seen - 1 - frame
+            if 0 <= behind < latents:
+                last = pictures[:, pictures.shape[1] - 1 - SPACE.temporal_stride * behind]
+                output = self._output(last.to(self.vae.output_device)[:, None])[:, 0]
+                self.kept_pictures[frame] = output.float().to("cpu", copy=True)
+
+    def encoding_bytes(self, height: int, width: int) -> int:
+        """What encoding one picture of latent pixels [height, width] takes beside the weights, by the host's reckoning."""
+        shape = (1, 3, 1, SPACE.stride * height, SPACE.stride * width)
+        return int(self.vae.memory_used_encode(shape, self.vae.vae_dtype))
+
+    def _output(self, pictures: torch.Tensor) -> torch.Tensor:
+        """What the decoder gave, as float32 in 0..1."""
+        return pictures.float() if self.tiny else self.vae.process_output(pictures.float())
+
+    @cached_property
+    def _any_device(self) -> bool:
+        """Whether what makes pictures of the decoder's output gives the same on any device and for any part: nothing at all, or the
+        host's own (x + 1) / 2 within 0..1. Another VAE's is called as the host calls it."""
+        if self.tiny:
+            return True
+        probe = torch.randn(1, 3, 8, 16, 3, generator=torch.Generator().manual_seed(0)).to(self.vae.output_device)
+        expected = ((probe + 1) / 2).clamp(0, 1)
+        made = self.vae.process_output(probe)
+        return isinstance(made, torch.Tensor) and torch.equal(made, expected)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache that is carried."""
+        return self.stream.nbytes
 
     @property
     def reach(self) -> int | None:
@@ -142,12 +290,30 @@ class HostDecoder:
         self.stream.rewind(mark)
 
     def snapshot(self) -> dict[str, Any]:
-        return self.stream.snapshot()
+        """What a state keeps: the cache, and which way made it if it was not the plain one."""
+        return self.stream.snapshot() | ({} if self.way == PLAIN else {WAY: self.way})
 
     def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from a snapshot, the way that made it where that can be gone."""
         if reason := self.foreign(saved):
             raise ValueError(reason)
+        self.go_on(saved)
         self.stream.restore(saved, self.vae.device, self.vae.vae_dtype)
+
+    def go_on(self, saved: dict[str, Any]) -> list[str]:
+        """Before anything is loaded: go the way that made the cache in `saved`, if there is one that this decoder takes. Returns a
+        sentence if that cannot be done."""
+        if "vae_latents_seen" not in saved or self.foreign(saved):
+            return []
+        if way_of(saved) == PLAIN:
+            self.why_plain = "the state's video was decoded the plain way"
+            self._go(PLAIN)
+        elif self.way == PLAIN:
+            return [
+                f"the state's video was decoded the fast way, and here it goes on the plain way ({self.why_plain}): its pictures "
+                "differ in the last bits from those of one run"
+            ]
+        return []
 
     @property
     def _kind(self) -> str | None:
@@ -160,6 +326,12 @@ class HostDecoder:
             return None
         theirs = _WORDS.get(str(kind) if kind is not None else None, "another VAE")
         return f"the state's video was decoded by {theirs} and the vae connected is {_WORDS[self._kind]}"
+
+
+def _why_tiny_plain(vae: Any) -> str:
+    """Why a tiny VAE is not given more latents a call, or ""."""
+    device = vae.device.type
+    return "" if device == "cuda" else f"a tiny VAE on {device} is no faster with more latents a call"
 
 
 def _takes_model_space(vae: Any, tiny: bool, latent_space: str) -> bool:
@@ -177,6 +349,20 @@ def _takes_model_space(vae: Any, tiny: bool, latent_space: str) -> bool:
     if latent_space == "model":
         raise ValueError("latent_space is model, but a full Wan VAE takes VAE-space latents; choose auto")
     return False
+
+
+def _in_parts(pictures: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`make` of [B, t, H, W, 3], a few pictures at a time, so that what it takes on the way does not grow with their number."""
+    frames = max(1, _AT_ONCE // max(1, pictures[:, :1].numel()))
+    out: torch.Tensor | None = None
+    for at in range(0, pictures.shape[1], frames):
+        part = make(pictures[:, at : at + frames])
+        if part.shape[1] == pictures.shape[1]:
+            return part
+        if out is None:
+            out = torch.empty_like(pictures, dtype=part.dtype)
+        out[:, at : at + frames] = part
+    return out
 
 
 def _width(vae: Any) -> int:

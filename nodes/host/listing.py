@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ...adastate_core.files.whole_file import changes
+from .names import FRAMES_SUFFIX
 
 _KEPT_SECONDS = 3.0
 _MOST_LISTINGS = 8
@@ -67,6 +68,8 @@ def _files(root: str) -> Iterator[os.DirEntry[str]]:
                     continue
                 if not is_folder:
                     yield entry
+                elif entry.name.endswith(FRAMES_SUFFIX):
+                    continue  # thousands of pictures, and nothing that is saved
                 elif is_link:
                     linked.append((entry.path, ""))
                 else:

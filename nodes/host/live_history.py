@@ -45,6 +45,13 @@ class History:
                 self._chunks[chunk]["thumbnail"] = pictures[-1]["url"]
             self._pictures.extend({"chunk": chunk} | picture for picture in pictures)
 
+    def drop_from(self, chunk: int) -> None:
+        """Forget the chunks from number `chunk` on, and their pictures."""
+        with self._lock:
+            self._chunks = {number: told for number, told in self._chunks.items() if number < chunk}
+            kept = [picture for picture in self._pictures if picture["chunk"] < chunk]
+            self._pictures = deque(kept, maxlen=NEWEST_PICTURES)
+
     def _thin(self) -> None:
         """The newest chunk always stays; the one it follows goes if its number is not among those that are kept."""
         newest = max(self._chunks)

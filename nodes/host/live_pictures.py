@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ...adastate_core.measure.live_meters import LiveMeters
-from ...adastate_core.video.sink import to_bytes
+from ...adastate_core.video.picture_forms import to_bytes
 
 log = logging.getLogger("adastate")
 A_SECOND = 4  # pictures, on average
@@ -42,15 +42,15 @@ class Encoder:
         show_pictures: Callable[[int, list[dict[str, Any]], str | None], None],
     ) -> None:
         self._show, self._show_pictures = show, show_pictures
-        self._changed, self._closing = threading.Condition(), False
+        self._changed, self._closing, self._busy = threading.Condition(), False, False
         self._waiting: tuple[Facts, torch.Tensor, torch.Tensor | None] | None = None
         self._after: Callable[[], None] | None = None
         self._meters, self._allowed, self._asked = LiveMeters(), float(A_SECOND), time.monotonic()
         threading.Thread(target=self._work, name="adastate-live", daemon=True).start()
 
     def offer(self, facts: Facts, pictures: torch.Tensor, hidden: torch.Tensor | None = None) -> None:
-        """Hand over a chunk's facts (`chunk`, `first_frame` among them), frames [t, H, W, 3] in 0..1, never written to, and
-        perhaps a picture [h, w, 3] of the hidden state."""
+        """Hand over a chunk's facts (`chunk`, `first_frame` among them), frames [t, H, W, 3], bytes or in 0..1, never written to,
+        and perhaps a picture [h, w, 3] of the hidden state."""
         with self._changed:
             dropped, self._waiting = self._waiting, (facts, pictures, hidden)
             self._changed.notify()
@@ -63,11 +63,19 @@ class Encoder:
             self._after, self._closing = after, True
             self._changed.notify()
 
+    def drain(self, seconds: float) -> None:
+        """Wait until all that was offered is shown, at most so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is None and not self._busy, seconds)
+
     def _work(self) -> None:
         while True:
             with self._changed:
+                self._busy = False
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._waiting is not None or self._closing)
                 taken, self._waiting = self._waiting, None
+                self._busy = taken is not None
             if taken is None:
                 self._after()
                 return

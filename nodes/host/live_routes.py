@@ -3,6 +3,7 @@
 GET  /adastate/runs                          every rollout under way and the newest ended ones; ?client_id= for one client's
 GET  /adastate/runs/{prompt_id}/{node_id}    one of them with its chunks and newest pictures
 POST /adastate/timeline                      reads a prompt timeline, or writes one: see timeline_route.py
+POST /adastate/steer                         changes one while it is under way: see steer_route.py
 POST /adastate/stop                          {"prompt_id", "node_id"}: end it after the chunk under way and keep what there is
 """
 
@@ -12,6 +13,7 @@ from aiohttp import web
 
 from . import live_runs as live
 from .request_body import BodyError, parse_json, read_bytes
+from .steer_route import steer
 from .timeline_route import timeline
 
 STOP_BODY = 'the body must be JSON with "prompt_id" and "node_id"'
@@ -26,6 +28,7 @@ def add_routes() -> None:
         server.routes.get("/adastate/runs")(list_runs)
         server.routes.get("/adastate/runs/{prompt_id}/{node_id}")(show_run)
         server.routes.post("/adastate/stop")(stop_run)
+        server.routes.post("/adastate/steer")(steer)
 
 
 def refused(status: int, text: str) -> web.Response:

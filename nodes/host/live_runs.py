@@ -5,6 +5,7 @@ open socket; without one nothing more happens than that question, once a chunk. 
 
 adastate.start      the rollout begins: its seed, length and prompts
 adastate.chunk      numbers and meters of a chunk
+adastate.steered    what can be changed while it runs, what waits to be and what was: whenever that is another
 adastate.pictures   JPEGs of a chunk's frames, and perhaps one of its hidden state, as data URLs
 adastate.end        the rollout is over: how, and what it saved
 """
@@ -33,6 +34,7 @@ from .safely import attempt
 log = logging.getLogger("adastate")
 ENDED_RUNS = 8  # how many finished ones a page can still ask for
 _SPEED_CHUNKS = 8
+_DRAINED = 10.0  # seconds that pictures of chunks are waited for before they are forgotten
 # of a run's time that may go into pictures of its hidden state, and the seconds that time unwatched can save up for them
 _STATE_SHARE, _STATE_SAVED = 0.003, 0.1
 _lock = threading.Lock()
@@ -72,7 +74,9 @@ class LiveRun:
         self.place, self.workflow = place, workflow
         self.client = getattr(server, "client_id", None)
         self.display = display_id(place.node_id) if place is not None else ""
-        self.history, self.running, self.stopped = History(), True, False
+        self.history, self.running, self.stopped, self.paused = History(), True, False, False
+        # what may be asked of the run while it is under way (nodes/steering.py), once that is known
+        self.steering: Any = None
         self.about: dict[str, Any] = {}
         self.saved: dict[str, Any] = {}
         self._encoder: Encoder | None = None
@@ -90,9 +94,30 @@ class LiveRun:
         """Whether who watches is the pack's own page, which shows the pictures itself."""
         return self.client in _pages and self.watched
 
+    @property
+    def stopped_by(self) -> str:
+        """Who asked it to end, as the report's `stopped` says; empty: nobody did."""
+        return ("pause" if self.paused else "user") if self.stopped else ""
+
     def stop(self) -> None:
         """Ask the rollout to end after the chunk under way."""
         self.stopped = True
+
+    def pause(self) -> None:
+        """The same, to go on later."""
+        self.stopped = self.paused = True
+
+    def went_back(self, chunk: int) -> None:
+        """The run goes on from before its chunk number `chunk`: what was shown of it and of those behind is forgotten."""
+        if self._encoder is not None:
+            self._encoder.drain(_DRAINED)
+        self.history.drop_from(chunk)
+        self.started()
+
+    def steered(self, told: dict[str, Any]) -> None:
+        """Tell who watches how it is steered."""
+        if self.running:
+            self._send("adastate.steered", {"steering": told})
 
     def started(self, about: dict[str, Any] | None = None) -> None:
         """Models are loaded; speed counts from here. `about` is what is known of the run before its first chunk, JSON-able."""
@@ -101,7 +126,10 @@ class LiveRun:
         self._allowed, self._asked = 0.0, self._begun
         if about is not None:
             self.about = about
-            self._send("adastate.start", {"about": about})
+            self._send("adastate.start", {"about": about, "steering": self._steering()})
+
+    def _steering(self) -> dict[str, Any] | None:
+        return None if self.steering is None else self.steering.describe()
 
     def hidden_state(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """The picture [h, w, 3] that `draw` makes, or None if that fails and while such pictures have had their share of the
@@ -118,7 +146,7 @@ class LiveRun:
 
     def chunk(self, facts: dict[str, Any], pictures: torch.Tensor | None, hidden: torch.Tensor | None = None) -> None:
         """Show a finished chunk: its numbers (`seconds` and `seconds_total` of video among them), and its decoded frames
-        [t, H, W, 3] in 0..1 if there are any, with a picture [h, w, 3] of the hidden state after it if one was made."""
+        [t, H, W, 3], bytes or in 0..1, if there are any, with a picture [h, w, 3] of the hidden state after it if one was made."""
         facts = self._timed(facts)
         if pictures is None:
             self._show(facts, None)
@@ -128,12 +156,13 @@ class LiveRun:
         self._encoder.offer(facts, pictures, hidden)
 
     def _timed(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """With the speed over the newest chunks (seconds of video a second) and the seconds that are left."""
+        """With the speed over the newest chunks (seconds of video a second) and the seconds that are left (None: unknown)."""
         now, made = time.perf_counter(), facts["seconds_made"]
         self._times = [*self._times[-_SPEED_CHUNKS:], (now, made)]
-        (then, before), left = self._times[0], facts["seconds_total"] - facts["seconds"]
+        (then, before), total = self._times[0], facts["seconds_total"]
         speed = (made - before) / (now - then) if now > then else 0.0
-        return facts | {"speed": round(speed, 4), "seconds_left": round(left / speed, 2) if speed > 0 else None}
+        left = None if total is None or speed <= 0 else round((total - facts["seconds"]) / speed, 2)
+        return facts | {"speed": round(speed, 4), "seconds_left": left}
 
     def _show(self, facts: dict[str, Any], meters: dict[str, float] | None) -> None:
         numbers = finite(facts) | {"meters": None if meters is None else finite(meters)}
@@ -145,12 +174,12 @@ class LiveRun:
         self._send("adastate.pictures", {"chunk": chunk, "pictures": pictures, "hidden": hidden})
 
     def end(self, outcome: str) -> None:
-        """The rollout is over: "done", "stopped" or "failed"; told after the last pictures."""
+        """The rollout is over: "done", "stopped", "paused" or "failed"; told after the last pictures."""
         self.running = False
 
         def tell() -> None:
             self.history.outcome = outcome
-            self._send("adastate.end", {"outcome": outcome, "saved": self.saved})
+            self._send("adastate.end", {"outcome": outcome, "saved": self.saved, "steering": self._steering()})
 
         if self._encoder is not None:
             self._encoder.close(tell)
@@ -175,6 +204,7 @@ class LiveRun:
             "newest": self.history.newest,
             "about": self.about,
             "saved": self.saved,
+            "steering": self._steering(),
         }
 
     def _send(self, event: str, data: dict[str, Any]) -> None:
@@ -186,11 +216,13 @@ class LiveRun:
 
 
 class RunEnd:
-    """What a rollout tells at its end: its files, and whether it is shorter than asked for."""
+    """What a rollout tells at its end: its files, the outputs on demand that it made, whether it was stopped, and whether it is
+    `short` of what was asked for, so that it is made anew when it is asked for again."""
 
     def __init__(self) -> None:
         self.files: list[Path] = []
-        self.short = False
+        self.outputs: rerun.Slots = frozenset()
+        self.stopped = self.short = False
 
 
 @contextmanager
@@ -203,8 +235,12 @@ def live_run(hidden: Any = None) -> Iterator[tuple[LiveRun, RunEnd]]:
     _list(run)
     try:
         yield run, end
-        outcome = "stopped" if end.short else "done"
-        rerun.finished(run.place, end.files, end.short)
+        outcome = ("paused" if run.paused else "stopped") if end.stopped or end.short else "done"
+        if run.steering is not None and run.steering.used:
+            # the graph alone does not make it again, so it is neither replayed nor gone on from when the graph is queued again
+            rerun.finished(run.place, [], True, end.outputs)
+        else:
+            rerun.finished(run.place, end.files, end.short, end.outputs)
     finally:
         run.end(outcome)
         _tidy(run)

@@ -15,15 +15,28 @@ import comfy.model_management
 import torch
 
 from ...adastate_core.attention.cached import CachedAttention
-from ...adastate_core.attention.wan import SESSION, TEXT_KEY, cross_attention_forward, self_attention_forward
+from ...adastate_core.attention.fused_blocks import FusedBlocks
+from ...adastate_core.attention.wan import (
+    SESSION,
+    TEXT_KEY,
+    block_forward,
+    cross_attention_forward,
+    self_attention_forward,
+)
 from ...adastate_core.cache.byte_plan import CachePlan
 from ...adastate_core.families.family import Family
 from ...adastate_core.families.known import family_of
 from ...adastate_core.geometry import WAN21, LatentSpace, ModelGeometry
+from ...adastate_core.rollout import RolloutState
 from ...adastate_core.schedules.schedule import timesteps
+from ...adastate_core.spec import RolloutSpec
+from . import fusing
+from .feed_forward import feed_forward
+from .pass_memory import MOST_BYTES, PassMemory
 
 # numbers of the contexts that were ever set: never one twice, as an address may be
 _CONTEXTS = itertools.count()
+_FRAMES_AT_ONCE = 8  # latent frames
 
 
 def geometry_of(patcher: Any) -> ModelGeometry:
@@ -89,19 +102,44 @@ def to_model_space(patcher: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def to_vae_space(patcher: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The model's latents to VAE space, on the host's output device."""
-    device = comfy.model_management.intermediate_device()
-    return patcher.model.process_latent_out(latents).to(device)
+    """The model's latents [B, C, T, h, w] to VAE space, on the host's output device.
+
+    Long ones go some frames at a time, since the host's arithmetic holds two more copies of what it is given."""
+    device, frames = comfy.model_management.intermediate_device(), latents.shape[2]
+    if frames <= _FRAMES_AT_ONCE:
+        return patcher.model.process_latent_out(latents).to(device)
+    out = None
+    for first in range(0, frames, _FRAMES_AT_ONCE):
+        part = patcher.model.process_latent_out(latents[:, :, first : first + _FRAMES_AT_ONCE])
+        if out is None:
+            out = part.new_empty((*part.shape[:2], frames, *part.shape[3:]), device=device)
+        out[:, :, first : first + _FRAMES_AT_ONCE] = part
+    return out
 
 
 def available_bytes(patcher: Any) -> int:
     """What the host could free on the model's device without the model's own weights: free, plus all it has loaded."""
     device = patcher.load_device
     free = comfy.model_management.get_free_memory(device)
+    # the host's list keeps entries of models that nobody holds any more, until it loads the next one
     loaded = sum(
-        model.model_loaded_memory() for model in comfy.model_management.current_loaded_models if model.device == device
+        entry.model_loaded_memory()
+        for entry in comfy.model_management.current_loaded_models
+        if entry.device == device and entry.model is not None
     )
     return int(free + loaded)
+
+
+def free_host_bytes() -> int:
+    """Host memory that the host takes for free."""
+    return int(comfy.model_management.get_free_memory(torch.device("cpu")))
+
+
+def forward_bytes(patcher: Any, plan: CachePlan) -> int:
+    """What the largest forward of the model takes beside its weights, by the host's own estimate."""
+    channels, patch = space_of(patcher).channels, patcher.model.diffusion_model.patch_size[1]
+    rows = plan.tokens * patch**2
+    return int(patcher.memory_required([plan.batch, channels, plan.pass_frames, rows, 1]))
 
 
 def check_memory(plan: CachePlan, available: int) -> None:
@@ -132,12 +170,16 @@ def check_memory(plan: CachePlan, available: int) -> None:
     )
 
 
-def check_host_memory(plan: CachePlan) -> None:
-    """ValueError if what `plan` keeps in host memory is more than is free there."""
-    free = comfy.model_management.get_free_memory(torch.device("cpu"))
-    if plan.host_bytes > free:
+def check_host_memory(plan: CachePlan, device: torch.device) -> None:
+    """ValueError if what `plan` keeps in host memory is more than is free there. For a CUDA `device` it is page-locked, and
+    counted as torch rounds it."""
+    if not plan.host_bytes:
+        return
+    free = free_host_bytes()
+    needed = plan.locked_bytes if device.type == "cuda" else plan.host_bytes
+    if needed > free:
         raise ValueError(
-            f"cache_device host memory needs {plan.host_bytes / 2**30:.2f} GiB of host memory and {free / 2**30:.2f} GiB are "
+            f"cache_device host memory needs {needed / 2**30:.2f} GiB of host memory and {free / 2**30:.2f} GiB are "
             "free; use a smaller window_frames, cache_dtype fp8 or int8, or cache_device gpu"
         )
 
@@ -149,6 +191,8 @@ class HostModel:
         self._batch, self._text_width = batch, patcher.model.diffusion_model.text_dim
         self.check_context(context)
         self.geometry, self.device = geometry_of(patcher), patcher.load_device
+        self.memory = PassMemory(self.device)
+        self._block_reasons = fusing.block_reasons(patcher)
         self.patcher = self._prepared(patcher)
         self.dtype = compute_dtype(patcher)
         self._context = context.expand(batch, -1, -1)
@@ -156,10 +200,13 @@ class HostModel:
         self._text_key = (next(_CONTEXTS), patcher.patches_uuid)
         self._options = dict(self.patcher.model_options.get("transformer_options", {}))
         self._seen = self._options
+        self._loaded: int | None = None
+        # which blocks use compiled functions, once that is known
+        self.fused_blocks: FusedBlocks | None = None
 
     def _prepared(self, patcher: Any) -> Any:
         """The patcher to load: a patched clone."""
-        return _patched(patcher)
+        return _patched(patcher, self.memory)
 
     def check_context(self, context: torch.Tensor) -> None:
         """ValueError unless the model can read these text embeddings for every item of its batch."""
@@ -173,13 +220,37 @@ class HostModel:
                 "umt5-xxl (CLIP type wan), or with AdaState's Demo Prompt for the demo model"
             )
 
-    def load(self, plan: CachePlan, others: Sequence[Any] = (), working_bytes: int = 0) -> None:
-        """Load the weights, leaving room for the caches, one forward's activations and `working_bytes`."""
-        rows = plan.tokens * 4
-        activations = self.patcher.memory_required([plan.batch, self.geometry.channels, plan.current_frames, rows, 1])
-        needed = plan.total_bytes + int(activations) + working_bytes
+    def load(
+        self, plan: CachePlan, others: Sequence[Any] = (), working_bytes: int = 0, caches_are_there: bool = False
+    ) -> None:
+        """Load the weights, leaving room for the caches, unless they are there, one forward's activations and `working_bytes`."""
+        caches = 0 if caches_are_there else plan.total_bytes
+        needed = caches + forward_bytes(self.patcher, plan) + working_bytes + MOST_BYTES
         comfy.model_management.load_models_gpu([self.patcher, *others], memory_required=needed)
         self._context = self._context.to(device=self.device, dtype=self.dtype)
+        if self.device.type == "cuda" and self._loaded is None:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._loaded = torch.cuda.memory_allocated(self.device)
+
+    def fuse(
+        self,
+        spec: RolloutSpec,
+        plan: CachePlan,
+        state: RolloutState | None = None,
+        told: Callable[[int, int], None] = lambda done, total: None,
+    ) -> str | None:
+        """After `load`: compile what the passes of a rollout need, going on from `state` the way that it was made. `told` hears
+        before each function (done, of how many), and may raise to cancel. A sentence if the state cannot be gone on with bit for
+        bit."""
+        self.fused_blocks = fusing.fused_blocks(self.patcher, self._block_reasons, self.dtype, self.device, state)
+        fusing.compile_blocks(self.fused_blocks, self.patcher, plan, spec, told)
+        return fusing.other_bits(self.fused_blocks, state)
+
+    def peak_bytes(self) -> int | None:
+        """The most bytes that were allocated on the device since `load`, beyond what was there then; None where nobody counts."""
+        if self._loaded is None:
+            return None
+        return max(0, torch.cuda.max_memory_allocated(self.device) - self._loaded)
 
     def kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
         """The host's attention as its Wan calls it, with whatever back end and override the user chose."""
@@ -200,7 +271,8 @@ class HostModel:
 
         A timestep that all frames share is given once an item: the modulations then broadcast over the tokens.
         """
-        times = timesteps(timestep, x)
+        wan = self.patcher.model.diffusion_model
+        times = timesteps(timestep, x, torch.device("cpu") if self.memory.serves(wan) else x.device)
         level = timestep if isinstance(timestep, int | float) else max(timestep)
         own = {
             SESSION: attention,
@@ -210,40 +282,54 @@ class HostModel:
         }
         # an attention override is shown what the host shows it during a pass, and nothing of the pass outlives it
         self._seen = self._options | own
+        told = timestep if isinstance(timestep, int | float) else tuple(timestep)
         try:
-            out = self.patcher.model.diffusion_model.forward_orig(
-                x.to(self.dtype), times, self._context, freqs=None, transformer_options=self._seen
-            )
+            with self.memory.during(told, self._text_key):
+                out = wan.forward_orig(
+                    x.to(self.dtype), times, self._context, freqs=None, transformer_options=self._seen
+                )
         finally:
             self._seen = self._options
         return out.float()
 
 
-def _patched(patcher: Any) -> Any:
-    """A clone whose attention forwards look for a session and, without one, call the originals."""
+def _patched(patcher: Any, memory: PassMemory) -> Any:
+    """A clone whose forwards look for a session and, without one, call the originals; the embeddings' look into
+    `memory`."""
     clone = patcher.clone()
-    for _, make, name in _attentions(patcher):
+    for _, make, name in _replaced(patcher, memory):
         path = f"diffusion_model.{name}.forward"
         clone.add_object_patch(path, make(patcher.get_model_object(path)))
     return clone
 
 
-def _attentions(patcher: Any) -> Iterator[tuple[torch.nn.Module, Callable[[Callable], Callable], str]]:
-    """Every attention of the model, what makes its forward out of the original one, and its name."""
-    for i, block in enumerate(patcher.model.diffusion_model.blocks):
-        yield block.self_attn, partial(self_attention_forward, block.self_attn, i), f"blocks.{i}.self_attn"
+def _replaced(
+    patcher: Any, memory: PassMemory | None
+) -> Iterator[tuple[torch.nn.Module, Callable[[Callable], Callable], str]]:
+    """Every module of the model whose forward is replaced, what makes the new forward out of the original one, and its name: all
+    attentions, blocks that may use compiled functions, and what looks into `memory`."""
+    wan, hindrance = patcher.model.diffusion_model, fusing.norm_hindrance
+    fuses = fusing.compiles(patcher.load_device)
+    for i, block in enumerate(wan.blocks):
+        own = partial(self_attention_forward, block.self_attn, i, hindrance=hindrance)
+        yield block.self_attn, own, f"blocks.{i}.self_attn"
         yield block.cross_attn, partial(cross_attention_forward, block.cross_attn, i), f"blocks.{i}.cross_attn"
+        if fuses and fusing.block_reason(patcher, i) is None:
+            yield block, partial(block_forward, block, i, hindrance=hindrance, feed_forward=feed_forward), f"blocks.{i}"
+    for name, make in () if memory is None else memory.forwards(patcher):
+        yield getattr(wan, name), make, name
 
 
 @contextmanager
-def attention_in_place(patcher: Any) -> Iterator[None]:
-    """Within it the attention forwards of a model that is loaded already look for a session; after it none is left.
+def attention_in_place(patcher: Any, memory: PassMemory | None = None) -> Iterator[None]:
+    """Within it the forwards of a model that is loaded already look for a session, and into `memory`, if there is one; after
+    it none is left.
 
     Nothing is cloned or loaded again, and the host's own object patches are not touched.
     """
     before: list[tuple[torch.nn.Module, bool, Any]] = []
     try:
-        for module, make, _ in _attentions(patcher):
+        for module, make, _ in _replaced(patcher, memory):
             original = module.forward
             before.append((module, "forward" in vars(module), original))
             module.forward = make(original)

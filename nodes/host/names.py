@@ -13,8 +13,9 @@ from pathlib import Path
 STATE_SUFFIX = ".state.safetensors"
 ABSORPTION_SUFFIX = ".absorption.safetensors"
 VIDEO_SUFFIX = ".mp4"
-# what may come to lie beside a video of the same name: its state, the states kept on the way, its report
-BESIDE_VIDEO = (VIDEO_SUFFIX, STATE_SUFFIX, ".history", ".report.json")
+# what may come to lie under one name: videos, a folder of frames, the last state, the states kept on the way, the report
+FRAMES_SUFFIX = ".frames"
+BESIDE_VIDEO = (VIDEO_SUFFIX, ".mov", ".mkv", FRAMES_SUFFIX, STATE_SUFFIX, ".history", ".report.json")
 _NUMBER = "_00001_"
 _MOST_NAME = 255  # bytes; on Windows it is UTF-16 units, of which a name never has more than bytes
 _MOST_PATH = 4095

@@ -46,6 +46,12 @@ class Target:
         return ui.SavedResult(self.path.name, self.subfolder, io.FolderType(self.kind))
 
 
+def target_of(path: Path) -> Target:
+    """A file that lies in the output folder, as the host's pages address it."""
+    subfolder = Path(os.path.relpath(path.parent, folder_paths.get_output_directory())).as_posix()
+    return Target(path, "" if subfolder == "." else subfolder, "output")
+
+
 class NewVideos:
     """The videos of one run, one an ending (".mp4", "b0.mp4"): fresh ones of one number in the host's output folder.
 
@@ -56,12 +62,12 @@ class NewVideos:
     """
 
     def __init__(self, prefix: str, endings: list[str], width: int = 0, height: int = 0) -> None:
-        self._numbers = _numbered(prefix, endings, width, height, "output")
+        self._numbers = numbered(prefix, endings, width, height, "output")
         self.targets, self.named = next(self._numbers), False
         self._files: list[Unnamed] = []
         try:
             for target in self.targets:
-                with _telling(target.path):
+                with telling(target.path):
                     self._files.append(Unnamed(target.path.parent))
             self.paths = [file.path for file in self._files]
             if not all(file.has_links for file in self._files):
@@ -76,10 +82,10 @@ class NewVideos:
             given: list[tuple[Unnamed, Path]] = []
             try:
                 for file, target in zip(self._files, self.targets, strict=True):
-                    with _telling(target.path):
+                    with telling(target.path):
                         file.name(target.path)
                     given.append((file, target.path))
-                _require_alone(self.targets)
+                require_alone(self.targets)
                 self.named = True
             except BaseException as error:
                 for file, path in given:
@@ -102,7 +108,7 @@ class NewVideos:
             _remove([target.path for target in self.targets])
 
 
-def _require_alone(targets: list[Target]) -> None:
+def require_alone(targets: list[Target]) -> None:
     """FileExistsError if something came to lie beside new files that would be taken for theirs: another server, which ended
     before its video had a name, may have left a report of this number since names were looked for. Each looks after it has
     taken its own name, so one of the two sees the other."""
@@ -121,7 +127,7 @@ def _remove(paths: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _telling(path: Path) -> Iterator[None]:
+def telling(path: Path) -> Iterator[None]:
     """An OSError within says which file it was for; that the name is taken is said as it is."""
     try:
         yield
@@ -137,14 +143,14 @@ def new_files(prefix: str, suffixes: list[str], width: int = 0, height: int = 0,
     They are created at once, so that two writers do not get the same number, be they of one run or of two servers that
     share the folder. ValueError for a prefix that cannot be used, OSError, naming the file, if the folder takes none.
     """
-    for targets in _numbered(prefix, suffixes, width, height, kind):
+    for targets in numbered(prefix, suffixes, width, height, kind):
         made: list[Path] = []
         try:
             for target in targets:
-                with _telling(target.path):
+                with telling(target.path):
                     reserve(target.path)
                 made.append(target.path)
-            _require_alone(targets)
+            require_alone(targets)
             return targets
         except BaseException as error:
             _remove(made)
@@ -153,14 +159,14 @@ def new_files(prefix: str, suffixes: list[str], width: int = 0, height: int = 0,
     raise AssertionError("numbers do not end")
 
 
-def _numbered(prefix: str, suffixes: list[str], width: int, height: int, kind: str) -> Iterator[list[Target]]:
+def numbered(prefix: str, suffixes: list[str], width: int, height: int, kind: str) -> Iterator[list[Target]]:
     """Names of one number that nobody has yet, number after number; their folder is made.
 
     A number is taken as well where something lies that would belong to the file: a state of another video, its history.
     """
     root = folder_paths.get_temp_directory() if kind == "temp" else folder_paths.get_output_directory()
     _check(root, prefix, suffixes, width, height)
-    with _telling(Path(root) / prefix):
+    with telling(Path(root) / prefix):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
         Path(folder).mkdir(parents=True, exist_ok=True)
     for number in itertools.count(counter):
@@ -183,9 +189,9 @@ def new_file(prefix: str, suffix: str, width: int = 0, height: int = 0, kind: st
     return new_files(prefix, [suffix], width, height, kind)[0]
 
 
-def video_endings(batch: int) -> list[str]:
-    """What follows the number in the names of a run's videos."""
-    return [VIDEO_SUFFIX] if batch == 1 else [f"b{item}{VIDEO_SUFFIX}" for item in range(batch)]
+def video_endings(batch: int, suffix: str = VIDEO_SUFFIX) -> list[str]:
+    """What follows the number in the names of a run's videos, or of its folders of frames."""
+    return [suffix] if batch == 1 else [f"b{item}{suffix}" for item in range(batch)]
 
 
 def _check(root: str, prefix: str, endings: list[str], width: int = 0, height: int = 0) -> None:
@@ -285,8 +291,8 @@ def fingerprint(path: Path) -> str:
 def write_new(prefix: str, suffix: str, write: Callable[[Path], object]) -> str:
     """A fresh output file made by `write`, which gives it its name last and raises FileExistsError if another server has
     taken that meanwhile; its name as `saved_files` lists it. OSError, naming the file, if the disk does not take it."""
-    for (target,) in _numbered(prefix, [suffix], 0, 0, "output"):
-        with contextlib.suppress(FileExistsError), _telling(target.path):
+    for (target,) in numbered(prefix, [suffix], 0, 0, "output"):
+        with contextlib.suppress(FileExistsError), telling(target.path):
             write(target.path)
             return f"{target.name} [output]"
     raise AssertionError("numbers do not end")

@@ -10,7 +10,7 @@ import latent_preview
 import torch
 from PIL import Image
 
-from ...adastate_core.video.sink import to_bytes
+from ...adastate_core.video.picture_forms import to_bytes
 
 PREVIEW_PIXELS = 512
 
@@ -27,13 +27,23 @@ class Progress:
         """How many steps there will be."""
         self._bar.total = max(total, 1)
 
+    def begin(self, total: int) -> None:
+        """Of work without an end: the next part of it begins, of so many steps."""
+        # a new bar, since newer hosts show nothing of one that goes back
+        self._bar, self._done = comfy.utils.ProgressBar(max(total, 1)), 0
+
+    def compiling(self, done: int, total: int) -> None:
+        """Before the steps: so many functions are compiled, of so many. They are no steps themselves."""
+        check_interrupt()
+        self._bar.update_absolute(done, total)
+
     def step(self, count: int = 1) -> None:
         check_interrupt()
         self._done += count
         self._bar.update_absolute(self._done)
 
     def preview(self, picture: torch.Tensor) -> None:
-        """Show [H, W, 3] in 0..1 on the node and in every client that watches."""
+        """Show [H, W, 3], bytes or in 0..1, on the node and in every client that watches."""
         image = Image.fromarray(to_bytes(picture).numpy())
         self._bar.update_absolute(self._done, preview=("JPEG", image, PREVIEW_PIXELS))
 

@@ -188,7 +188,7 @@ def _check_replaced(patcher: Any) -> None:
         if name.startswith(_ROPE_MODULE) or name in above and not _compiled(patcher, name):
             raise ValueError(f"the model carries another {name} (an object patch), {_SKIPPED}")
     for path in (*_NOT_CALLED, *(f"{name}.forward" for name in names)):
-        if _is_replaced(patcher, path):
+        if is_replaced(patcher, path):
             raise ValueError(f"the model carries another {path}, {_SKIPPED} (NAG, an attention patch, ...)")
 
 
@@ -203,7 +203,7 @@ def _compiled(patcher: Any, name: str) -> bool:
     return name.startswith("diffusion_model.blocks.") and plain(patcher.object_patches[name]) is plain(own)
 
 
-def _is_replaced(patcher: Any, path: str) -> bool:
+def is_replaced(patcher: Any, path: str) -> bool:
     """Whether the method at `path` is another than its class gives, by an object patch or written over in place.
 
     A forward that a rollout left there is put back by the host before the next one, which knows the original by then.

@@ -42,6 +42,12 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "IMAGE": ("an IMAGE", _of(torch.Tensor), "Load Image"),
     "VIDEO": ("a VIDEO", _has("get_components"), "Load Video"),
     "SIGMAS": ("SIGMAS", _of(torch.Tensor), "a scheduler"),
+    "UPSCALE_MODEL": ("an UPSCALE_MODEL", _has("model", "scale"), "Load Upscale Model"),
+    "INTERP_MODEL": (
+        "an INTERP_MODEL",
+        _has("model", "load_device", "model_dtype"),
+        "Load Frame Interpolation Model",
+    ),
     "STRING": ("a text", _of(str), "a node that makes one"),
     "ADASTATE_ANCHOR": ("an ANCHOR", _of(Anchor), "one of the Anchor nodes"),
     "ADASTATE_PROMPTS": ("PROMPTS", _of(Prompts), "Prompt Timeline or Prompt At"),

@@ -15,6 +15,17 @@ def encode_texts(clip: Any, texts: Iterable[str]) -> dict[str, Any]:
     distinct = list(dict.fromkeys(texts))
     progress, encoded = Progress(len(distinct)), {}
     for text in distinct:
-        encoded[text] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        encoded[text] = encode_one(clip, text)
         progress.step()
     return encoded
+
+
+def encode_one(clip: Any, text: str) -> Any:
+    """The CONDITIONING of a text."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def on_the_cpu(clip: Any) -> bool:
+    """Whether a text encoder works on the CPU, where the host loads it without moving any other model."""
+    device = getattr(getattr(clip, "patcher", None), "load_device", None)
+    return getattr(device, "type", None) == "cpu"

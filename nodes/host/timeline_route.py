@@ -3,7 +3,9 @@
 POST /adastate/timeline   {"text"}      -> {"text", "entries", "grammar"}
 POST /adastate/timeline   {"entries"}   -> the same, with the entries written as "grammar", or as the first that can
 
-Entries are {"seconds", "text", "transition", "line", "column"}; a transition is null where the prompt names none. Further keys
+Entries are {"seconds", "text", "transition", "seed", "strength", "line", "column"}; a transition is null where the prompt names
+none, and the noise's seed and the adaptive anchor's strength where they stay; one that sets a number may have an empty
+text. Further keys
 of the body: "fps" (prompts must fall on different latent frames), "duration" (seconds, as on Prompt Timeline) and "words": true
 (the words of the demo model). What is no timeline is answered with {"error": {"message", "line", "column"}}, and 200, since
 asking is how a page finds out; line and column count from 1 and are null where the fault is in no place of a text. A body
@@ -18,6 +20,7 @@ from typing import Any
 from aiohttp import web
 
 from ...adastate_core.prompts.demo_words import words_over_time
+from ...adastate_core.prompts.entry_options import MOST_SEED
 from ...adastate_core.prompts.timeline import (
     LONGEST,
     LONGEST_TEXT,
@@ -91,9 +94,29 @@ def _read(text: str, words: bool, fps: float | None, duration: float | None) -> 
         words_over_time(text)
     if fps:
         _check_frames(entries, fps)
-    keys = ("seconds", "text", "transition", "line", "column")
+    keys = ("seconds", "text", "transition", "seed", "strength", "line", "column")
     told = [{key: getattr(entry, key) for key in keys} for entry in entries]
     return {"text": text, "entries": told, "grammar": grammar_of(text)}
+
+
+def check_seed(value: Any, whose: str) -> int:
+    """A seed from JSON. ValueError, naming `whose` it is, for what is none."""
+    if type(value) is not int or not 0 <= value <= MOST_SEED:
+        raise ValueError(f"{whose} is {shown(value)}; give a whole number between 0 and {MOST_SEED}")
+    return value
+
+
+def check_strength(value: Any, whose: str) -> float:
+    """The adaptive anchor's strength from JSON. ValueError, naming `whose` it is, for what is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{whose} is {shown(value)}; give a number above 0 and at most 1")
+    return float(value)
+
+
+def plain_lines(text: str) -> str:
+    """A prompt's text as a timeline holds it: lines without spaces at their ends, blank ones left out."""
+    lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
 def _check_frames(entries: tuple[TimedText, ...], fps: float) -> None:
@@ -120,14 +143,17 @@ def _entries(given: list[Any]) -> list[TimedText]:
             raise ValueError(
                 f"prompt {number} begins at {shown(seconds)}; give a number of seconds between 0 and {LONGEST}"
             )
-        if not isinstance(text, str) or not text.strip():
+        seed, strength = entry.get("seed"), entry.get("strength")
+        seed = None if seed is None else check_seed(seed, f"the seed of entry {number}")
+        strength = None if strength is None else check_strength(strength, f"the strength of entry {number}")
+        if not isinstance(text, str) or not (text.strip() or seed is not None or strength is not None):
             raise ValueError(f"prompt {number} is empty; write what the video shows from {seconds:g}s on")
         if len(text) > LONGEST_TEXT:
             raise ValueError(f"prompt {number} has {len(text)} characters; it may have {LONGEST_TEXT}: shorten it")
         if not (transition is None or isinstance(transition, str)):
             raise ValueError(f"prompt {number} has {shown(transition)} as its transition; give its name, or null")
-        lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
-        read.append(TimedText(float(seconds), "\n".join(line for line in lines if line), transition))
+        timed = TimedText(float(seconds), plain_lines(text), transition, seed=seed, strength=strength)
+        read.append(timed)
     return sorted(read, key=lambda entry: entry.seconds)
 
 
@@ -135,7 +161,7 @@ def _written(
     entries: list[TimedText], grammar: Any, words: bool, fps: float | None, duration: float | None
 ) -> dict[str, Any]:
     """A single prompt without a transition may go without a mark, where the text had none."""
-    if grammar is None and len(entries) == 1 and entries[0].transition is None and entries[0].seconds == 0:
+    if grammar is None and len(entries) == 1 and not entries[0].options.written() and entries[0].seconds == 0:
         plain = entries[0].text
         if _stays_one(plain):
             return _read(plain, words, fps, duration)

@@ -80,7 +80,7 @@ def test_a_batch_goes_on_after_what_was_refused_and_says_why(client, tmp_path):
     assert status == 1 and said.splitlines() == ["seed 3 was refused", sentence]
     status, said = batch(client, tmp_path, *one, "--set", '1.unet_name="absent.safetensors"')
     assert status == 1 and "node 1 (UNETLoader): Value not in list: unet_name: 'absent.safetensors' not in" in said
-    status, said = batch(client, tmp_path, *one, "--set", "5.length=9")
+    status, said = batch(client, tmp_path, *one, "--set", "5.length=9", "--set", "4.keep_state=false")
     assert status == 0 and frames(tmp_path / "results" / "odd_3_00001_.mp4") == 9
     status, said = batch(client, tmp_path, "resume", one[1], "--seed", "3", "--prefix", "batch/odd")
     assert status == 1 and "there is no state of batch/odd_3" in said

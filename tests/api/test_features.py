@@ -8,6 +8,9 @@ import re
 import numpy as np
 import pytest
 from conftest import ROOT, WORKFLOWS, frames_of, report_of, workflow
+from PIL import Image, ImageOps
+
+from tools.made_chain import CLIP, CLIPS, write_chain
 
 SYSTEMS = sorted(path.stem for path in WORKFLOWS.glob("system_*.json"))
 
@@ -50,12 +53,12 @@ def test_a_system_is_rolled_out_as_its_preset_says(client, name):
 
 
 def test_no_system_is_shipped_at_a_length_that_it_warns_of():
-    """Those made for 81 pictures ship with at most 81, the others past their window and anchor."""
+    """Those made for 81 pictures ship with at most 81, the others run thirty seconds."""
     page = (ROOT / "web" / "docs" / "AdaStateModelPreset.md").read_text(encoding="utf-8")
     for name in SYSTEMS:
         row = re.search(rf"^\| {name.removeprefix('system_')} \|.*$", page, re.M)[0]
         length = workflow(name)["6"]["inputs"]["length"]
-        assert length <= 81 if "81 pictures" in row else length > 4 * 21
+        assert length <= 81 if "81 pictures" in row else length == 481
 
 
 def test_prompt_timeline(client):
@@ -70,11 +73,38 @@ def test_prompt_timeline(client):
 
 
 def test_start_from_picture(client):
-    outputs = client.run(workflow("start_from_picture", n11__length=33))
-    frames = video_of(client, outputs, "11")
-    picture = client.image_of(outputs["7"]["images"][0])
-    assert len(frames) == 33
-    assert distance([frames[0]], [picture]) < 8 < distance([frames[-1]], [picture])
+    """As it is shipped, with the picture that every ComfyUI has; then with a wide one, whose shape the video takes."""
+    sent = client.folder / "base" / "input"
+    with Image.open(sent / "example.png") as example:
+        wide = example.convert("RGB").crop((0, 0, example.width, 460))  # its sky, its hair and the horizon
+    wide.save(sent / "wide.png")
+    for name, size in (("example.png", (64, 64)), ("wide.png", (80, 48))):
+        outputs = client.run(workflow("start_from_picture", n11__length=33, n3__image=name))
+        frames = video_of(client, outputs, "11")
+        with Image.open(sent / name) as image:
+            picture = np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS))
+        assert len(frames) == 33 and frames[0].shape == picture.shape
+        first, last = (distance([frame], [picture]) for frame in (frames[0], frames[-1]))
+        assert 1.8 * first < last and first < 0.9 * distance([frames[0]], [picture[:, ::-1]])
+
+
+def test_measure_any_video(client):
+    """A chain of clips that is there as a file: what was made to climb climbs, a step a clip."""
+    path = write_chain(client.folder / "base" / "input")
+    changes = {"n1__file": path.name, "n2__clip_frames": CLIP, "n2__first_clip_frames": CLIP + 1}
+    outputs = client.run(workflow("measure_any_video", **changes))
+    found = json.loads(outputs["4"]["text"][0])
+    rows = found["chunks"]
+    assert [row["first_picture"] for row in rows] == [0, *(1 + CLIP * clip for clip in range(1, CLIPS))]
+    for name in ("drift", "contrast", "seam"):
+        values = [row[name] for row in rows if row[name] is not None]
+        assert len(values) >= CLIPS - 1 and values == sorted(values) and found["per_clip"][name] > 0
+    assert [row["contrast"] / rows[0]["contrast"] for row in rows] == pytest.approx(
+        [1 + 0.05 * clip for clip in range(CLIPS)], rel=0.03
+    )
+    assert client.image_of(outputs["3"]["images"][0]).shape[1] > 800
+    answer = client.refused(workflow("measure_any_video"))
+    assert "drop your video here" in json.dumps(answer["node_errors"]["1"])
 
 
 def test_continue_video(client):

@@ -37,6 +37,8 @@ def entries(count: int) -> bytes:
         ("stop", b'{"prompt_id":' + b"9" * 5000 + b',"node_id":1}', '"prompt_id" and "node_id"'),
         ("stop", b'{"prompt_id": [[1]], "node_id": 1}', '"prompt_id" and "node_id"'),
         ("stop", b"\xff", '"prompt_id" and "node_id"'),
+        ("steer", DEEP * 3, "at most 262144 are read"),
+        ("steer", DEEP, "the body must be JSON"),
         ("timeline", DEEP, "the body must be JSON"),
         ("timeline", b'{"text":"a","entries":5}', "the body must be JSON"),
         ("timeline", b"\xff", "the body must be JSON"),
@@ -49,7 +51,7 @@ def test_a_body_that_asks_nothing_is_refused(client, path, body, words):
     assert status == (413 if "at most" in words else 400) and words in answer["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["stop", "timeline"])
+@pytest.mark.parametrize("path", ["stop", "steer", "timeline"])
 def test_a_body_in_another_code_is_refused(client, path):
     for kind in ("klingon", "punycode", "\u00e9"):
         status, answer = post(client, path, b"{}", f"{JSON}; charset={kind}")

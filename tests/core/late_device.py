@@ -20,11 +20,14 @@ have it at its worst:
 - "at once": nothing is late, for numbers to compare with.
 
 Memory is never given to another tensor while work on it is queued: `record_stream` is there in name only.
+
+Another thread may wait for an event, and runs the streams as the first one would; only the thread that entered it makes tensors.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,8 +80,9 @@ class Stream:
         return self.done + len(self.queue)
 
     def add(self, item: Callable[[], object] | tuple[Stream, int]) -> None:
-        self.queue.append(item)
-        self.gpu.go_ahead()
+        with self.gpu.lock:
+            self.queue.append(item)
+            self.gpu.go_ahead()
 
     def step(self) -> None:
         item = self.queue[0]
@@ -90,10 +94,11 @@ class Stream:
         self.done += 1
 
     def run(self, end: int | None = None) -> None:
-        end = self.end if end is None else end
-        while self.done < end:
-            self.step()
-            self.gpu.go_ahead(self)
+        with self.gpu.lock:
+            end = self.end if end is None else end
+            while self.done < end:
+                self.step()
+                self.gpu.go_ahead(self)
 
     def go_ahead(self) -> None:
         """Run what waits for nothing."""
@@ -118,7 +123,8 @@ class Event:
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or _gpu().current
-        self.at = stream, stream.end
+        with stream.gpu.lock:
+            self.at = stream, stream.end
 
     def synchronize(self) -> None:
         if self.at is not None:
@@ -145,6 +151,8 @@ class LateDevice(TorchDispatchMode):
         super().__init__()
         self.device, self.when = CUDA, when
         self.streams: list[Stream] = []
+        # whoever adds to the streams, or runs them
+        self.lock = threading.RLock()
         # page-locked storages by address, kept so that no other gets the address
         self.locked: dict[int, Any] = {}
         # copies to and from page-locked memory that did not wait

@@ -18,6 +18,8 @@ from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.rollout import RolloutSpec
 
 SEED, QUICK = 0, 8
+# a restart is a dimension of its own here
+TRANSITIONS = tuple(one for one in injected.DIMENSIONS["transition"] if one != "restart")
 GIVEN, AFTER = 4, 3  # start latents, no multiple of FRAMES; chunks from the one of the transition on
 HOST = "host memory"
 GOES, COMES = f"gpu, then {HOST}", f"{HOST}, then gpu"
@@ -27,7 +29,7 @@ DIMENSIONS = {
     "storage": ("model", "fp8", "int8"),
     "device": ("gpu", HOST, GOES, COMES),
     "absorption": ("none", "warming", "switching", "switched"),
-    "transition": injected.DIMENSIONS["transition"],
+    "transition": TRANSITIONS,
     "restart": ("off", "on"),
     "blocks": injected.DIMENSIONS["blocks"],
     "given": ("none", "some"),
@@ -43,7 +45,7 @@ WORDS = {
     "changed adaptive": "adaptive",
 }  # fmt: skip
 # read as they are; every other value is named with its dimension
-_CLEAR = {*WORDS, *injected.DIMENSIONS["transition"], *DIMENSIONS["resume"]} - {"none"}
+_CLEAR = {*WORDS, *TRANSITIONS, *DIMENSIONS["resume"]} - {"none"}
 
 
 def refused(a: Value, b: Value) -> bool:
@@ -134,7 +136,7 @@ class Pair(Combination):
             )
         return RolloutSpec(
             geometry=model.geometry, batch=int(self.batch), height=4, width=6, chunk_frames=FRAMES,
-            window_frames=WINDOW, anchor=self.policy(),
+            anchor=self.policy(), **self.windows(WINDOW, may_share=not restart),
             positions="packed" if self.anchor == "deep" else luck.choice(("packed", "packed", "fixed")),
             dtype=torch.float32, absorption=self.absorbed(), blocks=BLOCKS if self.blocks == "several" else 1,
             cache_dtype=self.storage, cache_device=device or self.devices()[1], **restart,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from slow_rollout import gaussian
-from slow_systems import Held, SelfForcing
+from slow_systems import CausVid, Held, SelfForcing
 
 
 class Changes:
@@ -33,7 +33,7 @@ class Changes:
 class Adaptive(SelfForcing):
     """A hidden state of S frames before the content, under the rules of the pack's adaptive anchor."""
 
-    steps, S, W, fixed = [1000.0, 757.0, 522.0], 1, 6, False
+    steps, told, S, W, fixed = CausVid.steps, CausVid.told, 1, 6, False
     strength, freeze_frame, reset_frames = 1.0, 0, 0
 
     def __init__(self, *args, **numbers):

@@ -57,7 +57,7 @@ class SelfForcing:
     """A cache of `size` frames, the current ones among them, of which the first `sink` stay; absolute positions."""
 
     size, sink, frames = 21, 0, 3
-    steps, first_steps = warped((1000, 750, 500, 250), 5), None
+    steps, first_steps, told = warped((1000, 750, 500, 250), 5), None, {}
     context_noise, memories = 0.0, 0
 
     def __init__(self, model, *, seed=7, batch=1, h=4, w=6, prompts=None, **numbers):
@@ -138,10 +138,15 @@ class SelfForcing:
         if self.prompts:
             self.prompts(self)
 
+    def staying(self, layer):
+        """The frames of the cache that no change of the prompt takes away."""
+        return self.sink
+
     def flush(self):
         for layer, cache in enumerate(self.cache):
             self.make_room(layer)
-            del cache[self.sink : max(self.sink, len(cache) - 2)]
+            stay = self.staying(layer)
+            del cache[stay : max(stay, len(cache) - 2)]
 
     def recache(self):
         """The pack's rule. The sink (and a memory) stays, what lies behind it goes; then the newest latents, as many as the
@@ -149,8 +154,8 @@ class SelfForcing:
         back, latents = self.start, torch.cat(self.out, 2)
         for layer, cache in enumerate(self.cache):
             self.make_room(layer)
-            del cache[self.sink :]
-        first = max(self.sink, back - self.size - self.memories)
+            del cache[self.staying(layer) :]
+        first = max(self.sink + self.memories, back - self.size - self.memories)
         self.again, self.start, self.end = True, first, [first] * len(self.end)
         for block in latents[:, :, first:].split(self.frames, 2):
             self.clean_pass(block)
@@ -167,7 +172,7 @@ class SelfForcing:
             if self.chunk == 0 and self.first_steps:
                 steps = self.first_steps
             for j, t in enumerate(steps):
-                x0 = (x.double() - t / 1000 * self.one_pass(x, t).double()).float()
+                x0 = (x.double() - t / 1000 * self.one_pass(x, self.told.get(j, t)).double()).float()
                 if j + 1 < len(steps):
                     sigma = steps[j + 1] / 1000
                     x = (1 - sigma) * x0 + sigma * self.noise(self.chunk, j + 1)
@@ -194,7 +199,8 @@ class OneStep(FrameWise):
 class CausVid(SelfForcing):
     """Clips of 21 frames; each after the first begins with the last 3 of the one before, as clean context."""
 
-    steps, clip, overlap = [1000.0, 757.0, 522.0], 21, 3
+    steps, told = [1000 * 8 * u / (1 + 7 * u) for u in (1, 0.28, 0.12)], {0: 1000.0, 1: 757.0, 2: 522.0}
+    clip, overlap = 21, 3
 
     def before_chunk(self):
         if self.start < self.clip:
@@ -207,7 +213,25 @@ class CausVid(SelfForcing):
 
 
 class LongLive(SelfForcing):
+    """Its recache is one pass over as many of the newest frames as the cache has room for. Once the first has left, the sink stays,
+    and what the pass makes of as many frames as the sink has is not cached; so nobody sees it."""
+
     size, sink = 12, 3
+    whole = False
+
+    def recache(self):
+        back, frames = self.start, min(self.size, self.start)
+        self.whole, self.start = True, back - frames
+        self.clean_pass(torch.cat(self.out, 2)[:, :, -frames:])
+        self.whole, self.start, self.end = False, back, [back] * len(self.end)
+
+    def attend(self, layer, q, k, v):
+        if not self.whole:
+            return super().attend(layer, q, k, v)
+        frames = self.split(k, v)
+        self.cache[layer] = self.cache[layer][: self.sink] + frames[self.sink :] if self.start else frames
+        read, positions = self.read(layer)
+        return self.attention(q, positions[-len(frames) :], read, positions)
 
 
 class InfinityRope(SelfForcing):
@@ -234,13 +258,25 @@ class RewardForcing(InfinityRope):
 
 
 class MemRope(InfinityRope):
-    """Sink 3, two memories, 4 recent, 3 new: the cache without the memories has room for 10."""
+    """Sink 3, two memories, 4 recent, 3 new: the cache without the memories has room for 10. Until there are memories, it has room
+    for all 12, and then the two frames behind the sink go unseen."""
 
     size, sink, rates, memories = 10, 3, (0.01, 0.1), 2
 
     def __init__(self, *args, **numbers):
         super().__init__(*args, **numbers)
         self.memory = [[] for _ in self.cache]
+
+    def staying(self, layer):
+        return self.sink if self.memory[layer] else self.sink + self.memories
+
+    def make_room(self, layer):
+        cache = self.cache[layer]
+        if not self.memory[layer]:
+            if len(cache) + self.frames <= self.size + self.memories:
+                return
+            del cache[self.sink : self.sink + self.memories]
+        super().make_room(layer)
 
     def evicted(self, layer, gone):
         means = [

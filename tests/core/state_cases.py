@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "given": {"W": 6, "given": 8, "stop": 2},
     "full_vae": {"stream": "full"},
     "tiny_vae": {"stream": "tiny"},
+    "remade": {"remade": "newest", "length": 9, "stream": "pictures"},
 }
 
 
@@ -61,7 +62,9 @@ def made(name: str) -> tuple[RolloutSpec, RolloutState]:
     """A case's spec, and its state after a cut within a chunk."""
     one = dict(CASES[name])
     length, stream = one.pop("length", 10), one.pop("stream", "")
-    late = {key: one.pop(key) for key in ("absorption", "cache_dtype", "cache_device", "blocks") if key in one}
+    late = {
+        key: one.pop(key) for key in ("absorption", "cache_dtype", "cache_device", "blocks", "remade") if key in one
+    }
     given, stop = one.pop("given", 0), one.pop("stop", 0)
     spec = replace(spec_for(TinyModel(), **one), **late)
     rollout = go_on(spec)
@@ -88,6 +91,9 @@ def carried(kind: str, seen: int) -> dict[str, Any]:
     """What a state keeps of a stream whose decoder has seen `seen` latents, with small random tensors for its layers."""
     if not kind:
         return {}
+    if kind == "pictures":
+        pictures = torch.rand(1, 1, 8 * H, 8 * W_PIXELS, 3, generator=torch.Generator().manual_seed(1))
+        return {"renewed_frames": [seen - 3], "renewed_pictures": pictures}
     files = {"frames_written": 4 * seen - 3, "file_frames": [4 * seen - 3], "files": ["a.mp4"], "run_id": "ab"}
     torch.manual_seed(1)
     if kind == "full":

@@ -14,12 +14,13 @@ def spec_of(name, model, *, batch=1, dtype=torch.float32, **changed):
     numbers = dict(
         chunk_frames=one.chunk_frames, window_frames=one.window_frames, anchor=one.anchor, positions=one.positions,
         blocks=one.blocks, restart_frames=one.restart_frames, overlap_frames=one.overlap_frames,
+        shares_window=one.shares_window, one_pass_recache=one.one_pass_recache, remade=one.remade,
     )  # fmt: skip
     return RolloutSpec(geometry=model.geometry, batch=batch, height=4, width=6, dtype=dtype, **(numbers | changed))
 
 
-def rollout_of(name, model, *, seed=7, state=None, ramp_down=False, prompts=None, on_step=None, **changed):
-    settings = Settings(seed, PRESETS[name].schedule, ramp_down=ramp_down)
+def rollout_of(name, model, *, seed=7, state=None, prompts=None, on_step=None, **changed):
+    settings = Settings(seed, PRESETS[name].schedule)
     spec = spec_of(name, model, **changed)
     return Rollout(model, spec, settings, state=state, prompts=prompts, on_step=on_step)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from systems_fast import rollout_of
+from tiny_model import TinyModel
 
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorStatic
-from adastate_core.measure.attention_share import frame_shares, measure_share, share_table
+from adastate_core.measure.attention_share import frame_shares, measure_share, measure_shares, share_table
 from adastate_core.rollout import ModelGeometry, Rollout, RolloutSpec, Settings
 from adastate_core.schedules.schedule import Schedule
 
@@ -74,3 +76,27 @@ def test_a_rollout_that_has_begun_cannot_be_measured():
     list(rollout.chunks(3))
     with pytest.raises(ValueError, match="a fresh rollout"):
         measure_share(rollout, 2)
+
+
+def test_several_chunks_at_once_have_no_share_of_their_own():
+    with pytest.raises(ValueError, match="5 chunks are denoised together, so no pass is a chunk's own"):
+        measure_share(rollout_of("rolling_forcing", TinyModel()), 3)
+
+
+def test_the_share_of_the_past_alone_and_its_course():
+    """Of every chunk: what the last one gives is what a measurement of it alone gives, and the past's shares keep their ratios."""
+
+    def rollout():
+        spec = RolloutSpec(Pointing.geometry, 1, 4, 4, 3, 5, AnchorStatic(1), "packed", torch.float32)
+        return Rollout(Pointing(), spec, Settings(0, Schedule.shifted(2, 5.0)))
+
+    course = measure_shares(rollout(), 4)
+    assert len(course) == 4 and course[-1] == measure_share(rollout(), 4)
+    assert course[0].past.labels == [] and course[0].past.mean == []
+    assert course[1].past.labels == ["anchor 0", "past -2", "past -1"]
+    past = course[-1].past
+    assert past.labels == ["anchor 0", *(f"past {i}" for i in range(-5, 0))]
+    for layer, everything in zip(past.layers, course[-1].layers, strict=True):
+        assert sum(layer) == pytest.approx(1.0)
+        held = everything[: len(layer)]
+        assert layer == pytest.approx([value / sum(held) for value in held])

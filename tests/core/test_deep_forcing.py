@@ -176,7 +176,8 @@ def slow_deep(model, anchor, *, F, W, length, batch=1, seed=7, given=None, flush
 CASES = {
     "chunks": (AnchorDeep(3, 4, 8), 3, 5, 2),
     "wider": (AnchorDeep(2, 3, 7), 3, 4, 1),
-    "own times": (AnchorDeep(3, 4, 8, shift_selected=False), 3, 3, 2),
+    "own times": (AnchorDeep(3, 4, 8, shift_selected=False, most_choices=0), 3, 3, 2),
+    "the authors' code": (AnchorDeep(3, 4, 8, shift_selected=False, most_choices=2), 3, 3, 2),
     "sink within a chunk": (AnchorDeep(4, 2, 8), 2, 5, 1),
     "frame by frame": (AnchorDeep(2, 3, 6), 1, 3, 2),
     "nothing chosen": (AnchorDeep(2, 4, 6), 3, 2, 1),
@@ -188,7 +189,11 @@ def deep_spec(anchor, F, W, batch=1, **more):
     return spec_for(TinyModel(), batch=batch, F=F, W=W, anchor=anchor, **more)
 
 
-@pytest.mark.parametrize(("anchor", "F", "W", "batch"), CASES.values(), ids=CASES.keys())
+# held to a loop of its own in test_published.py
+TWINS = {name: case for name, case in CASES.items() if name != "the authors' code"}
+
+
+@pytest.mark.parametrize(("anchor", "F", "W", "batch"), TWINS.values(), ids=TWINS)
 def test_equals_the_slow_rollout(anchor, F, W, batch):
     length = 9 * F + 1
     fast, _, _ = roll(TinyModel(), deep_spec(anchor, F, W, batch), length)
@@ -234,7 +239,9 @@ def test_a_prompt_that_changes(transition, name, frame):
     assert torch.equal(torch.cat([first, rest], 2), fast)
 
 
-GOING_ON = [(case, torch.float32) for case in ("chunks", "own times", "frame by frame", "no recent past")]
+GOING_ON = [
+    (case, torch.float32) for case in ("chunks", "own times", "the authors' code", "frame by frame", "no recent past")
+]
 
 
 @pytest.mark.parametrize(("case", "dtype"), [*GOING_ON, ("chunks", torch.bfloat16)])
@@ -349,7 +356,13 @@ def test_refusals(numbers, message):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "message"), [((0,), "sink_frames is 0"), ((10, 0), "recent_frames is 0"), ((10, 4, 13), "at least 14")]
+    ("numbers", "message"),
+    [
+        ((0,), "sink_frames is 0"),
+        ((10, 0), "recent_frames is 0"),
+        ((10, 4, 13), "at least 14"),
+        ((10, 4, 16, False, -1), "most_choices is -1"),
+    ],
 )
 def test_numbers_of_the_anchor(numbers, message):
     with pytest.raises(ValueError, match=message):
@@ -374,6 +387,23 @@ def test_a_damaged_state_is_refused():
             roll(model, spec, 18, state=replace(state, cache=(bad, *state.cache[1:])))
     with pytest.raises(ValueError, match="anchor is"):
         roll(model, deep_spec(AnchorDeep(3, 4, 8, False), 3, 3), 18, state=state)
+
+
+def test_a_state_without_shift_of_before_goes_on_by_its_own_rule_or_is_refused():
+    """Earlier versions described it without `most_choices`, chose without limit and left the sink where it was."""
+    model, before, now = TinyModel(), AnchorDeep(3, 4, 8, False, most_choices=0), AnchorDeep(3, 4, 8, False)
+    described = {name: value for name, value in before.describe().items() if name != "most_choices"}
+    assert anchor_from(described) == before and anchor_from(now.describe()) == now
+    _, rollout, _ = roll(model, deep_spec(before, 3, 3), 15)
+    whole, _, _ = roll(model, deep_spec(before, 3, 3), 21)
+    state = rollout.snapshot()
+    state = replace(state, spec=state.spec | {"anchor": described})
+    rest, _, _ = roll(model, deep_spec(anchor_from(described), 3, 3), 21, state=state)
+    assert torch.equal(rest, whole[:, :, 15:])
+    with pytest.raises(
+        ValueError, match="an earlier version of the pack saved the state, which without shift_selected"
+    ):
+        roll(model, deep_spec(now, 3, 3), 18, state=state)
 
 
 def test_the_preset():

@@ -112,7 +112,7 @@ def test_its_state_is_refused_by_name_where_the_pack_is_not(pack, tmp_path):
 def test_it_meets_the_packs_own_tests(pack):
     """Pairs and fault injection find it by the folder's name alone."""
     folder = Path(__file__).parent
-    environment = os.environ | {"ADASTATE_PACKS": str(pack)}
+    environment = os.environ | {"ADASTATE_PACKS": str(pack), "ADASTATE_CASES": "all"}
     command = [
         sys.executable,
         "-m",

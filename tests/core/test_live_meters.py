@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from adastate_core.measure.live_meters import LiveMeters, mean_lab
-from adastate_core.measure.metrics import lab
+from adastate_core.measure.lab_colour import lab, mean_lab
+from adastate_core.measure.live_meters import LiveMeters
 
 
 def flat(*colour: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def flat(*colour: int) -> np.ndarray:
     ],
 )
 def test_colours_in_lab(colour, lab):
-    assert mean_lab(flat(*colour)) == pytest.approx(lab, abs=0.02)
+    assert mean_lab([flat(*colour)]) == pytest.approx(lab, abs=0.02)
 
 
 def test_colour_counts_from_the_first_chunk_and_motion_from_the_frame_before():

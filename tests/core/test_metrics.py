@@ -85,6 +85,21 @@ def test_flicker_is_the_share_at_the_chunks_period():
     assert math.isnan(flicker(noise, 66)) and math.isnan(flicker(noise, 1)) and math.isnan(flicker(noise[:0], 12))
 
 
+def test_temporal_flickering_is_vbenchs():
+    """One less the mean over neighbouring pictures of their mean absolute difference, pixel by pixel."""
+    frames = [texture(i, 16) for i in range(5)]
+    means = []
+    for one, other in zip(frames, frames[1:], strict=False):
+        levels = [abs(int(a) - int(b)) for a, b in zip(one.flat, other.flat, strict=True)]
+        means.append(sum(levels) / len(levels))
+    expected = (255 - sum(means) / len(means)) / 255
+    assert 0.6 < expected < 0.9
+    assert measure_video(frames)["temporal_flickering"] == pytest.approx(expected, abs=1e-12)
+    assert measure_video(still(3))["temporal_flickering"] == 1
+    assert measure_video(frames[::2], every=2)["temporal_flickering"] is None, "it is of neighbouring pictures"
+    assert measure_video(frames[:1])["temporal_flickering"] is None
+
+
 def test_a_video_that_jumps_at_every_chunk_flickers_and_has_seams():
     frames = []
     for i in range(9 + 12 * 8):
@@ -98,6 +113,91 @@ def test_a_video_that_jumps_at_every_chunk_flickers_and_has_seams():
     assert [c["first_picture"] for c in third["chunks"]][:3] == [0, 9, 21]
     assert measure_video(frames[::5], every=5)["flicker"] is None, "5 pictures are no part of a chunk"
     assert measure_video(still(60))["flicker"] == 0 and measure_video(still(60))["seam"] is None
+
+
+def tones(clip: int, picture: int) -> tuple[list[int], list[int]]:
+    """The colours of the two halves of a picture of a chain whose clips grow red and rich in contrast; every other picture of a
+    clip is a level lighter."""
+    light = picture % 2
+    return [100 + light + 4 * clip, 100 + light, 100 + light], [150 + light + 12 * clip] + 2 * [150 + light + 8 * clip]
+
+
+def chain(lengths: list[int]) -> list[numpy.ndarray]:
+    """A video put together from clips of so many pictures."""
+    pictures = []
+    for clip, length in enumerate(lengths):
+        for picture in range(length):
+            pictures.append(numpy.zeros((SIDE, SIDE, 3), numpy.uint8))
+            for half, tone in enumerate(tones(clip, picture)):
+                pictures[-1][:, half * SIDE // 2 : (half + 1) * SIDE // 2] = tone
+    return pictures
+
+
+def test_a_chain_of_clips_climbs_clip_by_clip_as_it_was_made():
+    """Against the numbers that the two tones of each half have by the book, a clip at a time."""
+    lengths = [13, 12, 12, 12, 5]
+    luma = lambda tone: (0.299 * tone[0] + 0.587 * tone[1] + 0.114 * tone[2]) / 255  # noqa: E731
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    lab = lambda clip, picture: [  # noqa: E731
+        mean(column)
+        for column in zip(*(lab_by_the_book([c / 255 for c in tone]) for tone in tones(clip, picture)), strict=True)
+    ]
+    colours = [
+        [mean(column) for column in zip(*(lab(clip, i) for i in range(n)), strict=True)]
+        for clip, n in enumerate(lengths)
+    ]
+    contrast = [
+        mean([abs(luma(tones(clip, i)[1]) - luma(tones(clip, i)[0])) / 2 for i in range(n)])
+        for clip, n in enumerate(lengths)
+    ]
+    jumps = [
+        mean(
+            [
+                abs(luma(a) - luma(b))
+                for a, b in zip(tones(clip, 0), tones(clip - 1, lengths[clip - 1] - 1), strict=True)
+            ]
+        )
+        for clip in range(1, 5)
+    ]
+    found = measure_video(chain(lengths), clip_frames=12, first_clip_frames=13)
+    rows = found["chunks"]
+    assert [row["first_picture"] for row in rows] == [0, 13, 25, 37, 49] and found["pictures"] == 54
+    for clip, row in enumerate(rows):
+        assert row["drift"] == pytest.approx(math.dist(colours[clip], colours[0]), abs=0.05)
+        assert row["contrast"] == pytest.approx(contrast[clip], rel=1e-3)
+        if clip:
+            assert row["seam"] == pytest.approx(jumps[clip - 1] * 255, rel=1e-3), (
+                "a clip's own pictures move by one level"
+            )
+            step = math.dist(lab(clip, 0), lab(clip - 1, lengths[clip - 1] - 1))
+            assert row["seam_colour"] == pytest.approx(step, abs=0.05)
+    assert rows[0]["seam"] is rows[0]["seam_colour"] is None and found["seam"] == pytest.approx(
+        mean(jumps) * 255, rel=1e-3
+    )
+    for name in ("drift", "contrast", "colour", "seam", "seam_colour"):
+        line = numpy.polyfit(
+            range(name.startswith("seam"), 4), [row[name] for row in rows[name.startswith("seam") : 4]], 1
+        )
+        assert found["per_clip"][name] == pytest.approx(line[0], rel=1e-6, abs=1e-9), (
+            "without the clip that is cut short"
+        )
+    assert found["per_clip"]["drift"] > 2 and found["per_clip"]["contrast"] > 0.01
+    json.dumps(found, allow_nan=False)
+
+
+def test_clips_are_measured_where_they_begin_and_only_if_asked_for():
+    frames = chain([12, 12, 12])
+    sparse = measure_video(frames[::4], every=4, clip_frames=12)
+    assert [row["first_picture"] for row in sparse["chunks"]] == [0, 12, 24]
+    assert sparse["per_clip"]["drift"] > 2 and sparse["per_clip"]["seam"] is None and sparse["seam"] is None
+    wrong = measure_video(frames, clip_frames=10)
+    assert wrong["seam"] < 1.5 < 4 < measure_video(frames, clip_frames=12)["seam"], (
+        "a border beside the seam finds none"
+    )
+    plain = measure_video(frames)
+    assert "per_clip" not in plain and not any("seam" in row for row in plain["chunks"])
+    alone = measure_video(frames[:12], clip_frames=12)
+    assert alone["per_clip"]["drift"] is None and alone["chunks"][0]["seam"] is None
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (0, 1), (3, 0), (-2, 4), (5, -5)])

@@ -89,10 +89,11 @@ class Run:
         return torch.cat(self.parts, 2)
 
     def end(self) -> tuple[RolloutState, dict[str, object]]:
-        """The state, and what the absorption reports but for its clock."""
+        """The state, and what the absorption reports but for its clock and the peak, which are of one run."""
         absorber = self.rollout.absorber
         report = {} if absorber is None else absorber.report()
-        report.pop("solve_seconds", None)
+        for of_one_run in ("solve_seconds", "kv_bytes_peak", "freed_share_at_peak"):
+            report.pop(of_one_run, None)
         return self.rollout.snapshot(), report
 
 
@@ -186,6 +187,7 @@ def marked() -> list:
 
 
 @pytest.mark.parametrize("case", marked())
+@pytest.mark.sampled(2)
 def test_any_cut_and_resume_equals_the_whole(case, tmp_path):
     whole, run = Whole(case), Run(case, case.devices()[0], tmp_path)
     for cut in case.cuts():
@@ -200,7 +202,12 @@ def test_any_cut_and_resume_equals_the_whole(case, tmp_path):
         assert case.interrupt != AMONG or (state.given is not None and state.next_frame < GIVEN)
         if state.emitted:
             calm = Run(case, run.device).until(state.emitted).rollout.snapshot()
-            place = difference(flat(unplaced(state)), flat(unplaced(calm)))
+            left, calm = unplaced(state), unplaced(calm)
+            if (
+                state.again
+            ):  # frames were being committed again: what is cached of them is made anew before the next chunk
+                left, calm = (replace(one, cache=(), again=0, absorption={}) for one in (left, calm))
+            place = difference(flat(left), flat(calm))
             assert not place, f"what the interrupt left differs from the state before the chunk at {place}"
         taken, resumed = flat(state), run.resume(state)
         whole.equals(run.until(case.length), "the interrupted rollout itself")

@@ -388,3 +388,23 @@ def test_what_fails_between_the_commit_and_the_switch_is_made_up_for(monkeypatch
     assert torch.equal(rollout.kept_latents, expected)
     for one in (resumed, rollout):
         assert one.absorber.solution.chosen == whole.absorber.solution.chosen
+
+
+def test_kept_latents_are_one_tensor_that_states_share_and_taking_some_back_leaves_a_state_as_it_was():
+    spec = spec_for(TinyModel(), W=6)
+    expected = rolled(Rollout(TinyModel(), spec, Settings(7, SCHEDULE)), 12)
+    rollout = Rollout(TinyModel(), spec, Settings(7, SCHEDULE), keep_latents=True)
+    chunks = rollout.chunks(12)
+    next(chunks), next(chunks)
+    state = rollout.snapshot()
+    assert state.latents is rollout.kept_latents is rollout.snapshot().latents and rollout.keeps_latents
+    third = next(chunks).latents
+    rollout.put_back(
+        torch.cat([state.latents[:, :, 4:], third], 2)
+    )  # part of what has been joined, and a chunk since then
+    assert torch.equal(rollout.kept_latents, expected[:, :, :4]) and torch.equal(state.latents, expected[:, :, :6])
+    assert rollout.emitted == 4
+    rolled(rollout, 12)
+    assert torch.equal(rollout.kept_latents, expected)
+    let_go = Rollout(TinyModel(), spec, Settings(7, SCHEDULE), state=replace(state, latents=None), keep_latents=True)
+    assert not let_go.keeps_latents and not Rollout(TinyModel(), spec, Settings(7, SCHEDULE)).keeps_latents

@@ -25,6 +25,6 @@ def test_passes_on_a_device_join_new_noise_and_kept_chunks(resumed):
             x, timesteps, levels = joined(blocks, SIGMAS, device)
             assert x.shape[2] == len(timesteps) == len(levels) == 3 * len(blocks)
             x0 = x - levels * torch.ones_like(x)
-            finished, blocks = advanced(blocks, x0, SIGMAS, 7)
+            finished, blocks = advanced(blocks, x0, SIGMAS, lambda chunk: 7)
             assert x0.device == device and all(block.x.device == device for block in blocks)
         assert finished.shape == SHAPE and finished.device == device

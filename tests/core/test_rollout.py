@@ -59,6 +59,7 @@ def slow_numbers(anchor):
 @pytest.mark.parametrize("anchor", ANCHORS.values(), ids=ANCHORS.keys())
 @pytest.mark.parametrize("positions", ["packed", "fixed", "absolute"])
 @pytest.mark.parametrize(("F", "W"), [(3, 3), (3, 6), (3, 7), (1, 2), (2, 0), (3, 1), (3, 100)])
+@pytest.mark.sampled(2)
 def test_equals_the_slow_rollout(anchor, positions, F, W):
     """semantics: Anchors."""
     if positions == "absolute" and anchor.relative_only:
@@ -79,6 +80,7 @@ def test_equals_the_slow_rollout(anchor, positions, F, W):
 @pytest.mark.parametrize("anchor", ANCHORS.values(), ids=ANCHORS.keys())
 @pytest.mark.parametrize("frames", [1, 2, 4, 6, 8])
 @pytest.mark.parametrize("positions", ["packed", "fixed"])
+@pytest.mark.sampled(2)
 def test_given_frames_equal_the_slow_rollout(anchor, frames, positions):
     model = TinyModel()
     given = torch.randn(1, 4, frames, H, W_PIXELS, generator=torch.Generator().manual_seed(3))
@@ -132,6 +134,7 @@ def test_a_window_over_everything_is_one_masked_pass(positions):
 
 @pytest.mark.parametrize("anchor", ANCHORS.values(), ids=ANCHORS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.sampled(2)
 def test_going_on_from_a_file_gives_the_same_bits(anchor, dtype, tmp_path):
     """semantics: Going on from a state."""
     model = TinyModel()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from adastate_core.rope import MOST_TABLES, Rope, Turn
+from adastate_core.rope import Rope, Turn, space_bytes
 
 SIZES = [(12, 2, 3), (14, 3, 2), (128, 4, 5)]
 NEAR = dict(atol=2e-6, rtol=2e-6)
@@ -111,13 +111,40 @@ def test_gradients_are_turned_back(real):
     torch.testing.assert_close(x.grad.double(), expected, **NEAR)
 
 
-def test_kept_tables_stay_few_and_those_in_use_stay():
-    rope = Rope(12, 2, 3)
+@pytest.mark.parametrize("real", [False, True])
+def test_kept_tables_stay_within_their_bytes_and_those_in_use_stay(real):
+    rope = Rope(12, 2, 3, real_pairs=real, most_bytes=0)
+    rope.most_bytes = rope.bytes_of(10)
     kept = rope.turn(None, [1, 2])
-    for frame in range(3 * MOST_TABLES):
+    assert rope.bytes_of(2) == sum(part.nbytes for part in kept.parts) == 2 * 6 * 12 * (8 if real else 4)
+    for frame in range(100):
         rope.turn(None, [frame])
+        rope.turn([frame], [frame + 1])
+        rope.turn_tokens([float(frame)], torch.zeros(3, dtype=torch.int64), torch.arange(3))
         assert rope.turn(None, [1, 2]).parts[0] is kept.parts[0]
-        assert len(rope._kept) <= MOST_TABLES
+        held = sum(part.nbytes for parts in rope._kept.values() for part in parts)
+        assert held <= rope.most_bytes and rope.nbytes == held + space_bytes(12, 6, real)
+    large = rope.turn(None, range(11))
+    assert large.parts[0].shape[0] == 11 * 6 and rope.turn(None, range(11)).parts[0] is not large.parts[0]
+    assert torch.equal(large.parts[0], rope.turn(None, range(11)).parts[0]) and rope.nbytes <= rope.most_bytes + held
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize(("head_dim", "rows", "columns"), [*SIZES, (128, 30, 52)])
+def test_a_table_put_together_has_the_bits_of_one_that_is_computed_whole(head_dim, rows, columns, real):
+    """Time apart from height and width, frame by frame, against every token's own angles."""
+    rope, to = Rope(head_dim, rows, columns, real_pairs=real), [2, None, 0, 17, 4001, 300.5]
+    space, d = rope._space, head_dim - 4 * (head_dim // 6)
+    time = torch.tensor([p or 0 for p in to]).double()[:, None] * 10000.0 ** -(torch.arange(0, d, 2).double() / d)
+    angles = torch.cat([torch.cat([one.expand(len(space), -1), space], -1) for one in time])
+    units = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    units[len(space) : 2 * len(space)] = 1
+    found = rope.turn(None, to).parts
+    if not real:
+        assert torch.equal(found[0][:, 0], units)
+        return
+    assert torch.equal(found[0][:, 0, ::2], units.real) and torch.equal(found[0][:, 0, 1::2], units.real)
+    assert torch.equal(found[1][:, 0, ::2], -units.imag) and torch.equal(found[1][:, 0, 1::2], units.imag)
 
 
 def test_every_frame_comes_from_somewhere():

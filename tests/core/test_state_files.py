@@ -249,7 +249,9 @@ def test_each_tensor_is_held_to_its_name_dtype_shape_and_to_numbers(tmp_path, na
                 else:
                     tensors[key] = other
 
-            if other is None and (MAY_MISS.fullmatch(key) or is_copy(name, key)):
+            # a past that is made anew is made of what is recent
+            lacking = MAY_MISS.fullmatch(key) and (name, key) != ("remade", "recent")
+            if other is None and (lacking or is_copy(name, key)):
                 load(changed(path, change))
                 continue
             text = refusal(changed(path, change), named=name != "absorption")
@@ -304,6 +306,7 @@ MAY_BE_NONE, MAY_BE_ANYWHERE = ("ridge",), ("positions",)
 
 
 @pytest.mark.parametrize("name", [*CASES, "absorption"])
+@pytest.mark.sampled(2)
 def test_each_field_of_a_header_is_held_to_its_type_and_range(tmp_path, name, request):
     path = request.getfixturevalue("absorption") if name == "absorption" else None
     path = path or save_state(made(name)[1], tmp_path / f"{name}.state.safetensors")
@@ -485,3 +488,18 @@ def test_a_state_of_numbers_that_are_none_is_not_written_over_a_good_one(tmp_pat
     with pytest.raises(ValueError):
         save_state(replace(state, cache=(first, *state.cache[1:])), path)
     assert same(as_tables(load_state(path)), as_tables(state)) and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_state_says_which_layers_were_compiled_and_one_that_does_not_was_plain(tmp_path):
+    _, state = made("none")
+    plain = save_state(state, tmp_path / "plain.state.safetensors")
+    assert "compiled_layers" not in parts_of(plain)[1]["state"] and load_state(plain).compiled_layers == ()
+    path = save_state(replace(state, compiled_layers=(0, 1)), tmp_path / "compiled.state.safetensors")
+    assert load_state(path).compiled_layers == (0, 1)
+
+
+@pytest.mark.parametrize("layers", [[], [1, 0], [0, 0], [2], [-1], [True], ["0"], 1, None, {"0": 1}])
+def test_compiled_layers_are_layers_of_the_model(tmp_path, layers):
+    _, state = made("none")
+    path = save_state(replace(state, compiled_layers=(0, 1)), tmp_path / "one.state.safetensors")
+    assert "compiled_layers" in refusal(changed(path, lambda tensors, header: header.update(compiled_layers=layers)))

@@ -19,23 +19,44 @@ from slow_systems import (
 from systems_fast import latents_of, rollout_of
 from tiny_model import TinyModel
 
-from adastate_core.anchors import AnchorAdaptive, AnchorEMA
+from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
 from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.states.state_file import load_state, save_state
 
 LENGTH = 24
+
+
+class ChunkAfterChunk(SelfForcing):
+    """LongLive's sizes by the pack's own recache."""
+
+    size, sink = 12, 3
+
+
 ALONE = dict(restart_frames=0, overlap_frames=0)
+
+
+class Infinite(LongLive):
+    """A frame's position is its place in the cache."""
+
+    read = InfinityRope.read
+
+
 # what a rollout is made of, and its slow loop with the same sizes
 LOOPS = {
     "full": ("self_forcing", {}, SelfForcing, {}),
     "window": ("self_forcing", dict(window_frames=6), SelfForcing, dict(size=9)),
     "longlive": ("longlive", {}, LongLive, {}),
+    "longlive, larger": ("longlive", dict(window_frames=9, anchor=AnchorStatic(4)), LongLive, dict(size=16, sink=4)),
+    "longlive, smaller": ("longlive", dict(window_frames=4, anchor=AnchorStatic(1)), LongLive, dict(size=8, sink=1)),
+    "longlive, infinite": ("longlive", dict(positions="packed"), Infinite, {}),
+    "longlive, no sink": ("longlive", dict(anchor=Anchor()), LongLive, dict(size=9, sink=0)),
+    "longlive, chunk after chunk": ("longlive", dict(one_pass_recache=False), ChunkAfterChunk, {}),
     "infinity": ("infinity_rope", {}, InfinityRope, {}),
     "infinity, longer": ("infinity_rope", dict(window_frames=5), InfinityRope, dict(size=9)),
     "reward": ("reward_forcing", dict(anchor=AnchorEMA(3, 0.6)), RewardForcing, dict(decay=0.6)),
     "memrope": ("memrope", {}, MemRope, {}),
     "frame-wise": ("causal_forcing_frame_2step", dict(window_frames=4), TwoSteps, dict(size=5)),
-    "rolling": ("rolling_forcing", {}, RollingForcing, {}),
+    "rolling": ("rolling_forcing", dict(window_frames=3, shares_window=False), RollingForcing, {}),
     "adaptive": ("causvid", dict(anchor=AnchorAdaptive(1), window_frames=6, **ALONE), Adaptive, {}),
     "frozen": (
         "causvid", dict(anchor=AnchorAdaptive(1, freeze_frame=6), window_frames=6, **ALONE), Adaptive, dict(freeze_frame=6),
@@ -45,6 +66,8 @@ CASES = [
     ("full", "cut"), ("longlive", "cut"), ("frame-wise", "cut"), ("rolling", "cut"),
     ("window", "recache"), ("longlive", "recache"), ("infinity", "recache"), ("reward", "recache"),
     ("memrope", "recache"), ("adaptive", "recache"), ("frozen", "recache"),
+    ("longlive, larger", "recache"), ("longlive, smaller", "recache"), ("longlive, no sink", "recache"),
+    ("longlive, infinite", "recache"), ("longlive, chunk after chunk", "recache"),
     ("longlive", "flush"), ("infinity", "flush"), ("infinity, longer", "flush"), ("memrope", "flush"),
     ("infinity", "rope cut"), ("longlive", "rope cut"),
     ("full", "soft"), ("frame-wise", "soft"),
@@ -151,7 +174,9 @@ def test_an_interrupt_in_the_chunk_of_a_transition(kind, transition, same, base,
 
 @pytest.mark.parametrize("kind", ["longlive", "memrope", "adaptive"])
 @pytest.mark.parametrize("call", [0, 1])
-def test_a_failure_inside_the_recache_leaves_the_cache_as_it_was(kind, call):
+def test_a_failure_inside_the_recache_leaves_an_empty_window_to_be_made_again(kind, call):
+    """semantics: A change of the prompt. The anchor is as it was."""
+
     class Failing(TinyModel):
         """Fails once, in the `call`-th pass of the recache, told by its text and by t=0 as the first pass."""
 
@@ -165,8 +190,8 @@ def test_a_failure_inside_the_recache_leaves_the_cache_as_it_was(kind, call):
                     raise RuntimeError("out of memory")
             return super().velocity(x, timestep, attention)
 
-    def tensors(state):
-        return [(name, t) for layer in state.cache for name, t in sorted(layer.tensors.items())]
+    def anchors(layer, name):
+        return layer.tensors[name][:, : len(layer.anchor_slots)]
 
     rollout = make(kind, "recache", model=Failing(layers=model_of(kind).geometry.layers))
     latents_of(rollout, 9)
@@ -174,18 +199,18 @@ def test_a_failure_inside_the_recache_leaves_the_cache_as_it_was(kind, call):
     with pytest.raises(RuntimeError, match="out of memory"):
         latents_of(rollout, 12)
     after = rollout.snapshot()
-    assert [(s.frames, s.positions, s.anchor_slots, s.ring_slots) for s in before.cache] == [
-        (s.frames, s.positions, s.anchor_slots, s.ring_slots) for s in after.cache
-    ]
-    for (name, kept), (_, found) in zip(tensors(before), tensors(after), strict=True):
-        assert torch.equal(kept, found), name
-    assert (after.next_frame, after.next_chunk, after.emitted) == (9, 3, 9)
+    for kept, found in zip(before.cache, after.cache, strict=True):
+        assert kept.anchor_slots == found.anchor_slots and found.ring_slots == ()
+        assert kept.frames[: len(kept.anchor_slots)] == found.frames
+        assert torch.equal(anchors(kept, "values"), anchors(found, "values"))
+    assert (after.next_frame, after.next_chunk, after.emitted, after.again) == (9, 3, 9, 9)
+    assert torch.equal(latents_of(make(kind, "recache", state=after), LENGTH), whole(kind, "recache")[:, :, 9:])
     rest = latents_of(rollout, LENGTH)
     assert torch.equal(rest, whole(kind, "recache")[:, :, 9:])
 
 
 class Masked(SelfForcing):
-    """LongLive's recache as one pass over all frames under a block-causal mask, where no frame has left and none is a sink."""
+    """A recache as one pass over all frames under a block-causal mask, where no frame has left and none is a sink."""
 
     def recache(self):
         self.whole, back = True, self.start
@@ -207,7 +232,7 @@ class Masked(SelfForcing):
         return torch.cat(out, 1)
 
 
-def test_a_recache_of_everything_is_longlives_one_masked_pass():
+def test_a_recache_of_everything_chunk_after_chunk_is_one_masked_pass():
     loop = Masked(TinyModel(), prompts=Changes(rows_of("recache")))
     torch.testing.assert_close(whole("full", "recache"), loop.roll(LENGTH // 3)[:, :, :LENGTH], atol=1e-4, rtol=1e-4)
 

@@ -16,7 +16,8 @@ import torch
 from colours import codes_of, rgb_of
 
 from adastate_core.video import sink as video_sink
-from adastate_core.video.sink import VideoSink, remux, to_bytes
+from adastate_core.video.picture_forms import to_bytes
+from adastate_core.video.sink import VideoSink, remux
 
 ROOT = Path(__file__).resolve().parents[2]
 

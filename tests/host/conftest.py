@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest_plugins = ["sampled"]
 PACK = Path(__file__).resolve().parents[2]
 
 
@@ -115,6 +116,25 @@ def execute(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def every_autosave():
+    """Autosaves as often as autosave_seconds says: whatever they cost, and the chunk waits for the one before.
+
+    A test that wants them as they are calls `every_autosave.undo()`.
+    """
+    from adastate_pack.adastate_core.states import spacing
+    from adastate_pack.adastate_core.states.state_thread import StateThread
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(spacing, "SHARE", float("inf"))
+    run = StateThread.run
+    patch.setattr(
+        StateThread, "run", lambda thread, work: (run(thread, work), thread._thread and thread._thread.join())
+    )
+    yield patch
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
     """Output, temp and input folders of this test's own."""
     import folder_paths
@@ -205,3 +225,32 @@ def rollout(model, positive):
         return HostNode("AdaStateRollout")(**(defaults | inputs))
 
     return call
+
+
+@pytest.fixture
+def stream(vae, node):
+    """What Stream To Video gives a rollout, with small defaults and no autosaves on the way; inputs given win."""
+
+    def make(**inputs):
+        defaults = {
+            "vae": vae, "filename_prefix": "take", "fps": 16.0, "codec": "h264", "quality": 18, "preview": False,
+            "autosave_seconds": 0.0,
+        }  # fmt: skip
+        return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
+
+    return make
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The pictures that go to files, before the encoder."""
+    from adastate_pack.nodes import stream as stream_nodes
+
+    pictures, original = [], stream_nodes.VideoSink.write
+
+    def write(self, frames):
+        pictures.append(frames.clone())
+        return original(self, frames)
+
+    monkeypatch.setattr(stream_nodes.VideoSink, "write", write)
+    return pictures

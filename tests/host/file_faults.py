@@ -29,26 +29,34 @@ DESCRIPTORS = ("fsync", "fdatasync", "write", "ftruncate")
 
 
 class Faults:
-    """Counts operations on files under `folder`, and everything else that is told to it; raises at the `n`-th.
+    """Counts operations on files under `folder`, and everything else that is told to it, in each thread; raises at one `place`.
 
-    `points` are all that came, by name; `failed` the one that did not go through.
+    `points` are all that came, by place (the thread's name, how many came in it before) and name, whatever the threads' order;
+    `failed` is the one that did not go through.
     """
 
-    def __init__(self, folder: Path, n: int | None = None, seed: int = 0) -> None:
-        self.folder, self.n, self.seed = str(folder), n, seed
-        self.points: list[str] = []
+    def __init__(self, folder: Path, place: tuple[str, int] | None = None, seed: int = 0) -> None:
+        self.folder, self.place, self.seed = str(folder), place, seed
+        self._came: dict[str, list[str]] = {}
         self.failed: str | None = None
         self.when: Callable[[], None] = lambda: None
         self._busy = threading.local()
 
     def point(self, name: str) -> None:
         """An operation comes."""
-        number = len(self.points)
-        self.points.append(name)
-        if number == self.n:
+        thread = threading.current_thread().name
+        came = self._came.setdefault(thread, [])
+        came.append(name)
+        if (thread, len(came) - 1) == self.place:
             self.failed = name
             self.when()
-            raise random.Random(f"{self.seed}/{number}").choice(KINDS)(f"injected at {number}, {name}")
+            kind = random.Random(f"{self.seed}/{thread}/{len(came)}").choice(KINDS)
+            raise kind(f"injected at {len(came) - 1} of {thread}, {name}")
+
+    @property
+    def points(self) -> list[tuple[tuple[str, int], str]]:
+        """All that came: places and names, thread by thread."""
+        return [((thread, n), name) for thread in sorted(self._came) for n, name in enumerate(self._came[thread])]
 
     def _ours(self, path: Any) -> bool:
         try:
@@ -89,7 +97,9 @@ class Faults:
         start = threading.Thread.start
         patch.setattr(threading.Thread, "start", lambda thread: (self.point("thread start"), start(thread))[1])
         step = HostDecoder.step
-        patch.setattr(HostDecoder, "step", lambda decoder, z: self._around("decode", lambda: step(decoder, z)))
+        patch.setattr(
+            HostDecoder, "step", lambda decoder, z, *takes: self._around("decode", lambda: step(decoder, z, *takes))
+        )
 
     def _around(self, name: str, call: Callable[[], Any]) -> Any:
         """An operation that may fail before it ran and after it."""

@@ -56,17 +56,39 @@ def test_half_the_layers_give_their_history_back(rollout, absorption, node):
     report = report_of(out)
     found = report["absorption"]
     assert found["phase"] == "switched" and len(found["layers"]) == 1
-    assert (
-        report["kv_bytes_planned"] == report["kv_bytes_used"] == plain["kv_bytes_planned"] == found["kv_bytes_before"]
-    )
-    layer = plain["kv_bytes_planned"] / 2
-    frame = layer * 26 / (30 * 1.5 + 3)  # of keys, values and the keys' un-rotated copy, without the current chunk
-    assert found["kv_bytes_before"] - found["kv_bytes_after"] == pytest.approx(frame * 1.5)
-    assert found["correction_bytes"] <= report["plan_bytes"]["absorption"]
+    assert report["kv_bytes_planned"] == report["kv_bytes_used"] == found["kv_bytes_peak"]
+    assert report["kv_bytes_without_absorption"] == plain["kv_bytes_planned"] == found["kv_bytes_before"]
+    # latent frames of one layer's keys, of which those of the window are there once more; 24 latent frames are made
+    whole, warm, small = (window * 1.5 + 3 for window in (26, 14, 3 + 1))
+    frame = plain["kv_bytes_planned"] / (2 * whole)
+    assert found["kv_bytes_after"] == pytest.approx(frame * (whole + small))
+    assert found["kv_bytes_peak"] == pytest.approx(frame * (whole + small + warm))
+    assert found["freed_share"] == pytest.approx(1 - (whole + small) / (2 * whole), abs=1e-4)
+    assert found["correction_bytes"] < report["plan_bytes"]["absorption"] + found["kv_bytes_before"]
     image, text = node("AdaStateAbsorptionReport")(report=out.args[2]).args
     assert image.ndim == 4 and image.std() > 0.01 and json.loads(text) == found
     with pytest.raises(ValueError, match="not the REPORT of a rollout with absorption"):
         node("AdaStateAbsorptionReport")(report=rollout(length=21).args[2])
+
+
+def test_half_absorbed_at_window_120_takes_three_fifths_of_the_plain_cache(absorption, node):
+    """Of the demo's 6 layers 3 are switched: planned and taken at most .62 of what the cache takes without absorption."""
+    import nodes as host_nodes
+
+    (demo,) = host_nodes.UNETLoader().load_unet("adastate_demo.safetensors", "default")
+    positive = node("AdaStateDemoPrompt")(terrain="city", pace="fast", balloon="gold", lantern="lantern").args[0]
+    half = absorption(warmup_frames=24)
+    inputs = {"model": demo, "width": 64, "height": 64, "length": 485, "window_frames": 120}
+    text, plain = (node("AdaStatePlan")(**inputs, absorption=one).args for one in (half, None))
+    numbers, plain = json.loads(text[1]), json.loads(plain[1])
+    assert numbers["kv_bytes_without_absorption"] == plain["kv_bytes"]
+    assert numbers["kv_bytes"] <= 0.62 * plain["kv_bytes"]
+    share = 1 - numbers["kv_bytes"] / plain["kv_bytes"]
+    assert f"absorption takes {share:.0%} of it off the peak" in text[0]
+    run = inputs | {"positive": positive, "batch_size": 1, "seed": 1, "steps": 1, "shift": 5.0, "chunk_frames": 0}
+    report = report_of(node("AdaStateRollout")(**run, positions="auto", absorption=half))
+    assert report["kv_bytes_used"] == report["kv_bytes_planned"] == numbers["kv_bytes"]
+    assert report["absorption"]["kv_bytes_peak"] == numbers["kv_bytes"]
 
 
 def test_the_models_own_weights_stay_as_they_were(rollout, absorption, model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import av
 import pytest
@@ -27,9 +28,30 @@ def test_attention_share_plots_and_counts_every_frame(node, model, positive):
         assert min(entry["share"]) > 0
 
 
+def test_attention_share_of_the_past_over_chunks(node, model, positive):
+    share, inputs = (
+        node("AdaStateAttentionShare"),
+        dict(width=32, height=32, windows="3", seed=1, anchor=AnchorAdaptive(1)),
+    )
+    everything = json.loads(share(model=model, positive=positive, **inputs).args[1])[0]
+    out = share(model=model, positive=positive, **inputs, share_of="past", chunks=2)
+    [entry] = json.loads(out.args[1])
+    assert entry["labels"] == ["anchor 0", "past -3", "past -2", "past -1"] and sum(entry["share"]) == pytest.approx(
+        1.0
+    )
+    by_layer = [[value / sum(layer[:4]) for value in layer[:4]] for layer in everything["by_layer"]]
+    assert entry["by_layer"] == [pytest.approx(layer) for layer in by_layer]
+    assert [len(chunk["labels"]) for chunk in entry["by_chunk"]] == [0, 4]
+    assert entry["by_chunk"][1]["share"] == entry["share"] and out.args[0].shape[2] == 1400
+    first = json.loads(share(model=model, positive=positive, **inputs, share_of="past", chunks=1).args[1])
+    assert first[0]["labels"] == []
+
+
 @pytest.mark.parametrize(
     ("inputs", "reason"),
     [
+        ({"chunks": 257, "windows": "3"}, "chunks is 257; it must be between 0 and 256"),
+        ({"share_of": "most", "windows": "3"}, "share_of is 'most'; it must be one of all, past"),
         ({"windows": "3, x"}, "windows is '3, x'; give one to 8 window sizes"),
         ({"windows": ""}, "windows is ''"),
         ({"windows": "0"}, "windows is '0'"),
@@ -102,6 +124,47 @@ def test_video_metrics_plots_and_measures_chunks(node, folders):
     assert json.loads(alone.args[1])["pictures"] == 9
 
 
+def test_a_file_of_chained_clips_climbs_in_numbers_and_in_the_plot(node, folders):
+    """Five clips of another model: each adds 3 levels of red and a twelfth more contrast, and jumps where it begins."""
+    from adastate_pack.nodes.host.api import InputImpl
+
+    ramp = torch.linspace(-30, 30, 64)
+    clips = []
+    for clip in range(5):
+        still = 120 + (1 + clip / 12) * ramp + 6 * clip
+        moving = torch.stack([still.roll(i) for i in range(16)])  # one pixel a picture
+        colours = torch.stack([moving + 3 * clip, moving, moving], -1)
+        clips.append(colours[:, None].expand(-1, 64, -1, -1))
+    with VideoSink(folders / "chain.mp4", 64, 64, 16, quality=8) as sink:
+        sink.write(torch.cat(clips).round().clamp(0, 255).to(torch.uint8))
+    out = node("AdaStateVideoMetrics")(video=InputImpl.VideoFromFile(str(folders / "chain.mp4")), clip_frames=16)
+    found = json.loads(out.args[1])
+    rows = found["chunks"]
+    assert [row["first_picture"] for row in rows] == [0, 16, 32, 48, 64] and found["clip_frames"] == 16
+    for name in ("drift", "colour", "contrast"):
+        values = [row[name] for row in rows]
+        assert values == sorted(values) and values[-1] > 1.2 * values[1], name
+    for clip, row in enumerate(rows):
+        spread = float((ramp * (1 + clip / 12)).std(correction=0)) / 255
+        assert row["contrast"] == pytest.approx(spread, rel=0.03) and (row["seam"] is None) == (clip == 0)
+        assert clip == 0 or row["seam"] > 1.5 and row["seam_colour"] > 1
+    assert found["per_clip"]["contrast"] == pytest.approx(float(ramp.std(correction=0)) / 255 / 12, rel=0.05)
+    line = drawn(out.args[0][0], "#30638e")[: out.args[0].shape[1] // 4]
+    columns = torch.nonzero(line.any(0))[:, 0]
+    heights = torch.tensor([float(torch.nonzero(line[:, x])[:, 0].float().mean()) for x in columns])
+    assert heights[0] - heights[-1] > 60 and float(torch.corrcoef(torch.stack([columns, heights]))[0, 1]) < -0.98
+    plain = node("AdaStateVideoMetrics")(video=InputImpl.VideoFromFile(str(folders / "chain.mp4")))
+    assert plain.args[0].shape[1] < out.args[0].shape[1], "a panel for the seams"
+
+
+def drawn(image: torch.Tensor, colour: str) -> torch.Tensor:
+    """[h, w] where a picture has just this colour, without the letters at its left edge."""
+    wanted = torch.tensor([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    found = (image - wanted).abs().amax(-1) < 0.02
+    found[:, :90] = False
+    return found
+
+
 def test_video_metrics_reads_a_long_video_a_picture_at_a_time(node, folders, monkeypatch):
     import weakref
 
@@ -135,6 +198,8 @@ def test_video_metrics_says_what_is_wrong(node, folders):
         metrics(video=first, reference=other)
     with pytest.raises(ValueError, match="every is 5000"):
         metrics(video=first, every=5000)
+    said = metrics.validate(clip_frames=0, first_clip_frames=81)
+    assert said.startswith("first_clip_frames is 81 and clip_frames 0; give what each later clip adds")
 
 
 def left_in(folder) -> list[str]:
@@ -239,3 +304,17 @@ def test_of_a_cut_video_the_part_alone_counts(node, folders):
     assert json.loads(node("AdaStateVideoMetrics")(video=cut).args[1])["pictures"] == 12
     numbers = json.loads(node("AdaStateCompare")(video_a=cut, video_b=cut, labels="").args[1])
     assert [entry["frames"] for entry in numbers] == [12, 12]
+
+
+def test_dense_flow_is_asked_for_and_needs_opencv(node, folders, monkeypatch):
+    clip = video(folders / "a.mp4", 12, 20)
+    assert "flow" not in json.loads(node("AdaStateVideoMetrics")(video=clip).args[1])["chunks"][0]
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match="dense flow needs OpenCV"):
+        node("AdaStateVideoMetrics")(video=clip, dense_flow=True)
+    monkeypatch.undo()
+    pytest.importorskip("cv2", reason="OpenCV is no requirement of the pack")
+    out = node("AdaStateVideoMetrics")(video=clip, dense_flow=True)
+    rows = json.loads(out.args[1])["chunks"]
+    assert {"flow", "flow_top", "camera_motion", "object_motion"} <= set(rows[0])
+    assert out.args[0].shape[1] > node("AdaStateVideoMetrics")(video=clip).args[0].shape[1], "a panel more"

@@ -13,9 +13,10 @@ import torch
 from adastate_pack.adastate_core.cache.kv_cache import KVCache
 from adastate_pack.adastate_core.decode.wan_vae import VaeStream
 from adastate_pack.adastate_core.rollout import Rollout
+from adastate_pack.adastate_core.states import spacing
 from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.adastate_core.video import sink as video_sink
-from adastate_pack.nodes import job, output
+from adastate_pack.nodes import job, output, saved_states
 from adastate_pack.nodes.host import live_runs as live
 from adastate_pack.nodes.host import model as adapter
 from adastate_pack.nodes.host import safely
@@ -37,15 +38,8 @@ def rollout(rollout):
 
 
 @pytest.fixture
-def stream(vae, node):
-    def make(**inputs):
-        defaults = {
-            "vae": vae, "filename_prefix": "take", "fps": 16.0, "codec": "h264", "quality": 18, "preview": True,
-            "autosave_seconds": 0.0,
-        }  # fmt: skip
-        return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
-
-    return make
+def stream(stream):
+    return lambda **inputs: stream(**({"preview": True} | inputs))
 
 
 def frames_of(path: Path) -> torch.Tensor:
@@ -90,7 +84,7 @@ def same_outputs(result, whole, names="LATENT STATE VIDEO") -> None:
 @pytest.mark.parametrize("where", [Rollout, VaeStream], ids=lambda where: where.__name__)
 def test_an_autosave_that_cannot_be_taken_is_taken_the_next_time(rollout, stream, monkeypatch, where, error):
     whole, saved = rollout(stream=stream(filename_prefix="whole")), []
-    monkeypatch.setattr(output, "save_state", lambda state, path: saved.append(state.emitted))
+    monkeypatch.setattr(saved_states, "save_state", lambda state, path: saved.append(state.emitted))
     failing(monkeypatch, where, "snapshot", error, {2, 4})
     result = rollout(stream=stream(autosave_seconds=1e-9))
     assert saved == [3, 9]  # after chunks 1 and 3; those after 2 and 4 failed
@@ -102,12 +96,13 @@ def test_an_autosave_that_cannot_be_taken_is_taken_the_next_time(rollout, stream
 
 def test_the_next_time_is_a_whole_interval_later(rollout, stream, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in (saved_states, spacing):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     original = HostDecoder.step
 
-    def step(self, latents):
+    def step(self, latents, *takes):
         now[0] += 40
-        return original(self, latents)
+        return original(self, latents, *takes)
 
     monkeypatch.setattr(HostDecoder, "step", step)
     failed = []
@@ -136,7 +131,7 @@ def test_a_state_of_the_history_that_cannot_be_taken_is_left_out(rollout, stream
 
 def test_a_state_that_cannot_be_written_is_told(rollout, stream, monkeypatch):
     whole = rollout(stream=stream(filename_prefix="whole"))
-    failing(monkeypatch, output, "save_state", OSError(28, "No space left on device"))
+    failing(monkeypatch, saved_states, "save_state", OSError(28, "No space left on device"))
     result = rollout(stream=stream(autosave_seconds=1e-9))
     [warning] = warnings_of(result, whole)
     assert "4 states of take_00001_.mp4 could not be saved beside it as take_00001_.state.safetensors" in warning
@@ -179,7 +174,7 @@ def test_a_whole_run_without_its_last_state_gives_all_else(rollout, stream, monk
 
 def test_the_state_that_was_saved_last_is_named_instead(rollout, stream, folders, monkeypatch):
     failing(monkeypatch, Rollout, "snapshot", MemoryError(), set(range(2, 99)))
-    result = rollout(stream=stream(autosave_seconds=1e-9))
+    result = rollout(stream=stream(autosave_seconds=1e-9, keep_state=True))
     assert "Load Rollout State has take_00001_.state.safetensors [output]" in blocked(result.args[1])
     state = load_state(folders / "output" / "take_00001_.state.safetensors")
     monkeypatch.undo()
@@ -199,7 +194,7 @@ def test_latents_that_cannot_be_joined_leave_the_other_outputs(rollout, stream, 
 
 def test_a_report_that_cannot_be_made_leaves_the_other_outputs(rollout, stream, monkeypatch):
     whole = rollout(stream=stream(filename_prefix="whole"))
-    monkeypatch.setattr(KVCache, "host_nbytes", property(lambda cache: 1 / 0))
+    monkeypatch.setattr(KVCache, "text_nbytes", property(lambda cache: 1 / 0))
     result = rollout(stream=stream())
     report = json.loads(result.args[2])
     assert (report["frames"], report["chunks"], report["files"]) == (57, 5, ["take_00001_.mp4"])
@@ -263,7 +258,7 @@ def test_what_ends_a_run_is_what_is_told(rollout, stream, monkeypatch, frames):
     for owner, name in (
         (video_sink, "remux"),
         (video_sink.VideoSink, "stop"),
-        (output, "save_state"),
+        (saved_states, "save_state"),
         (safely, "soft_empty_cache"),
         (output.StreamOutput, "saved"),
         (Path, "unlink"),

@@ -17,7 +17,7 @@ from conftest import NODES, PACK, HostNode
 NUMBERS = (io.Int.Input, io.Float.Input)
 WIDGETS = (*NUMBERS, io.Combo.Input, io.String.Input, io.Boolean.Input)
 # at the ends of these another input says more
-BOUND_BY_OTHERS = ("seconds", "budget_frames", "recent_frames", "sink_frames")
+BOUND_BY_OTHERS = ("seconds", "budget_frames", "recent_frames", "sink_frames", "first_clip_frames")
 # what a widget's own default does not answer for
 STAND_INS = {"file": None, "filename_prefix": "a/b", "budget_frames": 192}
 

@@ -43,7 +43,7 @@ def stream(fresh_vae, node):
 def spoilt(value: torch.Tensor | list[torch.Tensor], by: float) -> torch.Tensor | list[torch.Tensor]:
     if isinstance(value, list):  # newer hosts' decoders give their pictures in pieces
         return [*value[:-1], spoilt(value[-1], by)]
-    value = value.clone()
+    value = value.clone(memory_format=torch.contiguous_format)
     value.view(-1)[value.numel() // 2] = by
     return value
 
@@ -105,10 +105,10 @@ def test_it_ends_a_stream_like_a_model_that_does(rollout, stream, folders, fresh
 
 
 def test_an_autosave_never_holds_what_is_not_finite(rollout, stream, folders, fresh_vae, monkeypatch):
-    from adastate_pack.nodes import output
+    from adastate_pack.nodes import saved_states
 
     saved = []
-    monkeypatch.setattr(output, "save_state", lambda state, path: saved.append(finite(state)))
+    monkeypatch.setattr(saved_states, "save_state", lambda state, path: saved.append(finite(state)))
     with broken(fresh_vae, "what is carried", 10), pytest.raises(NonFinitePicturesError):
         rollout(length=81, stream=stream(autosave_seconds=1e-6, history_chunks=1))
     assert len(saved) >= 3 and all(saved)

@@ -11,6 +11,7 @@ import comfy.model_management as management
 import pytest
 import torch
 from adastate_pack.adastate_core.video import sink as video_sink
+from adastate_pack.adastate_core.video.picture_forms import to_bytes
 from adastate_pack.nodes import output
 from adastate_pack.nodes.host.codec import HostDecoder
 from adastate_pack.nodes.host.progress import Progress
@@ -24,15 +25,8 @@ def rollout(rollout):
 
 
 @pytest.fixture
-def stream(vae, node):
-    def make(**inputs):
-        defaults = {
-            "vae": vae, "filename_prefix": "take", "fps": 16.0, "codec": "h264", "quality": 18, "preview": True,
-            "autosave_seconds": 0.0,
-        }  # fmt: skip
-        return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
-
-    return make
+def stream(stream):
+    return lambda **inputs: stream(**({"preview": True} | inputs))
 
 
 def report_of(folders: Path, name: str) -> dict:
@@ -74,12 +68,14 @@ def test_a_resume_decodes_no_more_than_the_decoder_looks_back_to(rollout, stream
         whole = vae.decode(resumed(rollout, lambda **_: None, kept).args[0]["samples"])[0]
     decoded, written = [], []
     step, write = HostDecoder.step, video_sink.VideoSink.write
-    monkeypatch.setattr(HostDecoder, "step", lambda self, z: (decoded.append(z.shape[2]), step(self, z))[1])
+    monkeypatch.setattr(
+        HostDecoder, "step", lambda self, z, *takes: (decoded.append(z.shape[2]), step(self, z, *takes))[1]
+    )
     monkeypatch.setattr(video_sink.VideoSink, "write", lambda self, p: (written.append(p.clone()), write(self, p))[1])
     resumed(rollout, stream, kept)
     reach = HostDecoder(vae).reach
     assert decoded == [1] * reach + [1] and reach < 110
-    assert torch.equal(torch.cat(written), video_sink.to_bytes(whole[437:]))
+    assert torch.equal(torch.cat(written), to_bytes(whole[437:]))
 
 
 def test_what_is_decoded_again_is_seen_and_can_be_interrupted_at_every_frame(
@@ -97,7 +93,7 @@ def test_what_is_decoded_again_is_seen_and_can_be_interrupted_at_every_frame(
             bars[-1].append((value, self.total, len(decoded)))
 
     monkeypatch.setattr("comfy.utils.ProgressBar", Bar)
-    monkeypatch.setattr(HostDecoder, "step", lambda self, z: (decoded.append(1), step(self, z))[1])
+    monkeypatch.setattr(HostDecoder, "step", lambda self, z, *takes: (decoded.append(1), step(self, z, *takes))[1])
     before = sorted(folders.rglob("*"))
     resumed(rollout, stream, kept)
     again = [entry for entry in bars[-1] if entry[2] < reach]
@@ -158,8 +154,8 @@ def test_frames_that_are_copied_can_be_interrupted_and_are_seen(rollout, stream,
 def test_the_memory_of_what_is_decoded_again_does_not_grow(rollout, stream, kept, monkeypatch):
     held, most, step = [], [], HostDecoder.step
 
-    def watched(self, z):
-        pictures = step(self, z)
+    def watched(self, z, *takes):
+        pictures = step(self, z, *takes)
         most.append(sum(each() is not None for each in held))
         held.append(weakref.ref(pictures))
         return pictures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from adastate_pack.adastate_core.geometry import WAN21
 from adastate_pack.adastate_core.video import tail as video_tail
 from adastate_pack.adastate_core.video.colour import rgb
+from adastate_pack.nodes.host import codec
+from adastate_pack.nodes.host import model as host_model
 from adastate_pack.nodes.host import pictures as host_pictures
 from adastate_pack.nodes.host.api import InputImpl
 
@@ -182,6 +186,83 @@ def test_what_a_host_cuts_off_is_not_taken(go_on, folders):
     assert torch.equal(go_on(video=cropped, frames=5, width=32)[1], cropped.get_components().images[-5:])
 
 
+# a picture's shape, the size asked for, the area: the size that is made
+SHAPES = [
+    ((1920, 1080), (0, 0), "832x480", (832, 464)),
+    ((768, 768), (0, 0), "832x480", (624, 624)),
+    ((3024, 4032), (0, 0), "832x480", (544, 720)),
+    ((832, 480), (0, 0), "832x480", (832, 480)),
+    ((1920, 1080), (0, 0), "1280x720", (1280, 720)),
+    ((300, 200), (0, 0), "64x64", (80, 48)),
+    ((1600, 896), (0, 0), "64x64", (80, 48)),
+    ((20, 4000), (0, 0), "64x64", (16, 896)),
+    ((4, 8000), (0, 0), "1280x720", (16, 8192)),
+    ((300, 200), (96, 0), "832x480", (96, 64)),
+    ((300, 200), (0, 96), "832x480", (144, 96)),
+    ((300, 200), (48, 32), "832x480", (48, 32)),
+]
+
+
+@pytest.mark.parametrize(("shape", "asked", "area", "expected"), SHAPES)
+def test_a_size_of_0_follows_the_shape_of_the_picture(go_on, monkeypatch, shape, asked, area, expected):
+    """The nearest shape in steps of 16, without more pixels than the area; nothing is stretched, and no bar is added."""
+    monkeypatch.setattr(codec, "encode", lambda vae, pictures: pictures)
+    across, down = torch.arange(shape[0]) / shape[0], torch.arange(shape[1]) / shape[1]
+    ramps = torch.stack(torch.broadcast_tensors(across, down[:, None], torch.ones(())), -1)[None]
+    images = go_on(image=ramps, width=asked[0], height=asked[1], area=area, upscale_method="bilinear")[1]
+    assert tuple(images.shape[1:3]) == expected[::-1] and float(images[..., 2].min()) > 0.99
+    if min(expected) < 32:
+        return
+    steps = [
+        float(images[0, ..., c].diff(dim=d).median()) * side for c, d, side in ((0, 1, shape[0]), (1, 0, shape[1]))
+    ]
+    assert steps[0] == pytest.approx(steps[1], rel=0.01), "as many of its pixels across as down"
+
+
+@pytest.mark.parametrize(
+    ("pixels", "cut", "used"), [(832 * 480, 0.035, 0.95), (1280 * 720, 0.025, 0.96), (4096, 0.17, 0.7)]
+)
+def test_little_is_cut_off_and_no_shape_has_more_pixels(pixels, cut, used):
+    for width, height in torch.randint(600, 1200, (300, 2), generator=torch.Generator().manual_seed(0)).tolist():
+        found = WAN21.size_like(width, height, pixels)
+        assert used * pixels <= found[0] * found[1] <= pixels and not any(side % 16 for side in found)
+        kept = min(found[0] * height / (found[1] * width), found[1] * width / (found[0] * height))
+        assert kept > 1 - cut and WAN21.size_like(height, width, pixels) == found[::-1], (width, height, found)
+
+
+def test_a_rollout_takes_the_size_of_its_picture_or_of_its_state(go_on, rollout, node, model, monkeypatch):
+    latent = go_on(image=torch.rand(1, 100, 150, 3), width=0, height=32)[0]
+    given = rollout(width=48, height=32, length=21, start_latent=latent)
+    taken = rollout(width=0, height=0, length=21, start_latent=latent)
+    assert torch.equal(taken.args[0]["samples"], given.args[0]["samples"])
+    report = json.loads(taken.args[2])
+    assert (report["width"], report["height"]) == (48, 32)
+    onward = [rollout(width=w, height=h, length=33, resume=taken.args[1]).args[0] for w, h in ((0, 0), (48, 0))]
+    assert torch.equal(onward[0]["samples"], onward[1]["samples"])
+    plan = node("AdaStatePlan")
+    monkeypatch.setattr(host_model, "available_bytes", lambda *_: 2**34)  # the text says it, and it changes meanwhile
+    text, numbers = plan(model=model, width=0, height=0, length=21, start_latent=latent).args
+    assert text == plan(model=model, width=48, height=32, length=21).args[0] and "planned for 48x32 and 21" in text
+    assert json.loads(numbers)["width"] == 48
+    loaded = lambda *inputs, **more: pytest.fail("a model was loaded")  # noqa: E731
+    monkeypatch.setattr("comfy.model_management.load_models_gpu", loaded)
+    odd = {"samples": torch.zeros(1, 16, 1, 5, 6)}
+    for inputs, words in (
+        ({"width": 0, "height": 0}, "width is 0, which stands for that of the picture in start_latent, and nothing is"),
+        ({"width": 32, "height": 0}, "height is 0, which stands"),
+        (
+            {"width": 0, "height": 0, "start_latent": odd},
+            "start_latent is 48x40, and the sides of a video are multiples of 16",
+        ),
+        ({"width": 64, "height": 0, "start_latent": latent}, "start_latent is 48x32 and the rollout 64x32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rollout(length=21, **inputs)
+        if "64x32" not in words:
+            with pytest.raises(ValueError, match=words):
+                plan(model=model, length=21, **inputs)
+
+
 @pytest.mark.parametrize("crop", ["center", "disabled"])
 @pytest.mark.parametrize("method", host_pictures.SCALERS)
 def test_scaling_is_the_hosts(go_on, node, crop, method):
@@ -210,6 +291,7 @@ def test_what_cannot_be_gone_on_from_is_said_in_a_sentence(go_on, node, vae, fol
         ({"image": image, "vae": tiny}, "the vae is a tiny VAE, which decodes only"),
         ({"image": image[:0]}, "image holds no picture"),
         ({"image": image, "width": 100}, "width is 100; it must be a multiple of 16"),
+        ({"image": image, "width": -16, "height": 0}, "width is -16; it must be a multiple of 16"),
         ({"video": InputImpl.VideoFromFile(str(folders / "bad.mp4"))}, "the video cannot be read"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -58,6 +58,7 @@ def test_a_prompt_of_before_is_accepted(known_nodes, path):
 
 
 @pytest.mark.parametrize("path", PROMPTS, ids=lambda path: path.stem)
+@pytest.mark.sampled(4)
 def test_the_check_sees_inputs_that_are_gone(known_nodes, path):
     """Without any one of its required inputs, or with a word for a number, no node of ours passes."""
     prompt = json.loads(path.read_text(encoding="utf-8"))

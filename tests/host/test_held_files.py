@@ -38,15 +38,8 @@ def rollout(rollout):
 
 
 @pytest.fixture
-def stream(vae, node):
-    def make(**inputs):
-        defaults = {
-            "vae": vae, "filename_prefix": "take", "fps": 16.0, "codec": "h264", "quality": 18, "preview": False,
-            "autosave_seconds": 1e-9, "history_chunks": 1, "history_states": 2,
-        }  # fmt: skip
-        return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
-
-    return make
+def stream(stream):
+    return lambda **inputs: stream(**({"autosave_seconds": 1e-9, "history_chunks": 1, "history_states": 2} | inputs))
 
 
 def frames_of(path: Path | str) -> torch.Tensor:
@@ -121,6 +114,7 @@ SITES = {
 
 
 @pytest.mark.parametrize("site", SITES)
+@pytest.mark.sampled(2)
 def test_what_another_program_holds_costs_no_frame_and_goes_later(rollout, stream, folders, monkeypatch, site):
     whole = rollout(stream=stream(filename_prefix="whole"))
     out = folders / "output"
@@ -176,6 +170,7 @@ SECOND = [Interrupted(), KeyboardInterrupt()]
 )
 @pytest.mark.parametrize("place", [(video_sink, "remux"), (video_sink.VideoSink, "stop"), (Rollout, "snapshot"),
                                    (safely, "soft_empty_cache"), (whole_file.os, "fsync")], ids=lambda p: p[1])  # fmt: skip
+@pytest.mark.sampled(2)
 def test_no_failure_at_the_end_hides_the_first(rollout, stream, monkeypatch, first, second, place):
     original, calls = adapter.HostModel.velocity, []
 
@@ -206,7 +201,7 @@ def test_a_join_that_fails_tells_why_though_its_file_cannot_be_ended(rollout, st
     other = video_sink.VideoSink(folders / "other.mp4", 64, 64, 24.0)
     other.write(torch.zeros(9, 64, 64, 3, dtype=torch.uint8))
     other.close()
-    monkeypatch.setattr("adastate_pack.nodes.output.StreamOutput._joined", lambda self: [(folders / "other.mp4", 9)])
+    monkeypatch.setattr("adastate_pack.nodes.stream_parts.VideoPart._joined", lambda self: [(folders / "other.mp4", 9)])
     opened = av.open
 
     class Full:
@@ -333,6 +328,7 @@ conftest.HostNode("AdaStateRollout")(model=model, positive=positive, width=32, h
 
 
 @pytest.mark.parametrize("when", ["a step of chunk 1", "the first frame", "a later frame", "chunk 2"])
+@pytest.mark.sampled(2)
 def test_a_kill_leaves_a_video_with_frames_or_none(rollout, stream, folders, when):
     command = [sys.executable, "-c", KILLED, str(HERE), str(folders), when]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE)

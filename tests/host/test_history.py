@@ -14,8 +14,7 @@ from adastate_pack.adastate_core.files import tensor_file
 from adastate_pack.adastate_core.states import kept_states as state_history
 from adastate_pack.adastate_core.states import state_file as rollout_file
 from adastate_pack.adastate_core.states.state_file import load_state
-from adastate_pack.nodes import output
-from adastate_pack.nodes import stream as stream_nodes
+from adastate_pack.nodes import saved_states
 from adastate_pack.nodes.host import model as adapter
 
 LENGTH = 81  # seven chunks of three latent frames
@@ -28,29 +27,8 @@ def rollout(rollout):
 
 
 @pytest.fixture
-def stream(vae, node):
-    def make(**inputs):
-        defaults = {
-            "vae": vae, "filename_prefix": "video/take", "fps": 16.0, "codec": "h264", "quality": 18, "preview": False,
-            "autosave_seconds": 0.0, "history_chunks": 2,
-        }  # fmt: skip
-        return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
-
-    return make
-
-
-@pytest.fixture
-def written(monkeypatch):
-    """What the sinks are given, before the encoder."""
-    found = []
-    original = stream_nodes.VideoSink.write
-
-    def write(self, pictures):
-        found.append(pictures.clone())
-        return original(self, pictures)
-
-    monkeypatch.setattr(stream_nodes.VideoSink, "write", write)
-    return found
+def stream(stream):
+    return lambda **inputs: stream(**({"filename_prefix": "video/take", "history_chunks": 2} | inputs))
 
 
 def slices(packet: bytes) -> list[bytes]:
@@ -304,7 +282,7 @@ def test_an_interrupted_run_keeps_its_history(rollout, stream, folders, monkeypa
 
 def test_without_history_nothing_is_kept_and_given_frames_are_no_chunk(rollout, stream, folders, monkeypatch):
     saves = []
-    monkeypatch.setattr(output, "save_state", lambda state, path: saves.append(path.name))
+    monkeypatch.setattr(saved_states, "save_state", lambda state, path: saves.append(path.name))
     rollout(length=45, stream=stream(history_chunks=0))
     assert names_in(folders / "output" / "video") == ["take_00001_.mp4", "take_00001_.report.json"] and saves == []
     start = {"samples": torch.randn(1, 16, 7, 4, 4)}

@@ -155,9 +155,10 @@ def test_a_big_file_is_told_by_its_header(models, model, monkeypatch, name, widt
     frame = 2 * (480 // 16) * (832 // 16) * width * layers * 2
     a_frame = f"{frame / 2**30:.2f} GiB" if frame >= 2**30 else f"{frame / 2**20:.1f} MiB"
     assert f"{a_frame} a latent frame" in said and f"would be {42 * frame / 2**30:.2f} GiB" in said
-    kept = (18 + 3) * frame  # window and chunk; absolute positions need no second copy of the keys
-    assert f"{kept / 2**30:.2f} GiB for a window of 18 at any length" in said
-    assert "was made for 21 latent frames (81 pictures) and 42 were asked for" in said
+    window = 3 if name.startswith("krea") else 18
+    kept = (window + 3) * frame  # window and chunk; keys that never move need no second copy
+    assert f"{kept / 2**30:.2f} GiB for a window of {window} at any length" in said
+    assert ("was made for 21 latent frames (81 pictures) and 42 were asked for" in said) == (window == 18)
     assert "was made for" not in inspected(name, length=81)
     assert rollout_defaults(model) is None  # which looks into every file
 
@@ -194,8 +195,9 @@ def test_the_plan_is_what_a_rollout_reports(model, rollout, more):
     text, plan = planned(model, **more)
     numbers = {"chunk_frames": 0, "window_frames": -1, "positions": "auto"} | more
     report = report_of(rollout(length=33, **numbers))
-    names = set(plan["plan_bytes"]) - {"text_kv", "vae_cache", "absorption"}
+    names = set(plan["plan_bytes"]) - {"text_kv", "vae_cache", "absorption", "working"}
     assert {name: plan["plan_bytes"][name] for name in names} == {name: report["plan_bytes"][name] for name in names}
+    assert plan["plan_bytes"]["working"] > report["plan_bytes"]["working"] > 0  # the noise of 4 steps, and of 2
     assert plan["kv_bytes"] == report["kv_bytes_used"] and plan["fits"] is True
     assert plan["plan_bytes"]["text_kv"] == report["plan_bytes"]["text_kv"] * 512 // 5
     batch = more.get("batch_size", 1)
@@ -209,8 +211,13 @@ def test_a_plan_counts_the_decoder_and_loads_nothing(model, vae, rollout, node, 
     settings = {"filename_prefix": "a", "fps": 16.0, "codec": "h264", "quality": 18, "preview": False}
     report = report_of(rollout(length=9, stream=node("AdaStateStreamOutput")(vae=vae, **settings).args[0]))
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *a, **k: pytest.fail("it was loaded"))
-    assert planned(model, vae=vae)[1]["plan_bytes"]["vae_cache"] == report["plan_bytes"]["vae_cache"] > 0
-    assert planned(model)[1]["plan_bytes"]["vae_cache"] == 0
+    text, plan = planned(model, vae=vae)
+    assert plan["plan_bytes"]["vae_cache"] == report["plan_bytes"]["vae_cache"] > 0
+    assert plan["memory"]["device"]["decoder"] == report["memory_planned"]["device"]["decoder"] > 0
+    assert "to decode a chunk" in text
+    text, plan = planned(model)
+    assert plan["plan_bytes"]["vae_cache"] == 0 and "decoder" not in plan["memory"]["device"]
+    assert "to decode a chunk" not in text
 
 
 def test_a_plan_follows_a_preset_and_warns(model, node):
@@ -225,11 +232,15 @@ def test_a_plan_follows_a_preset_and_warns(model, node):
 
 def test_a_plan_that_does_not_fit_says_what_would(model, monkeypatch, rollout):
     monkeypatch.setattr(adapter, "available_bytes", lambda patcher: 3_500_000)
-    text, plan = planned(model, window_frames=1000)
+    text, plan = planned(model, window_frames=1000, length=8001)
     assert plan["fits"] is False and plan["free_bytes"] == 3_500_000 and "window_frames " in text
     window = int(text.split("; window_frames ")[1].split()[0])
-    assert planned(model, window_frames=window)[1]["fits"] is True
-    assert planned(model, window_frames=window + 1)[1]["fits"] is False
+    assert planned(model, window_frames=window, length=8001)[1]["fits"] is True
+    assert planned(model, window_frames=window + 1, length=8001)[1]["fits"] is False
+    short, plan = planned(model, window_frames=1000)
+    assert (
+        plan["fits"] is True and "however long the video is" in short and "the same at any length" in planned(model)[0]
+    )
     monkeypatch.setattr(adapter, "available_bytes", lambda patcher: 1000)
     assert "no window would fit" in planned(model)[0]
 
@@ -245,7 +256,8 @@ def test_a_plan_with_another_cache_is_what_the_rollout_plans_and_uses(model, rol
     cache = {"cache_dtype": cache_dtype, "cache_device": cache_device, "window_frames": 9}
     text, numbers = planned(model, **cache)
     report = report_of(rollout(model=model, length=33, **cache))
-    assert numbers["plan_bytes"] == {**report["plan_bytes"], "text_kv": numbers["plan_bytes"]["text_kv"]}
+    others = {name: numbers["plan_bytes"][name] for name in ("text_kv", "working")}  # of other prompts and steps
+    assert numbers["plan_bytes"] == report["plan_bytes"] | others
     assert numbers["kv_bytes"] == report["kv_bytes_used"] and numbers["host_bytes"] == report["host_kv_bytes_used"]
     assert ("host_k: " in text) == (cache_device != "gpu")
 
@@ -256,4 +268,5 @@ def test_a_plan_counts_what_an_absorption_collects(model, rollout):
     plain, numbers = planned(model, window_frames=9)[1], planned(model, **more)[1]
     report = report_of(rollout(model=model, length=33, **more))
     assert numbers["plan_bytes"]["absorption"] == report["plan_bytes"]["absorption"] > 0
-    assert numbers["total_bytes"] - plain["total_bytes"] == numbers["plan_bytes"]["absorption"]
+    # statistics, and the work of taking them, which is more than that of attention alone
+    assert numbers["total_bytes"] - plain["total_bytes"] >= numbers["plan_bytes"]["absorption"]

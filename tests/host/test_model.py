@@ -32,6 +32,9 @@ class SlowSession(SlowAttention):
     def text(self, layer, key, make):
         return make()
 
+    def takes_unnormed(self, layer, dtype):
+        return False
+
 
 class SlowHost:
     """The loaded host model driven by the slow attention."""
@@ -282,20 +285,31 @@ def test_a_plan_that_does_not_fit_is_refused_before_loading(rollout, monkeypatch
     loads = []
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *a, **k: loads.append(a))
     monkeypatch.setattr(adapter, "available_bytes", lambda patcher: 200_000)
-    refused(rollout, r"GiB are free; window_frames \d+ would fit", window_frames=1000)
+    refused(rollout, r"GiB are free; window_frames \d+ would fit", window_frames=1000, length=4001)
     monkeypatch.setattr(adapter, "available_bytes", lambda patcher: 1000)
-    refused(rollout, "no window would fit", window_frames=1000)
+    refused(rollout, "no window would fit", window_frames=1000, length=4001)
     assert not loads
     message = ""
     monkeypatch.setattr(adapter, "available_bytes", lambda patcher: 200_000)
     try:
-        rollout(window_frames=1000)
+        rollout(window_frames=1000, length=4001)
     except ValueError as error:
         message = str(error)
     monkeypatch.undo()
     window = int(message.split("window_frames ")[1].split()[0])
     host_plan = rollout(window_frames=window, length=5).args[2]
     assert '"kv_bytes_planned"' in host_plan
+
+
+def test_a_window_longer_than_the_video_is_neither_planned_nor_allocated(rollout, monkeypatch):
+    fitting = rollout(window_frames=9)
+    taken = sum(json.loads(fitting.args[2])["plan_bytes"].values())
+    monkeypatch.setattr(adapter, "available_bytes", lambda patcher: 2 * taken)
+    endless = rollout(window_frames=4096)
+    assert torch.equal(endless.args[0]["samples"], fitting.args[0]["samples"])
+    report = json.loads(endless.args[2])
+    assert report["kv_bytes_used"] == report["kv_bytes_planned"] < 1.3 * json.loads(fitting.args[2])["kv_bytes_used"]
+    refused(rollout, "GiB are free; window_frames", window_frames=4096, length=4001)
 
 
 def test_the_past_in_8_bits_or_in_host_memory(rollout, node, monkeypatch):
@@ -314,4 +328,19 @@ def test_the_past_in_8_bits_or_in_host_memory(rollout, node, monkeypatch):
     )
     monkeypatch.setattr(adapter, "available_bytes", lambda patcher: 2**40)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *device: 2**19)
-    refused(rollout, "cache_device host memory needs .* of host memory", cache_device="host memory", window_frames=300)
+    long = dict(cache_device="host memory", window_frames=300, length=1201)
+    refused(rollout, "cache_device host memory needs .* of host memory", **long)
+
+
+def test_a_model_that_nobody_holds_any_more_is_not_asked_what_it_takes(model, monkeypatch):
+    """The host's list keeps its entry until it loads the next model; the entry's own model is gone."""
+    comfy.model_management.load_models_gpu([model])
+    listed = comfy.model_management.current_loaded_models
+    gone = comfy.model_management.LoadedModel(model)
+    monkeypatch.setattr(gone, "_model", lambda: None)
+    with pytest.raises(AttributeError):
+        gone.model_loaded_memory()
+    before = adapter.available_bytes(model)
+    monkeypatch.setattr(comfy.model_management, "current_loaded_models", [*listed, gone])
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: before)
+    assert adapter.available_bytes(model) >= before

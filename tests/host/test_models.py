@@ -181,6 +181,8 @@ NAMED = {
     "Wan2_1-LongLive-1.3B.safetensors": "longlive",
     "rolling_forcing_dmd.safetensors": "rolling_forcing",
     "framewise-1step.safetensors": "causal_forcing_frame_1step",
+    "wan_1.3b_adastate.safetensors": "adastate",
+    "AdaState-alpha4.safetensors": "adastate_long",
 }
 
 
@@ -207,6 +209,11 @@ def test_where_auto_looks(models, wan_state, rollout):
     assert wish.items() <= own["settings"].items() and "preset" not in own["settings"]
     trainers = used("model.pt", {"generator": renamed(wan_state, "model.")})
     assert trainers["settings"]["preset"] == "self_forcing"
+    ours = used("adastate_1.3b.pt", {"generator": renamed(wan_state, "model.")})
+    assert ours["settings"]["preset"] == "adastate" and ours["settings"]["positions"] == "fixed"
+    said = {"steps": 2, "window_frames": 4, "positions": "packed", "state_frames": 2}
+    wins = used("adastate.safetensors", wan_state, {"adastate": json.dumps(said)})["settings"]
+    assert "preset" not in wins and wins["positions"] == "packed" and wins["anchor"]["state_frames"] == 2
     unknown = used("model.safetensors", wan_state)
     assert "preset" not in unknown["settings"] and "says nothing of being causal" in unknown["warnings"][0]
     asked = used("longlive.safetensors", wan_state, preset="memrope")
@@ -241,9 +248,22 @@ def test_a_number_or_an_anchor_of_the_rollout_wins(rollout, model, node):
     assert settings["sigmas"] == list(Schedule.shifted(2, 3.0).sigmas)
     for anchor in (AnchorAdaptive(1), AnchorEMA(2, 0.9), AnchorMemory(1)):
         settings = report_of(rollout(model=preset, length=9, anchor=anchor, **AUTO))["settings"]
-        assert settings["anchor"] == anchor.describe() and settings["positions"] == "packed"
+        assert settings["anchor"] == anchor.describe()
+        assert settings["positions"] == ("fixed" if anchor.state_frames else "packed")
     settings = report_of(rollout(model=preset, length=9, anchor=Anchor(), **AUTO))["settings"]
     assert settings["anchor"] == {"kind": "none"} and settings["positions"] == "absolute"
+
+
+def test_a_state_with_packed_positions_goes_on_under_auto(rollout):
+    """A hidden state's positions are fixed where nothing else is said; a state of before, when they were packed, goes on so."""
+    anchor = AnchorAdaptive(1)
+    auto = AUTO | {"anchor": anchor}
+    assert report_of(rollout(length=9, **auto))["settings"]["positions"] == "fixed"
+    before = rollout(length=9, **(auto | {"positions": "packed"})).args[1]
+    whole = rollout(length=21, **(auto | {"positions": "packed"})).args[0]["samples"]
+    gone_on = rollout(length=21, resume=before, **auto)
+    assert report_of(gone_on)["settings"]["positions"] == "packed"
+    assert torch.equal(gone_on.args[0]["samples"], whole)
 
 
 def test_a_preset_leaves_lora_and_model_as_they_are(rollout, model, node):
@@ -270,6 +290,15 @@ def test_a_video_longer_than_a_preset_is_made_for(rollout, model, node):
     assert len(warnings) == 1 and "was made for 21 latent frames (81 pictures) and 22 were asked for" in warnings[0]
     assert report_of(rollout(model=preset, length=81, **settings))["warnings"] == []
     assert report_of(rollout(model=preset, length=85, anchor=AnchorStatic(1), **settings))["warnings"] == []
+    longlive = node("AdaStateModelPreset")(model=model, preset="longlive").args[0]
+    for positions, length, warned in (
+        ("auto", 961, True),
+        ("auto", 957, False),
+        ("packed", 961, False),
+        ("packed", 0, False),
+    ):
+        text = node("AdaStatePlan")(model=longlive, width=16, height=16, length=length, positions=positions).args[0]
+        assert ("957 pictures" in text and "set positions to packed" in text) is warned
 
 
 @torch.no_grad()
@@ -293,25 +322,31 @@ def test_each_preset_is_the_core_with_its_settings(rollout, model, positive, nod
         frames = preset.restart_frames + 2
     out = latents_of(rollout(model=given, length=4 * frames - 3, **AUTO))
     lists = [[5 * t / (1000 + 4 * t) for t in steps] for steps in (preset.timesteps, preset.first_timesteps)]
+    told = ()
     if name == "causvid":
-        lists = [[1.0, 0.757, 0.522], []]
+        lists, told = [[8 * u / (1 + 7 * u) for u in (1.0, 0.28, 0.12)], []], (1000.0, 757.0, 522.0)
+    if name == "krea_14b":
+        lists, told = [[1.0, 0.9375, 5 / 6, 0.625, 0.005 / 1.004], []], (1000.0, 937.5, 2500 / 3, 625.0, 0.0)
     options = {
         "chunk_frames": preset.chunk_frames, "window_frames": preset.window_frames, "anchor": preset.anchor,
         "positions": preset.positions, "blocks": preset.blocks, "restart_frames": preset.restart_frames,
-        "overlap_frames": preset.overlap_frames,
+        "overlap_frames": preset.overlap_frames, "shares_window": preset.shares_window,
+        "one_pass_recache": preset.one_pass_recache, "remade": preset.remade,
+        "ending": "as published" if preset.shares_window else "open",
     }  # fmt: skip
-    schedule = Schedule(tuple(lists[0]), first_sigmas=tuple(lists[1]))
+    schedule = Schedule(tuple(lists[0]), first_sigmas=tuple(lists[1]), told=told)
     torch.testing.assert_close(out, core_rollout(model, positive, options, schedule, frames), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["rolling_forcing", "causal_forcing_frame_1step", "self_forcing"])
+@pytest.mark.parametrize("name", ["rolling_forcing", "causal_forcing_frame_1step", "self_forcing", "krea_14b"])
 def test_progress_ends_where_it_says(rollout, model, node, progress_told, name):
     given = node("AdaStateModelPreset")(model=model, preset=name).args[0]
     rollout(model=given, length=33, **AUTO)
-    chunks = {"rolling_forcing": 3, "causal_forcing_frame_1step": 9, "self_forcing": 3}[name]
+    chunks = {"rolling_forcing": 3, "causal_forcing_frame_1step": 9, "self_forcing": 3, "krea_14b": 3}[name]
     passes = {"rolling_forcing": 4 + 2 * chunks, "causal_forcing_frame_1step": 5 + 2 * (chunks - 1)}.get(
         name, 5 * chunks
     )
+    passes += 2 if name == "krea_14b" else 0  # five of a chunk, and one over the past of all but the first
     assert [told[:2] for told in progress_told] == [(i + 1, passes) for i in range(passes)]
 
 

@@ -26,12 +26,12 @@ CONTRACT = {
     "AdaStateAnchorDeep": (["sink_frames", "recent_frames", "budget_frames", "shift_selected?"], ["ADASTATE_ANCHOR"]),
     "AdaStateLoadModel": (["file", "weight_dtype", "preset?"], ["MODEL"]),
     "AdaStateLoadLora": (["model", "file", "strength?"], ["MODEL"]),
-    "AdaStateModelPreset": (["model", "preset"], ["MODEL", "STRING"]),
+    "AdaStateModelPreset": (["model", "preset", "ending?", "keep_first_frame?"], ["MODEL", "STRING"]),
     "AdaStateInspectCheckpoint": (["file", "width?", "height?", "length?"], ["STRING"]),
     "AdaStatePlan": (
         [
             "model", "width", "height", "length", "batch_size?", "chunk_frames?", "window_frames?", "positions?", "anchor?",
-            "vae?", "absorption?", "cache_dtype?", "cache_device?",
+            "vae?", "absorption?", "cache_dtype?", "cache_device?", "start_latent?", "stream?",
         ],
         ["STRING", "STRING"],
     ),
@@ -47,7 +47,14 @@ CONTRACT = {
     "AdaStateNoise": (["seed", "chunk_frames"], ["NOISE"]),
     "AdaStateStreamOutput": (
         ["vae", "filename_prefix", "fps", "codec", "quality", "preview", "autosave_seconds?", "join?", "latent_space?",
-         "history_chunks?", "history_states?"],
+         "history_chunks?", "history_states?", "keep_state?", "upscale_model?", "interp_model?", "frame_multiplier?",
+         "upscale_by?"],
+        ["ADASTATE_STREAM"],
+    ),
+    "AdaStateStreamFrames": (
+        ["filename_prefix", "format", "fps", "preview", "vae?", "stream?", "join?", "autosave_seconds?", "latent_space?",
+         "history_chunks?", "history_states?", "keep_state?", "upscale_model?", "interp_model?", "frame_multiplier?",
+         "upscale_by?"],
         ["ADASTATE_STREAM"],
     ),
     "AdaStateDecode": (["latent", "vae", "frames_per_call?", "latent_space?"], ["IMAGE"]),
@@ -55,16 +62,20 @@ CONTRACT = {
     "AdaStateSaveState": (["state", "filename_prefix"], ["STRING"]),
     "AdaStateLoadState": (["file", "chunk?"], ["ADASTATE_STATE"]),
     "AdaStateContinueVideo": (
-        ["vae", "width", "height", "frames", "crop", "video?", "image?", "fps?", "upscale_method?"],
+        ["vae", "width", "height", "frames", "crop", "video?", "image?", "fps?", "upscale_method?", "area?"],
         ["LATENT", "IMAGE", "INT"],
     ),
     "AdaStateDecodeState": (["state", "vae", "latent_space?"], ["IMAGE"]),
     "AdaStateAttentionShare": (
-        ["model", "positive", "width", "height", "windows", "seed", "anchor?"],
+        ["model", "positive", "width", "height", "windows", "seed", "anchor?", "share_of?", "chunks?"],
         ["IMAGE", "STRING"],
     ),
-    "AdaStateVideoMetrics": (["video", "reference?", "chunk_frames?", "every?"], ["IMAGE", "STRING"]),
+    "AdaStateVideoMetrics": (
+        ["video", "reference?", "chunk_frames?", "every?", "dense_flow?", "clip_frames?", "first_clip_frames?"],
+        ["IMAGE", "STRING"],
+    ),
     "AdaStateCompare": (["video_a", "video_b", "video_c?", "video_d?", "labels"], ["VIDEO", "STRING"]),
+    "AdaStateSelfTest": (["speed?"], ["STRING"]),
     "AdaStateAbsorption": (
         [
             "ratio", "warmup_frames", "local_window_frames", "sink_frames", "ridge", "scope", "rank", "select", "absorb",
@@ -77,7 +88,7 @@ CONTRACT = {
     "AdaStateAbsorptionReport": (["report"], ["IMAGE", "STRING"]),
     "AdaStateDemoPrompt": (["terrain", "pace", "balloon", "lantern"], ["CONDITIONING"]),
     "AdaStatePromptTimeline": (
-        ["clip", "text", "shared?", "transition?", "blend_chunks?", "blend?", "duration?"],
+        ["clip", "text", "shared?", "transition?", "blend_chunks?", "blend?", "duration?", "live?"],
         ["ADASTATE_PROMPTS", "STRING"],
     ),
     "AdaStatePromptAt": (
@@ -113,7 +124,7 @@ def test_every_input_and_output_says_what_it_is():
 
 def test_output_nodes():
     output = {node_id for node_id, node in NODES.items() if node.define_schema().is_output_node}
-    texts = {"AdaStateInspectCheckpoint", "AdaStatePlan"}
+    texts = {"AdaStateInspectCheckpoint", "AdaStatePlan", "AdaStateSelfTest"}
     assert output == {"AdaStateRollout", "AdaStateSaveState", "AdaStateSaveAbsorption"} | texts
 
 
@@ -130,8 +141,8 @@ def test_keywords_that_this_host_does_not_know_are_dropped():
     [
         ({"width": 100}, "width is 100; it must be a multiple of 16, at least 16: try 96"),
         ({"height": 8}, "height is 8"),
-        ({"length": 0}, "length is 0; it must be between 1 and 16777216"),
-        ({"length": 2**30}, "length is 1073741824; it must be between 1 and"),
+        ({"length": -1}, "length is -1; it must be between 0 and 16777216"),
+        ({"length": 2**30}, "length is 1073741824; it must be between 0 and"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"steps": -1}, "steps is -1"),
         ({"shift": -0.5}, "shift is -0.5"),

@@ -17,7 +17,7 @@ from adastate_pack.adastate_core.files import whole_file
 from adastate_pack.adastate_core.rollout import Rollout
 from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.adastate_core.video import sink as video_sink
-from adastate_pack.nodes import job, output, preflight, report
+from adastate_pack.nodes import job, output, preflight, report, stream_parts
 from adastate_pack.nodes.host import error_types
 from adastate_pack.nodes.host import live_runs as live
 from adastate_pack.nodes.host import model as adapter
@@ -42,15 +42,8 @@ def rollout(rollout):
 
 
 @pytest.fixture
-def stream(vae, node):
-    def make(**inputs):
-        defaults = {
-            "vae": vae, "filename_prefix": "video/take", "fps": 16.0, "codec": "h264", "quality": 18, "preview": True,
-            "autosave_seconds": 0.0,
-        }  # fmt: skip
-        return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
-
-    return make
+def stream(stream):
+    return lambda **inputs: stream(**({"filename_prefix": "video/take", "preview": True} | inputs))
 
 
 def frames_of(path: Path) -> torch.Tensor:
@@ -79,16 +72,16 @@ def raises_at(monkeypatch, owner, name: str, error: BaseException, call: int = 1
 
 
 def stop_after(monkeypatch, chunks: int) -> None:
-    """Whoever watches asks to stop in the chunk of this number; the first question comes before them all."""
-    shown = []
+    """Whoever watches asks to stop once so many chunks were shown."""
+    shown, show = [], job.Job._show
 
-    def watched(run: live.LiveRun) -> bool:
+    def then_stop(self, run, view: live.LiveRun, *chunk) -> None:
+        show(self, run, view, *chunk)
         shown.append(1)
-        if len(shown) == chunks + 1:
-            run.stop()
-        return False
+        if len(shown) == chunks:
+            view.stop()
 
-    monkeypatch.setattr(live.LiveRun, "watched", property(watched))
+    monkeypatch.setattr(job.Job, "_show", then_stop)
 
 
 FAILURES = [
@@ -107,6 +100,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("kind", "owner", "name", "error"), FAILURES, ids=lambda value: str(value)[:20])
+@pytest.mark.sampled(2)
 def test_a_failure_is_named_and_keeps_what_there_was(rollout, stream, folders, monkeypatch, kind, owner, name, error):
     raises_at(monkeypatch, owner, name, error, 26 if name == "_mux" else 5 if name == "velocity" else 3)
     with pytest.raises(type(error)) as raised, CurrentNodeContext("a-prompt", "17", 0):
@@ -210,7 +204,7 @@ def test_every_video_of_a_batch_has_the_report_of_them_all(rollout, stream, fold
 def test_an_end_before_the_first_chunk_leaves_its_report_alone(rollout, stream, folders, monkeypatch, where, error):
     owner, name = {
         "load": (adapter.HostModel, "load"),
-        "file": (output.StreamOutput, "_sink"),
+        "file": (stream_parts, "VideoSink"),
         "first pass": (HostModel, "velocity"),
         "first decode": (HostDecoder, "step"),
     }[where]

@@ -64,6 +64,7 @@ def levels(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in REFUSED])
+@pytest.mark.sampled(2)
 def test_the_sampler_makes_what_the_rollout_makes(rollout, model, positive, name):
     given, sigmas = with_preset(model, name), own_sigmas(name)
     made = sampled(given, positive, name, sigmas)

@@ -33,15 +33,10 @@ def latents(frames: int, batch: int = 1) -> torch.Tensor:
 
 
 @pytest.fixture
-def stream(vae, node):
-    def make(**inputs):
-        defaults = {
-            "vae": vae, "filename_prefix": "video/take", "fps": 16.0, "codec": "h264", "quality": 18, "preview": True,
-            "autosave_seconds": 60.0, "join": False,
-        }  # fmt: skip
-        return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
-
-    return make
+def stream(stream):
+    return lambda **inputs: stream(
+        **({"filename_prefix": "video/take", "preview": True, "autosave_seconds": 60.0, "join": False} | inputs)
+    )
 
 
 @pytest.mark.quick
@@ -269,7 +264,7 @@ def test_a_stream_holds_nothing_of_the_chunks_that_are_done(rollout, stream, mon
     monkeypatch.setattr(Rollout, "chunks", watched)
     report = json.loads(rollout(length=93, anchor=AnchorAdaptive(1), stream=stream(), keep_latents=False).args[2])
     assert report["chunks"] == len(most) == 8
-    assert max(most) == most[1] <= 4
+    assert max(most) <= 4  # of 16: a chunk under way, and perhaps the one whose pictures another thread still writes
 
 
 @pytest.mark.parametrize("cut", [17, 25, 33])
@@ -352,9 +347,9 @@ def test_a_failing_decode_loses_no_latent(rollout, stream, folders, monkeypatch,
     whole = rollout(length=45).args[0]["samples"]
     original, calls = HostDecoder.step, []
 
-    def step(self, z):
+    def step(self, z, *takes):
         calls.append(z)
-        pictures = original(self, z) if len(calls) != 3 or when == "after" else None
+        pictures = original(self, z, *takes) if len(calls) != 3 or when == "after" else None
         if len(calls) == 3:
             raise RuntimeError("decode broke")
         return pictures
@@ -370,10 +365,10 @@ def test_a_failing_decode_loses_no_latent(rollout, stream, folders, monkeypatch,
 
 
 def test_autosave_is_written_as_often_as_asked(rollout, stream, folders, monkeypatch):
-    from adastate_pack.nodes import output
+    from adastate_pack.nodes import saved_states
 
     saves = []
-    monkeypatch.setattr(output, "save_state", lambda state, path: saves.append(state.emitted))
+    monkeypatch.setattr(saved_states, "save_state", lambda state, path: saves.append(state.emitted))
     rollout(length=45, stream=stream(autosave_seconds=1e-6))
     assert saves == [3, 6, 9]
     saves.clear()

@@ -9,7 +9,6 @@ import folder_paths
 import pytest
 import torch
 from adastate_pack.adastate_core.states.state_file import load_state
-from adastate_pack.nodes import stream as stream_nodes
 from adastate_pack.nodes.host import model as adapter
 from adastate_pack.nodes.host.codec import HostDecoder
 from comfy.latent_formats import Wan21
@@ -73,25 +72,9 @@ def small_rollout(rollout):
 
 
 @pytest.fixture
-def stream(light, node):
-    def make(**inputs):
-        defaults = FILE | {"vae": light, "preview": True, "autosave_seconds": 60.0, "join": False}
-        return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
-
-    return make
-
-
-@pytest.fixture
-def written(monkeypatch):
-    """The pictures that go to files, before the encoder."""
-    pictures, original = [], stream_nodes.VideoSink.write
-
-    def write(self, frames):
-        pictures.append(frames.clone())
-        return original(self, frames)
-
-    monkeypatch.setattr(stream_nodes.VideoSink, "write", write)
-    return pictures
+def stream(light, stream):
+    defaults = {"vae": light, "filename_prefix": "a", "preview": True, "autosave_seconds": 60.0}
+    return lambda **inputs: stream(**(defaults | inputs))
 
 
 def latents(frames: int, batch: int = 1) -> torch.Tensor:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -65,13 +66,36 @@ def test_the_archive_holds_the_pack_and_nothing_else(archive, pack):
     tops = {path.name for path in pack.iterdir()}
     code = {"__init__.py", "nodes", "adastate_core"}
     data = {"models", "workflows", "web", "locales"}
-    about = {"pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md"}
-    assert tops == code | data | about
+    about = {
+        "pyproject.toml",
+        "requirements.txt",
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+    }
+    documents = {"docs", "benchmarks", "training"}
+    assert tops == code | data | about | documents
+    for folder in documents:
+        assert {path.suffix for path in (pack / folder).rglob("*") if path.is_file()} == {".md"}, folder
     assert stems(pack / "web" / "docs", "*.md") == stems(ROOT / "web" / "docs", "*.md") != set()
     assert stems(pack / "workflows", "*.json") == stems(ROOT / "workflows", "*.json") != set()
     for folder in ("nodes", "adastate_core"):
         assert stems(pack / folder, "**/*.py") == stems(ROOT / folder, "**/*.py")
     assert archive.stat().st_size < MOST_BYTES
+
+
+def test_every_document_that_readme_points_to_is_in_the_archive(pack):
+    text = (pack / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"(?<!!)\[[^]]*\]\(([^)]+)\)", text)
+    headings = {
+        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in re.findall(r"(?m)^#+ (.+)$", text)
+    }
+    assert {link[1:] for link in found if link.startswith("#")} <= headings
+    links = {link.partition("#")[0] for link in found if "://" not in link and not link.startswith("#")}
+    assert {"docs/systems.md", "docs/memory.md", "docs/design-notes.md", "training/README.md", "SECURITY.md"} <= links
+    assert [link for link in links if not (pack / link).is_file()] == []
 
 
 def test_the_help_pages_pictures_are_in_the_archive(pack):
@@ -144,7 +168,7 @@ def test_the_workflows_are_templates(server):
     listed = json.loads(fetched(server, "/workflow_templates"))[PACK_NAME]
     assert set(listed) == stems(ROOT / "workflows", "*.json")
     for name in listed:
-        path = f"/api/workflow_templates/{PACK_NAME}/{name}"
+        path = f"/api/workflow_templates/{PACK_NAME}/{urllib.parse.quote(name)}"
         assert json.loads(fetched(server, f"{path}.json")) == json.loads((ROOT / f"workflows/{name}.json").read_text())
         assert fetched(server, f"{path}.jpg")[:2] == b"\xff\xd8"
 

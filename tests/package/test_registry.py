@@ -13,6 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from tools import addresses
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -36,6 +38,118 @@ def test_requirements_are_the_same_for_both_readers():
     listed = {line for line in lines if line and not line.startswith("#")}
     assert listed == set(PROJECT["project"]["dependencies"])
     assert not [line for line in listed if line.startswith("torch")], "it would replace the user's own"
+
+
+def test_classifiers_say_what_was_run():
+    """A system or a card is named once somebody has seen the pack run there: README says that no GPU has."""
+    found = PROJECT["project"]["classifiers"]
+    assert [name for name in found if name.startswith("Operating System")] == ["Operating System :: POSIX :: Linux"]
+    if "Nothing was run on a GPU" in (ROOT / "README.md").read_text(encoding="utf-8"):
+        assert not [name for name in found if name.startswith("Environment ::")]
+    ci = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    assert ("Nobody has seen this job green yet" in ci) == (len(found) == 2)
+
+
+def version_fault(changelog: str, version: str) -> str:
+    """What is wrong between the changelog's sections and the project's version, or "". Only Unreleased may be newer."""
+    sections = re.findall(r"(?m)^## \[([^]]+)\]", changelog)
+    released = [tuple(map(int, name.split("."))) for name in sections if name != "Unreleased"]
+    here, head = tuple(map(int, version.split("."))), changelog.partition("\n## ")[0]
+    if sections.count("Unreleased") > 1 or "Unreleased" in sections[1:]:
+        return "Unreleased is the first section, and there is one"
+    if released != sorted(set(released), reverse=True):
+        return "newest first"
+    if here in released:
+        return "" if here == released[0] else "a newer version has a section"
+    if released and here < released[0]:
+        return "a newer version has a section"
+    next_one = re.search(r"Unreleased will be (\d+\.\d+\.\d+)", " ".join(head.split()))
+    return (
+        "" if next_one and next_one[1] == version and sections else "the version has no section, and is not what comes"
+    )
+
+
+def test_changelog_and_version_agree():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert version_fault(changelog, PROJECT["project"]["version"]) == ""
+    comes = "Unreleased will be 0.2.0."
+    for version, text, fault in (
+        ("0.1.0", "## [Unreleased]\n## [0.1.0] - 2026-12-01\n", ""),
+        ("0.1.0", "## [0.1.0]\n", ""),
+        ("0.2.0", f"{comes}\n## [Unreleased]\n## [0.1.0]\n", ""),
+        ("0.2.0", "## [Unreleased]\n## [0.1.0]\n", "the version has no section, and is not what comes"),
+        ("0.3.0", f"{comes}\n## [Unreleased]\n", "the version has no section, and is not what comes"),
+        ("0.1.0", "## [Unreleased]\n## [0.2.0]\n## [0.1.0]\n", "a newer version has a section"),
+        ("0.1.0", "## [0.1.0]\n## [Unreleased]\n", "Unreleased is the first section, and there is one"),
+        ("0.10.0", "## [0.9.0]\n## [0.10.0]\n", "newest first"),
+    ):
+        assert version_fault(text, version) == fault, text
+
+
+def test_the_first_screen_says_that_no_gpu_has_run_it_until_one_has():
+    """`run.py bench gpu` leaves its table behind on the machine that has one."""
+    first = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:12]
+    measured = (ROOT / "benchmarks" / "results" / "gpu.md").exists()
+    assert any("No GPU has run this pack yet" in line for line in first) != measured
+
+
+def test_a_speed_is_measured_here_or_has_its_source():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    part = readme.partition("## Which model, how much memory, how fast")[2].partition("\n## ")[0]
+    memory, speed = (re.findall(r"(?m)^\| (\w+) \|(.*)\|$", half) for half in part.split("| preset | speed "))
+    assert {name for name, _ in memory} - {"preset"} == {name for name, _ in speed} and len(speed) == 4
+    for name, row in speed:
+        here, elsewhere = (cell.strip() for cell in row.split("|"))
+        found = re.findall(r"\(([\w./-]+\.md)\)", here)
+        assert all((ROOT / file).is_file() for file in found) and (found or here == "not measured"), name
+        assert "frames a second" not in elsewhere or re.search(
+            r"on one \w+ \((.*arXiv \d{4}\.\d{5}|\[.+\]\(https://)", elsewhere
+        )
+
+
+def test_addresses_are_those_of_the_one_setting():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert addresses.written(text) == text, "run `python -m tools.addresses`"
+    assert PROJECT["project"]["urls"]["Repository"] == addresses.REPOSITORY
+    assert PROJECT["tool"]["comfy"]["PublisherId"] == addresses.PUBLISHER
+    listed = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("To be made")[2].partition("\n## ")[0]
+    for what, address in addresses.TO_BE_MADE.items():
+        assert re.search(rf"(?m)^- {what}\b.*: {re.escape(address)}$", listed), f"CONTRIBUTING lists {what}: {address}"
+    moved = addresses.written(text.replace(addresses.ORGANISATION, "somebody-else"))
+    assert moved == text
+    with pytest.raises(ValueError, match="Icon 0 times"):
+        addresses.written(text.replace("\nIcon =", "\nIcons ="))
+
+
+def test_no_other_file_knows_the_organisation():
+    """Where it stood a second time it would be forgotten. The tests and CONTRIBUTING are held to the setting above."""
+    done = subprocess.run(["git", "-C", ROOT, "grep", "-lI", addresses.ORGANISATION], capture_output=True, text=True)
+    assert set(done.stdout.split()) <= {"pyproject.toml", "CONTRIBUTING.md", "tools/addresses.py"}
+
+
+def test_ci_tries_windows_and_macos_and_says_that_nobody_has_seen_it():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))["jobs"]
+    elsewhere = jobs["elsewhere"]
+    assert elsewhere["strategy"]["matrix"]["system"] == ["windows-latest", "macos-latest"]
+    assert "not seen green yet" in elsewhere["name"] and elsewhere["continue-on-error"] is True
+    commands = [step["run"].split() for step in elsewhere["steps"] if "run" in step]
+    assert all(command[:2] == ["python", "run.py"] for command in commands)
+    layers = {command[3]: command[4:] for command in commands if command[2] == "test"}
+    assert set(layers) == {"core", "runpy", "host"} and layers["core"] == layers["runpy"] == []
+    for layer, files in layers.items():
+        assert (ROOT / "tests" / layer / "pytest.ini").is_file()
+        assert all((ROOT / "tests" / layer / file).is_file() for file in files)
+    assert jobs["test"]["steps"][-1]["run"] == "python3 run.py test" and "continue-on-error" not in jobs["test"]
+
+
+def test_the_bug_form_asks_for_the_self_test():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8"))
+    fields = {field["id"]: field for field in form["body"] if "id" in field}
+    asked = fields["selftest"]
+    assert asked["validations"]["required"] is True
+    assert "AdaState Self Test" in asked["attributes"]["description"]
+    assert "run.py selftest" in asked["attributes"]["description"]
+    assert form["name"] and form["description"] and all(field["attributes"]["label"] for field in fields.values())
 
 
 def test_icon_and_banner_are_in_the_repository():

@@ -115,6 +115,13 @@ def test_layers_in_order(tmp_path):
     assert run.test_layers(tmp_path) == ["core", "host", "web", "zeta"]
 
 
+def test_all_cases_are_asked_for_by_a_flag_of_its_own(monkeypatch):
+    monkeypatch.setenv("ADASTATE_CASES", "3")
+    assert run.chosen_layers(["core", "-x"]) == (["core"], ["-x"]) and os.environ["ADASTATE_CASES"] == "3"
+    assert run.chosen_layers(["--all-cases", "core", "-x"]) == (["core"], ["-x"])
+    assert os.environ["ADASTATE_CASES"] == "all"
+
+
 def test_counts_of_a_pytest_report(tmp_path):
     file = tmp_path / "junit.xml"
     assert run.junit_counts(file) is None

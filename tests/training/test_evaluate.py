@@ -50,7 +50,7 @@ def test_the_comparison_of_a_model_with_itself_finds_nothing(weights, monkeypatc
     config = {
         "folder": str(tmp_path), "scratch": str(tmp_path), "seed": 1, "steps": 0,
         "codec": CODEC, "horizon_latents": 6, "scenes_seed": 40_000_000,
-        "recall_streams": 4, "recall_gap": 1, "rollouts": [[[1, 2], 2]],
+        "recall_streams": 2, "recall_gap": 1, "rollouts": [[[1, 2], 2]],
         "compared": [["one", "the same", "other"]],
     }  # fmt: skip
     lines = [f"{name} = {toml(value)}" for name, value in config.items()]

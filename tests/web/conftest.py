@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from tools.make_workflows import find_browser, open_page, running_browser, running_host
+from tools.workflow_titles import TITLES
 
+pytest_plugins = ["sampled"]
 ROOT = Path(__file__).resolve().parents[2]
 OURS = re.compile("adastate", re.I)
 # The front end asks the public registry about nodes it does not know; a host without API nodes forbids that.
@@ -66,13 +70,13 @@ class Page:
             self.complaints.append(f"{text} {place}")
 
     def open_template(self, name: str) -> None:
-        """Load a workflow as the template browser does: from the host, by name."""
+        """Load a workflow as the template browser does: from the host, by its title. `name` is that of its API twin."""
         self.tab.evaluate(
-            """async (name) => {
-                const answer = await app.api.fetchApi(`/workflow_templates/ComfyUI-AdaState/${name}.json`);
-                await app.loadGraphData(await answer.json(), true, true, name);
+            """async (title) => {
+                const answer = await app.api.fetchApi(`/workflow_templates/ComfyUI-AdaState/${title}.json`);
+                await app.loadGraphData(await answer.json(), true, true, title);
             }""",
-            name,
+            TITLES[name],
         )
 
     def prompt(self) -> dict:
@@ -91,6 +95,19 @@ def without_titles(prompt: dict) -> dict:
     return {name: {"class_type": node["class_type"], "inputs": node["inputs"]} for name, node in prompt.items()}
 
 
+def end_runs(host) -> None:
+    """A test that failed in the middle of a run leaves it to no other test."""
+    waiting = host.request("/queue")
+    if not (waiting["queue_running"] or waiting["queue_pending"]):
+        return
+    until = time.monotonic() + 60
+    while host.request("/queue")["queue_running"] and time.monotonic() < until:
+        for path, body in (("/queue", {"clear": True}), ("/interrupt", {})):
+            with contextlib.suppress(ValueError):  # the answers are empty
+                host.request(path, body)
+        time.sleep(0.2)
+
+
 @pytest.fixture
 def open_front_end(browser, host):
     """Opens the front end with the "classic" or the "vue" renderer; the tab is closed at the end."""
@@ -103,3 +120,4 @@ def open_front_end(browser, host):
     yield open_
     for tab in tabs:
         tab.close()
+    end_runs(host)

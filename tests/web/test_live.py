@@ -60,6 +60,7 @@ def wait_idle(page, seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize("renderer", ["classic", "vue"])
+@pytest.mark.sampled(2, offset=1)
 def test_a_run_is_watched_stopped_kept_and_run_again(renderer, open_front_end, host, folders, artefacts):
     page = open_front_end(renderer)
     page.open_template("long_video")
@@ -111,6 +112,7 @@ def newest(host) -> dict:
 
 
 @pytest.mark.parametrize("renderer", ["classic", "vue"])
+@pytest.mark.sampled(2)
 def test_a_reloaded_page_picks_the_run_up(renderer, open_front_end, artefacts):
     page = open_front_end(renderer)
     page.open_template("long_video")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import av
@@ -77,6 +78,7 @@ def video(host, folders, node: str = "5") -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("renderer", ["classic", "vue"])
+@pytest.mark.sampled(2)
 def test_a_run_on_the_timeline_is_stopped_and_extended(renderer, open_front_end, host, folders, artefacts):
     page = open_front_end(renderer)
     page.open_template("long_video")
@@ -114,7 +116,51 @@ def test_a_run_on_the_timeline_is_stopped_and_extended(renderer, open_front_end,
     assert page.complaints == []
 
 
+@pytest.mark.parametrize(("renderer", "keep_state"), [("classic", True), ("vue", False)])
+@pytest.mark.sampled(2, offset=1)
+def test_a_whole_run_is_extended_as_the_tab_said(renderer, keep_state, open_front_end, host, folders, artefacts):
+    """With its state the new frames are put behind the old ones; without it all of them are made again."""
+    page = open_front_end(renderer)
+    page.open_template("long_video")
+    assert page.tab.evaluate(GET, ["AdaStateStreamOutput", "keep_state"]) is True
+    page.tab.evaluate(SET, ["AdaStateStreamOutput", "keep_state", keep_state])
+    tab = Tab(page)
+    start(page, 213)
+    tab.until("running")
+    tab.until_chunks(2)
+    sentence = (
+        "Extend will go on from the end" if keep_state else "Extend will make everything again: keep_state is off"
+    )
+    status = tab.element.locator(".adastate-status")
+    assert sentence in status.inner_text() and "keep_state" in status.get_attribute("title")
+    assert sentence in tab.button("Extend").get_attribute("title")
+    assert "state saved every 1 min 0 s" in tab.element.locator(".adastate-numbers").inner_text()
+    page.screenshot(artefacts / f"panel_{renderer}_extend_{'on' if keep_state else 'again'}.png")
+    tab.until("done")
+    page.tab.wait_for_timeout(500)
+    first = video(host, folders)
+    hint = tab.button("Extend").get_attribute("title")
+    assert ("Goes on from the saved state" in hint) == keep_state and (
+        "keep_state on Stream To Video" in hint
+    ) != keep_state
+    tab.element.get_by_label("Seconds of video to add").fill("2")
+    tab.run_again("Extend", host)
+    tab.until("done")
+    page.tab.wait_for_timeout(500)
+    whole = video(host, folders)
+    assert (len(first), len(whole)) == (213, 245)
+    same = [(a == b).all() for a, b in zip(first, whole, strict=False)]
+    assert all(same), "the beginning is that of the first video either way"
+    run = newest(host)
+    made = json.loads(run["outputs"]["5"]["adastate_report"][0])
+    assert made["frames"] == (32 if keep_state else 245)
+    loaders = [node for node in page.prompt().values() if node["class_type"] == "AdaStateLoadState"]
+    assert len(loaders) == keep_state
+    assert page.complaints == []
+
+
 @pytest.mark.parametrize("renderer", ["classic", "vue"])
+@pytest.mark.sampled(2, offset=1)
 def test_a_page_that_is_reloaded_finds_the_run_on_its_timeline(renderer, open_front_end, artefacts):
     page = open_front_end(renderer)
     page.open_template("long_video")
@@ -180,6 +226,7 @@ def test_a_chunk_is_made_again_with_a_new_seed(open_front_end, host, folders, ar
 
 
 @pytest.mark.parametrize("renderer", ["classic", "vue"])
+@pytest.mark.sampled(2)
 def test_prompts_are_edited_both_ways(renderer, open_front_end, artefacts):
     page = open_front_end(renderer)
     page.open_template("prompt_timeline")
@@ -258,3 +305,38 @@ def test_several_rollouts_of_a_graph_can_be_chosen(open_front_end, artefacts):
     assert made == {"2.1 of 2.1 s", "2.8 of 2.8 s"}
     page.screenshot(artefacts / "panel_classic_several.png")
     assert page.complaints == []
+
+
+def test_a_run_without_an_end_says_what_is_made_and_is_redone_without_one(open_front_end, host, artefacts):
+    page = open_front_end("vue")
+    page.open_template("long_video")
+    tab = Tab(page)
+    for typed, taken in ((480, 481), (82, 81), (-3, 0), (4, 5), (0, 0)):
+        page.tab.evaluate(SET, ["AdaStateRollout", "length", typed])
+        assert page.prompt()["5"]["inputs"]["length"] == taken
+    start(page, 0)
+    tab.until("running")
+    tab.until_chunks(6)
+    numbers = tab.element.locator(".adastate-numbers").inner_text()
+    assert re.match(r"0:\d\d made · ", numbers) and "left" not in numbers and " of " not in numbers, numbers
+    assert page.tab.locator(".adastate-live .adastate-numbers").inner_text().split(" · ")[0].endswith(" made")
+    assert page.tab.locator(".adastate-live progress").get_attribute("value") is None
+    ticks = tab.element.locator(".adastate-tick").all_inner_texts()
+    last = tab.chunks.last.bounding_box()
+    lane = tab.element.locator(".adastate-chunks").bounding_box()
+    assert ticks[0] == "0:00" and last["x"] + last["width"] <= lane["x"] + lane["width"] + 1
+    assert "It rolls until it is stopped" in tab.element.locator(".adastate-status").inner_text()
+    page.screenshot(artefacts / "panel_vue_endless.png")
+    tab.button("Stop and keep").click()
+    tab.until("stopped")
+    page.tab.wait_for_timeout(500)
+    tab.choose(0)
+    tab.button("Redo from here with a new seed").click()
+    tab.until("running")
+    assert page.prompt()["5"]["inputs"]["length"] == 0
+    tab.until_chunks(2)
+    tab.button("Stop and keep").click()
+    tab.until("stopped")
+    wait_idle(page)
+    report = json.loads(newest(host)["outputs"]["5"]["adastate_report"][0])
+    assert report["stopped"]["of"] is None and page.complaints == []

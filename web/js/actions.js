@@ -5,7 +5,8 @@ import { feedingOf, setValue, valueOf } from "./graph.js";
 import { TEXTS } from "./texts.js";
 
 const LOADER = "AdaStateLoadState";
-const STREAM = "AdaStateStreamOutput";
+const ADAPTIVE = "AdaStateAnchorAdaptive";
+const STREAMS = ["AdaStateStreamOutput", "AdaStateStreamFrames"];
 const MOST_SEED = 2 ** 50; // as the front end's own
 
 /** Frames as the rollout counts them, 4n + 1, at least as many. */
@@ -31,6 +32,15 @@ function loaderOf(node) {
   return loader && (loader.outputs[0].links ?? []).length === 1 ? loader : null;
 }
 
+/** The stream that a rollout, or another stream, is given, or null. */
+function streamOf(node) {
+  for (const type of STREAMS) {
+    const found = feedingOf(node, "stream", type);
+    if (found) return found;
+  }
+  return null;
+}
+
 /** Put a node into the graph, filled already: Nodes 2.0 draws it as it is then. */
 function addLoader(node, loader) {
   loader.pos = placeBeside(node, loader.size);
@@ -47,8 +57,8 @@ function resumeFrom(node, file, chunk) {
   if (!there) addLoader(node, loader);
   const start = node.findInputSlot("start_latent");
   if (start >= 0 && node.inputs[start].link != null) node.disconnectInput(start); // a state goes on by itself
-  const stream = feedingOf(node, "stream", STREAM);
-  if (stream && !valueOf(stream, "join")) setValue(stream, "join", true);
+  for (let stream = streamOf(node); stream; stream = streamOf(stream))
+    if (!valueOf(stream, "join")) setValue(stream, "join", true);
 }
 
 function fill(node, name, value) {
@@ -80,11 +90,32 @@ export function pointBefore(run, chunk) {
   return earlier.length ? { after: Math.max(...earlier) } : { reason: TEXTS.redoTooEarly(run.saved.kept[0] + 1) };
 }
 
-/** Make a run's video again from the state after some chunks on, as long as it was asked for, with another seed. */
+/** A seed as the dice of the page throw it. */
+export const newSeed = () => Math.floor(Math.random() * MOST_SEED);
+
+/** Without a timeline to write them to, the numbers that a run was steered to are those of the nodes from here on. */
+function fillSteered(node, { seed, strength, done }) {
+  if (Number.isSafeInteger(seed)) fill(node, "seed", seed);
+  const anchor = feedingOf(node, "anchor", ADAPTIVE);
+  if (anchor && done.some((change) => change.strength != null)) setValue(anchor, "strength", strength);
+}
+
+/** Let a run that was paused go on as it was asked for; `write` puts what was steered into the graph's timeline, or is null. */
+export async function goOn(node, run, write) {
+  fill(node, "length", run.about.length);
+  if (Number.isSafeInteger(run.about.seed)) fill(node, "seed", run.about.seed);
+  if (run.steering && run.steering.timeline === null) fillSteered(node, run.steering);
+  await write?.();
+  resumeFrom(node, run.saved.state, -1);
+  await app.queuePrompt(0);
+  return TEXTS.wentOn(run.saved.state);
+}
+
+/** Make a run's video again from the state after some chunks on, with another seed: as long as it was asked for, or until it is stopped. */
 export async function redo(node, run, after) {
-  const seed = Math.floor(Math.random() * MOST_SEED);
+  const seed = newSeed();
   fill(node, "seed", seed);
-  fill(node, "length", run.newest.frames_total);
+  fill(node, "length", run.newest.frames_total ?? 0);
   if (after) resumeFrom(node, run.saved.state, after);
   await app.queuePrompt(0);
   return TEXTS.redone(after, seed);

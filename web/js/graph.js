@@ -43,6 +43,19 @@ export const isDemo = (timeline) => typeOf(timeline) === "AdaStateDemoTimeline";
 
 export const valueOf = (node, name) => node?.widgets?.find((widget) => widget.name === name)?.value;
 
+/** Frames as a rollout counts them: 0, which has no end, or the nearest 4n + 1. */
+const nearestLength = (frames) => (frames < 1 ? 0 : 4 * Math.round((frames - 1) / 4) + 1);
+
+/** Let a node's length go from 0 to 1, 5, 9 and so on: the front end's own steps would all count from 0. */
+export function stepLength(node) {
+  const widget = node.widgets?.find((each) => each.name === "length");
+  if (!widget) return;
+  Object.assign(widget.options, { step: 40, step2: 4 });
+  widget.callback = function (value) {
+    this.value = nearestLength(value);
+  };
+}
+
 /** Set a widget as its user would; a choice that its list does not have yet is put in front. */
 export function setValue(node, name, value) {
   const widget = node.widgets?.find((each) => each.name === name);

@@ -1,20 +1,37 @@
 /** The bottom panel's tab: the timeline of a rollout, its prompts, and the buttons that stop it and go on with it. */
 
-import { extend, pointBefore, redo } from "./actions.js";
+import { extend, goOn, pointBefore, redo } from "./actions.js";
 import { make, makeButton, say } from "./dom.js";
 import { Curve } from "./curve.js";
 import { rolloutsIn, timelineOf, valueOf } from "./graph.js";
 import { Player } from "./player.js";
 import { PromptRow } from "./prompt_row.js";
+import { SteerRow } from "./steer_row.js";
+import { isSteered, marksOf } from "./steering.js";
 import { TEXTS } from "./texts.js";
 import { Timeline } from "./timeline.js";
-import { Axis, Film, Ruler, TimeStrip, filmOf, lay } from "./tracks.js";
+import { Axis, Film, Ruler, TimeStrip, filmOf, lay, repeat } from "./tracks.js";
 
 const LOOK = 500; // ms between looks at the graph
 const LOOP = 12; // pictures that are looped while following
 
+/** What Extend will do once a run that is under way is whole; empty as long as that is not known. */
+function extendLater(run) {
+  if (!run.about || run.about.keeps_state === undefined) return "";
+  if (run.about.length === 0) return TEXTS.extendEndless;
+  if (!run.about.stream) return TEXTS.extendNoStream;
+  return run.about.keeps_state ? TEXTS.extendWillGoOn : TEXTS.extendWillMakeAgain;
+}
+
+/** Seconds along the axis of a video without an end: it grows in steps, so that chunks do not move with each that comes. */
+const room = (made) => {
+  let seconds = 10;
+  while (seconds < 1.1 * made) seconds *= 1.5;
+  return seconds;
+};
+
 export class Panel {
-  /** `host` gives runs, graph(), nodeOf(run), stop(run) and complain(title, detail). */
+  /** `host` gives runs, graph(), nodeOf(run), stop(run), steer(run, change) and complain(title, detail). */
   constructor(host) {
     this.host = host;
     this.picked = null; // the choice that the user made; null follows the newest run
@@ -22,9 +39,10 @@ export class Panel {
     this.drawn = 0;
     this.timeline = new Timeline(() => this.changed());
     this.prompts = new PromptRow((entries) => this.timeline.write(entries, this.fps), () => this.here());
+    this.steerRow = new SteerRow({ steer: (run, change) => this.host.steer(run, change), keep: () => this.keep(), goOn: () => this.goOn() });
     this.element = make("section", "adastate-panel", { "aria-label": TEXTS.panel });
     this.empty = make("div", "adastate-nothing", {}, TEXTS.nothing);
-    this.content = make("div", "adastate-content", {}, this.makeHead(), this.makeBody());
+    this.content = make("div", "adastate-content", {}, this.makeHead(), this.steerRow.element, this.makeBody());
     this.element.append(this.empty, this.content);
     this.element.addEventListener("keydown", (event) => {
       if (!event.ctrlKey && !event.metaKey) event.stopPropagation(); // plain letters are the canvas's own keys
@@ -67,7 +85,8 @@ export class Panel {
     this.curves.forEach((curve) => curve.element.classList.add("adastate-track"));
     this.head = make("div", "adastate-playhead", { "aria-hidden": "true" });
     this.switch = make("div", "adastate-switch", { role: "img" }, make("span", "", {}, TEXTS.absorbed));
-    this.overlay = make("div", "adastate-overlay", {}, this.switch, this.head);
+    this.steered = make("div", "adastate-steered", { role: "group", "aria-label": TEXTS.steered });
+    this.overlay = make("div", "adastate-overlay", {}, this.switch, this.steered, this.head);
     const chunks = row("chunks", TEXTS.rows.chunks, "", this.film.element, this.before, this.strip.element);
     this.promptsRow = row("prompts", TEXTS.rows.prompts, "", this.prompts.element);
     this.lane = chunks.lastElementChild;
@@ -185,6 +204,8 @@ export class Panel {
     this.strip.draw(chunks, chunk ? this.chosen : null, axis);
     this.drawMeters(chunks, chunk, axis);
     this.drawMarks(chunks, chunk, axis);
+    this.drawSteered(run, axis);
+    this.steerRow.draw(run, { keep: this.keepable(run), goOn: this.resumable(run) });
     this.promptsRow.style.display = prompts.entries.length ? "" : "none";
     this.prompts.draw(prompts, axis, Math.max(0.001, Math.round(4000 / this.fps) / 1000));
     this.drawNumbers(run, chunks, chunk);
@@ -194,8 +215,11 @@ export class Panel {
   /** Seconds along the axis: the video as it was asked for, or as it was kept, with room for prompts that lie behind its end. */
   total(run, node, entries) {
     const about = run?.about;
-    let seconds = (about?.length ?? (Number(valueOf(node, "length")) || 81)) / (about?.fps ?? this.fps);
-    if (run?.newest) seconds = run.outcome === "stopped" ? run.newest.seconds : run.newest.seconds_total;
+    let seconds = (about?.length || Number(valueOf(node, "length")) || 81) / (about?.fps ?? this.fps);
+    if (run?.newest) {
+      const { seconds: made, seconds_total: all } = run.newest;
+      seconds = ["stopped", "paused"].includes(run.outcome) ? made : all ?? (run.running ? room(made) : made);
+    }
     const last = entries[entries.length - 1]?.seconds ?? 0;
     return last < seconds ? seconds : 1.15 * last;
   }
@@ -240,6 +264,41 @@ export class Panel {
     this.switch.setAttribute("aria-label", TEXTS.absorbedHint(switched.seconds));
   }
 
+  drawSteered(run, axis) {
+    const marks = marksOf(run?.steering).filter(({ at }) => at <= axis.total);
+    const mark = () => make("span", "adastate-steered-mark", {}, make("span", "adastate-steered-dot", { role: "img" }));
+    repeat(this.steered, marks, mark, (element, { at, words, wait, back }) => {
+      element.style.left = `${axis.at(at).toFixed(3)}%`;
+      const dot = element.firstElementChild;
+      dot.title = TEXTS.steerHolds(at, words, wait);
+      dot.setAttribute("aria-label", dot.title);
+      element.classList.toggle("adastate-steered-back", back);
+    });
+  }
+
+  /** Where the steered timeline can be written: { hint }, or { reason } why not. */
+  keepable(run) {
+    const node = this.timeline.node;
+    if (!this.choice?.node) return { reason: TEXTS.noNode };
+    if (!node || run?.steering?.timeline == null) return { reason: TEXTS.keepNoTimeline };
+    if (this.timeline.text === run.steering.timeline) return { reason: TEXTS.keepHas };
+    return { hint: TEXTS.steerKeepHint(node.getTitle?.() ?? node.title, node.id) };
+  }
+
+  /** How a paused run can go on: { hint }, or { reason } why not; null where none is paused. */
+  resumable(run) {
+    if (run?.outcome !== "paused") return null;
+    if (!this.choice.node) return { reason: TEXTS.noNode };
+    if (!run.saved.state) return { reason: TEXTS.goOnNoState };
+    return this.toWrite(run) && !this.timeline.node ? { reason: TEXTS.keepNoTimeline } : { hint: TEXTS.goOnHint };
+  }
+
+  /** The timeline that the graph lacks for making a run's video again, or null. */
+  toWrite(run) {
+    const text = isSteered(run) ? run.steering.timeline : null;
+    return text === this.timeline.text ? null : text;
+  }
+
   /** The entries to show: the node's, to be edited, else those of the run. */
   promptsOf(run) {
     const { node, entries, error, text } = this.timeline;
@@ -257,19 +316,22 @@ export class Panel {
     const parts = newest ? [TEXTS.made(newest.seconds, newest.seconds_total), TEXTS.speed(newest.speed)] : [];
     if (run?.running && newest?.seconds_left != null) parts.push(TEXTS.left(newest.seconds_left));
     if (newest) parts.push(TEXTS.cache(newest.kv_bytes));
+    if (run?.running && newest?.autosave?.seconds_apart) parts.push(TEXTS.autosave(newest.autosave.seconds_apart));
     say(this.numbers, parts.join(" · "));
     const shown = chunk ?? newest;
     say(this.caption, shown ? TEXTS.chunk(shown.chunk, shown.first_frame / shown.fps) : "");
-    if (run?.stopping) say(this.status, TEXTS.stopping);
+    if (run?.stopping) say(this.status, run.pausing ? TEXTS.pausing : TEXTS.stopping);
     else if (this.said && this.saidOf === this.choice.key) say(this.status, this.said);
-    else say(this.status, run && !run.running ? TEXTS.outcome[run.outcome] ?? run.outcome : "");
+    else say(this.status, !run ? "" : run.running ? extendLater(run) : TEXTS.outcome[run.outcome] ?? run.outcome);
+    this.status.title = this.status.textContent; // what has no room is cut off
   }
 
   drawButtons(run, node, chunk) {
     this.stopButton.disabled = !run?.running || run.stopping;
     const ended = run && !run.running && run.newest;
     this.extendButton.disabled = !ended || !node;
-    this.extendButton.title = !ended ? TEXTS.extendRunning : !node ? TEXTS.noNode : run.saved.state ? TEXTS.extendHint : TEXTS.extendWhole;
+    const later = run?.running && extendLater(run) ? [extendLater(run), ...(run.about.stream ? [TEXTS.extendStopped] : [])] : [];
+    this.extendButton.title = !ended ? [TEXTS.extendRunning, ...later].join(". ") : !node ? TEXTS.noNode : run.saved.state ? TEXTS.extendHint : TEXTS.extendWhole;
     const point = run ? pointBefore(run, chunk) : { reason: TEXTS.redoChoose };
     this.redoButton.disabled = point.after === undefined || !node;
     this.redoButton.title = point.reason ?? (node ? TEXTS.redoHint(chunk.generated, point.after) : TEXTS.noNode);
@@ -284,6 +346,24 @@ export class Panel {
     const { run, node } = this.choice;
     const { after } = pointBefore(run, run.chunks.get(this.chosen));
     if (after !== undefined) this.act(() => redo(node, run, after));
+  }
+
+  /** Write what was steered into the graph. */
+  async keep() {
+    const { run, key } = this.choice;
+    await this.timeline.writeText(run.steering.timeline, this.fps);
+    this.said = TEXTS.kept;
+    this.saidOf = key;
+    this.look();
+  }
+
+  async goOn() {
+    const { node, run, key } = this.choice;
+    const text = this.toWrite(run);
+    this.said = await goOn(node, run, text && (() => this.timeline.writeText(text, this.fps)));
+    this.saidOf = key;
+    this.picked = null;
+    this.look();
   }
 
   /** Fill and queue, then follow the run that comes of it. */

@@ -76,13 +76,15 @@ export class PromptRow {
       const last = index + 1 === this.entries.length;
       lay(button, this.axis, entry.seconds, last ? this.axis.total : this.entries[index + 1].seconds);
       button.hidden = entry.seconds >= this.axis.total;
-      const label = TEXTS.promptAt(entry.text, entry.seconds) + (entry.transition ? ` {${entry.transition}}` : "");
+      const options = TEXTS.promptOptions(entry.transition, entry.seed ?? null, entry.strength ?? null);
+      const words = entry.text || TEXTS.promptSame;
+      const label = TEXTS.promptAt(words, entry.seconds) + (options ? ` {${options}}` : "");
       button.setAttribute("aria-label", label);
       button.title = label;
       button.setAttribute("aria-pressed", String(index === this.chosen));
       button.tabIndex = index === this.chosen ? 0 : -1;
       button.classList.toggle("adastate-movable", this.editable && index > 0);
-      say(button.lastElementChild, entry.text);
+      say(button.lastElementChild, entry.text || `{${options}}`);
     });
   }
 
@@ -144,9 +146,14 @@ export class PromptRow {
     const at = taken(wanted) ? middle : wanted;
     if (taken(at)) return;
     const before = this.entries.filter((entry) => entry.seconds < at).length;
-    const entry = { seconds: at, text: this.entries[before - 1].text, transition: null };
+    const entry = { seconds: at, text: this.wordsAt(before - 1), transition: null };
     this.chosen = before;
     this.write([...this.entries.slice(0, before), entry, ...this.entries.slice(before)]);
+  }
+
+  /** The words that hold at an entry: its own, or those of one before it where it changes numbers alone. */
+  wordsAt(index) {
+    return this.entries.slice(0, index + 1).findLast((entry) => entry.text)?.text ?? "";
   }
 
   remove() {
@@ -154,7 +161,7 @@ export class PromptRow {
     this.waiting = null;
     if (!this.editable || this.entries.length < 2) return;
     const rest = this.entries.filter((_, index) => index !== this.chosen);
-    rest[0] = { ...rest[0], seconds: 0 };
+    rest[0] = { ...rest[0], seconds: 0, text: rest[0].text || this.entries[0].text };
     this.chosen = Math.max(0, this.chosen - 1);
     this.write(rest);
   }

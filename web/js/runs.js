@@ -1,5 +1,7 @@
 /** What this page knows of rollouts, by prompt and node. Bounded, whatever their length. */
 
+import { isOlder } from "./steering.js";
+
 const MOST_CHUNKS = 240;
 const NEWEST_PICTURES = 24;
 const CHUNKS_WITH_PICTURES = 60;
@@ -14,9 +16,13 @@ export class Run {
     this.pictures = []; // the newest ones
     this.running = true;
     this.stopping = false;
+    this.pausing = false; // this page asked for it
     this.outcome = null;
     this.stride = 1;
     this.about = null; // seed, length, fps, prompts: what was known before the first chunk
+    this.unplayable = null; // the codec of its video, where this browser does not play it
+    this.steering = null; // what can be changed while it rolls, what waits and what was changed
+    this.sent = []; // this page's own changes, { id, change }, the id null until the server has given one
     this.saved = { state: null, kept: [] }; // the state's file as Load Rollout State names it; chunks that others are kept after
   }
 
@@ -57,6 +63,7 @@ export class Run {
 
   /** What GET /adastate/runs/{prompt}/{node} said. */
   merge(told) {
+    this.steer(told.steering);
     for (const chunk of told.chunks) this.addChunk(chunk);
     const byChunk = new Map();
     for (const picture of told.pictures) byChunk.set(picture.chunk, [...(byChunk.get(picture.chunk) ?? []), picture]);
@@ -66,10 +73,27 @@ export class Run {
     if (!told.running) this.end(told.outcome, told.saved);
   }
 
+  /** What the server says of the steering; chunks that it took back since are forgotten here too. */
+  steer(told) {
+    if (!told || isOlder(told, this.steering)) return;
+    const before = new Set(this.steering?.done.map((change) => change.id));
+    for (const change of told.done) if (change.taken_back && !before.has(change.id)) this.dropFrom(change.taken_back.to);
+    const over = new Set(told.done.map((change) => change.id));
+    this.sent = this.sent.filter(({ id }) => id === null || !over.has(id));
+    this.steering = told;
+  }
+
+  /** Forget the chunks and pictures from a second of the video on. */
+  dropFrom(seconds) {
+    const fps = this.newest?.fps ?? 16;
+    for (const [number, chunk] of [...this.chunks]) if (chunk.seconds > seconds + 1e-3) this.chunks.delete(number);
+    this.pictures = this.pictures.filter((picture) => picture.frame < seconds * fps - 0.5);
+  }
+
   end(outcome, saved) {
     this.saved = saved ?? this.saved;
     this.running = false;
-    this.stopping = false;
+    this.stopping = this.pausing = false;
     this.outcome = outcome ?? this.outcome ?? "failed";
   }
 }

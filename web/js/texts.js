@@ -1,15 +1,17 @@
 /** Every text that the pack's page shows, in English. */
 
 const seconds = (value) => (value < 60 ? `${value.toFixed(value < 10 ? 1 : 0)} s` : `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`);
+const clock = (value) => `${Math.floor(value / 60)}:${String(Math.floor(value % 60)).padStart(2, "0")}`;
 
 export const TEXTS = {
   view: "Rollout under way",
   preview: "Newest frames of the rollout",
   previewOf: (chunk) => `Frames of chunk ${chunk + 1}`,
   progress: "How much of the video is made",
-  made: (now, all) => `${now.toFixed(1)} of ${all.toFixed(1)} s`,
+  made: (now, all) => (all === null ? `${clock(now)} made` : `${now.toFixed(1)} of ${all.toFixed(1)} s`),
   speed: (times) => `${times.toFixed(times < 10 ? 2 : 0)}× real time`,
   left: (value) => `${seconds(value)} left`,
+  autosave: (apart) => `state saved every ${seconds(apart)}`,
   cache: (bytes) => `KV ${(bytes / 2 ** 20).toFixed(1)} MiB`,
   prompt: (index, text) => (text ? `Prompt ${index + 1}: ${text}` : `Prompt ${index + 1}`),
   meters: {
@@ -26,11 +28,14 @@ export const TEXTS = {
   stop: "Stop and keep",
   stopHint: "Finish the chunk under way, then end with everything made so far",
   stopping: "Stopping after this chunk",
+  pausing: "Pausing after this chunk",
   outcome: {
     done: "Done",
     stopped: "Stopped and kept",
+    paused: "Paused and kept",
     failed: "Ended early",
   },
+  unplayable: (codec) => `This browser does not play ${codec}: these are pictures of the preview. Open the file in a player or an editor`,
   noPictures: "No pictures: connect Stream To Video, and turn its preview on",
   stopFailed: "The rollout could not be stopped",
 
@@ -40,16 +45,13 @@ export const TEXTS = {
   run: "Rollout",
   runOf: (title, id, state) => `${title} #${id} · ${state}`,
   elsewhere: "Rollout of another workflow,",
-  states: { none: "not run yet", running: "running", done: "done", stopped: "stopped and kept", failed: "ended early" },
+  states: { none: "not run yet", running: "running", done: "done", stopped: "stopped and kept", paused: "paused", failed: "ended early" },
   earlier: "earlier",
   rows: { chunks: "Chunks", hidden: "Hidden state", prompts: "Prompts" },
   hiddenHint: "What the anchor carries from chunk to chunk, decoded; it is never part of the video",
   absorbed: "Absorption",
   absorbedHint: (at) => `From ${at.toFixed(1)} s on, the absorbed layers hold no history`,
-  clock: (at, step) => {
-    const whole = `${Math.floor(at / 60)}:${String(Math.floor(at % 60)).padStart(2, "0")}`;
-    return step < 1 ? `${whole}${(at % 1).toFixed(1).slice(1)}` : whole;
-  },
+  clock: (at, step) => (step < 1 ? `${clock(at)}${(at % 1).toFixed(1).slice(1)}` : clock(at)),
   before: "Made by the run before this one",
 
   extendBy: "Extend by",
@@ -58,8 +60,13 @@ export const TEXTS = {
   extend: "Extend",
   extendHint: "Goes on from the saved state: sets length, loads the state into resume, turns join on, and queues the graph",
   extendWhole: "No state of this run was saved, so a longer video is made from the beginning, with the same frames: sets length and "
-    + "queues the graph. autosave_seconds and history_chunks on Stream To Video save states",
+    + "queues the graph. keep_state on Stream To Video saves the state of a whole video",
   extendRunning: "A run can be extended once it has ended; stop it, or wait",
+  extendWillGoOn: "Extend will go on from the end: keep_state or history_chunks is on",
+  extendWillMakeAgain: "Extend will make everything again: keep_state is off",
+  extendStopped: "After Stop and keep it goes on from there",
+  extendNoStream: "Extend will make everything again: no Stream To Video keeps a state (keep_state)",
+  extendEndless: "It rolls until it is stopped",
   extended: (length, file) => `Queued: length ${length}` + (file ? `, resume from ${file}, join on` : ", from the beginning"),
   redo: "Redo from here with a new seed",
   redoHint: (chunk, after) => after === 0
@@ -77,7 +84,51 @@ export const TEXTS = {
   linked: (name) => `${name} is connected to another node; set it there`,
   actionFailed: "The graph could not be filled in",
 
+  steer: "Steer the run: Enter sends a field, Escape leaves it",
+  steerPrompt: "From now on",
+  steerPromptHint: "What the video shows from the next chunk on; Enter sends it. The chunk under way is finished first",
+  steerTransitionHint: "How the video changes to this prompt",
+  steerSend: "Send",
+  steerSeed: "Seed",
+  steerSeedHint: "Seed of the noise from the next chunk on; Enter sends it",
+  steerSeedWrong: `A seed is a whole number from 0 to ${Number.MAX_SAFE_INTEGER}`,
+  steerDice: "Another seed, at random, from the next chunk on",
+  steerStrength: "Strength",
+  steerStrengthHint: "How strongly the adaptive anchor holds from the next chunk on, above 0 and at most 1",
+  steerPause: "Pause",
+  steerPauseHint: "Finish the chunk under way, keep everything and let other prompts run; Go on queues the rest",
+  steerBack: "Take back",
+  steerBackSeconds: "Seconds of video to take back",
+  steerBackHint: "Drops the newest seconds of the video and goes on from the nearest kept chunk before, with another seed, and with the "
+    + "words in the field if there are any",
+  steerBackRange: (oldest, newest) => `kept are ends of chunks between ${oldest.toFixed(1)} s and ${newest.toFixed(1)} s`,
+  steerLate: "The run ends after this chunk",
+  steerWords: (text, transition) => `“${text}”` + (transition ? ` {${transition}}` : ""),
+  steerToSeed: (seed) => `seed ${seed}`,
+  steerToStrength: (value) => `strength ${value}`,
+  steerTakes: (value) => `take back ${value} s`,
+  steerTaken: (at) => `taken back to ${at.toFixed(1)} s`,
+  steerPauses: "pause",
+  steerWaits: (words) => `Waiting: ${words}`,
+  steerOthers: (count) => (count === 1 ? "a change from another page" : `${count} changes from other pages`),
+  steerHolds: (at, words, wait) => `From ${at.toFixed(1)} s on: ${words}` + (wait === null ? "" : ` · first picture after ${wait.toFixed(1)} s`),
+  steerFailed: (words, why) => `${words}: ${why}`,
+  steered: "Steered",
+  steerKeep: "Keep the steered timeline",
+  steerKeepHint: (title, id) => `Writes what was steered into the text of ${title} #${id}, so that the graph makes the same video again`,
+  keepHas: "The graph has this timeline already",
+  keepNoTimeline: "Connect Prompt Timeline or Demo Prompt Timeline to positive, with its text not connected, to keep this timeline there",
+  keepChanged: "The prompts were changed meanwhile; try again",
+  kept: "The graph makes the same video again now",
+  goOn: "Go on",
+  goOnHint: "Goes on from where the run was paused: writes the steered timeline, loads the state into resume, turns join on, and queues the graph",
+  goOnNoState: "The paused run saved no state to go on from",
+  wentOn: (file) => `Queued: resume from ${file}, join on`,
+
   promptAt: (text, at) => `Prompt at ${at} s: ${text}`,
+  promptSame: "the words stay as they were",
+  promptOptions: (transition, seed, strength) =>
+    [transition, seed !== null && `seed ${seed}`, strength !== null && `strength ${strength}`].filter(Boolean).join(", "),
   promptKeys: "Prompts; arrow keys move, with Shift they move the prompt in time, Delete removes it",
   promptTime: "From",
   promptTimeHint: "Second of the video at which this prompt begins; the first begins at 0",

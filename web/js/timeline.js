@@ -2,6 +2,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { isDemo, setValue, valueOf } from "./graph.js";
+import { TEXTS } from "./texts.js";
 
 async function ask(body) {
   const answer = await api.fetchApi("/adastate/timeline", {
@@ -53,16 +54,30 @@ export class Timeline {
 
   /** Write entries to the node; if they cannot be written it keeps its text, and `error` says why. */
   async write(entries, fps) {
-    const node = this.node;
     this.entries = entries;
+    const told = await this.put({ entries, grammar: this.grammar }, fps);
+    if (told) this.take(told);
+  }
+
+  /** Write a whole text to the node; an Error says why it cannot be. */
+  async writeText(text, fps) {
+    const told = await this.put({ text }, fps);
+    if (!told) throw new Error(TEXTS.keepChanged);
+    if (told.error) throw new Error(told.error.message);
+    this.take(told);
+  }
+
+  /** Ask the server for the node's new text and set it; what was told, or null where something else was asked meanwhile. */
+  async put(body, fps) {
+    const node = this.node;
     const mine = ++this.asked;
-    const told = await ask({ entries, grammar: this.grammar, ...this.options(fps) });
-    if (mine !== this.asked) return;
+    const told = await ask({ ...body, ...this.options(fps) });
+    if (mine !== this.asked) return null;
     if (!told.error && node === this.node) {
       this.text = told.text;
       setValue(node, "text", told.text);
     }
-    this.take(told);
+    return told;
   }
 
   take(told) {

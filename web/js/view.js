@@ -26,6 +26,7 @@ export class View {
     this.progress = make("progress", "adastate-progress", { "aria-label": TEXTS.progress, max: "1" });
     this.numbers = make("div", "adastate-numbers");
     this.prompt = make("div", "adastate-prompt");
+    this.unplayable = make("div", "adastate-unplayable", { role: "note" });
     const meters = make("div", "adastate-meters");
     this.curves = Object.entries(TEXTS.meters).map(([name, [title, hint]]) => new Curve(name, title, hint, TEXTS.meter));
     meters.append(...this.curves.map((curve) => curve.element));
@@ -35,7 +36,7 @@ export class View {
     this.outcome = make("span", "adastate-outcome", { role: "status", "aria-live": "polite" });
     const row = make("div", "adastate-row");
     row.append(this.stopButton, this.followButton, this.outcome);
-    this.element.append(stage, this.progress, this.numbers, this.prompt, meters, this.strip.element, row);
+    this.element.append(stage, this.unplayable, this.progress, this.numbers, this.prompt, meters, this.strip.element, row);
     // the canvas and the node would take these for dragging and for their own keys
     for (const name of ["pointerdown", "mousedown", "dblclick", "keydown", "contextmenu"])
       this.element.addEventListener(name, (event) => event.stopPropagation());
@@ -60,11 +61,13 @@ export class View {
     if (!chosen) this.chosen = null;
     this.element.dataset.outcome = run.outcome ?? (run.stopping ? "stopping" : "running");
     this.drawPictures(chosen);
+    this.unplayable.textContent = run.unplayable ? TEXTS.unplayable(run.unplayable) : "";
+    this.unplayable.style.display = run.unplayable ? "" : "none";
     if (chunks.length) this.drawNumbers(chunks, chosen);
     this.strip.draw(chunks, this.chosen);
     this.followButton.disabled = chosen === null;
     this.stopButton.disabled = !run.running || run.stopping;
-    const outcome = run.stopping ? TEXTS.stopping : run.running ? "" : TEXTS.outcome[run.outcome] ?? run.outcome;
+    const outcome = run.stopping ? (run.pausing ? TEXTS.pausing : TEXTS.stopping) : run.running ? "" : TEXTS.outcome[run.outcome] ?? run.outcome;
     if (this.outcome.textContent !== outcome) this.outcome.textContent = outcome;
   }
 
@@ -84,10 +87,13 @@ export class View {
   drawNumbers(chunks, chosen) {
     const newest = chunks[chunks.length - 1];
     const now = chosen ?? newest;
-    this.progress.value = newest.frames / newest.frames_total;
+    if (newest.frames_total === null) this.progress.removeAttribute("value"); // without an end there is no share of it
+    else this.progress.value = newest.frames / newest.frames_total;
+    this.progress.style.visibility = newest.frames_total === null && !this.run.running ? "hidden" : "";
     const parts = [TEXTS.made(newest.seconds, newest.seconds_total), TEXTS.speed(newest.speed)];
     if (this.run.running && newest.seconds_left !== null) parts.push(TEXTS.left(newest.seconds_left));
     parts.push(TEXTS.cache(newest.kv_bytes));
+    if (this.run.running && newest.autosave?.seconds_apart) parts.push(TEXTS.autosave(newest.autosave.seconds_apart));
     this.numbers.textContent = parts.join(" · ");
     const several = now.prompt_text !== null || chunks.some((chunk) => chunk.prompt);
     this.prompt.textContent = several ? TEXTS.prompt(now.prompt, now.prompt_text) : "";

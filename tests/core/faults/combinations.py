@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tiny_model import TinyModel
@@ -27,13 +28,15 @@ from adastate_core.schedules.schedule import Schedule
 from .others import others
 from .pairs import Value, pairwise
 
-FRAMES, BLOCKS, WINDOW = 3, 3, 6
+FRAMES, BLOCKS, WINDOW, LONG_WINDOW = 3, 3, 6, 24
 LEVELS = "two levels"
+# a recache in one pass that makes the sink again, and one after the sink has gone out of its reach
+ONE_PASS, SINK_STAYS = "in one pass", "in one pass behind the sink"
 DIMENSIONS = {
     "anchor": ("none", "static", "ema", "memory", "replay", "adaptive", "changed adaptive", "deep", *others()),
     "storage": ("model", "8 bits", "host", "int8 host"),
     "absorption": ("none or warming", "switching", "switched"),
-    "transition": ("none", "cut", "recache", "flush", "rope cut", "soft"),
+    "transition": ("none", "cut", "recache", "flush", "rope cut", "soft", "restart"),
     "blocks": ("1", "several"),
 }
 ADAPTIVE = ("adaptive", "changed adaptive")
@@ -74,6 +77,7 @@ class Combination:
     transition: str = "none"
     blocks: str = "1"
     levels: str = ""
+    recache: str = ""
 
     @property
     def name(self) -> str:
@@ -81,7 +85,7 @@ class Combination:
         values = (self.anchor, self.storage, self.absorption, self.transition, self.blocks)
         words = [f"{value} {name}" if value in ("none", "1", "several") else value
                  for name, value in zip(DIMENSIONS, values, strict=True)]  # fmt: skip
-        return ", ".join([*words, self.levels] if self.levels else words)
+        return ", ".join([*words, *(word for word in (self.levels, self.recache) if word)])
 
     @property
     def variant(self) -> int:
@@ -90,7 +94,12 @@ class Combination:
     @property
     def chunk(self) -> int:
         """The generated chunk whose operations fail."""
-        return 5 if self.absorption == "switched" else 4
+        return 5 if self.absorption == "switched" or self.recache == SINK_STAYS else 4
+
+    @property
+    def window(self) -> int:
+        """Where layers switch in the chunk, the others' windows grow in it, but for some combinations."""
+        return LONG_WINDOW if self.absorption == "switching" and self.variant % 3 else WINDOW
 
     def policy(self) -> Anchor:
         if self.anchor in others():
@@ -110,7 +119,8 @@ class Combination:
     def absorbed(self) -> AbsorptionSettings | None:
         """Warming: it collects in the chunk. Switching: it solves and switches in its commit. Switched: it is measured and
         solved anew."""
-        warming = self.anchor != "deep" and self.blocks == "1" and not self.levels and self.variant % 2 == 1
+        bare = self.anchor == "deep" or self.blocks != "1" or self.levels or self.recache
+        warming = not bare and self.variant % 2 == 1
         if self.absorption == "none or warming" and not warming:
             return None
         ridge = None if self.variant % 4 == 0 else 0.3  # each of seven that are tried is a solve of every layer
@@ -120,6 +130,13 @@ class Combination:
         return AbsorptionSettings(
             warmup_frames=15 if self.absorption == "switching" else 30, monitor_layers=-1, monitor_chunks=2, **common
         )
+
+    def windows(self, frames: int, may_share: bool = True) -> dict[str, Any]:
+        """Several chunks at once share the window's room where they can and the variant says so."""
+        anchor = self.policy()
+        if self.blocks == "1" or anchor.state_frames or anchor.selects or not may_share or self.variant % 2:
+            return dict(window_frames=frames)
+        return dict(shares_window=True, window_frames=frames + anchor.frames)
 
     def spec(self, model: TinyModel) -> RolloutSpec:
         """ValueError where the values do not go together."""
@@ -132,10 +149,11 @@ class Combination:
         }[self.storage]
         return RolloutSpec(
             geometry=model.geometry, batch=1, height=4, width=6, chunk_frames=FRAMES,
-            window_frames=WINDOW, anchor=self.policy(),
+            anchor=self.policy(), **self.windows(self.window, may_share=self.transition != "restart"),
             positions="fixed" if self.variant % 3 == 0 and self.anchor != "deep" else "packed", dtype=torch.float32,
             absorption=absorption, blocks=BLOCKS if self.blocks == "several" else 1,
-            cache_dtype=dtype, cache_device=device,
+            cache_dtype=dtype, cache_device=device, one_pass_recache=bool(self.recache),
+            **({"restart_frames": self.chunk * FRAMES, "overlap_frames": 5} if self.transition == "restart" else {}),
         )  # fmt: skip
 
     def settings(self) -> Settings:
@@ -144,7 +162,7 @@ class Combination:
 
     def prompts(self) -> PromptPlan | None:
         """The prompt changes with the chunk whose operations fail."""
-        if self.transition == "none":
+        if self.transition in ("none", "restart"):
             return None
         texts = [
             torch.randn(1, 3, TinyModel.TEXT_WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
@@ -156,8 +174,15 @@ class Combination:
 def combinations() -> list[Combination]:
     """Every allowed pair of values, in as few as a greedy choice finds, and some with a past at two noise levels."""
     pairs = [Combination(**values) for values in pairwise(DIMENSIONS, refused)]
-    two = (("ema", "model", "none"), ("changed adaptive", "int8 host", "flush"), ("memory", "8 bits", "cut"))
-    return pairs + [Combination(a, storage, transition=t, levels=LEVELS) for a, storage, t in two]
+    two = (("ema", "model", "none"), ("changed adaptive", "int8 host", "flush"), ("memory", "8 bits", "cut"),
+           ("adaptive", "model", "recache"))  # fmt: skip
+    whole = (("static", "model", ONE_PASS), ("static", "int8 host", ONE_PASS), ("static", "model", SINK_STAYS),
+             ("none", "host", SINK_STAYS))  # fmt: skip
+    return [
+        *pairs,
+        *(Combination(a, storage, transition=t, levels=LEVELS) for a, storage, t in two),
+        *(Combination(a, storage, transition="recache", recache=how) for a, storage, how in whole),
+    ]
 
 
 def refusals() -> list[tuple[Combination, tuple[str, str]]]:

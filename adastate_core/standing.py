@@ -1,0 +1,27 @@
+"""How far a rollout is: what moves at once when a chunk becomes past."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .schedules import rolling
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """How far a rollout is. It is replaced as a whole. `before` is the frame with which the last generated chunk began; the other
+    fields mean what they mean in RolloutState; `first` holds no frame where it is not kept."""
+
+    next_frame: int
+    next_chunk: int
+    before: int
+    emitted: int
+    pending: torch.Tensor
+    recent: torch.Tensor
+    given: torch.Tensor
+    first: torch.Tensor
+    hidden: torch.Tensor | None = None
+    blocks: tuple[rolling.Block, ...] = ()
+    again: int = 0

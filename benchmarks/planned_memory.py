@@ -1,0 +1,66 @@
+"""Planned and counted memory, at the exact shapes of the 1.3B and the 14B at 832x480: python3 run.py bench planned_memory
+
+Every live byte on CUDA's stand-in (tests/core/fake_cuda.py) is counted, chunk after chunk, with the state that is taken at the
+end. A model that is shapes alone calls the attention of every layer. So nothing is computed, no GPU is needed, and the figures
+are the same on every machine. Not counted is the host's own forward, which is a line of its own when a model is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "core")]
+
+import torch  # noqa: E402
+from planned_bytes import CASES, GENERATED, MODELS, Counted, counted  # noqa: E402
+
+TABLE = ROOT / "benchmarks" / "results" / "planned-memory.md"
+MIB = 2**20
+
+
+def line(model: str, case: str, found: Counted) -> str:
+    """A row of the table."""
+    shown = (found.planned["rope_tables"], found.planned["working"], found.total, found.peak["cuda"])
+    cells = " | ".join(f"{size / MIB:,.1f}" for size in shown)
+    return f"| {model} | {case} | {CASES[case]['chunks']} | {cells} | {found.share:.3f} |"
+
+
+def main() -> int:
+    """Count the cases, print and write their table; 1 if a plan is below its peak or more than 1.10 times it."""
+    parser = argparse.ArgumentParser(prog="run.py bench planned_memory", description=__doc__)
+    parser.add_argument("--model", choices=[*MODELS], action="append", help="only this one")
+    parser.add_argument("--case", choices=[*CASES], action="append", help="only this one")
+    options = parser.parse_args()
+    rows, wrong = [], []
+    for model in options.model or MODELS:
+        for case in options.case or CASES:
+            found = counted(case, model)
+            rows.append(line(model, case, found))
+            sys.stdout.write(rows[-1] + "\n")
+            sys.stdout.flush()
+            if not 1.0 <= found.share <= 1.10:
+                wrong.append(f"{model}, {case}")
+    text = "\n".join(
+        [
+            "# Planned and counted memory",
+            "",
+            f"`python3 run.py bench planned_memory`, torch {torch.__version__}: MiB on the device, 832x480, bfloat16, all layers. "
+            f"Chunks are of 3 latent frames; the last {GENERATED} are denoised in 4 steps (5 with Rolling Forcing), those before "
+            "are given, and a state is taken at the end. Counted is every live byte but the host's own forward.",
+            "",
+            "| model | case | chunks | tables | working | planned | counted peak | planned / counted |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            *rows,
+        ]
+    )
+    if not (options.model or options.case):
+        TABLE.write_text(text + "\n")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        sys.exit(main())
