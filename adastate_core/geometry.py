@@ -67,7 +67,9 @@ class LatentSpace:
 
 
 WAN21 = LatentSpace("Wan 2.1", 16, 8, 4, 2, "Wan21", 16.0)
-SPACES = {space.name: space for space in (WAN21,)}
+# of the 5B line (TI2V): its VAE, of 12 channels in patches of 2, has twice the stride
+WAN22 = LatentSpace("Wan 2.2", 48, 16, 4, 2, "Wan22", 24.0)
+SPACES = {space.name: space for space in (WAN21, WAN22)}
 
 
 def space_of(spec: dict[str, Any]) -> LatentSpace:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-TRANSITIONS = ("cut", "recache", "flush", "rope cut", "soft")
+TRANSITIONS = ("cut", "recache", "flush", "rope cut", "soft", "shot")
 MOST_SEED = 2**64 - 1
 _LONGEST_NUMBER = 40  # characters
 _SEED = re.compile(r"seed\s+(\S+)", re.I)

@@ -21,7 +21,9 @@ class PromptChange:
 
     `transition`: "cut" changes the text alone; "recache" makes the window's keys and values again under the new text (LongLive;
     RolloutSpec says whether in one pass); "flush" forgets the window but for its newest two frames (Infinity-RoPE); "rope cut"
-    puts the first chunk far ahead in time (Infinity-RoPE); "soft" moves the embeddings over in `chunks` chunks, by `blend`.
+    puts the first chunk far ahead in time (Infinity-RoPE); "soft" moves the embeddings over in `chunks` chunks, by `blend`; "shot"
+    begins a new scene (LongLive 2.0): all that follows stands further on in time, and its first chunk, which has the embeddings
+    `opening` [1 or B, n, c] where there are any, stays in the cache until the next one.
     """
 
     frame: int
@@ -29,6 +31,7 @@ class PromptChange:
     transition: str = "recache"
     chunks: int = 3
     blend: str = "linear"
+    opening: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.transition not in TRANSITIONS:
@@ -87,6 +90,8 @@ class PromptPlan:
         index = self.index(first_frame)
         change = self.changes[index]
         since = int((first_frame + self.chunk_frames / 2 - change.frame) // self.chunk_frames)
+        if change.opening is not None and self.index(first_frame - self.chunk_frames) != index:
+            return change.opening
         if index == 0 or change.transition != "soft" or since >= change.chunks:
             return change.context
         if self._mixed is None or self._mixed[0] != (index, since):

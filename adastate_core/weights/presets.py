@@ -13,6 +13,7 @@ from typing import Any
 
 from ..anchors import Anchor, AnchorAdaptive, AnchorDeep, AnchorEMA, AnchorMemory, AnchorReplay, AnchorStatic
 from ..cache.one_pass import goes_with
+from ..geometry import WAN21, LatentSpace
 from ..schedules.schedule import Schedule
 
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
@@ -35,6 +36,8 @@ class Preset:
     `one_pass_recache`: a recache is one pass over all that is made again, not one a chunk (spec.RolloutSpec).
     `remade`, one of spec.REMADE: no cache outlives a chunk. `cached` is then the system with a past that is cached from chunk to
     chunk, for what does not go with the other: an anchor or absorption of one's own, absolute positions, a state of before.
+    `fps`: frames a second that its weights make (0: its latent space's). `start`: where given latents stand that nobody says more of,
+    "before" the first chunk or "inside" it. `space` is the latent space of its weights; its rules go with others.
     `compared_chunks`: over so many the pack's tests compare it with the system's published loop.
     """
 
@@ -65,6 +68,9 @@ class Preset:
     compared_chunks: int = 0
     remade: str = ""
     cached: Preset | None = None
+    fps: float = 0.0
+    start: str = "before"
+    space: LatentSpace = WAN21
 
     @property
     def schedule(self) -> Schedule:
