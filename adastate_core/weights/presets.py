@@ -36,7 +36,7 @@ class Preset:
     `one_pass_recache`: a recache is one pass over all that is made again, not one a chunk (spec.RolloutSpec).
     `remade`, one of spec.REMADE: no cache outlives a chunk. `cached` is then the system with a past that is cached from chunk to
     chunk, for what does not go with the other: an anchor or absorption of one's own, absolute positions, a state of before.
-    `fps`: frames a second that its weights make (0: its latent space's). `start`: where given latents stand that nobody says more of,
+    `fps`: frames a second that its weights make (0: its latent space's). `start`: where given latents stand if nobody says it,
     "before" the first chunk or "inside" it. `space` is the latent space of its weights; its rules go with others.
     `compared_chunks`: over so many the pack's tests compare it with the system's published loop.
     """
