@@ -393,14 +393,16 @@ class Rollout:
         past.commit_chunk(finished, frames, blocks)
 
     def _drawn(self, chunk: int, steps: int) -> torch.Tensor:
-        """[steps, B, C, S + F, h, w] noise of a chunk, state first, float32 on the CPU, page-locked if the model is on CUDA.
+        """[n, B, C, S + F, h, w] noise of a chunk, state first, float32 on the CPU, page-locked if the model is on CUDA; n of it,
+        as many as the sampler takes for so many steps.
 
         Made for all steps at once: a copy between two steps would wait for the device.
         """
+        taken = self.settings.schedule.noises(steps)
         seed, states = self.seed_of(chunk), self.spec.anchor.state_frames
-        shape = (steps, *self.past.shape(states + self.spec.chunk_frames))
+        shape = (taken, *self.past.shape(states + self.spec.chunk_frames))
         out = torch.empty(shape, pin_memory=self.model.device.type == "cuda")
-        for step in range(steps):
+        for step in range(taken):
             out[step, :, :, states:] = self._content_noise(chunk, step)
             if states:
                 out[step, :, :, :states] = noise(seed, chunk, step, self.past.shape(states), state=True)

@@ -192,7 +192,7 @@ class Built:
     ) -> CachePlan:
         """Its bytes, with a prompt of so many tokens and a decoder's own cache, for a video of `length` latent frames (None: of any
         length), a correction that was solved before, and the state that is gone on from. `recaches`: prompts change by recaches."""
-        steps = len(self.schedule.sigmas)
+        steps = self.schedule.noises(len(self.schedule.sigmas))
         return self.spec.plan(text_tokens, vae_bytes, length, solution, resumed, steps, recaches)
 
     @property
