@@ -38,8 +38,8 @@ class Shape:
         """The host's module of this shape, its weights not set."""
         return comfy.ldm.wan.model.WanModel(
             model_type="t2v", dim=self.width, ffn_dim=self.feed_forward, num_heads=self.width // 128,
-            num_layers=self.layers, in_dim=self.space.channels, out_dim=self.space.channels, operations=comfy.ops.disable_weight_init,
-            device=device, dtype=dtype,
+            num_layers=self.layers, in_dim=self.space.channels, out_dim=self.space.channels,
+            operations=comfy.ops.disable_weight_init, device=device, dtype=dtype,
         )  # fmt: skip
 
 

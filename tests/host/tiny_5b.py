@@ -1,7 +1,7 @@
 """The 5B line in small: files of random weights in the exact formats of its model, its VAE and its tiny VAE.
 
-    with narrow_vae_class():  # the host's loader fixes the VAE's width, so a narrower class stands in the place of its own
-        vae = comfy.sd.VAE(sd=vae_state())
+with narrow_vae_class():  # the host's loader fixes the VAE's width, so a narrower class stands in the place of its own
+    vae = comfy.sd.VAE(sd=vae_state())
 """
 
 from __future__ import annotations
