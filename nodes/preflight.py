@@ -25,6 +25,7 @@ from .host import refusals as checks
 from .host.codec import HostDecoder
 from .host.frame_folders import output_room
 from .host.output_files import check_video_prefix
+from .host.vae_family import check_spaces
 from .memory_plan import Beside, host_shortage, memory_plan
 from .renewal import Renewal
 from .stream_settings import check_streamable
@@ -45,6 +46,7 @@ class Prepared:
             checks.check_latent("start_latent", request.start_latent)
         self.family, self.fps = host_model.family_of_model(request.model), request.fps
         self.space = self.family.space
+        check_spaces(self.family, request.start_latent, request.resume, request.stream and request.stream.vae)
         self.request = request = request.sized(self.space)
         contexts = self._contexts()
         context = contexts[0][1]
@@ -335,12 +337,7 @@ class Prepared:
             return None
         samples = self.request.start_latent["samples"]
         (batch, height, width), space = self.latent_size, self.space
-        if (
-            samples.ndim != 5
-            or samples.shape[1] != space.channels
-            or samples.shape[0] not in (1, batch)
-            or not samples.shape[2]
-        ):
+        if samples.ndim != 5 or samples.shape[0] not in (1, batch) or not samples.shape[2]:
             raise ValueError(
                 f"start_latent is {list(samples.shape)}; it must be a {space.name} video latent "
                 f"[1 or {batch}, {space.channels}, frames, h, w]: encode pictures with VAE Encode and a {space.name} VAE"
