@@ -13,6 +13,7 @@ from ..adastate_core.cache.eight_bits import check_cache_dtype
 from ..adastate_core.prompts.plan import NumberChange, PromptChange, PromptPlan
 from ..adastate_core.prompts.values import PromptAt, Prompts
 from ..adastate_core.rollout import RolloutState
+from ..adastate_core.shot_check import check_shots
 from ..adastate_core.states.disk_room import shown_bytes
 from ..adastate_core.video.frame_formats import FRAME_FORMATS
 from ..adastate_core.video.picture_forms import VALUE_BYTES
@@ -315,7 +316,9 @@ class Prepared:
                     f"the prompt at {entry.seconds:g} s sets a strength, which is the adaptive anchor's, and this rollout has the "
                     f"{self.spec.anchor.kind} anchor; connect Anchor: Adaptive State, or leave strength out"
                 )
-        return PromptPlan(changes, self.spec.chunk_frames, numbers)
+        plan = PromptPlan(changes, self.spec.chunk_frames, numbers)
+        check_shots(self.spec, plan)
+        return plan
 
     def _ignored(self) -> list[str]:
         """What the inputs carry besides and is not acted on, or nobody knows, a sentence each and each once."""
