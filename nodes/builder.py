@@ -19,6 +19,7 @@ from ..adastate_core.cache.byte_plan import CachePlan
 from ..adastate_core.families.family import Family
 from ..adastate_core.families.wan21 import WAN21_TEXT
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
+from ..adastate_core.given import BEFORE, INSIDE
 from ..adastate_core.rollout import RolloutSpec, RolloutState
 from ..adastate_core.schedules.schedule import Schedule
 from .absorption_nodes import AbsorptionRequest
@@ -29,6 +30,8 @@ from .host.checkpoint_wishes import rollout_defaults
 from .inputs import require_multiples
 from .stream_settings import StreamSettings
 
+# the words of start_mode for where given latents stand; "auto" is what the model's preset says
+START_MODES = {"auto": "auto", BEFORE: "before the first chunk", INSIDE: "inside the first chunk"}
 ON_DEMAND = frozenset(("LATENT", "STATE"))  # large, and made only where they are linked; VIDEO is no more than a path
 
 
@@ -51,6 +54,7 @@ class Request:
     anchor: Anchor | None = None
     sigmas: Sequence[float] | None = None
     start_latent: dict[str, Any] | None = field(default=None, repr=False)
+    start: str = "auto"  # where these stand: one of START_MODES
     resume: RolloutState | None = None
     stream: StreamSettings | None = None
     keep_latents: bool = True

@@ -10,6 +10,7 @@ from typing import Any
 from ..adastate_core.anchors import Anchor, AnchorAdaptive
 from ..adastate_core.bounds import BOUNDS
 from ..adastate_core.geometry import WAN21
+from ..adastate_core.given import BEFORE
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedules.schedule import Schedule
 from ..adastate_core.spec import ENDINGS
@@ -59,6 +60,11 @@ class Resolved:
     passed_over: tuple[str, ...] = ()
     ending: str = ENDINGS[0]
     remade: str = ""
+
+    @property
+    def start(self) -> str:
+        """Where given latents stand, one of given.STARTS, if nobody says it."""
+        return BEFORE if self.preset is None else self.preset.start
 
     @property
     def schedule(self) -> Schedule:

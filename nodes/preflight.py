@@ -10,6 +10,7 @@ import torch
 
 from ..adastate_core.anchors import AnchorAdaptive
 from ..adastate_core.cache.eight_bits import check_cache_dtype
+from ..adastate_core.given import BEFORE, INSIDE, check_inside
 from ..adastate_core.prompts.plan import NumberChange, PromptChange, PromptPlan
 from ..adastate_core.prompts.values import PromptAt, Prompts
 from ..adastate_core.rollout import RolloutState
@@ -18,7 +19,7 @@ from ..adastate_core.states.disk_room import shown_bytes
 from ..adastate_core.video.frame_formats import FRAME_FORMATS
 from ..adastate_core.video.picture_forms import VALUE_BYTES
 from . import endless
-from .builder import Request, Subject, build
+from .builder import START_MODES, Request, Subject, build
 from .course import takes_words, unsaid
 from .enlarged_stream import FileForm, check_joined, holds_frame, resume_notes, stream_bytes
 from .host import model as host_model
@@ -90,6 +91,7 @@ class Prepared:
         self.memory = memory_plan(self.spec, self.plan, self._beside(), self.model.device.type == "cuda")
         self.warnings += host_shortage(self.memory, host_model.free_host_bytes())
         self.given = self._given()
+        self.start = self._start()
         self._check_length()
         self.warnings += [*self._ended(), *self.renewal.notes(), *self._unsaid()]
 
@@ -354,6 +356,32 @@ class Prepared:
                 "or set width and height to 0, which takes their size"
             )
         return host_model.to_model_space(self.request.model, samples.float()).expand(batch, -1, -1, -1, -1)
+
+    def _start(self) -> str:
+        """Where given latents stand, one of given.STARTS; a state's stand where they did. ValueError where they cannot."""
+        request, resume = self.request, self.request.resume
+        waiting = resume is not None and resume.given is not None
+        found = resume.start if waiting else self.resolved.start if request.start == "auto" else request.start
+        if request.start not in ("auto", found):
+            self.warnings.append(
+                f"the state's start latents stand {START_MODES[found]}, as they did, so start_mode was not used"
+            )
+        elif request.start != "auto" and self.given is None and resume is None:
+            self.warnings.append(
+                f"start_mode is {START_MODES[request.start]}, and start_latent is not connected, so it was not used"
+            )
+        if self.given is None and not waiting:
+            return BEFORE
+        if self.given is not None and found == INSIDE:
+            check_inside(self.spec, self.given.shape[2])
+        return found
+
+    @property
+    def start_told(self) -> dict[str, str]:
+        """Where given latents stand, by the input that says it; nothing where there are none that are still to be taken."""
+        resume = self.request.resume
+        there = self.given is not None or (resume is not None and resume.given is not None)
+        return {"start_mode": START_MODES[self.start]} if there else {}
 
     def seconds_since_begin(self) -> float:
         """Seconds since the node began to execute."""

@@ -152,7 +152,8 @@ def planned(job: Prepared) -> dict[str, Any]:
         | {"cache_dtype": job.spec.cache_dtype, "cache_device": job.spec.cache_device}
         | ({"first_sigmas": list(job.schedule.first_sigmas)} if job.schedule.first_sigmas else {})
         | ({"preset": job.resolved.preset.name} if job.resolved.preset else {})
-        | ({"ending": job.spec.ending} if job.spec.blocks > 1 else {}),
+        | ({"ending": job.spec.ending} if job.spec.blocks > 1 else {})
+        | job.start_told,
         "prompts": _prompts(job),
         **({"decoder": job.decoder.describe(), "decoder_way": job.decoder.described_way} if job.decoder else {}),
         **({"enlarged": _enlarged(job)} if job.enlarger else {}),

@@ -14,6 +14,7 @@ from typing import Any
 from ..anchors import Anchor, AnchorAdaptive, AnchorDeep, AnchorEMA, AnchorMemory, AnchorReplay, AnchorStatic
 from ..cache.one_pass import goes_with
 from ..geometry import WAN21, LatentSpace
+from ..given import BEFORE, INSIDE
 from ..schedules.schedule import Schedule
 
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
@@ -69,7 +70,7 @@ class Preset:
     remade: str = ""
     cached: Preset | None = None
     fps: float = 0.0
-    start: str = "before"
+    start: str = BEFORE
     space: LatentSpace = WAN21
 
     @property
@@ -110,6 +111,8 @@ class Preset:
             lines.append(f"the first chunk has noise levels {first}")
         if self.sampler != "renoising":
             lines.append(f"between its steps it uses the sampler {self.sampler}")
+        if self.start == INSIDE:
+            lines.append("pictures to start from stand inside the first chunk")
         if self.blocks > 1:
             lines.append(f"{self.blocks} chunks are denoised together at rising noise")
         if self.shares_window:

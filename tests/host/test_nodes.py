@@ -39,7 +39,7 @@ CONTRACT = {
         [
             "model", "positive", "width", "height", "length", "batch_size", "seed", "steps", "shift", "chunk_frames",
             "window_frames", "positions", "anchor?", "absorption?", "sigmas?", "start_latent?", "resume?", "stream?",
-            "keep_latents?", "cache_dtype?", "cache_device?", "max_seconds?",
+            "keep_latents?", "cache_dtype?", "cache_device?", "max_seconds?", "start_mode?",
         ],
         ["LATENT", "ADASTATE_STATE", "STRING", "VIDEO"],
     ),
