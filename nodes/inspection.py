@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
         space.channels, geometry.layers, geometry.heads, geometry.width // geometry.heads, space=space
     )
     subject = Subject(geometry=shape, dtype=torch.bfloat16, wishes=defaults or None)
-    built = build(subject, Asked(height=height // space.stride, width=width // space.stride, fps=space.fps))
+    built = build(subject, Asked(height=height // space.stride, width=width // space.stride))
     resolved, plan = built.resolved, built.plan(TEXT_TOKENS)
     layout = "a torch file" if checkpoint.path.suffix.lower() in TORCH_SUFFIXES else "safetensors"
     lines = [
@@ -115,9 +116,10 @@ def plan_text(
     _require_size(width, height)
     require_multiples(space, width, height)
     size = {"batch": batch, "height": height // space.stride, "width": width // space.stride}
-    rate = stream.fps if stream else space.fps
+    rate = stream.fps if stream else 0.0
     asked_for = Asked(**size, **asked, anchor=anchor, fps=rate, ends_open=not length, **cache)
     built = build(Subject.of(model, identified=False), asked_for)
+    stream = stream and replace(stream, fps=built.fps)
     vae = stream.vae if stream is not None and vae is None else vae
     decoder = HostDecoder(vae, fast=True) if vae is not None else None  # as a stream decodes
     vae_bytes = decoder.cache_bytes(*size.values()) if decoder else 0

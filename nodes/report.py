@@ -123,6 +123,7 @@ def counts(job: Prepared, run: UnderWay) -> dict[str, Any]:
         "frames": frames,
         "frames_total": job.space.pictures(emitted),
         "video_seconds": frames / fps,
+        "video_fps": fps,
         "seconds": round(seconds, 3),
         "seconds_all": round(job.seconds_since_begin(), 3),
         "seconds_per_chunk": round(sorted(times)[len(times) // 2], 4) if times else 0.0,
