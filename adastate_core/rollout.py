@@ -28,6 +28,7 @@ from .prompts.plan import PromptPlan
 from .rollout_state import RolloutState
 from .schedules import rolling
 from .schedules.noise import NoiseAhead, noise
+from .shot_check import check_shots
 from .spec import ModelGeometry, RolloutSpec, Settings
 from .transitions import before_chunk
 
@@ -97,6 +98,7 @@ class Rollout:
             raise ValueError(
                 "steps with a past of their own do not go with a past that is made anew before every chunk"
             )
+        check_shots(spec, prompts)
         if state is not None and (differences := spec.differences(state.spec)):
             raise ValueError("this state belongs to another rollout: " + "; ".join(differences))
         self.model, self.spec, self.settings, self.prompts = model, spec, settings, prompts
@@ -136,7 +138,8 @@ class Rollout:
 
     def steer(self, prompts: PromptPlan | None) -> None:
         """Between two chunks: have this plan instead, which says the same of all chunks that there are. Noise that was drawn ahead
-        is drawn again."""
+        is drawn again. ValueError, with all as it was, for one that this rollout cannot have."""
+        check_shots(self.spec, prompts)
         self.prompts, self._noise = prompts, NoiseAhead(self._drawn)
 
     def go_back(self, state: RolloutState) -> Callable[[], None]:

@@ -25,3 +25,4 @@ class Standing:
     hidden: torch.Tensor | None = None
     blocks: tuple[rolling.Block, ...] = ()
     again: int = 0
+    shots: tuple[int, ...] = ()

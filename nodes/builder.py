@@ -26,6 +26,7 @@ from .anchor_nodes import anchor_at
 from .defaults import Resolved, as_before, cached_instead, resolve
 from .host import model as host_model
 from .host.checkpoint_wishes import rollout_defaults
+from .inputs import require_multiples
 from .stream_settings import StreamSettings
 
 ON_DEMAND = frozenset(("LATENT", "STATE"))  # large, and made only where they are linked; VIDEO is no more than a path
@@ -72,8 +73,10 @@ class Request:
         return self.stream.fps if self.stream else host_model.space_of(self.model).fps
 
     def sized(self, space: LatentSpace) -> Request:
-        """The same with the size of what it starts from where a side is 0. ValueError where there is none to take it from."""
+        """The same with the size of what it starts from where a side is 0. ValueError where there is none to take it from, and for
+        a size that models of `space` do not take."""
         width, height = size_of_start(self.width, self.height, space, self.start_latent, self.resume)
+        require_multiples(space, width, height)
         return replace(self, width=width, height=height)
 
     def asked(self, space: LatentSpace) -> Asked:

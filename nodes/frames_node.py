@@ -43,7 +43,7 @@ class StreamFramesNode(Node):
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="The Wan 2.1 VAE that belongs to the model, full or tiny. Not needed with stream.",
+                    tooltip="The Wan VAE that belongs to the model, full or tiny. Not needed with stream.",
                 ),
                 api.Stream.Input(
                     "stream",

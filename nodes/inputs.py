@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..adastate_core.bounds import BOUNDS
+from ..adastate_core.geometry import LatentSpace
 from .host.api import widget
 from .host.node import shown
 
@@ -30,3 +31,12 @@ def check_size(width: int | None, height: int | None, auto: bool = False) -> str
             bounds = f"at least {least}" if value <= most else f"at most {most}"
             return f"{name} is {shown(value)}; it must be a multiple of {step}, {bounds}: try {nearest}"
     return None
+
+
+def require_multiples(space: LatentSpace, width: int, height: int, whose: str = "this model") -> None:
+    """ValueError, naming the sizes beside it, for a side that a model of `space` cannot have; 0 stands for one not known yet."""
+    for name, side in (("width", width), ("height", height)):
+        if side % space.multiple:
+            below = side - side % space.multiple
+            beside = f"{below} or {below + space.multiple}" if below else f"{space.multiple}"
+            raise ValueError(f"{name} is {side}; {whose} needs multiples of {space.multiple}: try {beside}")

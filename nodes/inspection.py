@@ -21,7 +21,8 @@ from .host import model as host_model
 from .host import refusals as checks
 from .host.checkpoint_wishes import checkpoint_path, wished
 from .host.codec import HostDecoder
-from .inputs import check_size
+from .host.vae_family import check_spaces
+from .inputs import check_size, require_multiples
 from .memory_plan import Beside, memory_plan
 from .renewal import Renewal
 from .stream_settings import StreamSettings
@@ -108,8 +109,10 @@ def plan_text(
     space = host_model.space_of(model)
     if start_latent is not None:
         checks.check_latent("start_latent", start_latent)
+    check_spaces(host_model.family_of_model(model), start_latent, vae=vae or stream and stream.vae)
     width, height = size_of_start(width, height, space, start_latent)
     _require_size(width, height)
+    require_multiples(space, width, height)
     size = {"batch": batch, "height": height // space.stride, "width": width // space.stride}
     rate = stream.fps if stream else space.fps
     asked_for = Asked(**size, **asked, anchor=anchor, fps=rate, ends_open=not length, **cache)

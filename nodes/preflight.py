@@ -13,6 +13,7 @@ from ..adastate_core.cache.eight_bits import check_cache_dtype
 from ..adastate_core.prompts.plan import NumberChange, PromptChange, PromptPlan
 from ..adastate_core.prompts.values import PromptAt, Prompts
 from ..adastate_core.rollout import RolloutState
+from ..adastate_core.shot_check import check_shots
 from ..adastate_core.states.disk_room import shown_bytes
 from ..adastate_core.video.frame_formats import FRAME_FORMATS
 from ..adastate_core.video.picture_forms import VALUE_BYTES
@@ -25,6 +26,7 @@ from .host import refusals as checks
 from .host.codec import HostDecoder
 from .host.frame_folders import output_room
 from .host.output_files import check_video_prefix
+from .host.vae_family import check_spaces
 from .memory_plan import Beside, host_shortage, memory_plan
 from .renewal import Renewal
 from .stream_settings import check_streamable
@@ -45,6 +47,7 @@ class Prepared:
             checks.check_latent("start_latent", request.start_latent)
         self.family, self.fps = host_model.family_of_model(request.model), request.fps
         self.space = self.family.space
+        check_spaces(self.family, request.start_latent, request.resume, request.stream and request.stream.vae)
         self.request = request = request.sized(self.space)
         contexts = self._contexts()
         context = contexts[0][1]
@@ -313,7 +316,9 @@ class Prepared:
                     f"the prompt at {entry.seconds:g} s sets a strength, which is the adaptive anchor's, and this rollout has the "
                     f"{self.spec.anchor.kind} anchor; connect Anchor: Adaptive State, or leave strength out"
                 )
-        return PromptPlan(changes, self.spec.chunk_frames, numbers)
+        plan = PromptPlan(changes, self.spec.chunk_frames, numbers)
+        check_shots(self.spec, plan)
+        return plan
 
     def _ignored(self) -> list[str]:
         """What the inputs carry besides and is not acted on, or nobody knows, a sentence each and each once."""
@@ -335,12 +340,7 @@ class Prepared:
             return None
         samples = self.request.start_latent["samples"]
         (batch, height, width), space = self.latent_size, self.space
-        if (
-            samples.ndim != 5
-            or samples.shape[1] != space.channels
-            or samples.shape[0] not in (1, batch)
-            or not samples.shape[2]
-        ):
+        if samples.ndim != 5 or samples.shape[0] not in (1, batch) or not samples.shape[2]:
             raise ValueError(
                 f"start_latent is {list(samples.shape)}; it must be a {space.name} video latent "
                 f"[1 or {batch}, {space.channels}, frames, h, w]: encode pictures with VAE Encode and a {space.name} VAE"

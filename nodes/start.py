@@ -13,10 +13,11 @@ from .host import codec
 from .host.api import io, schema, widget
 from .host.node import Node
 from .host.pictures import CROPS, SCALERS, scaled, video_tail
-from .inputs import check_size, number
+from .host.vae_family import check_encoder
+from .inputs import check_size, number, require_multiples
 
 MAX_FRAMES = 1025
-AREAS = ("832x480", "1280x720", "64x64")  # the sizes that models are made for; the last is the demo's
+AREAS = ("832x480", "1280x720", "64x64", "1280x704")  # the sizes that models are made for
 
 
 class ContinueVideoNode(Node):
@@ -29,7 +30,7 @@ class ContinueVideoNode(Node):
             description="Encodes a picture, or the end of a video of any length and size, for a rollout to go on from.",
             search_aliases=["image to video", "video to video", "i2v", "v2v", "extend video", "AdaState"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The full Wan 2.1 VAE that belongs to the model."),
+                io.Vae.Input("vae", tooltip="The full Wan VAE that belongs to the model."),
                 number(
                     io.Int,
                     "width",
@@ -90,7 +91,7 @@ class ContinueVideoNode(Node):
                     default=AREAS[0],
                     optional=True,
                     tooltip="With width and height 0: the size that the model is made for. A picture of another shape gets as many "
-                    "pixels. 64x64 is the demo model's.",
+                    "pixels. 64x64 is the demo model's, 1280x704 the 5B line's.",
                 ),
             ],
             outputs=[
@@ -127,8 +128,9 @@ class ContinueVideoNode(Node):
         if (video is None) == (image is None):
             what = "neither video nor image is" if video is None else "both video and image are"
             raise ValueError(f"{what} connected; connect one of them, the one to go on from")
-        codec.check_encoder(vae)
-        wanted, size_for = codec.SPACE.whole(frames), _follows(codec.SPACE, width, height, area)
+        space = check_encoder(vae).space
+        require_multiples(space, width, height, "a model of this VAE")
+        wanted, size_for = space.whole(frames), _follows(space, width, height, area)
 
         def fitted(pictures: torch.Tensor) -> torch.Tensor:
             return scaled(pictures, *size_for(pictures), upscale_method, crop)
@@ -139,7 +141,7 @@ class ContinueVideoNode(Node):
             found = fitted(image[-wanted:, ..., :3])
         else:
             raise ValueError("image holds no picture; connect one with pictures in it")
-        kept = codec.SPACE.whole(len(found))
+        kept = space.whole(len(found))
         pictures = found[-kept:]
         return io.NodeOutput({"samples": codec.encode(vae, pictures)}, pictures, kept)
 

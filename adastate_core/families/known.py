@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .family import Family
 from .wan21 import WAN21_TEXT
+from .wan22 import WAN22_5B
 
-FAMILIES = (WAN21_TEXT,)
+FAMILIES = (WAN21_TEXT, WAN22_5B)
 
 
 def family_of(model_class: str) -> Family | None:
