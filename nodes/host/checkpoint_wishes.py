@@ -15,17 +15,17 @@ import comfy.sd
 import folder_paths
 import torch
 
-from ...adastate_core.weights.checkpoints import Checkpoint, open_checkpoint, own_metadata
+from ...adastate_core.weights.checkpoints import FORMAT_KEY, Checkpoint, open_checkpoint, own_metadata
 from ...adastate_core.weights.presets import PRESETS, recognised
 from ...adastate_core.weights.presets import preset as named_preset
-from ...adastate_core.weights.wan_weights import QUANTIZATION_KEY
+from ...adastate_core.weights.wan_weights import EXTRA_STATE, QUANTIZATION_KEY
 from .model import fingerprint
 from .refusals import NOTES_KEY, check_model
 
 log = logging.getLogger("adastate")
 DEFAULTS_KEY = "adastate_defaults"
 KIND, LORAS = "diffusion_models", "loras"
-_WANTED = {KIND: "causal Wan 2.1 checkpoint", LORAS: "LoRA"}
+_WANTED = {KIND: "causal Wan checkpoint", LORAS: "LoRA"}
 # what the host's own loader offers, by its words
 WEIGHT_DTYPES = {
     "default": {},
@@ -101,7 +101,7 @@ def wished(file: str, checkpoint: Checkpoint, asked: str) -> dict[str, Any]:
         return {}
     if asked == "auto":
         own = own_metadata(checkpoint)
-        name = recognised(file, checkpoint.part)
+        name = recognised(file, checkpoint.part, checkpoint.geometry.space, checkpoint.metadata.get(FORMAT_KEY, ""))
         return own or (named_preset(name).settings() if name else {})
     return named_preset(asked).settings()
 
@@ -117,7 +117,9 @@ def load_causal(file: str, weight_dtype: str, asked: str) -> Any:
     metadata = {name: text for name, text in checkpoint.metadata.items() if name == QUANTIZATION_KEY}
     try:
         patcher = comfy.sd.load_diffusion_model_state_dict(
-            dict(checkpoint.tensors()), model_options=dict(WEIGHT_DTYPES[weight_dtype]), metadata=metadata
+            {name: weight for name, weight in checkpoint.tensors() if not name.endswith(EXTRA_STATE)},
+            model_options=dict(WEIGHT_DTYPES[weight_dtype]),
+            metadata=metadata,
         )
     except Exception as error:  # what weights of odd sizes raise there has no bounds
         if isinstance(
