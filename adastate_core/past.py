@@ -27,6 +27,7 @@ from .anchors import Anchor
 from .cache.kv_cache import KVCache
 from .cache.one_pass import OnePass
 from .cache.steps import Step, Steps
+from .given import BEFORE, check_inside
 from .rollout_state import RolloutState
 from .rope import Layout, Rope
 from .schedules import rolling
@@ -131,8 +132,8 @@ class Past:
 
     @property
     def given_frames(self) -> int:
-        """Frames that were there before: committed or still to be."""
-        return self.now.next_frame - self.now.next_chunk * self.spec.chunk_frames + self.now.given.shape[2]
+        """Frames that were there before the first chunk: committed or still to be."""
+        return self.now.next_frame - self.now.next_chunk * self.spec.chunk_frames + self.now.to_take
 
     @property
     def committing(self) -> bool:
@@ -213,9 +214,9 @@ class Past:
 
     # ---- commits
 
-    def give(self, latents: torch.Tensor) -> None:
-        """Frames [B, C, n, h, w] that become the video's first ones, by `commit_given`."""
-        self.now = replace(self.now, given=latents.float().cpu())
+    def give(self, latents: torch.Tensor, start: str = BEFORE) -> None:
+        """Frames [B, C, n, h, w] that become the video's first ones: by `commit_given`, or inside the first chunk."""
+        self.now = replace(self.now, given=latents.float().cpu(), start=start)
 
     def commit_given(self, frames: int) -> None:
         """The next `frames` given ones, after their clean pass."""
@@ -234,6 +235,8 @@ class Past:
             self._after(x0[:, :, states:].cpu()),
             next_chunk=now.next_chunk + 1,
             before=now.next_frame,
+            given=now.given[:, :, :0],
+            start=BEFORE,
             hidden=x0[:, :, :states].cpu().clone() if states else None,
             blocks=tuple(replace(block, x=block.x.cpu()) for block in blocks),
             shots=self.shots,
@@ -436,6 +439,7 @@ class Past:
             again=now.again,
             first=now.first.clone() if now.first.shape[2] else None,
             shots=now.shots,
+            start=now.start,
         )
 
     def restore(self, state: RolloutState, steps: int) -> None:
@@ -456,6 +460,7 @@ class Past:
             blocks=rolling.under_way(state.noisy, state.next_chunk, frames, steps),
             again=state.again,
             shots=state.shots,
+            start=state.start,
         )
         if self.absorber is not None:
             restore_absorber(self.absorber, state.absorption)
@@ -489,6 +494,10 @@ class Past:
             )
         if why := damage(state.shots, self.spec, state.next_frame, state.next_chunk):
             raise ValueError(f"the state's shots are {list(state.shots)[:8]}, {why}: it is damaged")
+        if state.start != BEFORE:
+            if state.given is None or state.next_frame:
+                raise ValueError("the state's start latents have no first chunk to stand in: it is damaged")
+            check_inside(self.spec, state.given.shape[2])
         for latents, frames in shapes:
             if latents is not None and (latents.shape != self.shape(frames) or latents.dtype != torch.float32):
                 raise ValueError("the state's latents do not have the shape that its settings say: it is damaged")

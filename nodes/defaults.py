@@ -9,7 +9,8 @@ from typing import Any
 
 from ..adastate_core.anchors import Anchor, AnchorAdaptive
 from ..adastate_core.bounds import BOUNDS
-from ..adastate_core.geometry import WAN21
+from ..adastate_core.geometry import WAN21, LatentSpace
+from ..adastate_core.given import BEFORE
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedules.schedule import Schedule
 from ..adastate_core.spec import ENDINGS
@@ -29,6 +30,7 @@ def _whole(least: int, most: int) -> Callable[[Any], bool]:
 _SOUND: dict[str, Callable[[Any], bool]] = {
     **{name: BOUNDS[name].holds for name in ("steps", "shift", "chunk_frames", "window_frames")},
     "positions": lambda value: isinstance(value, str) and value in POSITION_MODES,
+    "fps": BOUNDS["fps"].holds,
 }
 _ENDING: Callable[[Any], bool] = lambda value: isinstance(value, str) and value in ENDINGS  # noqa: E731
 # noise levels that are one: a scheduler of the host rounds to a thousandth of its range
@@ -37,6 +39,14 @@ NOT_CAUSAL = (
     "the checkpoint says nothing of being causal: choose its system in Model Preset; if frames fall apart it may be a plain "
     "Wan model"
 )
+
+
+def model_fps(defaults: dict[str, Any] | None, space: LatentSpace) -> float:
+    """The frames a second that a model makes: what its file says, else its preset, else those of its latent space."""
+    stated, preset = (defaults or {}).get("fps"), preset_of(defaults)
+    if _SOUND["fps"](stated):
+        return float(stated)
+    return (preset.fps if preset is not None else 0.0) or space.fps
 
 
 def checkpoint_anchor(defaults: dict[str, Any]) -> Anchor:
@@ -59,6 +69,11 @@ class Resolved:
     passed_over: tuple[str, ...] = ()
     ending: str = ENDINGS[0]
     remade: str = ""
+
+    @property
+    def start(self) -> str:
+        """Where given latents stand, one of given.STARTS, if nobody says it."""
+        return BEFORE if self.preset is None else self.preset.start
 
     @property
     def schedule(self) -> Schedule:

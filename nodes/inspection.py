@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CachePlan
 from ..adastate_core.families.wan21 import WAN21_TEXT
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
+from ..adastate_core.given import INSIDE, check_inside
 from ..adastate_core.weights.checkpoints import TORCH_SUFFIXES, open_checkpoint
 from ..adastate_core.weights.presets import PRESETS
 from ..adastate_core.weights.wan_weights import listed
-from .builder import Asked, Built, Subject, build, size_of_start
+from .builder import START_MODES, Asked, Built, Subject, build, size_of_start
 from .enlarged_stream import FileForm, stream_bytes
 from .host import model as host_model
 from .host import refusals as checks
@@ -53,7 +55,7 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
         space.channels, geometry.layers, geometry.heads, geometry.width // geometry.heads, space=space
     )
     subject = Subject(geometry=shape, dtype=torch.bfloat16, wishes=defaults or None)
-    built = build(subject, Asked(height=height // space.stride, width=width // space.stride, fps=space.fps))
+    built = build(subject, Asked(height=height // space.stride, width=width // space.stride))
     resolved, plan = built.resolved, built.plan(TEXT_TOKENS)
     layout = "a torch file" if checkpoint.path.suffix.lower() in TORCH_SUFFIXES else "safetensors"
     lines = [
@@ -114,9 +116,10 @@ def plan_text(
     _require_size(width, height)
     require_multiples(space, width, height)
     size = {"batch": batch, "height": height // space.stride, "width": width // space.stride}
-    rate = stream.fps if stream else space.fps
+    rate = stream.fps if stream else 0.0
     asked_for = Asked(**size, **asked, anchor=anchor, fps=rate, ends_open=not length, **cache)
     built = build(Subject.of(model, identified=False), asked_for)
+    stream = stream and replace(stream, fps=built.fps)
     vae = stream.vae if stream is not None and vae is None else vae
     decoder = HostDecoder(vae, fast=True) if vae is not None else None  # as a stream decodes
     vae_bytes = decoder.cache_bytes(*size.values()) if decoder else 0
@@ -130,6 +133,8 @@ def plan_text(
     except ValueError as error:
         verdict, fits = str(error), False
     warnings = [*resolved.warnings(latents), *built.told, *checks.unknown_options(model)]
+    start = {} if start_latent is None else {"start_mode": START_MODES[resolved.start]}
+    warnings += [] if start_latent is None else _not_inside(built, start_latent["samples"])
     kept = space.channels * (latents or 0) * math.prod(size.values()) * torch.float32.itemsize
     encodes = Renewal(model, built.spec, decoder).encodes
     decoding = decoder.working_bytes(*size.values(), encodes=encodes) if decoder else 0
@@ -155,6 +160,7 @@ def plan_text(
             else []
         ),
         *_recached(model, built, plan, vae_bytes, latents),
+        *(f"start_latent stands {words}, unless start_mode says something else" for words in start.values()),
         f"a state of it: {_size(beside['host']['state'])} in host memory while it is taken, {_size(beside['disk']['state'])} on "
         f"disk{' with keep_latents' if latents else ''}",
         *_of_files(files, space.pictures(latents) if latents else None, beside),
@@ -166,10 +172,20 @@ def plan_text(
         "plan_bytes": plan.bytes(), "kv_bytes": plan.kv_bytes, "host_bytes": plan.host_bytes, "total_bytes": plan.total_bytes,
         **({"kv_bytes_without_absorption": plan.plain.kv_bytes} if plan.phases else {}), "free_bytes": free,
         "memory": beside,
-        "fits": fits, "kept_latents_bytes": kept, "settings": resolved.numbers, "anchor": resolved.anchor.describe(),
+        "fits": fits, "kept_latents_bytes": kept, "settings": resolved.numbers | start, "anchor": resolved.anchor.describe(),
         "warnings": warnings, **({"files": files.said(space.pictures(latents) if latents else None)} if files else {}),
     }  # fmt: skip
     return "\n".join(lines), json.dumps(numbers, indent=1)
+
+
+def _not_inside(built: Built, samples: torch.Tensor) -> list[str]:
+    """Why start latents [B, C, n, h, w] cannot stand where the model's preset has them, a sentence."""
+    try:
+        if built.resolved.start == INSIDE and samples.ndim == 5:
+            check_inside(built.spec, samples.shape[2])
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _streamed(

@@ -167,7 +167,7 @@ class Steering:
             self._count, self.used = self._count + 1, True
             asked = Asked(self._count, wish, arrived)
             if wish.prompt is not None:
-                asked.encoding = self._encoding(wish.prompt)
+                asked.encoding = self._encoding(wish.prompt, wish.transition)
             self._waiting.append(asked)
         self._tell()
         return asked.number
@@ -196,9 +196,9 @@ class Steering:
         if entry.transition == "shot" and (why := refusal(self.job.spec)):
             raise Refused(why, 400)
 
-    def _encoding(self, words: str) -> Future[None] | Callable[[], None] | None:
+    def _encoding(self, words: str, transition: str | None) -> Future[None] | Callable[[], None] | None:
         source = self.course.prompts.source
-        encode = source.encoding(words)
+        encode = source.encoding(words, transition)
         if encode is None or not source.beside:
             return encode
         self._thread = self._thread or ThreadPoolExecutor(1, "adastate-words")

@@ -25,6 +25,7 @@ from ..decode.wan_vae import FEATURES
 from ..decode.ways import WAY, WAYS
 from ..files.header_check import Damage, Fields, Tensors, Unreadable, number, shown
 from ..geometry import SPACES, WAN21, ModelGeometry
+from ..given import INSIDE, check_inside
 from ..rope import POSITION_MODES
 from ..shot_check import damage
 from ..spec import ENDINGS, REMADE, RolloutSpec
@@ -51,6 +52,8 @@ def check_state(header: Fields, tensors: Tensors, before: bool) -> None:
     _check_latents(spec, tensors, next_frame, emitted, before)
     if tensors.has("given") and next_chunk:
         raise Damage(f"given is there although {next_chunk} chunks were generated")
+    if header.has("start"):
+        _check_inside(header, tensors, spec, next_frame)
     again = _again_of(header, tensors)
     if header.has("after") and not 0 < header.whole("after") <= (most := spec.blocks * spec.chunk_frames):
         raise Damage(
@@ -96,6 +99,19 @@ def _again_of(header: Fields, tensors: Tensors) -> int:
     if again > held:
         raise Damage(f"again is {again}, more latent frames than recent holds, {held}")
     return again
+
+
+def _check_inside(header: Fields, tensors: Tensors, spec: RolloutSpec, next_frame: int) -> None:
+    """Start latents that stand inside the first chunk; a state that does not say so has them before it, if it has any."""
+    start, given = header.text("start", (INSIDE,)), tensors.tensors.get("given")
+    if given is None:
+        raise Damage(f"start is {start}, but given is missing")
+    if next_frame:
+        raise Damage(f"start is {start}, but next_frame is {next_frame}, which is not the first chunk's")
+    try:
+        check_inside(spec, given.shape[2])
+    except ValueError as error:
+        raise Damage(f"start is {start}, which cannot be ({error})") from error
 
 
 def _check_compiled(header: Fields, count: int) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from ..anchors import Anchor, anchor_from
 from ..bounds import BOUNDS
 from ..geometry import SPACES
+from ..given import BEFORE, STARTS
 from ..rope import POSITION_MODES
-from .presets import STARTS, Preset
+from .presets import Preset
 
 MOST_BYTES = 1 << 16
 
@@ -89,7 +90,7 @@ def _check_bounds(values: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {value}; it must be between {bound.least:g} and {bound.most:g}")
     if values.get("positions", "packed") not in POSITION_MODES:
         raise ValueError(f"positions is {values['positions']!r}; it must be one of {', '.join(POSITION_MODES)}")
-    if values.get("start", STARTS[0]) not in STARTS:
+    if values.get("start", BEFORE) not in STARTS:
         raise ValueError(f"start is {values['start']!r:.60}; it must be one of {', '.join(STARTS)}")
     if any(not 0 < level <= 1 for level in values.get("levels", ())):
         raise ValueError(f"levels are {list(values['levels'])}; each must lie in (0, 1]")

@@ -15,13 +15,12 @@ from typing import Any
 from ..anchors import Anchor, AnchorAdaptive, AnchorDeep, AnchorEMA, AnchorMemory, AnchorReplay, AnchorStatic
 from ..cache.one_pass import goes_with
 from ..geometry import WAN21, WAN22, LatentSpace
+from ..given import BEFORE, INSIDE
 from ..schedules.schedule import TIMESTEPS, Schedule
 
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 # latent frames of the clips that the Wan 2.1 family was distilled on (81 pictures)
 TRAINED_FRAMES = 21
-# where given latents may stand: in a pass of their own before the first chunk, or in the first chunk
-STARTS = ("before", "inside")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Preset:
     remade: str = ""
     cached: Preset | None = None
     fps: float = 0.0
-    start: str = "before"
+    start: str = BEFORE
     space: LatentSpace = WAN21
 
     @property
@@ -127,6 +126,8 @@ class Preset:
             lines.append(
                 f"its weights work in the latent space of {self.space.name} ({self.space.channels} channels){model}"
             )
+        if self.start == INSIDE:
+            lines.append("pictures to start from stand inside the first chunk")
         if self.blocks > 1:
             lines.append(f"{self.blocks} chunks are denoised together at rising noise")
         if self.shares_window:
@@ -179,7 +180,7 @@ _STATE = dict(window_frames=3, positions="fixed", anchor=AnchorAdaptive(1))
 # trained on clips of 96 latent frames and distilled on rollouts of 32; the published command makes 128 to 384
 _LONGLIVE2_SOURCE = "arXiv 2605.18739"
 _LONGLIVE2 = dict(
-    chunk_frames=8, window_frames=16, anchor=AnchorStatic(8), sampler="unipc", trained_frames=96, fps=24.0, start="inside",
+    chunk_frames=8, window_frames=16, anchor=AnchorStatic(8), sampler="unipc", trained_frames=96, fps=24.0, start=INSIDE,
     space=WAN22, longer_positions="packed",
     longer="for videos without an end set positions to packed, its use_relative_rope; at absolute ones its own command, whose "
     "table has 1024 of them, ends after 4093 pictures, and this rollout goes on",
