@@ -17,6 +17,7 @@ from ..cache.one_pass import goes_with
 from ..geometry import WAN21, WAN22, LatentSpace
 from ..given import BEFORE, INSIDE
 from ..schedules.schedule import TIMESTEPS, Schedule
+from ..schedules.solvers import RENOISING
 
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 # latent frames of the clips that the Wan 2.1 family was distilled on (81 pictures)
@@ -63,7 +64,7 @@ class Preset:
     files: tuple[str, ...] = ()
     note: str = ""
     names: tuple[str, ...] = ()
-    sampler: str = "renoising"
+    sampler: str = RENOISING
     shares_window: bool = False
     one_pass_recache: bool = False
     levels: tuple[float, ...] = ()
@@ -96,6 +97,14 @@ class Preset:
             "preset": self.name,
         }
 
+    def check_sampler(self, sampler: str) -> None:
+        """ValueError for a sampler that does not go with its rules."""
+        if self.blocks > 1 and sampler != RENOISING:
+            raise ValueError(
+                f"the sampler is {sampler}, and {self.title} denoises chunks together, which only {RENOISING} does: set sampler to "
+                "auto in Model Preset, or choose another preset"
+            )
+
     def describe(
         self,
         ending: str = "as published",
@@ -118,7 +127,7 @@ class Preset:
         if self.first_timesteps:
             first = ", ".join(f"{sigma:.4g}" for sigma in self.schedule.first_sigmas)
             lines.append(f"the first chunk has noise levels {first}")
-        if sampler != "renoising" or self.sampler != sampler:
+        if sampler != RENOISING or self.sampler != sampler:
             instead = f", and not its own {self.sampler}" if self.sampler != sampler else ""
             lines.append(f"between its steps it uses the sampler {sampler}{instead}")
         if (space or WAN21) != self.space:

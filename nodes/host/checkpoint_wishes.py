@@ -41,8 +41,8 @@ WEIGHT_DTYPES = {
 def rollout_defaults(patcher: Any) -> dict[str, Any] | None:
     """The rollout settings in the metadata of the file that `patcher` was loaded from, or None.
 
-    Keys: steps, shift, chunk_frames, window_frames, positions, state_frames, state_after_past, ending, keep_first_frame (each
-    optional), and fingerprints: one for each dtype that the host may load the file in. `preset` names one of
+    Keys: steps, shift, chunk_frames, window_frames, positions, fps, sampler, start, state_frames, state_after_past, ending,
+    keep_first_frame (each optional), and fingerprints: one for each dtype that the host may load the file in. `preset` names one of
     weights/presets.py. What a node of this pack put on the model wins; empty, it means that nothing of the file's is to be
     followed.
     """
@@ -147,10 +147,12 @@ def notes_of(patcher: Any) -> list[str]:
     return list(patcher.model_options.get(NOTES_KEY, ()))
 
 
-def with_preset(patcher: Any, name: str, ending: str, keep_first_frame: bool = False) -> Any:
-    """A clone of a MODEL that is to be rolled out by the preset's rules, to end so (one of spec.ENDINGS), and with a past that
-    begins with the first frame if `keep_first_frame`. ValueError for that where the past is not made anew before every chunk."""
+def with_preset(patcher: Any, name: str, ending: str, keep_first_frame: bool = False, sampler: str = "") -> Any:
+    """A clone of a MODEL that is to be rolled out by the preset's rules, to end so (one of spec.ENDINGS), with a past that begins
+    with the first frame if `keep_first_frame`, and by `sampler` (empty: the preset's own). ValueError for what does not go with the
+    preset."""
     preset = named_preset(name)
+    preset.check_sampler(sampler or preset.sampler)
     if keep_first_frame and not preset.remade:
         others = ", ".join(other.name for other in PRESETS.values() if other.remade)
         together = "denoises chunks together and " if preset.blocks > 1 else ""
@@ -162,4 +164,6 @@ def with_preset(patcher: Any, name: str, ending: str, keep_first_frame: bool = F
     clone.model_options[DEFAULTS_KEY] = preset.settings() | {"ending": ending}
     if keep_first_frame:
         clone.model_options[DEFAULTS_KEY]["keep_first_frame"] = True
+    if sampler:
+        clone.model_options[DEFAULTS_KEY]["sampler"] = sampler
     return clone
