@@ -262,6 +262,8 @@ def build(subject: Subject, asked: Asked) -> Built:
             f"the sampler is {schedule.sampler}, and {subject.family.name} takes {', '.join(subject.family.samplers)}; choose "
             "another preset in Model Preset"
         )
+    if resolved.preset is not None:
+        resolved.preset.check_sampler(schedule.sampler)
     options = resolved.spec_options(len(schedule.sigmas))
     if before:
         options, told = options | {"shares_window": False, "ending": "open"}, [*told, before]

@@ -11,7 +11,7 @@ import torch
 
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CachePlan
-from ..adastate_core.families.wan21 import WAN21_TEXT
+from ..adastate_core.families.known import family_in
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.given import INSIDE, check_inside
 from ..adastate_core.weights.checkpoints import TORCH_SUFFIXES, open_checkpoint
@@ -47,14 +47,15 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
     _require_size(width, height)
     checkpoint = open_checkpoint(checkpoint_path(file))
     geometry = checkpoint.geometry
+    space = geometry.space
+    require_multiples(space, width, height)
     defaults = wished(file, checkpoint, "auto")
     dtypes = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
-    family = WAN21_TEXT  # the only one whose files open_checkpoint takes
-    space = family.space
+    family = family_in(space)
     shape = ModelGeometry(
         space.channels, geometry.layers, geometry.heads, geometry.width // geometry.heads, space=space
     )
-    subject = Subject(geometry=shape, dtype=torch.bfloat16, wishes=defaults or None)
+    subject = Subject(geometry=shape, dtype=torch.bfloat16, wishes=defaults or None, family=family)
     built = build(subject, Asked(height=height // space.stride, width=width // space.stride))
     resolved, plan = built.resolved, built.plan(TEXT_TOKENS)
     layout = "a torch file" if checkpoint.path.suffix.lower() in TORCH_SUFFIXES else "safetensors"
@@ -73,9 +74,10 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
             f"it takes {geometry.in_channels} input channels; a rollout needs plain text to video with {space.channels}"
         )
     if resolved.preset:
-        lines.append("taken for " + resolved.preset.describe())
+        lines.append("taken for " + resolved.preset.describe(sampler=resolved.sampler, space=space))
     elif defaults:
-        own = {name: value for name, value in resolved.numbers.items() if name in defaults}
+        used = resolved.numbers | {"sampler": resolved.sampler, "start": resolved.start, "fps": built.fps}
+        own = {name: value for name, value in used.items() if name in defaults}
         lines.append(f"its own settings: {json.dumps(own)}; anchor {json.dumps(resolved.anchor.describe())}")
     else:
         lines.append("nothing says how it is rolled out; choose one of the presets " + ", ".join(PRESETS))
@@ -153,6 +155,7 @@ def plan_text(
         f"in host memory, with keep_latents: {_size(kept)} for {latents} latent frames"
         if latents
         else "length 0: it is rolled until it is stopped, and keeps no latents",
+        f"{len(built.schedule.sigmas)} noisy passes a chunk, by the sampler {built.schedule.sampler}",
         f"beside that, by the host's estimate: {_size(beside['device']['host_forward'])} for a forward of the model",
         *(
             [f"and {_size(decoding)} to decode a chunk: the host's estimate, and older caches of the decoder"]
@@ -172,7 +175,8 @@ def plan_text(
         "plan_bytes": plan.bytes(), "kv_bytes": plan.kv_bytes, "host_bytes": plan.host_bytes, "total_bytes": plan.total_bytes,
         **({"kv_bytes_without_absorption": plan.plain.kv_bytes} if plan.phases else {}), "free_bytes": free,
         "memory": beside,
-        "fits": fits, "kept_latents_bytes": kept, "settings": resolved.numbers | start, "anchor": resolved.anchor.describe(),
+        "fits": fits, "kept_latents_bytes": kept, "settings": resolved.numbers | {"sampler": built.schedule.sampler} | start,
+        "anchor": resolved.anchor.describe(),
         "warnings": warnings, **({"files": files.said(space.pictures(latents) if latents else None)} if files else {}),
     }  # fmt: skip
     return "\n".join(lines), json.dumps(numbers, indent=1)

@@ -150,6 +150,7 @@ def planned(job: Prepared) -> dict[str, Any]:
         **({"kv_bytes_without_absorption": job.plan.plain.kv_bytes} if job.spec.absorption else {}),
         "settings": job.settings
         | {"seed": job.request.seed, "anchor": job.spec.anchor.describe(), "sigmas": list(job.schedule.sigmas)}
+        | {"sampler": job.schedule.sampler}
         | {"cache_dtype": job.spec.cache_dtype, "cache_device": job.spec.cache_device}
         | ({"first_sigmas": list(job.schedule.first_sigmas)} if job.schedule.first_sigmas else {})
         | ({"preset": job.resolved.preset.name} if job.resolved.preset else {})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .solvers import SAMPLERS, Solver, noises_of
+from .solvers import RENOISING, SAMPLERS, Solver, noises_of
 
 TIMESTEPS = 1000.0
 MOST_STEPS = 100  # of a list made from a number of steps
@@ -33,7 +33,7 @@ class Schedule:
     context_timestep: float = 0.0
     first_sigmas: tuple[float, ...] = ()
     kept: tuple[int, ...] = ()
-    sampler: str = "renoising"
+    sampler: str = RENOISING
     told: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

@@ -143,7 +143,8 @@ def _moments(z: float) -> tuple[float, float]:
 
 # makes a solver of a chunk's sigmas and noises [n, B, C, frames, h, w] float32: one for each step, or as many as its `draws` says
 Sampler = Callable[[tuple[float, ...], torch.Tensor], Solver]
-SAMPLERS: dict[str, Sampler] = {"renoising": Renoising, "euler": Euler, "unipc": UniPC}
+RENOISING = "renoising"
+SAMPLERS: dict[str, Sampler] = {RENOISING: Renoising, "euler": Euler, "unipc": UniPC}
 
 
 def register_sampler(name: str, make: Sampler) -> None:
