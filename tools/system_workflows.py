@@ -56,9 +56,9 @@ SYSTEMS = {
     "longlive2": System(
         (("Efficient-Large-Model/LongLive-2.0-5B", "model_bf16.pt"),),
         "0:00 meadow, steady, crimson balloon\n0:07 {shot} desert, fast\n0:13 {shot} snow, slow, lantern",
-        remark="The preset *longlive2_5b_2step* is for the weights of two steps. `{shot}` in front of words begins a new scene: put "
-        "*Prompt Timeline* in the place of *Demo Prompt Timeline*. Without a picture take *Load Image* and *Continue Video* out "
-        "and set the rollout's size.",
+        remark="The preset *longlive2_5b_2step* is for the weights of two steps. `{shot}` in front of words begins a new scene: with "
+        "a text encoder *Prompt Timeline* puts the sentence in front of it that the weights know. Without a picture take *Load "
+        "Image* and *Continue Video* out and set the rollout's size.",
         picture=True,
         by="longlive2_5b",
     ),
