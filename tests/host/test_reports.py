@@ -31,8 +31,8 @@ from conftest import PACK
 Interrupted = management.InterruptProcessingException
 ALWAYS = {
     "ended", "error", "prompt_id", "node_id", "videos", "state", "length", "chunks", "frames", "frames_total", "video_seconds",
-    "seconds", "seconds_all", "seconds_per_chunk", "fps", "speed", "files", "plan_bytes", "kv_bytes_planned", "settings",
-    "prompts", "decoder", "warnings",
+    "video_fps", "seconds", "seconds_all", "seconds_per_chunk", "fps", "speed", "files", "plan_bytes", "kv_bytes_planned",
+    "settings", "prompts", "decoder", "warnings",
 }  # fmt: skip
 
 
