@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from published_loops import Published, drawn
+from published_loops import Frame, Published, drawn, in_float64
 
 
 def sigmas_of(steps: int, shift: float = 5.0) -> list[float]:
-    """The noise levels of so many steps, and 0 behind them: evenly from the last of 1000 (0.999) down, shifted, in float32."""
+    """The noise levels of so many steps, and 0 behind them: evenly from 0.999 down, shifted, as float32 holds them."""
     exact = [0.999 * (1 - i / steps) for i in range(steps + 1)]
     return torch.tensor([shift * u / (1 + (shift - 1) * u) for u in exact], dtype=torch.float32).tolist()
 
@@ -73,22 +73,30 @@ def unipc(
 class LongLive2(Published):
     """Chunks of F frames that read the sink and, beside it, `window` frames: those of the pinned chunk and the newest.
 
-    `cuts` are the frames at which a shot begins. From there on everything stands `offset` later for each of them, and with the
-    chunk after it its first chunk is pinned, until the next one is. `packed`: a frame's time is its place among those that are
-    read, and no cut moves it. `picture` [B, C, 1, h, w] is the video's first frame, `given` [B, C, n, h, w] are the ones before
-    the first chunk.
+    `cuts` are the frames at which a shot begins. From there on everything stands `offset` later for each of them; from the chunk
+    after it on its first chunk is pinned, until that of the next one is. `packed`: a frame's time is its place among those that are
+    read, and no cut moves it. `picture` [B, C, n, h, w] are the first frames of the first chunk, `given` [B, C, n, h, w] those of
+    the video before the first chunk.
+
+    From frame `switch` on a layer in `corrected` {layer: (matrix, constant)} reads `local` frames beside the sink, whatever is
+    pinned, and what it makes of them is corrected.
     """
 
     F, sink, window, steps, offset = 8, 8, 16, 4, 8
     packed, cuts, picture, given = False, (), None, None
-    hold = staticmethod(lambda x: x)  # what becomes of a frame's raw keys or values [B, P, width] while they are held
-    # mistakes: nothing is pinned; the old pin goes when the cut's chunk begins; the pin goes by age; the highest order; fresh
-    # noise instead of a solver; the model is told 1000 sigma; the picture has the chunk's timestep; it is noised like the others
-    pins, pins_early, order, renoised, exact_times, picture_told, picture_stays = True, False, 2, False, False, False, True
-
-    def __init__(self, *args, **numbers):
-        super().__init__(*args, **numbers)
-        self.sigmas = sigmas_of(self.steps)
+    switch, local, corrected = 0, 0, {}
+    hold = staticmethod(lambda x: x)  # what becomes of a frame's raw keys or values [B, P, width] once they are cached
+    # mistakes: nothing is pinned; a pin ends when the chunk of the next cut begins; the highest order of the solver; fresh noise
+    # in the place of a solver; the model is told 1000 sigma; or of the picture what it is of the rest; or is not shown the picture
+    pins, pins_early, order, renoised, exact_times, picture_told, picture_shown = (
+        True,
+        False,
+        2,
+        False,
+        False,
+        False,
+        True,
+    )
 
     # ---- what is read
 
@@ -99,46 +107,66 @@ class LongLive2(Published):
         past = [cut for cut in self.cuts if cut < self.f + self.pins_early]
         return range(past[-1], min(past[-1] + self.F, self.f)) if past and self.pins else range(0)
 
-    def read(self) -> list[int]:
-        """The frames that a pass of this chunk reads, in their order."""
-        beside = [frame for frame in self.pinned() if frame >= self.sink]
-        newest = (frame for frame in reversed(range(self.sink, self.f)) if frame not in beside)
-        beside += [frame for frame, _ in zip(newest, range(self.window - len(beside)), strict=False)]
+    def switched(self, layer: int) -> bool:
+        return layer in self.corrected and self.f >= self.switch
+
+    def read(self, layer: int) -> list[int]:
+        """The frames that a pass of this chunk reads, in the order of time."""
+        room, pinned = (self.local, ()) if self.switched(layer) else (self.window, self.pinned())
+        beside = [frame for frame in pinned if frame >= self.sink]
+        newest = [frame for frame in range(self.sink, self.f) if frame not in beside]
+        beside += newest[max(0, len(newest) + len(beside) - room) :]
         return [*range(min(self.sink, self.f)), *sorted(beside)]
 
     def seen(self, layer, q, k, v):
-        frames, n = self.read(), q.shape[1] // self.P
-        own = range(self.f, self.f + n)
-        held = [tuple(self.hold(t) for t in pair) for pair in self.kv(layer, frames)]
+        frames = self.read(layer)
+        own = range(self.f, self.f + q.shape[1] // self.P)
+        times = [self.time(i) for i in (*frames, *own)]
         if self.packed:
-            return self.whole(held, list(range(len(frames))), list(range(len(frames), len(frames) + n)))
-        return self.whole(held, [self.time(i) for i in frames], [self.time(i) for i in own])
+            times = list(range(len(times)))
+        return self.whole(self.kv(layer, frames), times[: len(frames)], times[len(frames) :])
+
+    def attend(self, layer, q, k, v):
+        out = super().attend(layer, q, k, v)
+        if not self.switched(layer):
+            return out
+        matrix, constant = self.corrected[layer]
+        return out + out @ matrix + constant
+
+    def keep(self, x):
+        made = len(self.history[0])
+        super().keep(x)
+        for frames in self.history:
+            frames[made:] = [Frame(one.q, self.hold(one.k), self.hold(one.v)) for one in frames[made:]]
 
     # ---- a chunk
 
     def with_picture(self, x: torch.Tensor) -> torch.Tensor:
-        """The picture in its place, if it is one of this chunk's frames."""
-        if self.picture is None or self.f:
+        """A chunk with the picture in its place, if that is one of its frames."""
+        if self.picture is None or self.out:
             return x
-        return torch.cat([self.picture.double(), x[:, :, 1:]], 2)
+        return torch.cat([self.picture.double(), x[:, :, self.picture.shape[2] :]], 2)
+
+    def told(self, sigma: float) -> float | list[float]:
+        told = 1000 * sigma if self.exact_times else float(int(1000 * sigma))
+        if self.picture is None or self.out or self.picture_told:
+            return told
+        n = self.picture.shape[2]
+        return [0.0] * n + [told] * (self.F - n)
 
     def chunk(self, number):
-        shape = self.shape
+        sigmas = sigmas_of(self.steps)
 
         def predict(i: int, x: torch.Tensor) -> torch.Tensor:
-            sigma = self.sigmas[i]
-            told = 1000 * sigma if self.exact_times else float(int(1000 * sigma))
-            x = self.with_picture(x) if self.picture_stays else x
-            inside = self.picture is not None and self.f == 0 and not self.picture_told
-            times = [0.0] + [told] * (self.F - 1) if inside else told
-            return x - sigma * self.one_pass(x, times)
+            x = self.with_picture(x) if self.picture_shown else x
+            return x - sigmas[i] * self.one_pass(x, self.told(sigmas[i]))
 
-        x = drawn(self.seed, number, 0, shape)
+        x = drawn(self.seed, number, 0, self.shape)
         if self.renoised:
-            for i, lower in enumerate(self.sigmas[1:]):
-                x = (1 - lower) * predict(i, x) + lower * drawn(self.seed, number, i + 1, shape)
+            for i, lower in enumerate(sigmas[1:]):
+                x = (1 - lower) * predict(i, x) + lower * drawn(self.seed, number, i + 1, self.shape)
         else:
-            x = unipc(x, self.sigmas, predict, self.order)
+            x = unipc(x, sigmas, predict, self.order)
         x = self.with_picture(x)
         self.keep(x)
         return x
@@ -146,16 +174,14 @@ class LongLive2(Published):
     def roll(self, chunks):
         """[B, C, given frames + chunks * F, h, w] float32."""
         if self.given is not None and not self.out:
-            with torch.no_grad():
-                self.start_with(self.given)
+            with in_float64(self.model):
+                if self.before_chunk is not None:
+                    self.before_chunk(self)
+                for part in self.given.double().split(self.F, 2):
+                    self.keep(part)
+                    self.out.append(part)
+                    self.f += part.shape[2]
         return super().roll(chunks)
 
-    def start_with(self, given: torch.Tensor) -> None:
-        """Clean passes over frames that exist, chunk by chunk."""
-        from published_loops import in_float64
 
-        with in_float64(self.model):
-            for part in given.double().split(self.F, 2):
-                self.keep(part)
-                self.out.append(part)
-                self.f += part.shape[2]
+LONGLIVE2 = {"longlive2_5b": LongLive2, "longlive2_5b_2step": type("TwoSteps", (LongLive2,), {"steps": 2})}
