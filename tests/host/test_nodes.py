@@ -26,7 +26,7 @@ CONTRACT = {
     "AdaStateAnchorDeep": (["sink_frames", "recent_frames", "budget_frames", "shift_selected?"], ["ADASTATE_ANCHOR"]),
     "AdaStateLoadModel": (["file", "weight_dtype", "preset?"], ["MODEL"]),
     "AdaStateLoadLora": (["model", "file", "strength?"], ["MODEL"]),
-    "AdaStateModelPreset": (["model", "preset", "ending?", "keep_first_frame?"], ["MODEL", "STRING"]),
+    "AdaStateModelPreset": (["model", "preset", "ending?", "keep_first_frame?", "sampler?"], ["MODEL", "STRING"]),
     "AdaStateInspectCheckpoint": (["file", "width?", "height?", "length?"], ["STRING"]),
     "AdaStatePlan": (
         [
