@@ -163,7 +163,11 @@ def plan_text(
             else []
         ),
         *_recached(model, built, plan, vae_bytes, latents),
-        *(f"start_latent stands {words}, unless start_mode says something else" for words in start.values()),
+        *(
+            [f"start_latent stands {START_MODES[INSIDE]}, unless start_mode says something else"]
+            if start and resolved.start == INSIDE
+            else []
+        ),
         f"a state of it: {_size(beside['host']['state'])} in host memory while it is taken, {_size(beside['disk']['state'])} on "
         f"disk{' with keep_latents' if latents else ''}",
         *_of_files(files, space.pictures(latents) if latents else None, beside),

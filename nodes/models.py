@@ -322,7 +322,10 @@ class PlanNode(Node):
                 shared["cache_dtype"],
                 shared["cache_device"],
                 io.Latent.Input(
-                    "start_latent", optional=True, tooltip="Only its size counts, where width or height is 0."
+                    "start_latent",
+                    optional=True,
+                    tooltip="Only its size counts, where width or height is 0, and whether it fits into the first chunk, where the "
+                    "model's preset has it there.",
                 ),
                 api.Stream.Input(
                     "stream",

@@ -190,7 +190,7 @@ _STATE = dict(window_frames=3, positions="fixed", anchor=AnchorAdaptive(1))
 _LONGLIVE2_SOURCE = "arXiv 2605.18739"
 _LONGLIVE2 = dict(
     chunk_frames=8, window_frames=16, anchor=AnchorStatic(8), sampler="unipc", trained_frames=96, fps=24.0, start=INSIDE,
-    space=WAN22, longer_positions="packed",
+    space=WAN22, compared_chunks=12, longer_positions="packed",
     longer="for videos without an end set positions to packed, its use_relative_rope; at absolute ones its own command, whose "
     "table has 1024 of them, ends after 4093 pictures, and this rollout goes on",
 )  # fmt: skip

@@ -17,13 +17,18 @@ from slow_rollout import gaussian
 Sampler = Callable[..., tuple[torch.Tensor, object]]
 
 
-def velocity(net, x: torch.Tensor, timestep, attention: Dense) -> torch.Tensor:
-    """In float64, the model's own constants included."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        return net.velocity(x, timestep, attention)
-    finally:
-        torch.set_default_dtype(torch.float32)
+class InDouble:
+    """A model under test in float64, its own constants included."""
+
+    def __init__(self, net) -> None:
+        self.net, self.geometry = copy.deepcopy(net).double(), net.geometry
+
+    def velocity(self, x: torch.Tensor, timestep, attention) -> torch.Tensor:
+        torch.set_default_dtype(torch.float64)
+        try:
+            return self.net.velocity(x, timestep, attention)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def renoise(x, v, sigma, following, fresh, memory):
@@ -61,7 +66,7 @@ class Dense:
         return torch.view_as_real(pairs * turn[None, :, None]).flatten(-2)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        frames = len(self.now)
+        frames, (q, k, v) = len(self.now), (one.double() for one in (q, k, v))
 
         def split(x: torch.Tensor) -> list[torch.Tensor]:
             return [one.unflatten(-1, (self.heads, -1)) for one in x.chunk(frames, 1)]
@@ -81,9 +86,9 @@ class Dense:
 def by_hand(
     net, given, *, F, W, length, sigmas, first=(), sink=0, S=0, fixed=False, seed=7, sampler: Sampler = renoise
 ) -> torch.Tensor:
-    """Latents [B, C, >= length, h, w] float64. `sink` frames of a static anchor or `S` of an adaptive one; positions are packed, or
-    fixed."""
-    net, given = copy.deepcopy(net).double(), given.double()
+    """Latents [B, C, >= length, h, w] float64 of a model whose `velocity` takes and gives that. `sink` frames of a static anchor or
+    `S` of an adaptive one; positions are packed, or fixed."""
+    given = given.double()
     batch, channels, _, h, w = given.shape
     attention = Dense(net.geometry.heads, h // 2, w // 2)
     anchor, window, outputs = [], [], []  # of frames: {layer: (k, v)}
@@ -104,13 +109,13 @@ def by_hand(
         for step, sigma in enumerate(levels):
             x = torch.cat([x[:, :, :S], inside, x[:, :, S + held :]], 2)
             times = [1000 * sigma] * S + [0.0] * held + [1000 * sigma] * (F - held)
-            v = velocity(net, x, times, attention)
+            v = net.velocity(x, times, attention)
             last = step + 1 == len(levels)
             x, memory = sampler(
                 x, v, sigma, 0.0 if last else levels[step + 1], None if last else drawn(step + 1), memory
             )
             x = torch.cat([x[:, :, :S], inside, x[:, :, S + held :]], 2)
-        velocity(net, x, 0.0, attention)
+        net.velocity(x, 0.0, attention)
         outputs.append(x[:, :, S:])
         content = attention.made[S:]
         while content and sink and len(anchor) < sink:

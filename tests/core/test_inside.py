@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from slow_inside import by_hand, renoise, two_steps
+from slow_inside import InDouble, by_hand, renoise, two_steps
 from test_rollout import W_PIXELS, H, spec_for
 from test_state_files import changed, refusal
 from tiny_model import TinyModel
@@ -85,7 +85,7 @@ def test_equals_the_loop_by_hand(case):
     given = pictures(frames, spec.batch)
     found = rolled(start(spec, schedule=schedule), length, given)
     slow = by_hand(
-        TinyModel(), given, F=spec.chunk_frames, W=spec.window_frames, length=length, sigmas=schedule.sigmas,
+        InDouble(TinyModel()), given, F=spec.chunk_frames, W=spec.window_frames, length=length, sigmas=schedule.sigmas,
         first=schedule.first_sigmas, sink=spec.anchor.frames - spec.anchor.state_frames, S=spec.anchor.state_frames,
         fixed=spec.positions == "fixed", sampler=two_steps if remembers else renoise,
     )  # fmt: skip
