@@ -11,7 +11,6 @@ import torch
 
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CachePlan
-from ..adastate_core.families.known import family_in
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.given import INSIDE, check_inside
 from ..adastate_core.weights.checkpoints import TORCH_SUFFIXES, open_checkpoint
@@ -23,7 +22,7 @@ from .host import model as host_model
 from .host import refusals as checks
 from .host.checkpoint_wishes import checkpoint_path, wished
 from .host.codec import HostDecoder
-from .host.vae_family import check_spaces
+from .host.vae_family import check_spaces, family_of_space
 from .inputs import check_size, require_multiples
 from .memory_plan import Beside, memory_plan
 from .renewal import Renewal
@@ -51,7 +50,7 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
     require_multiples(space, width, height)
     defaults = wished(file, checkpoint, "auto")
     dtypes = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
-    family = family_in(space)
+    family = family_of_space(space)
     shape = ModelGeometry(
         space.channels, geometry.layers, geometry.heads, geometry.width // geometry.heads, space=space
     )
