@@ -1,4 +1,4 @@
-"""Planned and counted memory, at the exact shapes of the 1.3B and the 14B at 832x480: python3 run.py bench planned_memory
+"""Planned and counted memory, at real models' exact shapes: python3 run.py bench planned_memory
 
 Every live byte on CUDA's stand-in (tests/core/fake_cuda.py) is counted, chunk after chunk, with the state that is taken at the
 end. A model that is shapes alone calls the attention of every layer. So nothing is computed, no GPU is needed, and the figures
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "core")]
 
 import torch  # noqa: E402
-from planned_bytes import CASES, GENERATED, MODELS, Counted, counted  # noqa: E402
+from planned_bytes import CASES, GENERATED, MODELS, Counted, cases_of, counted  # noqa: E402
 
 TABLE = ROOT / "benchmarks" / "results" / "planned-memory.md"
 MIB = 2**20
@@ -36,7 +36,7 @@ def main() -> int:
     options = parser.parse_args()
     rows, wrong = [], []
     for model in options.model or MODELS:
-        for case in options.case or CASES:
+        for case in options.case or cases_of(model):
             found = counted(case, model)
             rows.append(line(model, case, found))
             sys.stdout.write(rows[-1] + "\n")
@@ -47,9 +47,10 @@ def main() -> int:
         [
             "# Planned and counted memory",
             "",
-            f"`python3 run.py bench planned_memory`, torch {torch.__version__}: MiB on the device, 832x480, bfloat16, all layers. "
-            f"Chunks are of 3 latent frames; the last {GENERATED} are denoised in 4 steps (5 with Rolling Forcing), those before "
-            "are given, and a state is taken at the end. Counted is every live byte but the host's own forward.",
+            f"`python3 run.py bench planned_memory`, torch {torch.__version__}: MiB on the device, 832x480 (the 5B: 1280x704), "
+            f"bfloat16, all layers. Chunks are of 3 latent frames (LongLive 2.0: 8); the last {GENERATED} are denoised in 4 "
+            "steps (5 with Rolling Forcing), those before are given, and a state is taken at the end. Counted is every live "
+            "byte but the host's own forward.",
             "",
             "| model | case | chunks | tables | working | planned | counted peak | planned / counted |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -16,17 +16,22 @@ from live_bytes import LiveBytes
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
-from adastate_core.geometry import ModelGeometry
+from adastate_core.geometry import WAN22, ModelGeometry
 from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_core.schedules.schedule import Schedule
 
-MODELS = {"1.3B": ModelGeometry(16, 30, 12, 128), "14B": ModelGeometry(16, 40, 40, 128)}
+MODELS = {
+    "1.3B": ModelGeometry(16, 30, 12, 128),
+    "14B": ModelGeometry(16, 40, 40, 128),
+    "5B": ModelGeometry(48, 30, 24, 128, space=WAN22),
+}
 TEXT = 512
 # so many chunks at the end are denoised; those before are given, which fills a window with one pass a chunk
 GENERATED = 3
 ABSORBED = AbsorptionSettings(warmup_frames=24, local_window_frames=3)
-# what differs from F = 3, W = 3, packed positions at 832x480, and how many chunks are made
+LONGLIVE_2 = {"anchor": AnchorStatic(8), "chunk_frames": 8, "window_frames": 16, "positions": "absolute", "model": "5B"}
+# what differs from F = 3, W = 3, packed positions at 832x480 (of the 5B: 1280x704), and how many chunks are made
 CASES: dict[str, dict[str, Any]] = {
     "adaptive": {"anchor": AnchorAdaptive(1), "chunks": 5},
     "none": {"anchor": Anchor(), "chunks": 5},
@@ -62,6 +67,8 @@ CASES: dict[str, dict[str, Any]] = {
         "chunks": 8,
         "recache": 6,
     },
+    "longlive 2": LONGLIVE_2 | {"chunks": 5},
+    "longlive 2, fp8": LONGLIVE_2 | {"cache_dtype": "fp8", "chunks": 5},
 }
 
 
@@ -116,14 +123,21 @@ class Counted:
 
 
 def spec_of(case: str, model: str, layers: int | None = None) -> RolloutSpec:
-    """A case's rollout at 832x480, of all of a model's layers or of fewer."""
-    numbers = {"window_frames": 3} | {n: v for n, v in CASES[case].items() if n not in ("chunks", "recache", "sampler")}
-    geometry = MODELS[model]
+    """A case's rollout, of all of a model's layers or of fewer."""
+    given = {n: v for n, v in CASES[case].items() if n not in ("chunks", "recache", "sampler", "model")}
+    numbers = {"window_frames": 3, "chunk_frames": 3, "positions": "packed"} | given
+    geometry, (height, width) = MODELS[model], (44, 80) if model == "5B" else (60, 104)
     if layers is not None:
         geometry = replace(geometry, layers=layers)
     return RolloutSpec(
-        geometry=geometry, batch=1, height=60, width=104, chunk_frames=3, positions="packed", dtype=torch.bfloat16, **numbers
+        geometry=geometry, batch=1, height=height, width=width, dtype=torch.bfloat16, **numbers
     )  # fmt: skip
+
+
+def cases_of(model: str) -> list[str]:
+    """The cases that are counted at a model's shapes: those that are said to be its own, or those of nobody."""
+    own = [case for case, numbers in CASES.items() if numbers.get("model") == model]
+    return own or [case for case, numbers in CASES.items() if "model" not in numbers]
 
 
 def settings_of(spec: RolloutSpec, sampler: str = "renoising") -> Settings:
@@ -134,7 +148,8 @@ def counted(case: str, model: str, layers: int | None = None) -> Counted:
     """Plan a case, roll it out on the stand-in, take its state at the end, and count."""
     spec, chunks = spec_of(case, model, layers), CASES[case]["chunks"]
     settings = settings_of(spec, CASES[case].get("sampler", "renoising"))
-    length = 3 * chunks
+    frames = spec.chunk_frames
+    length = frames * chunks
     prompts, change = None, CASES[case].get("recache")
     plan = spec.plan(
         TEXT, length=length, steps=settings.schedule.noises(len(settings.schedule.sigmas)), recaches=bool(change)
@@ -142,11 +157,13 @@ def counted(case: str, model: str, layers: int | None = None) -> Counted:
     with fake_cuda() as (device, _), LiveBytes() as live, torch.no_grad():
         if change:
             texts = [torch.empty(1, TEXT, 8) for _ in range(2)]
-            prompts = PromptPlan([PromptChange(0, texts[0]), PromptChange(3 * change, texts[1], "recache")], 3)
+            prompts = PromptPlan(
+                [PromptChange(0, texts[0]), PromptChange(frames * change, texts[1], "recache")], frames
+            )
         shapes = Shapes(spec.geometry, device, spec.dtype, live)
         rollout = Rollout(shapes, spec, settings, text_tokens=TEXT, prompts=prompts, length=length)
         marks = {"built": live.now["cuda"]}
-        given = torch.empty(1, 16, length - 3 * GENERATED, spec.height, spec.width)
+        given = torch.empty(1, spec.geometry.channels, length - frames * GENERATED, spec.height, spec.width)
         for chunk in rollout.chunks(length, given):
             marks[f"chunk {chunk.index}"] = live.peak["cuda"]
         marks["end"] = live.now["cuda"]

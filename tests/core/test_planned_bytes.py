@@ -1,4 +1,4 @@
-"""The plan is the truth: what is counted live on CUDA's stand-in, at the 1.3B's and the 14B's shapes, is what was planned.
+"""The plan is the truth: what is counted live on CUDA's stand-in, at real models' shapes, is what was planned.
 
 Two layers here; all layers: python3 run.py bench planned_memory (benchmarks/results/planned-memory.md). What a layer adds is
 counted apart, so that the two say the same.
@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planned_bytes import CASES, MODELS, TEXT, counted, spec_of
+from planned_bytes import MODELS, TEXT, cases_of, counted, spec_of
 
 from adastate_core.cache.working_bytes import latent_bytes, working_bytes
 
 # longer than the suite has time for
-LONG = {"absorption 120"}
+LONG = {"absorption 120", "longlive 2, fp8"}
 # of two layers, what all layers share is the larger part, and not every case makes a pass over less than a chunk
 FEW_LAYERS = 1.3
 
 
-@pytest.mark.parametrize(("case", "model"), [(c, "1.3B") for c in CASES if c not in LONG] + [("adaptive", "14B")])
+COUNTED = [(case, model) for model in ("1.3B", "5B") for case in cases_of(model) if case not in LONG] + [
+    ("adaptive", "14B")
+]
+
+
+@pytest.mark.parametrize(("case", "model"), COUNTED)
 @pytest.mark.sampled(2)
 def test_what_is_counted_is_what_was_planned(case, model):
     found = counted(case, model, layers=2)
@@ -38,6 +43,14 @@ def test_each_further_layer_adds_what_its_cache_and_its_text_take(model):
     plans = [spec_of("adaptive", model, n).plan(TEXT, length=15).bytes() for n in (2, 3)]
     more = sum(plans[1].values()) - sum(plans[0].values())
     assert three.peak["cuda"] - two.peak["cuda"] == more == three.total - two.total
+
+
+def test_a_frame_of_the_5b_line_takes_what_its_geometry_says():
+    """880 tokens, 3072 wide, 30 layers, keys and values in bf16: 309.4 MiB a latent frame of 1280x704, 24 of them as past."""
+    frame = 880 * 3072 * 30 * 2 * 2
+    plan = spec_of("longlive 2", "5B").plan(TEXT)
+    assert plan.tokens == 880 and 30 * 2 * plan.frame_bytes == frame and round(frame / 2**20, 1) == 309.4
+    assert plan.bytes()["k"] + plan.bytes()["v"] == 24 * frame
 
 
 def test_the_working_line_is_of_one_operation_whatever_the_window_and_the_layers():
