@@ -349,8 +349,7 @@ class Past:
                 self.observer.flushed(0)
             elif self.observer is not None:
                 self.observer.rewind(undo.observer)
-            self.now = replace(undo.now, again=undo.again or undo.now.again)
-            self.jump, self.opens_shot = 0, False
+            self.now, self.jump = replace(undo.now, again=undo.again or undo.now.again), 0
 
         self._do(undo.steps(self.caches), move)
 
@@ -478,7 +477,7 @@ class Past:
     def return_to(self, state: RolloutState, steps: int) -> None:
         """Between two chunks: to an earlier state of this same rollout. If it fails, `restore` has to be tried with another one."""
         self.finish()
-        self._undo, self.jump, self.opens_shot = None, 0, False
+        self._undo, self.jump = None, 0
         self.kept = None if self.kept is None else []
         self.restore(state, steps)
 

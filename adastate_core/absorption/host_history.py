@@ -105,6 +105,4 @@ class HostHistory:
                 "the state's history for the absorption's monitor does not fit its settings: it is damaged"
             )
         for i, (frame, position) in enumerate(frames):
-            self._frames.append(
-                _Kept(int(frame), None if position is None else float(position), keys[:, i], values[:, i])
-            )
+            self._frames.append(_Kept(int(frame), position, keys[:, i], values[:, i]))

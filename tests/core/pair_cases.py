@@ -15,8 +15,9 @@ from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.given import BEFORE, INSIDE
-from adastate_core.prompts.plan import PromptChange, PromptPlan
+from adastate_core.prompts.plan import PromptPlan
 from adastate_core.rollout import RolloutSpec
+from adastate_core.shot_check import check_shots
 
 SEED, QUICK = 0, 8
 # a restart is a dimension of its own here
@@ -44,10 +45,10 @@ DIMENSIONS = {
 WORDS = {
     "deep": "deep anchor", "fp8": "fp8", "int8": "int8", HOST: HOST, GOES: HOST, COMES: HOST, "warming": "absorption",
     "switching": "absorption", "switched": "absorption", "several": "chunks denoised together", "adaptive": "adaptive",
-    "changed adaptive": "adaptive", WITHIN: "inside the first chunk",
+    "changed adaptive": "adaptive", WITHIN: "inside the first chunk", "shot": "a shot", "on": "restarts",
 }  # fmt: skip
 # read as they are; every other value is named with its dimension
-_CLEAR = {*WORDS, *TRANSITIONS, *DIMENSIONS["resume"]} - {"none"}
+_CLEAR = {*WORDS, *TRANSITIONS, *DIMENSIONS["resume"]} - {"none", "on"}
 
 
 def refused(a: Value, b: Value) -> bool:
@@ -55,6 +56,8 @@ def refused(a: Value, b: Value) -> bool:
     pair = dict((a, b))
     absorbs = pair.get("absorption", "none") != "none"
     several = pair.get("blocks") == "several"
+    if pair.get("transition") == "shot" and (several or pair.get("anchor") == "deep" or pair.get("restart") == "on"):
+        return True
     if pair.get("anchor") == "deep":
         return pair.get("storage", "model") != "model" or pair.get("device", "gpu") != "gpu" or absorbs or several
     return several and (absorbs or pair.get("anchor") in ADAPTIVE)
@@ -138,23 +141,23 @@ class Pair(Combination):
             restart = dict(
                 restart_frames=self.start + luck.choice((0, 0, -FRAMES, FRAMES)), overlap_frames=luck.choice((2, 4))
             )
-        return RolloutSpec(
+        spec = RolloutSpec(
             geometry=model.geometry, batch=int(self.batch), height=4, width=6, chunk_frames=FRAMES,
             anchor=self.policy(), **self.windows(WINDOW, may_share=not restart),
-            positions="packed" if self.anchor == "deep" else luck.choice(("packed", "packed", "fixed")),
+            positions=(not restart and self.places())
+            or ("packed" if self.anchor == "deep" else luck.choice(("packed", "packed", "fixed"))),
             dtype=torch.float32, absorption=self.absorbed(), blocks=BLOCKS if self.blocks == "several" else 1,
             cache_dtype=self.storage, cache_device=device or self.devices()[1], **restart,
         )  # fmt: skip
+        check_shots(spec, self.prompts())
+        return spec
 
     def prompts(self) -> PromptPlan | None:
-        if self.transition == "none":
-            return None
-        texts = [
-            torch.randn(int(self.batch), 3, TinyModel.TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
-            for seed in (1, 2)
-        ]
-        change = PromptChange(self.start, texts[1], self.transition, 2)
-        return PromptPlan([PromptChange(0, texts[0]), change], FRAMES)
+        return self.changes(self.start)
+
+    @property
+    def items(self) -> int:
+        return int(self.batch)
 
     def start_latents(self, model: TinyModel) -> torch.Tensor | None:
         if self.given == "none":

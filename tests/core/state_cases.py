@@ -20,6 +20,7 @@ from adastate_core.anchors import (
     AnchorReplay,
     AnchorStatic,
 )
+from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.rollout import Rollout, RolloutSpec, RolloutState, Settings
 from adastate_core.schedules.schedule import Schedule
 
@@ -55,6 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full_vae": {"stream": "full"},
     "tiny_vae": {"stream": "tiny"},
     "remade": {"remade": "newest", "length": 9, "stream": "pictures"},
+    "shots": {"anchor": AnchorStatic(2), "W": 6, "positions": "absolute", "length": 16, "shots": (3, 9)},
 }
 
 
@@ -67,8 +69,13 @@ def made(name: str) -> tuple[RolloutSpec, RolloutState]:
         key: one.pop(key) for key in ("absorption", "cache_dtype", "cache_device", "blocks", "remade") if key in one
     }
     given, stop, start = one.pop("given", 0), one.pop("stop", 0), one.pop("start", "before")
+    shots = one.pop("shots", ())
     spec = replace(spec_for(TinyModel(), **one), **late)
     rollout = go_on(spec)
+    if shots:
+        words = torch.zeros(1, 1, TinyModel.TEXT_WIDTH)
+        changes = [PromptChange(0, words), *(PromptChange(frame, words, "shot") for frame in shots)]
+        rollout.steer(PromptPlan(changes, spec.chunk_frames))
     if not given:
         list(rollout.chunks(length))
         return spec, rollout.snapshot(carried(stream, length))

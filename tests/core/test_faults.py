@@ -64,7 +64,7 @@ def test_the_chunk_that_fails_is_in_the_phase_that_its_name_says(absorption):
             before, after = trial.before.absorption, rollout.snapshot().absorption
             phases = {"switching": ("warming", "switched"), "switched": ("switched", "switched")}
             assert (before["phase"], after["phase"]) == phases.get(absorption, ("warming", "warming"))
-            if combination.transition == "flush":  # then there is no history to look at
+            if combination.transition == "flush" or combination.starting:  # then there is no history to look at
                 continue
             if absorption == "switched":
                 assert len(after["watched"]) > len(before["watched"])
@@ -78,5 +78,5 @@ def test_every_allowed_pair_of_values_is_in_a_combination():
     for a, b in itertools.combinations(values, 2):
         if a[0] != b[0]:
             assert any({a, b} <= one for one in held) != refused(a, b), (a, b)
-    assert len(held) < 70
+    assert len(held) < 80
     assert pairwise(DIMENSIONS, refused) == pairwise(DIMENSIONS, refused)

@@ -95,6 +95,7 @@ def as_tables(state: RolloutState) -> list[Any]:
         "noisy",
         "stream",
         "absorption",
+        "shots",
     )
     return [[getattr(state, name) for name in names], [vars(layer) for layer in state.cache]]
 

@@ -24,6 +24,7 @@ from adastate_core.anchors import (
 from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.rollout import RolloutSpec, Settings
 from adastate_core.schedules.schedule import Schedule
+from adastate_core.shot_check import check_shots
 
 from .others import others
 from .pairs import Value, pairwise
@@ -34,11 +35,13 @@ LEVELS = "two levels"
 ONE_PASS, SINK_STAYS = "in one pass", "in one pass behind the sink"
 # start latents stand in the chunk whose operations fail, which then is the first one
 STARTING = "with frames given inside"
+# a shot began three chunks before: its first chunk stays in the window, and the frames between have left
+BEHIND = "behind a shot"
 DIMENSIONS = {
     "anchor": ("none", "static", "ema", "memory", "replay", "adaptive", "changed adaptive", "deep", *others()),
     "storage": ("model", "8 bits", "host", "int8 host"),
     "absorption": ("none or warming", "switching", "switched"),
-    "transition": ("none", "cut", "recache", "flush", "rope cut", "soft", "restart"),
+    "transition": ("none", "cut", "recache", "flush", "rope cut", "soft", "shot", "restart"),
     "blocks": ("1", "several"),
 }
 ADAPTIVE = ("adaptive", "changed adaptive")
@@ -53,6 +56,7 @@ WORDS = {
     "several": ("chunks denoised together",),
     "adaptive": ("adaptive",),
     "changed adaptive": ("adaptive",),
+    "shot": ("a shot",),
 }
 
 
@@ -61,9 +65,9 @@ def refused(a: Value, b: Value) -> bool:
     pair = {a[1]: a[0], b[1]: b[0]}
     if pair.get("deep") == "anchor":
         return any(pair.get(v) == "storage" for v in DIMENSIONS["storage"][1:]) or bool(
-            {"switching", "switched", "several"} & set(pair)
+            {"switching", "switched", "several", "shot"} & set(pair)
         )
-    return "several" in pair and bool({"switching", "switched", *ADAPTIVE} & set(pair))
+    return "several" in pair and bool({"switching", "switched", "shot", *ADAPTIVE} & set(pair))
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Combination:
     levels: str = ""
     recache: str = ""
     starting: str = ""
+    behind: str = ""
 
     @property
     def name(self) -> str:
@@ -88,7 +93,7 @@ class Combination:
         values = (self.anchor, self.storage, self.absorption, self.transition, self.blocks)
         words = [f"{value} {name}" if value in ("none", "1", "several") else value
                  for name, value in zip(DIMENSIONS, values, strict=True)]  # fmt: skip
-        return ", ".join([*words, *(word for word in (self.levels, self.recache, self.starting) if word)])
+        return ", ".join([*words, *(one for one in (self.levels, self.recache, self.starting, self.behind) if one)])
 
     @property
     def variant(self) -> int:
@@ -124,7 +129,7 @@ class Combination:
     def absorbed(self) -> AbsorptionSettings | None:
         """Warming: it collects in the chunk. Switching: it solves and switches in its commit. Switched: it is measured and
         solved anew."""
-        bare = self.anchor == "deep" or self.blocks != "1" or self.levels or self.recache
+        bare = self.anchor == "deep" or self.blocks != "1" or self.levels or self.recache or self.behind
         warming = not bare and self.variant % 2 == 1
         if self.absorption == "none or warming" and not warming:
             return None
@@ -152,14 +157,21 @@ class Combination:
             "host": ("model", "host memory"),
             "int8 host": ("int8", "host memory"),
         }[self.storage]
-        return RolloutSpec(
+        spec = RolloutSpec(
             geometry=model.geometry, batch=1, height=4, width=6, chunk_frames=FRAMES,
             anchor=self.policy(), **self.windows(self.window, may_share=self.transition != "restart"),
-            positions="fixed" if self.variant % 3 == 0 and self.anchor != "deep" else "packed", dtype=torch.float32,
+            positions=self.places() or ("fixed" if self.variant % 3 == 0 and self.anchor != "deep" else "packed"),
+            dtype=torch.float32,
             absorption=absorption, blocks=BLOCKS if self.blocks == "several" else 1,
             cache_dtype=dtype, cache_device=device, one_pass_recache=bool(self.recache),
             **({"restart_frames": self.chunk * FRAMES, "overlap_frames": 5} if self.transition == "restart" else {}),
         )  # fmt: skip
+        check_shots(spec, self.prompts())
+        return spec
+
+    def places(self) -> str:
+        """Frames of shots stand at their own times where the anchor allows it; "" elsewhere."""
+        return "absolute" if (self.behind or self.transition == "shot") and not self.policy().relative_only else ""
 
     def settings(self) -> Settings:
         schedule = Schedule.shifted(BLOCKS if self.blocks == "several" else 2, 5.0)
@@ -172,13 +184,27 @@ class Combination:
 
     def prompts(self) -> PromptPlan | None:
         """The prompt changes with the chunk whose operations fail."""
-        if self.transition in ("none", "restart"):
+        return self.changes(self.chunk * FRAMES)
+
+    def changes(self, start: int) -> PromptPlan | None:
+        """The change with the chunk from latent frame `start` on, and a shot three chunks before where one is asked for."""
+        if self.transition in ("none", "restart") and not self.behind:
             return None
         texts = [
-            torch.randn(1, 3, TinyModel.TEXT_WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
+            torch.randn(self.items, 3, TinyModel.TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
+            for seed in (1, 2)
         ]
-        change = PromptChange(self.chunk * FRAMES, texts[1], self.transition, 2)
-        return PromptPlan([PromptChange(0, texts[0]), change], FRAMES)
+        found = [PromptChange(0, texts[0])]
+        if self.behind or self.transition == "shot":
+            found.append(PromptChange(start - 3 * FRAMES, texts[1], "shot"))
+        if self.transition not in ("none", "restart"):
+            found.append(PromptChange(start, texts[1], self.transition, 2))
+        return PromptPlan(found, FRAMES)
+
+    @property
+    def items(self) -> int:
+        """Items of the batch."""
+        return 1
 
 
 def combinations() -> list[Combination]:
@@ -189,12 +215,16 @@ def combinations() -> list[Combination]:
     whole = (("static", "model", ONE_PASS), ("static", "int8 host", ONE_PASS), ("static", "model", SINK_STAYS),
              ("none", "host", SINK_STAYS))  # fmt: skip
     inside = (("static", "model"), ("adaptive", "int8 host"))
+    shots = (("static", "model", "rope cut"), ("ema", "int8 host", "recache"), ("memory", "8 bits", "flush"))
     return [
         *pairs,
         *(Combination(a, storage, transition=t, levels=LEVELS) for a, storage, t in two),
         *(Combination(a, storage, transition="recache", recache=how) for a, storage, how in whole),
         *(Combination(a, storage, starting=STARTING) for a, storage in inside),
         Combination("ema", "model", levels=LEVELS, starting=STARTING),
+        *(Combination(a, storage, transition=t, behind=BEHIND) for a, storage, t in shots),
+        Combination("static", "model", "switched", "none", behind=BEHIND),
+        Combination("static", "model", transition="recache", recache=ONE_PASS, behind=BEHIND),
     ]
 
 
