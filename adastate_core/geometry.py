@@ -77,6 +77,11 @@ def space_of(spec: dict[str, Any]) -> LatentSpace:
     return SPACES[spec.get("geometry", {}).get("space", WAN21.name)]
 
 
+def space_with(channels: int) -> LatentSpace | None:
+    """The latent space whose latents have so many channels; None if there is none."""
+    return next((space for space in SPACES.values() if space.channels == channels), None)
+
+
 @dataclass(frozen=True)
 class ModelGeometry:
     """The shape of a causal Wan model: latent channels, layers, heads, channels a head, spatial patch; and the latent space

@@ -31,6 +31,8 @@ from .given import BEFORE
 from .rollout_state import RolloutState
 from .rope import Layout, Rope
 from .schedules import rolling
+from .shot_check import damage
+from .shots import pinned_by
 from .spec import RolloutSpec
 from .standing import Standing
 from .undo import Exchange, Undo
@@ -117,6 +119,8 @@ class Past:
         self.kept: list[torch.Tensor] | None = [] if keep_latents else None
         # how far a rope cut puts the chunk under way ahead
         self.jump = 0
+        # whether the chunk under way begins a shot (shots.py)
+        self.opens_shot = False
         self._work: _Work | None = None
         # what is kept for `rewind`, while something may be undone
         self._undo: Undo | None = None
@@ -140,6 +144,15 @@ class Past:
         """[B, C, frames, h, w]."""
         return (self.spec.batch, self.spec.geometry.channels, frames, self.spec.height, self.spec.width)
 
+    @property
+    def shots(self) -> tuple[int, ...]:
+        """The first frames of all shots, that of the chunk under way among them."""
+        return self.now.shots + ((self.now.next_frame,) if self.opens_shot else ())
+
+    def pin(self, end: int) -> range:
+        """The frames that a shot keeps in the window when all before `end` are cached."""
+        return pinned_by(self.shots, end, self.spec.chunk_frames)
+
     def layout(self, frames: int = 0, clean: bool = False) -> Layout:
         """Positions of the pass to come, over `frames` content frames; `clean`: of a finished chunk."""
         layout = Layout(
@@ -152,6 +165,8 @@ class Past:
             first_frame=self.now.next_frame,
             state_after_past=self.spec.anchor.state_after_past,
             jump=self.jump,
+            shots=self.shots,
+            pin=self.pin(self.now.next_frame),
         )
         return rolling.shared(layout, self.spec.chunk_frames, frames, clean) if self.spec.shares_window else layout
 
@@ -224,6 +239,7 @@ class Past:
             start=BEFORE,
             hidden=x0[:, :, :states].cpu().clone() if states else None,
             blocks=tuple(replace(block, x=block.x.cpu()) for block in blocks),
+            shots=self.shots,
         )
         self._commit(self.anchor_at(now.next_frame), frames, after)
 
@@ -281,7 +297,8 @@ class Past:
     ) -> None:
         steps, left = [], []
         for cache in caches or self.caches:
-            more, leaving = cache.prepared(anchor, self.now.next_frame, frames)
+            first = self.now.next_frame
+            more, leaving = cache.prepared(anchor, first, frames, self.pin(first + frames))
             steps, left = steps + more, left + leaving
         observer = self.observer if told else None
         if observer is not None:
@@ -293,7 +310,7 @@ class Past:
             if observer is not None:
                 observer.moved()
                 self.jump = 0
-            self.now = after
+            self.now, self.opens_shot = after, False
 
         self._do(steps, move, commits=True)
 
@@ -332,7 +349,8 @@ class Past:
                 self.observer.flushed(0)
             elif self.observer is not None:
                 self.observer.rewind(undo.observer)
-            self.now, self.jump = replace(undo.now, again=undo.again or undo.now.again), 0
+            self.now = replace(undo.now, again=undo.again or undo.now.again)
+            self.jump, self.opens_shot = 0, False
 
         self._do(undo.steps(self.caches), move)
 
@@ -420,6 +438,7 @@ class Past:
             given=now.given.clone() if now.given.shape[2] else None,
             again=now.again,
             first=now.first.clone() if now.first.shape[2] else None,
+            shots=now.shots,
             start=now.start,
         )
 
@@ -440,6 +459,7 @@ class Past:
             hidden=state.hidden,
             blocks=rolling.under_way(state.noisy, state.next_chunk, frames, steps),
             again=state.again,
+            shots=state.shots,
             start=state.start,
         )
         if self.absorber is not None:
@@ -458,7 +478,7 @@ class Past:
     def return_to(self, state: RolloutState, steps: int) -> None:
         """Between two chunks: to an earlier state of this same rollout. If it fails, `restore` has to be tried with another one."""
         self.finish()
-        self._undo, self.jump = None, 0
+        self._undo, self.jump, self.opens_shot = None, 0, False
         self.kept = None if self.kept is None else []
         self.restore(state, steps)
 
@@ -472,6 +492,8 @@ class Past:
             raise ValueError(
                 f"the state has {state.again} latent frames to be cached again and not as many recent ones: it is damaged"
             )
+        if why := damage(state.shots, self.spec, state.next_frame, state.next_chunk):
+            raise ValueError(f"the state's shots are {list(state.shots)[:8]}, {why}: it is damaged")
         if state.start != BEFORE:
             if state.given is None or state.next_frame:
                 raise ValueError("the state's start latents have no first chunk to stand in: it is damaged")

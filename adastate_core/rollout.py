@@ -29,6 +29,7 @@ from .prompts.plan import PromptPlan
 from .rollout_state import RolloutState
 from .schedules import rolling
 from .schedules.noise import NoiseAhead, noise
+from .shot_check import check_shots
 from .spec import ModelGeometry, RolloutSpec, Settings
 from .transitions import before_chunk
 
@@ -98,6 +99,7 @@ class Rollout:
             raise ValueError(
                 "steps with a past of their own do not go with a past that is made anew before every chunk"
             )
+        check_shots(spec, prompts)
         if state is not None and (differences := spec.differences(state.spec)):
             raise ValueError("this state belongs to another rollout: " + "; ".join(differences))
         self.model, self.spec, self.settings, self.prompts = model, spec, settings, prompts
@@ -137,7 +139,8 @@ class Rollout:
 
     def steer(self, prompts: PromptPlan | None) -> None:
         """Between two chunks: have this plan instead, which says the same of all chunks that there are. Noise that was drawn ahead
-        is drawn again."""
+        is drawn again. ValueError, with all as it was, for one that this rollout cannot have."""
+        check_shots(self.spec, prompts)
         self.prompts, self._noise = prompts, NoiseAhead(self._drawn)
 
     def go_back(self, state: RolloutState) -> Callable[[], None]:
@@ -399,14 +402,16 @@ class Rollout:
         past.commit_chunk(finished, frames, blocks)
 
     def _drawn(self, chunk: int, steps: int) -> torch.Tensor:
-        """[steps, B, C, S + F, h, w] noise of a chunk, state first, float32 on the CPU, page-locked if the model is on CUDA.
+        """[n, B, C, S + F, h, w] noise of a chunk, state first, float32 on the CPU, page-locked if the model is on CUDA; n of it,
+        as many as the sampler takes for so many steps.
 
         Made for all steps at once: a copy between two steps would wait for the device.
         """
+        taken = self.settings.schedule.noises(steps)
         seed, states = self.seed_of(chunk), self.spec.anchor.state_frames
-        shape = (steps, *self.past.shape(states + self.spec.chunk_frames))
+        shape = (taken, *self.past.shape(states + self.spec.chunk_frames))
         out = torch.empty(shape, pin_memory=self.model.device.type == "cuda")
-        for step in range(steps):
+        for step in range(taken):
             out[step, :, :, states:] = self._content_noise(chunk, step)
             if states:
                 out[step, :, :, :states] = noise(seed, chunk, step, self.past.shape(states), state=True)

@@ -27,7 +27,8 @@ class RolloutState:
     video (Rolling Forcing), and are made again by whoever goes on. `stream` belongs to whoever decodes: JSON-able values and
     tensors; so is `absorption`, where the absorption stands. `compiled_layers` are the layers that went through compiled functions
     when it was taken (attention/block.py): their last bits are others than those of plain ones. `steered` remembers, as JSON-able
-    values, what was changed by hand while it was made (states/steered_check.py).
+    values, what was changed by hand while it was made (states/steered_check.py). `shots` are the first frames of all shots that
+    began (shots.py).
     """
 
     spec: dict[str, Any]
@@ -48,6 +49,7 @@ class RolloutState:
     after: int = 0
     compiled_layers: tuple[int, ...] = ()
     steered: dict[str, Any] = field(default_factory=dict)
+    shots: tuple[int, ...] = ()
     start: str = BEFORE
 
     @property

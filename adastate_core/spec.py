@@ -239,7 +239,7 @@ class RolloutSpec:
 
         `length`: latent frames of the video; no window is larger than it (None: windows are whole). `solution`: an absorption that
         was solved before. `resumed`: the state that the run goes on from; a state of another rollout is not looked at.
-        `steps`: noisy passes of a chunk. `recaches`: the prompt may change by a recache.
+        `steps`: noises that the steps of a chunk take. `recaches`: the prompt may change by a recache.
         """
         layer = layer_spec(self.anchor, self.window_frames, self.chunk_frames, self.positions, self.shares_window)
         plan = CachePlan(

@@ -26,6 +26,7 @@ class Standing:
     hidden: torch.Tensor | None = None
     blocks: tuple[rolling.Block, ...] = ()
     again: int = 0
+    shots: tuple[int, ...] = ()
     start: str = BEFORE
 
     @property

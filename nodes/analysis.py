@@ -54,7 +54,7 @@ class AttentionShareNode(Node):
             description="Measures how much attention each cached frame gets, for windows of several sizes.",
             search_aliases=["attention sink", "kv cache", "AdaState"],
             inputs=[
-                io.Model.Input("model", tooltip="A causal Wan 2.1 text-to-video model, from Load Diffusion Model."),
+                io.Model.Input("model", tooltip="A causal Wan text-to-video model, from Load Diffusion Model."),
                 io.Conditioning.Input("positive", tooltip="One plain text prompt."),
                 number(io.Int, "width", auto=False, default=832, tooltip="Width in pixels."),
                 number(io.Int, "height", auto=False, default=480, tooltip="Height in pixels."),

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from ..adastate_core.absorption.settings import PHASES
+from ..adastate_core.prompts.entry_options import SHOT
 from ..adastate_core.prompts.values import Prompts
 from ..adastate_core.rollout import Chunk, Rollout
 from .host import model as host_model
 from .preflight import Prepared
 
-STATE_SIDE = 20  # latents: a picture of the hidden state is at most 160 pixels wide and high
+STATE_SIDE = 160  # pixels: the most that a picture of the hidden state is wide and high
 _MOST_PROMPTS, _LONGEST_TEXT = 240, 500
 
 
@@ -41,12 +42,12 @@ def run_facts(job: Prepared, stream: str | None) -> dict[str, Any]:
 
 
 def hidden_picture(job: Prepared, hidden: torch.Tensor) -> torch.Tensor:
-    """The newest frame of item 0 of a hidden state [B, 16, S, h, w] (model space) as a small picture [h, w, 3] in 0..1.
+    """The newest frame of item 0 of a hidden state [B, C, S, h, w] (model space) as a small picture [h, w, 3] in 0..1.
 
     Large latents are averaged down before they are decoded, which costs little whatever the size of the video.
     """
     latent = host_model.to_vae_space(job.request.model, hidden[:1, :, -1:])
-    factor = -(-max(latent.shape[3:]) // STATE_SIDE)
+    factor = -(-max(latent.shape[3:]) * job.space.stride // STATE_SIDE)
     if factor > 1:
         latent = torch.nn.functional.avg_pool2d(latent[:, :, 0].float(), factor, ceil_mode=True)[:, :, None]
     return job.decoder.another().step(latent)[0, -1]
@@ -64,9 +65,11 @@ def chunk_facts(
     before = job.space.pictures(request.resume.emitted) if request.resume else 0
     frames = job.space.pictures(rollout.emitted)
     total = None if request.endless else job.space.pictures(job.latent_length)
-    prompt, text = 0, None
+    prompt, text, shot = 0, None, False
     if job.prompts is not None:
-        prompt = job.prompts.index(chunk.first_frame)
+        first = chunk.first_frame
+        prompt = job.prompts.index(first)
+        shot = job.prompts.transition(first, first - job.spec.chunk_frames) == SHOT
     if isinstance(request.positive, Prompts):
         text = request.positive.worded[prompt].text or None
     return {
@@ -84,6 +87,7 @@ def chunk_facts(
         "kv_bytes": rollout.cache.nbytes + rollout.cache.host_nbytes,
         "prompt": prompt,
         "prompt_text": text,
+        "shot": shot,
         "autosave": autosave or None,
     }
 

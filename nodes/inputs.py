@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..adastate_core.bounds import BOUNDS
+from ..adastate_core.geometry import LatentSpace
 from .host.api import widget
 from .host.node import shown
 
@@ -19,6 +20,15 @@ def number(kind: Any, name: str, auto: bool = True, **options: Any) -> Any:
     return widget(kind, name, **({"min": least, "max": bound.most} | step | options))
 
 
+def check_fps(fps: float | None, *others: float) -> str | None:
+    """Why this is no rate, or None: 0 and `others` stand for a model's own; a linked one arrives as None."""
+    bound = BOUNDS["fps"]
+    if fps is None or fps in (bound.auto, *others) or bound.least <= fps <= bound.most:
+        return None
+    stand_for = ", ".join(f"{value:g}" for value in (*others, bound.auto))
+    return f"fps is {shown(fps)}; it must be {stand_for} or between {bound.least:g} and {bound.most:g}"
+
+
 def check_size(width: int | None, height: int | None, auto: bool = False) -> str | None:
     """Why a picture cannot have this size, or None; linked numbers arrive as None. `auto`: a side may be 0."""
     for name, value in (("width", width), ("height", height)):
@@ -30,3 +40,12 @@ def check_size(width: int | None, height: int | None, auto: bool = False) -> str
             bounds = f"at least {least}" if value <= most else f"at most {most}"
             return f"{name} is {shown(value)}; it must be a multiple of {step}, {bounds}: try {nearest}"
     return None
+
+
+def require_multiples(space: LatentSpace, width: int, height: int, whose: str = "this model") -> None:
+    """ValueError, naming the sizes beside it, for a side that a model of `space` cannot have; 0 stands for one not known yet."""
+    for name, side in (("width", width), ("height", height)):
+        if side % space.multiple:
+            below = side - side % space.multiple
+            beside = f"{below} or {below + space.multiple}" if below else f"{space.multiple}"
+            raise ValueError(f"{name} is {side}; {whose} needs multiples of {space.multiple}: try {beside}")

@@ -39,7 +39,9 @@ _ONLY_LINKED = (
 
 def _inputs() -> list[io.Input]:
     return [
-        io.Model.Input("model", tooltip="A causal Wan 2.1 text-to-video model, from Load Causal Video Model."),
+        io.Model.Input(
+            "model", tooltip="A causal Wan text-to-video model (2.1, or 2.2's 5B), from Load Causal Video Model."
+        ),
         io.MultiType.Input(
             "positive",
             types=[io.Conditioning, api.Prompts],
@@ -182,7 +184,7 @@ class RolloutNode(Node):
             node_id="AdaStateRollout",
             display_name="AdaState Rollout",
             category="AdaState",
-            description="Rolls a causal Wan 2.1 model out chunk by chunk, at a memory that does not grow with the length.",
+            description="Rolls a causal Wan model out chunk by chunk, at a memory that does not grow with the length.",
             search_aliases=["autoregressive", "long video", "self forcing", "causal", "AdaState"],
             is_output_node=True,
             inputs=_inputs(),

@@ -19,7 +19,7 @@ from .host import model as host_model
 from .host.api import io, schema
 from .host.node import Node
 from .host.progress import check_interrupt
-from .inputs import number
+from .inputs import number, require_multiples
 from .rollout_node import RolloutNode
 
 log = logging.getLogger("adastate")
@@ -72,13 +72,15 @@ class RolloutSampler(host_sampler.Sampler):
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
     ) -> torch.Tensor:
-        """Latents [B, 16, T, h, w] float32 in the model's space, T that of `noise`; called by the host's guiders.
+        """Latents [B, C, T, h, w] float32 in the model's space, T that of `noise`; called by the host's guiders.
 
         Raises ValueError for what a rollout cannot honour, before the caches are allocated.
         """
         context = host_sampler.check_guider(model_wrap, extra_args)
         patcher, options = model_wrap.model_patcher, extra_args["model_options"]
-        host_sampler.check_latents(host_model.space_of(patcher), noise, latent_image, denoise_mask)
+        family = host_model.family_of_model(patcher)
+        host_sampler.check_latents(family, noise, latent_image, denoise_mask)
+        require_multiples(family.space, *(family.space.stride * side for side in noise.shape[:-3:-1]))
         built = self._built(patcher, sigmas, noise.shape)
         spec, model = built.spec, host_sampler.GuidedModel(patcher, context, noise.shape[0], options)
         told = [*host_sampler.unknown(model_wrap, options), *built.resolved.warnings(noise.shape[2]), *built.told]
@@ -106,7 +108,7 @@ class RolloutSampler(host_sampler.Sampler):
         more than one chunk after the other."""
         asked = Asked(
             batch=shape[0], height=shape[3], width=shape[4], chunk_frames=self.chunk_frames, window_frames=self.window_frames,
-            positions=self.positions, anchor=self.anchor, sigmas=sigmas, fps=host_model.space_of(patcher).fps,
+            positions=self.positions, anchor=self.anchor, sigmas=sigmas,
         )  # fmt: skip
         subject = Subject.of(patcher, identified=False)
         preset = preset_of(subject.wishes)

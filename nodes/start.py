@@ -13,10 +13,12 @@ from .host import codec
 from .host.api import io, schema, widget
 from .host.node import Node
 from .host.pictures import CROPS, SCALERS, scaled, video_tail
-from .inputs import check_size, number
+from .host.vae_family import check_encoder
+from .inputs import check_fps, check_size, number, require_multiples
 
 MAX_FRAMES = 1025
-AREAS = ("832x480", "1280x720", "64x64")  # the sizes that models are made for; the last is the demo's
+MODELS_FPS = -1.0  # the frames a second that the models of the VAE's latent space make
+AREAS = ("832x480", "1280x720", "64x64", "1280x704")  # the sizes that models are made for
 
 
 class ContinueVideoNode(Node):
@@ -29,7 +31,7 @@ class ContinueVideoNode(Node):
             description="Encodes a picture, or the end of a video of any length and size, for a rollout to go on from.",
             search_aliases=["image to video", "video to video", "i2v", "v2v", "extend video", "AdaState"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The full Wan 2.1 VAE that belongs to the model."),
+                io.Vae.Input("vae", tooltip="The full Wan VAE that belongs to the model."),
                 number(
                     io.Int,
                     "width",
@@ -63,16 +65,15 @@ class ContinueVideoNode(Node):
                     "video", optional=True, tooltip="A video to go on from; of a file the end alone is held in memory."
                 ),
                 io.Image.Input("image", optional=True, tooltip="A picture, or frames in order, instead of a video."),
-                widget(
+                number(
                     io.Float,
                     "fps",
-                    default=16.0,
-                    min=0.0,
-                    max=240.0,
+                    default=MODELS_FPS,
+                    min=MODELS_FPS,
                     step=0.001,
                     optional=True,
-                    tooltip="Takes a video's frames at this many a second, so that motion keeps its pace; Wan 2.1 makes 16. "
-                    "0 = every frame as it is. Not used for image.",
+                    tooltip="Takes a video's frames at this many a second, so that motion keeps its pace. -1 = as many as the "
+                    "VAE's models make (Wan 2.1 16, Wan 2.2 5B 24), 0 = every frame as it is. Not used for image.",
                 ),
                 widget(
                     io.Combo,
@@ -90,7 +91,7 @@ class ContinueVideoNode(Node):
                     default=AREAS[0],
                     optional=True,
                     tooltip="With width and height 0: the size that the model is made for. A picture of another shape gets as many "
-                    "pixels. 64x64 is the demo model's.",
+                    "pixels. 64x64 is the demo model's, 1280x704 the 5B line's.",
                 ),
             ],
             outputs=[
@@ -106,9 +107,7 @@ class ContinueVideoNode(Node):
 
     @classmethod
     def check(cls, width: int | None = None, height: int | None = None, fps: float | None = None) -> str | None:
-        if fps is not None and not (fps == 0 or 1 <= fps <= 240):
-            return f"fps is {fps}; it must be 0 or between 1 and 240"
-        return check_size(width, height, auto=True)
+        return check_fps(fps, MODELS_FPS) or check_size(width, height, auto=True)
 
     @classmethod
     def execute(
@@ -120,26 +119,27 @@ class ContinueVideoNode(Node):
         crop: str,
         video: Any = None,
         image: torch.Tensor | None = None,
-        fps: float = 16.0,
+        fps: float = MODELS_FPS,
         upscale_method: str = SCALERS[0],
         area: str = AREAS[0],
     ) -> io.NodeOutput:
         if (video is None) == (image is None):
             what = "neither video nor image is" if video is None else "both video and image are"
             raise ValueError(f"{what} connected; connect one of them, the one to go on from")
-        codec.check_encoder(vae)
-        wanted, size_for = codec.SPACE.whole(frames), _follows(codec.SPACE, width, height, area)
+        space = check_encoder(vae).space
+        require_multiples(space, width, height, "a model of this VAE")
+        wanted, size_for = space.whole(frames), _follows(space, width, height, area)
 
         def fitted(pictures: torch.Tensor) -> torch.Tensor:
             return scaled(pictures, *size_for(pictures), upscale_method, crop)
 
         if video is not None:
-            found = video_tail(video, wanted, fps, fitted)
+            found = video_tail(video, wanted, space.fps if fps == MODELS_FPS else fps, fitted)
         elif len(image):
             found = fitted(image[-wanted:, ..., :3])
         else:
             raise ValueError("image holds no picture; connect one with pictures in it")
-        kept = codec.SPACE.whole(len(found))
+        kept = space.whole(len(found))
         pictures = found[-kept:]
         return io.NodeOutput({"samples": codec.encode(vae, pictures)}, pictures, kept)
 

@@ -17,6 +17,7 @@ from .host.codec import HostDecoder
 from .host.model import wan_to_vae_space
 from .host.node import Node, shown
 from .host.output_files import STATE_SUFFIX, check_prefix, check_saved, fingerprint, saved_files, saved_path, write_new
+from .host.vae_family import check_vae
 from .stream import latent_space_widget
 
 CATEGORY = "AdaState/state"
@@ -118,7 +119,7 @@ class DecodeStateNode(Node):
             description="Shows the hidden state of an adaptive rollout as pictures: what the model carries, never rendered.",
             inputs=[
                 api.State.Input("state", tooltip="STATE of a rollout with the adaptive anchor."),
-                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE that belongs to the model, full or tiny."),
+                io.Vae.Input("vae", tooltip="The Wan VAE that belongs to the model, full or tiny."),
                 latent_space_widget(),
             ],
             outputs=[
@@ -133,7 +134,9 @@ class DecodeStateNode(Node):
             raise ValueError(
                 f"this rollout ran with the {kind} anchor, which has no hidden state; use Anchor: Adaptive State"
             )
-        frames = wan_to_vae_space(state.hidden, space_of(state.spec)).transpose(1, 2).flatten(0, 1)[:, :, None]
+        space = space_of(state.spec)
+        check_vae(vae, space)
+        frames = wan_to_vae_space(state.hidden, space).transpose(1, 2).flatten(0, 1)[:, :, None]
         pictures = []
         for frame in frames:  # each is the first frame of a video of its own
             decoder = HostDecoder(vae, latent_space=latent_space)

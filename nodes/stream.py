@@ -7,31 +7,33 @@ from typing import Any
 
 import torch
 
+from ..adastate_core.geometry import LatentSpace
 from ..adastate_core.video.frame_writer import FrameWriter
 from ..adastate_core.video.picture_forms import VALUE_BYTES
 from ..adastate_core.video.sink import CODECS, VideoSink
 from .enlarged_stream import Enlarging, enlarging_widgets
 from .host import api
 from .host.api import io, schema, ui, widget
-from .host.codec import LATENT_SPACES, SPACE, HostDecoder
+from .host.codec import LATENT_SPACES, HostDecoder
 from .host.node import Node
 from .host.output_files import VIDEO_SUFFIX, check_prefix, new_file, save_metadata
 from .host.progress import Progress
+from .host.vae_family import check_latent_shape, check_vae
+from .inputs import check_fps, number
 from .output import StreamSettings
 
 CATEGORY = "AdaState/video"
 
 
-def fps_widget() -> io.Input:
-    return widget(
-        io.Float, "fps", default=16.0, min=1.0, max=240.0, step=0.001, tooltip="Frames a second; Wan 2.1 makes 16."
-    )
+def fps_widget(follows: str = "as many as the model makes (Wan 2.1 16, Wan 2.2 5B 24)") -> io.Input:
+    """`follows`: what 0 stands for."""
+    return number(io.Float, "fps", default=0.0, step=0.001, tooltip=f"Frames a second; 0 = {follows}.")
 
 
-def _file_widgets(prefix: str) -> list[io.Input]:
+def _file_widgets(prefix: str, fps: io.Input) -> list[io.Input]:
     return [
         widget(io.String, "filename_prefix", default=prefix, tooltip="Where the video goes, in the host's folder."),
-        fps_widget(),
+        fps,
         widget(
             io.Combo,
             "codec",
@@ -61,7 +63,8 @@ def latent_space_widget() -> io.Input:
         optional=True,
         advanced=True,
         tooltip="For a tiny VAE (TAEHV): the latents it was trained on, VAE Decode's (vae) or the model's own (model). auto takes "
-        "model for a float16 file (taew2_1) and vae for any other (lighttaew2_1); taew2_1 saved in another type needs model.",
+        "model for a float16 file (taew2_1) and vae for any other (lighttaew2_1, lighttaew2_2); taew2_1 saved in another type, and "
+        "taew2_2, need model.",
     )
 
 
@@ -143,8 +146,8 @@ class StreamOutputNode(Node):
             description="Decodes a rollout while it runs and writes the frames to a video that plays even if the run is killed.",
             search_aliases=["stream", "mp4", "autosave", "prores", "hevc", "av1", "ffv1", "10 bit"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE that belongs to the model, full or tiny."),
-                *_file_widgets("video/AdaState"),
+                io.Vae.Input("vae", tooltip="The Wan VAE that belongs to the model, full or tiny."),
+                *_file_widgets("video/AdaState", fps_widget()),
                 widget(io.Boolean, "preview", default=True, tooltip="Show the newest frames on the rollout node."),
                 autosave_widget(),
                 join_widget("copy the old video's packets in front, so that one file holds everything."),
@@ -154,8 +157,8 @@ class StreamOutputNode(Node):
         )
 
     @classmethod
-    def check(cls, filename_prefix: str | None = None) -> str | None:
-        return check_prefix_of(filename_prefix, "output")
+    def check(cls, filename_prefix: str | None = None, fps: float | None = None) -> str | None:
+        return check_prefix_of(filename_prefix, "output") or check_fps(fps)
 
     @classmethod
     def execute(
@@ -196,8 +199,10 @@ class DecodeNode(Node):
             "that does not grow with the length.",
             search_aliases=["VAE decode", "long video decode"],
             inputs=[
-                io.Latent.Input("latent", tooltip="A Wan 2.1 video latent."),
-                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE, full or tiny (taew2_1, lighttaew2_1)."),
+                io.Latent.Input("latent", tooltip="A Wan 2.1 or Wan 2.2 5B video latent."),
+                io.Vae.Input(
+                    "vae", tooltip="The Wan VAE that belongs to the latent, full or tiny (taew2_1, lighttaew2_1, ...)."
+                ),
                 widget(
                     io.Int,
                     "frames_per_call",
@@ -217,14 +222,14 @@ class DecodeNode(Node):
     def execute(
         cls, latent: dict[str, Any], vae: Any, frames_per_call: int = 1, latent_space: str = "auto"
     ) -> io.NodeOutput:
-        samples = _video_samples(latent)
+        samples, space = _video_samples(latent, vae)
         batch, frames = samples.shape[0], samples.shape[2]
         pictures, progress = None, Progress(batch * frames)
         for item in range(batch):
-            at = item * SPACE.pictures(frames)
+            at = item * space.pictures(frames)
             for part in decoded(vae, samples[item : item + 1], progress, frames_per_call, latent_space):
                 if pictures is None:
-                    pictures = part.new_empty((batch * SPACE.pictures(frames), *part.shape[2:]))
+                    pictures = part.new_empty((batch * space.pictures(frames), *part.shape[2:]))
                 pictures[at : at + part.shape[1]] = part[0]
                 at += part.shape[1]
         return io.NodeOutput(pictures)
@@ -240,9 +245,11 @@ class RenderVideoNode(Node):
             description="Decodes a video latent straight into a video file, never holding all frames. Save Video keeps it.",
             has_intermediate_output=True,
             inputs=[
-                io.Latent.Input("latent", tooltip="A Wan 2.1 video latent."),
-                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE, full or tiny (taew2_1, lighttaew2_1)."),
-                *_file_widgets("AdaState"),
+                io.Latent.Input("latent", tooltip="A Wan 2.1 or Wan 2.2 5B video latent."),
+                io.Vae.Input(
+                    "vae", tooltip="The Wan VAE that belongs to the latent, full or tiny (taew2_1, lighttaew2_1, ...)."
+                ),
+                *_file_widgets("AdaState", fps_widget("as many as the VAE's models make (Wan 2.1 16, Wan 2.2 5B 24)")),
                 latent_space_widget(),
             ],
             outputs=[io.Video.Output("video", display_name="VIDEO", tooltip="A file in the host's temp folder.")],
@@ -250,8 +257,8 @@ class RenderVideoNode(Node):
         )
 
     @classmethod
-    def check(cls, filename_prefix: str | None = None) -> str | None:
-        return check_prefix_of(filename_prefix, "temp")
+    def check(cls, filename_prefix: str | None = None, fps: float | None = None) -> str | None:
+        return check_prefix_of(filename_prefix, "temp") or check_fps(fps)
 
     @classmethod
     def execute(
@@ -264,15 +271,15 @@ class RenderVideoNode(Node):
         quality: int,
         latent_space: str = "auto",
     ) -> io.NodeOutput:
-        samples = _video_samples(latent)
-        height, width = (side * SPACE.stride for side in samples.shape[3:])
+        samples, space = _video_samples(latent, vae)
+        height, width = (side * space.stride for side in samples.shape[3:])
         target = new_file(filename_prefix, CODECS[codec].suffix, width, height, kind="temp")
         progress = Progress(samples.shape[0] * samples.shape[2])
-        rate = Fraction(fps).limit_denominator(1001)
+        rate = Fraction(fps or space.fps).limit_denominator(1001)
         metadata = save_metadata(cls.hidden)
         with (
             VideoSink(target.path, width, height, rate, codec, quality, metadata) as sink,
-            FrameWriter([sink], SPACE.temporal_stride * height * width * 3 * VALUE_BYTES[sink.takes]) as writer,
+            FrameWriter([sink], space.temporal_stride * height * width * 3 * VALUE_BYTES[sink.takes]) as writer,
         ):
             for item in range(samples.shape[0]):
                 latents = samples[item : item + 1]
@@ -283,14 +290,11 @@ class RenderVideoNode(Node):
         )
 
 
-def _video_samples(latent: dict[str, Any]) -> torch.Tensor:
-    samples = latent["samples"]
-    if samples.ndim != 5 or samples.shape[1] != SPACE.channels or 0 in samples.shape:
-        raise ValueError(
-            f"the latent is {list(samples.shape)}; streaming decode needs a {SPACE.name} video latent "
-            f"[B, {SPACE.channels}, frames, h, w]"
-        )
-    return samples
+def _video_samples(latent: dict[str, Any], vae: Any) -> tuple[torch.Tensor, LatentSpace]:
+    """The samples of a video, and the space of the VAE that they belong to; ValueError where they do not."""
+    samples, family = latent["samples"], check_vae(vae)
+    check_latent_shape(samples.shape, family)
+    return samples, family.space
 
 
 def decoded(
@@ -302,7 +306,7 @@ def decoded(
     takes: str | None = None,
     fast: bool = False,
 ) -> Any:
-    """Pictures [1, t, H, W, 3] of one item's latents [1, 16, n, h, w], call by call, as HostDecoder.step gives them."""
+    """Pictures [1, t, H, W, 3] of one item's latents [1, C, n, h, w], call by call, as HostDecoder.step gives them."""
     decoder = HostDecoder(vae, frames_per_call, latent_space, fast)
     decoder.load(samples.shape)
     first, *rest = samples[:, :, :1], *samples[:, :, 1:].split(decoder.latents_a_call, dim=2)

@@ -1,12 +1,14 @@
 """Tiny VAE (TAEHV) decode that carries its memory between calls, at a size that does not depend on length.
 
 A TAEHV decoder is a plain sequence of 2-D layers over frames; only its memory blocks look back, each at the frame that
-came into it last (github.com/madebyollin/taehv: taew2_1 and, with the same layers, lighttaew2_1). Those frames are the
-state. Every latent gives 4 pictures, of which the first 3 of a video are no part of it, so a latent frame 0 gives 1.
+came into it last (github.com/madebyollin/taehv: taew2_1, taew2_2 and, with the same layers, lighttaew2_1, lighttaew2_2).
+Those frames are the state. Every latent gives 4 pictures, of which the first 3 of a video are no part of it, so a latent
+frame 0 gives 1. Where the last layer has more than 3 channels, each of its pixels is a patch of them (taew2_2: 2 by 2).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ class TaehvStream:
         if not _memories(decoder):
             raise ValueError(f"the decoder is a {type(decoder).__name__} without memory blocks; TAEHV's has nine")
         self.decoder, self.frames_per_call = decoder, frames_per_call
+        self._patch = _patch(decoder)
         self.reset()
 
     def reset(self) -> None:
@@ -66,7 +69,7 @@ class TaehvStream:
         return sum(t.nbytes for t in self._memory)
 
     def step(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, C, n, h, w] in the decoder's space, on its device and dtype, to pictures [B, t, 8h, 8w, 3] in 0..1.
+        """[B, C, n, h, w] in the decoder's space, on its device and dtype, to pictures [B, t, H, W, 3] in 0..1.
 
         t is 4n, or 4n - 3 when these are the first latents of the video. If it raises, the stream is as before: so does
         NonFinitePicturesError, for a picture or a carried value that is not finite.
@@ -82,7 +85,7 @@ class TaehvStream:
         return pictures.clamp_(0, 1).movedim(2, -1)
 
     def _call(self, latents: torch.Tensor) -> torch.Tensor:
-        """One call of the decoder: pictures [B, t, 3, 8h, 8w] as it gives them, beyond 0..1 too."""
+        """One call of the decoder: pictures [B, t, 3, H, W] as it gives them, beyond 0..1 too."""
         batch, count = latents.shape[0], latents.shape[2]
         x, memory = latents.movedim(2, 1).flatten(0, 1), []
         for layer in self.decoder:
@@ -95,6 +98,8 @@ class TaehvStream:
             # A copy: the view would keep all frames of the call alive.
             memory.append(frames[:, -1].clone())
             x = layer(x, past)
+        if self._patch > 1:
+            x = nn.functional.pixel_shuffle(x, self._patch)
         pictures = x.unflatten(0, (batch, -1))
         if not self.latents_seen:
             pictures = pictures[:, pictures.shape[1] // count - 1 :]
@@ -139,6 +144,12 @@ class TaehvStream:
 def _has_memory(layer: nn.Module) -> bool:
     """Whether a layer is called with the frames before: TAEHV's MemBlock, known by its parts."""
     return hasattr(layer, "conv") and hasattr(layer, "skip")
+
+
+def _patch(decoder: nn.Sequential) -> int:
+    """Pixels a side that a pixel of the last layer holds, by its channels."""
+    channels = [layer.out_channels for layer in decoder if isinstance(layer, nn.Conv2d)]
+    return math.isqrt(channels[-1] // 3) if channels else 1
 
 
 def _memories(decoder: nn.Sequential) -> list[tuple[int, int]]:

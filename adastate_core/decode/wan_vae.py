@@ -3,7 +3,8 @@
 A Wan VAE decodes one latent frame a call against a list of what its causal convolutions saw last; the first latent
 gives 1 picture, every later one 4 (Wan 2.1, modules/vae.py). The stock decode throws the list away; here it is the
 state, so any split of a video decodes to the bits of one whole decode. Both decoder generations of the host work:
-the one that returns a tensor, and the newer one that returns a list of pieces.
+the one that returns a tensor, and the newer one that returns a list of pieces. What differs by the VAE's make, its
+WanMake knows.
 """
 
 from __future__ import annotations
@@ -17,24 +18,22 @@ from torch import nn
 from ..files.header_check import Damage, Fields
 from ..geometry import WAN21
 from .carried_check import carried
+from .wan_makes import VAE_2_1, WanMake
 
-# More than any decoder needs (33 causal convolutions in Wan 2.1's); unused entries stay None.
+# More than any decoder needs (33 causal convolutions in Wan 2.1's, 34 in 2.2's); unused entries stay None.
 FEATURES = 64
 # What the decoder leaves in the list between the first and the second call of a temporal upsampler.
 FIRST_CALL_MARKER = "Rep"
 _DAMAGED = "the state's decoder cache is damaged: {}; resume without a stream, or make it again"
 
 
-def cache_bytes(width: int, rows: int, columns: int, batch: int, dtype: torch.dtype) -> int:
-    """Bytes of the carried cache once it is full: (1576 width + 32) values a latent pixel.
-
-    `width` is the decoder's (96 in Wan 2.1), `rows` x `columns` the latent picture.
-    """
-    return (1576 * width + 32) * rows * columns * batch * dtype.itemsize
+def cache_bytes(width: int, rows: int, columns: int, batch: int, dtype: torch.dtype, make: WanMake = VAE_2_1) -> int:
+    """Bytes of the carried cache once it is full; see WanMake.cache_bytes."""
+    return make.cache_bytes(width, rows, columns, batch, dtype)
 
 
 def pictures_of(latents: int) -> int:
-    """Video frames that `latents` latent frames of Wan 2.1 decode to: 1, then 4 each."""
+    """Video frames that `latents` latent frames decode to: 1, then 4 each."""
     return WAN21.pictures(latents)
 
 
@@ -70,14 +69,14 @@ def require_finite(latents: torch.Tensor, first: int, made: Iterable[torch.Tenso
 class VaeStream:
     """One stream's decoder: `step` latents through it in order; `snapshot` and `restore` move it to another run.
 
-    `codec` is a Wan VAE module (`conv2`, `decoder`). `frames_per_call` above 1 is faster on some devices and exact
-    to rounding only (benchmarks/decode.py); the first latent always goes alone.
+    `codec` is a Wan VAE module (`conv2`, `decoder`) of that `make`. `frames_per_call` above 1 is faster on some devices
+    and exact to rounding only (benchmarks/decode.py); the first latent always goes alone.
     """
 
-    def __init__(self, codec: nn.Module, frames_per_call: int = 1) -> None:
+    def __init__(self, codec: nn.Module, frames_per_call: int = 1, make: WanMake = VAE_2_1) -> None:
         if frames_per_call < 1:
             raise ValueError(f"frames_per_call is {frames_per_call}; it must be at least 1")
-        self.codec, self.frames_per_call = codec, frames_per_call
+        self.codec, self.frames_per_call, self.make = codec, frames_per_call, make
         # how latents, and entries from a file, are laid out in memory before the codec gets them, if that matters to it
         self.layout: torch.memory_format | None = None
         self.reset()
@@ -112,7 +111,7 @@ class VaeStream:
         return sum(t.nbytes for t in self._features if isinstance(t, torch.Tensor))
 
     def step(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, 16, n, h, w] in VAE space, on the codec's device and dtype, to pictures [B, t, 8h, 8w, 3] about -1..1.
+        """[B, C, n, h, w] in VAE space, on the codec's device and dtype, to pictures [B, t, H, W, 3] about -1..1.
 
         t is 4n, or 4n - 3 when these are the first latents of the video. If it raises, the stream is as before: so does
         NonFinitePicturesError, for a picture or a carried value that is not finite.
@@ -124,9 +123,9 @@ class VaeStream:
         start = 0
         try:
             while start < latents.shape[2]:
-                count = 1 if all(entry is None for entry in self._features) else self.frames_per_call
-                part = latents[:, :, start : start + count]
-                pieces += self._call(self.codec.conv2(part))
+                first = all(entry is None for entry in self._features)
+                part = latents[:, :, start : start + (1 if first else self.frames_per_call)]
+                pieces += self._call(part, first)
                 start += part.shape[2]
                 self.latents_seen += part.shape[2]
             pictures = torch.cat(pieces, dim=2).movedim(1, -1)
@@ -138,14 +137,14 @@ class VaeStream:
             raise
         return pictures
 
-    def _call(self, features: torch.Tensor) -> list[torch.Tensor]:
+    def _call(self, latents: torch.Tensor, first: bool) -> list[torch.Tensor]:
         before = list(self._features)
-        out = self.codec.decoder(features, feat_cache=self._features, feat_idx=[0])
+        pieces = self.make.decode(self.codec, latents, self._features, first)
         if self._unproven:
             self._prove(before)
         for i, (old, new) in enumerate(zip(before, self._features, strict=True)):
             self._features[i] = _kept(old, new)
-        return list(out) if isinstance(out, list | tuple) else [out]
+        return pieces
 
     def mark(self) -> tuple[list, int]:
         """The stream as it stands, for `rewind`: references, no copies."""

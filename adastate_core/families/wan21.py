@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..decode.wan_makes import VAE_2_1
 from ..geometry import WAN21
 from .family import Family
 
@@ -45,6 +46,9 @@ WAN21_TEXT = Family(
     # the host's own autoregressive class has the same weights; only the attention's forward differs, which a rollout replaces
     model_classes=("WAN21_T2V", "WAN21_CausalAR_T2V"),
     vae_classes={"full": "WanVAE", "tiny": "TAEHV"},
+    full_vae=VAE_2_1,
+    full_examples="load wan_2.1_vae, or the demo's",
     vae_examples="load wan_2.1_vae, the demo's, or a tiny one (taew2_1, lighttaew2_1)",
+    empty_latent="Empty HunyuanVideo Latent",
     refused_conditions=_REFUSED,
 )

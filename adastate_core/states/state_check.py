@@ -27,6 +27,7 @@ from ..files.header_check import Damage, Fields, Tensors, Unreadable, number, sh
 from ..geometry import SPACES, WAN21, ModelGeometry
 from ..given import INSIDE
 from ..rope import POSITION_MODES
+from ..shot_check import damage
 from ..spec import ENDINGS, REMADE, RolloutSpec
 from .enlarged_check import check_enlarged
 from .renewed_pictures import check_pictures
@@ -59,6 +60,7 @@ def check_state(header: Fields, tensors: Tensors, before: bool) -> None:
             f"after is {header.whole('after')}, not 1 to {most} latent frames that were finished in a smaller window"
         )
     _check_compiled(header, spec.geometry.layers)
+    _check_shots(header, spec, next_frame, next_chunk)
     absorption = header.inner("absorption") if not before or header.has("absorption") else Fields({}, "absorption")
     plan = spec.plan()
     chosen, pinned = check_absorption(absorption, tensors, spec.absorption, plan, spec.anchor)
@@ -117,6 +119,15 @@ def _check_compiled(header: Fields, count: int) -> None:
     layers = header.wholes("compiled_layers", 0, count - 1) if header.has("compiled_layers") else None
     if layers is not None and (not layers or layers != sorted(set(layers))):
         raise Damage(f"compiled_layers are {shown(list(layers))}, not layers of {count} in their order, each once")
+
+
+def _check_shots(header: Fields, spec: RolloutSpec, next_frame: int, next_chunk: int) -> None:
+    """The first frames of the video's shots; a state that does not say so has none."""
+    if not header.has("shots"):
+        return
+    shots = header.wholes("shots", 1)
+    if why := damage(shots, spec, next_frame, next_chunk) if shots else "no frames at all":
+        raise Damage(f"shots are {shown(shots)}, {why}")
 
 
 def spec_of(described: Fields, before: bool) -> RolloutSpec:

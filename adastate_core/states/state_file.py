@@ -69,6 +69,8 @@ def _contents(state: RolloutState) -> tuple[dict[str, torch.Tensor], dict[str, s
         header["compiled_layers"] = state.compiled_layers
     if state.steered:
         header["steered"] = state.steered
+    if state.shots:
+        header["shots"] = state.shots
     if state.start != STARTS[0]:
         header["start"] = state.start
     return tensors, {"format": FORMAT, "version": str(VERSION), "state": json.dumps(header, allow_nan=False)}
@@ -136,6 +138,7 @@ def load_state(path: Path | str) -> RolloutState:
         after=values.get("after", 0),
         compiled_layers=tuple(values.get("compiled_layers", ())),
         steered=values.get("steered", {}),
+        shots=tuple(values.get("shots", ())),
         start=values.get("start", STARTS[0]),
     )
 

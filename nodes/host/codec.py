@@ -12,60 +12,33 @@ import comfy.model_management
 import torch
 
 from ...adastate_core.decode import tiny_vae as taehv_stream
-from ...adastate_core.decode import wan_vae as vae_stream
 from ...adastate_core.decode.tiny_vae import TaehvStream
 from ...adastate_core.decode.wan_vae import NonFinitePicturesError, VaeStream
 from ...adastate_core.decode.ways import FAST, PLAIN, WAY, way_of
-from ...adastate_core.families.wan21 import WAN21_TEXT
 from ...adastate_core.video.decoded_stream import old_caches
 from ...adastate_core.video.picture_forms import in_form
 from .fast_vae import FastVae, stood_in, why_not
+from .vae_family import check_encoder, check_vae, is_tiny
 
 LATENT_SPACES = ("auto", "vae", "model")
-# the decoders are of one family's VAEs
-FAMILY = WAN21_TEXT
-SPACE = FAMILY.space
-_FULL, _TINY = FAMILY.vae_classes["full"], FAMILY.vae_classes["tiny"]
 _AT_ONCE = 2**22  # values that are made pictures of together
 _HOW = "(start ComfyUI with --fp32-vae or --bf16-vae)"
 # latents a call of a tiny VAE on CUDA, the fast way: as many as a chunk has with nearly every model
 _TINY_AT_ONCE = 3
-_WORDS = {None: "a full Wan 2.1 VAE", taehv_stream.KIND: "a tiny VAE"}
-
-
-def check_vae(vae: Any) -> None:
-    """ValueError, naming what was given, unless `vae` is a causal Wan 2.1 VAE, full or tiny, with 16 channels."""
-    name = type(getattr(vae, "first_stage_model", None)).__name__
-    channels = getattr(vae, "latent_channels", 0)
-    if name not in (_FULL, _TINY) or channels != SPACE.channels:
-        other = f" with {channels} channels" if name in (_FULL, _TINY) else ""
-        raise ValueError(
-            f"the vae is a {name}{other}; streaming decode needs a {SPACE.name} VAE ({SPACE.channels} channels): "
-            f"{FAMILY.vae_examples}"
-        )
-
-
-def check_encoder(vae: Any) -> None:
-    """ValueError, naming what was given, unless `vae` is a full Wan 2.1 VAE."""
-    check_vae(vae)
-    if type(vae.first_stage_model).__name__ == _TINY:
-        raise ValueError(
-            "the vae is a tiny VAE, which decodes only; encoding needs a full Wan 2.1 VAE: load wan_2.1_vae, or the demo's"
-        )
 
 
 def encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures [4 n + 1, H, W, 3] in 0..1 to a latent [1, 16, n + 1, H / 8, W / 8] in VAE space, float32, as VAE Encode.
+    """Pictures [4 n + 1, H, W, 3] in 0..1 to a latent [1, C, n + 1, h, w] in VAE space, float32, as VAE Encode.
 
     ValueError if the VAE makes another number of latent frames of them, NonFinitePicturesError if they are not finite.
     """
-    check_encoder(vae)
+    family = check_encoder(vae)
     latents = vae.encode(pictures[..., :3])
-    frames, count = SPACE.latents(len(pictures)), len(pictures)
+    frames, count = family.space.latents(len(pictures)), len(pictures)
     if latents.ndim != 5 or latents.shape[2] != frames:
         raise ValueError(
-            f"the vae made a latent {list(latents.shape)} of {count} frames, where a Wan 2.1 VAE makes {frames} latent frames; "
-            "load wan_2.1_vae, or the demo's"
+            f"the vae made a latent {list(latents.shape)} of {count} frames, where a {family.space.name} VAE makes {frames} latent "
+            f"frames; {family.full_examples}"
         )
     if not bool(torch.isfinite(latents).all()):
         raise NonFinitePicturesError(
@@ -76,8 +49,8 @@ def encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def encode_alone(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures [B, H, W, 3] float32 in 0..1, one a video, to latents [B, 16, 1, H / 8, W / 8] in VAE space, float32 on the CPU:
-    the bits of VAE Encode of each.
+    """Pictures [B, H, W, 3] float32 in 0..1, one a video, to latents [B, C, 1, h, w] in VAE space, float32 on the CPU: the
+    bits of VAE Encode of each.
 
     The VAE has to be on its device: it is not loaded for this, which could move a model out that is loaded beside it.
     NonFinitePicturesError if they are not finite.
@@ -107,14 +80,15 @@ class HostDecoder:
     """
 
     def __init__(self, vae: Any, frames_per_call: int = 1, latent_space: str = "auto", fast: bool = False) -> None:
-        check_vae(vae)
-        self.vae, self.tiny = vae, type(vae.first_stage_model).__name__ == _TINY
+        self.family = check_vae(vae)
+        self.space = self.family.space
+        self.vae, self.tiny = vae, is_tiny(vae, self.family)
         self.model_space = _takes_model_space(vae, self.tiny, latent_space)
         self.frames_per_call = frames_per_call
         if self.tiny:
             self.stream = TaehvStream(vae.first_stage_model.decoder, frames_per_call)
         else:
-            self.stream = VaeStream(vae.first_stage_model, frames_per_call)
+            self.stream = VaeStream(vae.first_stage_model, frames_per_call, self.family.full_vae)
         # the last pictures [B, H, W, 3] float32 on the CPU of latent frames that somebody asked for
         self.kept_pictures: dict[int, torch.Tensor] = {}
         self._kept_frames: tuple[int, ...] = ()
@@ -129,7 +103,7 @@ class HostDecoder:
         if self.tiny:
             self.stream.frames_per_call = max(self.frames_per_call, _TINY_AT_ONCE) if fast else self.frames_per_call
         else:
-            self._fast = (self._fast or FastVae(self.vae)) if fast else None
+            self._fast = (self._fast or FastVae(self.vae, self.family.full_vae)) if fast else None
             self.stream.layout = torch.channels_last_3d if fast else None
         self.way = way
 
@@ -154,7 +128,11 @@ class HostDecoder:
     def describe(self) -> str:
         """What decodes, for a report."""
         space = "model" if self.model_space else "VAE"
-        return f"{_WORDS[self._kind]}, {space}-space latents"
+        return f"{self._words(self._kind)}, {space}-space latents"
+
+    def _words(self, kind: str | None) -> str:
+        """A decoder of this one's latents, by its kind in a snapshot."""
+        return {None: f"a full {self.space.name} VAE", taehv_stream.KIND: "a tiny VAE"}.get(kind, "another VAE")
 
     @property
     def described_way(self) -> str:
@@ -162,15 +140,15 @@ class HostDecoder:
         return self.way if self.way == FAST else f"{PLAIN}: {self.why_plain}"
 
     def cache_bytes(self, batch: int, height: int, width: int) -> int:
-        """Bytes that the carried cache will take, for latents [batch, 16, t, height, width]."""
+        """Bytes that the carried cache will take, for latents [batch, C, t, height, width]."""
         if self.tiny:
             return taehv_stream.cache_bytes(self.stream.decoder, height, width, batch, self.vae.vae_dtype)
-        return vae_stream.cache_bytes(_width(self.vae), height, width, batch, self.vae.vae_dtype)
+        return self.family.full_vae.cache_bytes(_width(self.vae), height, width, batch, self.vae.vae_dtype)
 
     def working_bytes(self, batch: int, height: int, width: int, encodes: bool = False) -> int:
         """What a chunk's decode takes beside the cache: the host's reckoning for each item, and the caches before it that a stream
         keeps. `encodes`: pictures are encoded anew between two chunks, one at a time."""
-        one = int(self.vae.memory_used_decode((1, SPACE.channels, 1, height, width), self.vae.vae_dtype))
+        one = int(self.vae.memory_used_decode((1, self.space.channels, 1, height, width), self.vae.vae_dtype))
         frames = self.stream.frames_per_call if self.tiny else 1
         cache = self.cache_bytes(batch, height, width)
         weights = self._fast.nbytes if self._fast else 0
@@ -185,7 +163,7 @@ class HostDecoder:
         self.ready(batch, height, width)
 
     def ready(self, batch: int, height: int, width: int, told: Callable[[int, int], None] | None = None) -> list[str]:
-        """After `patcher` was loaded: make ready for latents [batch, 16, t, height, width]. If the fast way then turns out not to
+        """After `patcher` was loaded: make ready for latents [batch, C, t, height, width]. If the fast way then turns out not to
         go, the plain one is gone, and a sentence says so. What is compiled, `told` hears of (done, of how many); it may raise."""
         if self._fast is None:
             return []
@@ -208,18 +186,16 @@ class HostDecoder:
         return self._fast.in_place if self._fast else self.tiny or not stood_in(self.vae)
 
     def step(self, latents: torch.Tensor, takes: str | None = None) -> torch.Tensor:
-        """[B, 16, n, h, w] in VAE space to pictures [B, t, H, W, 3] float32 in 0..1 on the host's output device.
+        """[B, C, n, h, w] in VAE space to pictures [B, t, H, W, 3] float32 in 0..1 on the host's output device.
 
         Or in a form that a sink `takes` (picture_forms.FORMS), the same values: on the VAE's device, where the VAE makes its output
         as the host's own do.
 
         NonFinitePicturesError, with the stream as before, for NaN or infinity among them.
         """
-        fed = (
-            getattr(comfy.latent_formats, SPACE.latent_format)().process_in(latents.float())
-            if self.model_space
-            else latents
-        )
+        fed = latents
+        if self.model_space:
+            fed = getattr(comfy.latent_formats, self.space.latent_format)().process_in(latents.float())
         moved = fed.to(self.vae.vae_dtype).to(self.vae.device)
         if not self._in_place():
             self.load(latents.shape)
@@ -244,13 +220,13 @@ class HostDecoder:
         for frame in self._kept_frames:
             behind = self.stream.latents_seen - 1 - frame
             if 0 <= behind < latents:
-                last = pictures[:, pictures.shape[1] - 1 - SPACE.temporal_stride * behind]
+                last = pictures[:, pictures.shape[1] - 1 - self.space.temporal_stride * behind]
                 output = self._output(last.to(self.vae.output_device)[:, None])[:, 0]
                 self.kept_pictures[frame] = output.float().to("cpu", copy=True)
 
     def encoding_bytes(self, height: int, width: int) -> int:
         """What encoding one picture of latent pixels [height, width] takes beside the weights, by the host's reckoning."""
-        shape = (1, 3, 1, SPACE.stride * height, SPACE.stride * width)
+        shape = (1, 3, 1, self.space.stride * height, self.space.stride * width)
         return int(self.vae.memory_used_encode(shape, self.vae.vae_dtype))
 
     def _output(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -324,8 +300,8 @@ class HostDecoder:
         kind = saved.get("vae_kind")
         if kind == self._kind:
             return None
-        theirs = _WORDS.get(str(kind) if kind is not None else None, "another VAE")
-        return f"the state's video was decoded by {theirs} and the vae connected is {_WORDS[self._kind]}"
+        theirs, mine = (self._words(None if one is None else str(one)) for one in (kind, self._kind))
+        return f"the state's video was decoded by {theirs} and the vae connected is {mine}"
 
 
 def _why_tiny_plain(vae: Any) -> str:
@@ -339,7 +315,8 @@ def _takes_model_space(vae: Any, tiny: bool, latent_space: str) -> bool:
 
     The files of taew2_1 (model space, published in float16) and lighttaew2_1 (VAE space, in wider types) have the same
     layout, and a loaded VAE has no name. But the host takes a float16 file for Hunyuan's and gives it that rescaling,
-    which the layers driven here do not contain: its mark tells the two apart.
+    which the layers driven here do not contain: its mark tells the two apart. It marks none of 48 channels: what VAE Decode
+    feeds them, lighttaew2_2's VAE space, is taken for these, and taew2_2 (model space) has to be told.
     """
     if latent_space not in LATENT_SPACES:
         raise ValueError(f"latent_space is {latent_space!r}; it must be one of {', '.join(LATENT_SPACES)}")

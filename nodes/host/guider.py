@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from comfy.samplers import CFGGuider, Sampler
 
-from ...adastate_core.geometry import LatentSpace
+from ...adastate_core.families.family import Family
 from .model import HostModel, family_of_model
 from .refusals import check_conditioning, check_model, unknown_conditioning, unknown_options
 
@@ -49,14 +49,13 @@ def _positive(guider: Any) -> list[list[Any]]:
     return [[cond.get("cross_attn"), cond] for cond in guider.conds.get("positive", [])]
 
 
-def check_latents(
-    space: LatentSpace, noise: torch.Tensor, latent: torch.Tensor | None, mask: torch.Tensor | None
-) -> None:
-    """ValueError unless `noise` is that of an empty, unmasked video latent of `space`."""
+def check_latents(family: Family, noise: torch.Tensor, latent: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    """ValueError unless `noise` is that of an empty, unmasked video latent of `family`'s space."""
+    space = family.space
     if noise.ndim != 5 or noise.shape[1] != space.channels:
         raise ValueError(
             f"the latent is {list(noise.shape)}; it must be an empty {space.name} video latent "
-            f"[batch, {space.channels}, frames, h, w], such as Empty HunyuanVideo Latent gives"
+            f"[batch, {space.channels}, frames, h, w], such as {family.empty_latent} gives"
         )
     if mask is not None:
         raise ValueError("the latent carries a noise mask, which a rollout cannot honour; connect an empty latent")

@@ -16,7 +16,7 @@ from comfy.taesd.taehv import TAEHV
 
 from ...adastate_core.attention.cached import CachedAttention
 from ...adastate_core.attention.wan import SESSION, TEXT_KEY, cross_attention_forward, self_attention_forward
-from ...adastate_core.geometry import WAN21, ModelGeometry
+from ...adastate_core.geometry import WAN21, LatentSpace, ModelGeometry
 from ...adastate_core.schedules.schedule import timesteps
 from .output_files import PACK
 
@@ -26,18 +26,20 @@ DEMO_VAE = PACK / "models" / "vae" / "adastate_demo_vae.safetensors"
 
 @dataclass(frozen=True)
 class Shape:
-    """A Wan 2.1 text-to-video transformer: its width, that of its feed-forward part, and how many blocks it has."""
+    """A Wan text-to-video transformer: its width, that of its feed-forward part, how many blocks it has, and whose latents it
+    takes."""
 
     width: int
     feed_forward: int
     layers: int
+    space: LatentSpace = WAN21
 
     def module(self, device: str, dtype: torch.dtype) -> Any:
         """The host's module of this shape, its weights not set."""
         return comfy.ldm.wan.model.WanModel(
             model_type="t2v", dim=self.width, ffn_dim=self.feed_forward, num_heads=self.width // 128,
-            num_layers=self.layers, in_dim=16, out_dim=16, operations=comfy.ops.disable_weight_init,
-            device=device, dtype=dtype,
+            num_layers=self.layers, in_dim=self.space.channels, out_dim=self.space.channels,
+            operations=comfy.ops.disable_weight_init, device=device, dtype=dtype,
         )  # fmt: skip
 
 
@@ -122,7 +124,8 @@ class PlainWan:
     def __init__(self, shape: Shape, weights: dict[str, torch.Tensor], context: torch.Tensor) -> None:
         self.module, self.device, self.kernel = shape.module("cpu", torch.float32), torch.device("cpu"), written_out
         self.module.load_state_dict({name: value.float() for name, value in weights.items()})
-        self.geometry = ModelGeometry(16, shape.layers, shape.width // 128, 128, self.module.patch_size[1], WAN21)
+        space, patch = shape.space, self.module.patch_size[1]
+        self.geometry = ModelGeometry(space.channels, shape.layers, shape.width // 128, 128, patch, space)
         self._context = context.float()
         for i, block in enumerate(self.module.blocks):
             for part, make in ((block.self_attn, self_attention_forward), (block.cross_attn, cross_attention_forward)):
@@ -133,7 +136,7 @@ class PlainWan:
         self._context = context.float()
 
     def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: CachedAttention) -> torch.Tensor:
-        """One forward of [1, 16, frames, h, w]."""
+        """One forward of [1, C, frames, h, w]."""
         own = {SESSION: attention, TEXT_KEY: id(self._context)}
         times = timesteps(timestep, x)
         return self.module.forward_orig(x, times, self._context, freqs=None, transformer_options=own)

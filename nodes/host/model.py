@@ -268,7 +268,7 @@ class HostModel:
         self._text_key = (next(_CONTEXTS), self._text_key[1])
 
     def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: CachedAttention) -> torch.Tensor:
-        """One forward of [B, 16, frames, h, w] at one timestep, or with one for every frame; float32.
+        """One forward of [B, C, frames, h, w] at one timestep, or with one for every frame; float32.
 
         A timestep that all frames share is given once an item: the modulations then broadcast over the tokens.
         """

@@ -48,7 +48,7 @@ class Progress:
         self._bar.update_absolute(self._done, preview=("JPEG", image, PREVIEW_PIXELS))
 
     def preview_latent(self, patcher: Any, latents: torch.Tensor) -> None:
-        """Show the newest of [B, 16, n, h, w] (model space) as the host's samplers would: only if previews are on."""
+        """Show the newest of [B, C, n, h, w] (model space) as the host's samplers would: only if previews are on."""
         if not self._previewer_made:
             self._previewer = latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
             self._previewer_made = True

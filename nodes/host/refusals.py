@@ -118,10 +118,10 @@ def check_model(patcher: Any, options: Mapping[str, Any] | None = None, sampled:
     """
     config = type(patcher.model.model_config).__name__
     if (family := family_of(config)) is None:
-        driven = ", ".join(one.model_class for one in FAMILIES)
+        driven = ", ".join(f"{one.name} ({one.model_class})" for one in FAMILIES)
         raise ValueError(
-            f"the model is a {config}; a rollout drives Wan 2.1 text-to-video models ({driven}): load a causal "
-            "Wan 2.1 checkpoint such as Self-Forcing with Load Causal Video Model"
+            f"the model is a {config}; a rollout drives models of {driven}: load a causal checkpoint such as Self-Forcing or "
+            "LongLive 2.0 with Load Causal Video Model"
         )
     own = family.space.channels
     channels = patcher.model.model_config.unet_config.get("in_dim", own)

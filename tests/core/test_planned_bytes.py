@@ -19,6 +19,7 @@ FEW_LAYERS = 1.3
 
 
 @pytest.mark.parametrize(("case", "model"), [(c, "1.3B") for c in CASES if c not in LONG] + [("adaptive", "14B")])
+@pytest.mark.sampled(2)
 def test_what_is_counted_is_what_was_planned(case, model):
     found = counted(case, model, layers=2)
     assert found.peak["cuda"] <= found.total <= FEW_LAYERS * found.peak["cuda"], (found.planned, found.peak)

@@ -167,7 +167,7 @@ def test_bad_numbers_are_said_before_anything_is_loaded(node, inputs, message):
         ({"filename_prefix": "../../escape"}, "does not name a file inside the host's folder"),
         ({"filename_prefix": "/etc/passwd"}, "does not name a file inside the host's folder"),
         ({"filename_prefix": ""}, "does not name a file inside the host's folder"),
-        ({"fps": 0.0}, "fps is 0.0; it must be between 1 and 240"),
+        ({"fps": 0.5}, "fps is 0.5; it must be 0 or between 1 and 240"),
         ({"codec": "gif"}, "codec is 'gif'; it must be one of h264"),
         ({"quality": 99}, "quality is 99"),
         ({"autosave_seconds": -1.0}, "autosave_seconds is -1.0"),

@@ -259,7 +259,11 @@ def test_prompts_of_the_wrong_shape_are_refused(sample, model, positive):
 def test_latents_that_are_not_empty_are_refused(sample):
     refused(sample, "carries a noise mask", latent=empty() | {"noise_mask": torch.ones(1, 1, 12, 4, 4)})
     refused(sample, "start_latent of AdaState Rollout", latent={"samples": torch.ones(1, 16, 3, 4, 4)})
-    refused(sample, "both sides must be multiples of 2", latent={"samples": torch.zeros(1, 16, 3, 4, 5)})
+    refused(
+        sample,
+        "width is 40; this model needs multiples of 16: try 32 or 48",
+        latent={"samples": torch.zeros(1, 16, 3, 4, 5)},
+    )
     refused(sample, "they must fall strictly", sigmas=torch.tensor([0.5, 0.8, 0.0]))
     refused(sample, "needs at least one value", sigmas=torch.tensor([0.0]))
     refused(sample, "'absolute' with the adaptive anchor", positions="absolute", anchor=AnchorAdaptive(1))
