@@ -10,48 +10,10 @@ any of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from .geometry import ModelGeometry
-
 STARTS = BEFORE, INSIDE = ("before", "inside")
-
-
-class RolloutNumbers(Protocol):
-    """What of a rollout says whether latents can stand inside its first chunk (RolloutSpec)."""
-
-    geometry: ModelGeometry
-    chunk_frames: int
-    blocks: int
-    remade: str
-
-
-def check_inside(spec: RolloutNumbers, frames: int) -> None:
-    """ValueError, in a sentence, if so many given latent frames cannot stand inside the first chunk."""
-    instead = "choose the start mode before the first chunk"
-    if spec.blocks > 1:
-        raise ValueError(
-            f"start latents inside the first chunk do not go with {spec.blocks} chunks denoised together; {instead}"
-        )
-    if spec.remade:
-        raise ValueError(
-            "start latents inside the first chunk do not go with a past that is made anew before every chunk; "
-            + instead
-        )
-    if 0 < frames < spec.chunk_frames:
-        return
-    pictures, most = spec.geometry.space.pictures, spec.chunk_frames - 1
-    fit = (
-        f"at most {pictures(most)} pictures ({most} latent frames) fit inside: give fewer, or {instead}"
-        if most
-        else f"none fits inside: {instead}"
-    )
-    raise ValueError(
-        f"the start latents are {pictures(frames)} pictures ({frames} latent frames) and the first chunk has {spec.chunk_frames} "
-        f"latent frames, so {fit}"
-    )
 
 
 @dataclass(frozen=True)

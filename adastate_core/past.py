@@ -27,7 +27,7 @@ from .anchors import Anchor
 from .cache.kv_cache import KVCache
 from .cache.one_pass import OnePass
 from .cache.steps import Step, Steps
-from .given import BEFORE, check_inside
+from .given import BEFORE
 from .rollout_state import RolloutState
 from .rope import Layout, Rope
 from .schedules import rolling
@@ -496,7 +496,7 @@ class Past:
         if state.start != BEFORE:
             if state.given is None or state.next_frame:
                 raise ValueError("the state's start latents have no first chunk to stand in: it is damaged")
-            check_inside(self.spec, state.given.shape[2])
+            self.spec.check_inside(state.given.shape[2])
         for latents, frames in shapes:
             if latents is not None and (latents.shape != self.shape(frames) or latents.dtype != torch.float32):
                 raise ValueError("the state's latents do not have the shape that its settings say: it is damaged")

@@ -22,7 +22,7 @@ from .absorption.solve import Solution
 from .anchors import Anchor, AnchorAdaptive
 from .attention.cached import CachedAttention
 from .cache.kv_cache import KVCache
-from .given import BEFORE, INSIDE, Held, check_inside
+from .given import BEFORE, INSIDE, Held
 from .passes import CausalModel, NonFiniteError, Passes, StepCallback
 from .past import Past, UnfinishedError
 from .prompts.plan import PromptPlan
@@ -285,7 +285,7 @@ class Rollout:
         if given.shape[2] >= length:
             raise ValueError(f"start latents hold {given.shape[2]} latent frames of {length}; length must be longer")
         if start == INSIDE:
-            check_inside(self.spec, given.shape[2])
+            self.spec.check_inside(given.shape[2])
         self.past.give(given, start)
 
     def _next(self, length: int) -> None:

@@ -156,6 +156,28 @@ class RolloutSpec:
                 f"a past that is made anew before every chunk does not go with {' and '.join(found)}; remove one of the two"
             )
 
+    def check_inside(self, frames: int) -> None:
+        """ValueError, in a sentence, if so many given latent frames cannot stand inside the first chunk (given.py)."""
+        instead = "choose the start mode before the first chunk"
+        others = {
+            f"{self.blocks} chunks denoised together": self.blocks > 1,
+            "a past that is made anew before every chunk": self.remade,
+        }
+        for name in (name for name, there in others.items() if there):
+            raise ValueError(f"start latents inside the first chunk do not go with {name}; {instead}")
+        if 0 < frames < self.chunk_frames:
+            return
+        pictures, most = self.geometry.space.pictures, self.chunk_frames - 1
+        fit = (
+            f"at most {pictures(most)} pictures ({most} latent frames) fit inside: give fewer, or {instead}"
+            if most
+            else f"none fits inside: {instead}"
+        )
+        raise ValueError(
+            f"the start latents are {pictures(frames)} pictures ({frames} latent frames) and the first chunk has "
+            f"{self.chunk_frames} latent frames, so {fit}"
+        )
+
     @property
     def room_shared(self) -> int:
         """The smallest window that `shares_window` goes with: it and one chunk more have room for anchor and all blocks."""

@@ -12,7 +12,7 @@ import torch
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CachePlan
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
-from ..adastate_core.given import INSIDE, check_inside
+from ..adastate_core.given import INSIDE
 from ..adastate_core.weights.checkpoints import TORCH_SUFFIXES, open_checkpoint
 from ..adastate_core.weights.presets import PRESETS
 from ..adastate_core.weights.wan_weights import listed
@@ -189,7 +189,7 @@ def _not_inside(built: Built, samples: torch.Tensor) -> list[str]:
     """Why start latents [B, C, n, h, w] cannot stand where the model's preset has them, a sentence."""
     try:
         if built.resolved.start == INSIDE and samples.ndim == 5:
-            check_inside(built.spec, samples.shape[2])
+            built.spec.check_inside(samples.shape[2])
     except ValueError as error:
         return [str(error)]
     return []

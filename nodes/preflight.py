@@ -10,7 +10,7 @@ import torch
 
 from ..adastate_core.anchors import AnchorAdaptive
 from ..adastate_core.cache.eight_bits import check_cache_dtype
-from ..adastate_core.given import BEFORE, INSIDE, check_inside
+from ..adastate_core.given import BEFORE, INSIDE
 from ..adastate_core.prompts.plan import NumberChange, PromptChange, PromptPlan
 from ..adastate_core.prompts.values import PromptAt, Prompts
 from ..adastate_core.rollout import RolloutState
@@ -390,7 +390,7 @@ class Prepared:
         if self.given is None and not waiting:
             return BEFORE
         if self.given is not None and found == INSIDE:
-            check_inside(self.spec, self.given.shape[2])
+            self.spec.check_inside(self.given.shape[2])
         return found
 
     @property

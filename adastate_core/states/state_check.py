@@ -25,7 +25,7 @@ from ..decode.wan_vae import FEATURES
 from ..decode.ways import WAY, WAYS
 from ..files.header_check import Damage, Fields, Tensors, Unreadable, number, shown
 from ..geometry import SPACES, WAN21, ModelGeometry
-from ..given import INSIDE, check_inside
+from ..given import INSIDE
 from ..rope import POSITION_MODES
 from ..shot_check import damage
 from ..spec import ENDINGS, REMADE, RolloutSpec
@@ -109,7 +109,7 @@ def _check_inside(header: Fields, tensors: Tensors, spec: RolloutSpec, next_fram
     if next_frame:
         raise Damage(f"start is {start}, but next_frame is {next_frame}, which is not the first chunk's")
     try:
-        check_inside(spec, given.shape[2])
+        spec.check_inside(given.shape[2])
     except ValueError as error:
         raise Damage(f"start is {start}, which cannot be ({error})") from error
 
