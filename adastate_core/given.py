@@ -10,17 +10,25 @@ any of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from .spec import RolloutSpec
+from .geometry import ModelGeometry
 
 STARTS = BEFORE, INSIDE = ("before", "inside")
 
 
-def check_inside(spec: RolloutSpec, frames: int) -> None:
+class RolloutNumbers(Protocol):
+    """What of a rollout says whether latents can stand inside its first chunk (RolloutSpec)."""
+
+    geometry: ModelGeometry
+    chunk_frames: int
+    blocks: int
+    remade: str
+
+
+def check_inside(spec: RolloutNumbers, frames: int) -> None:
     """ValueError, in a sentence, if so many given latent frames cannot stand inside the first chunk."""
     instead = "choose the start mode before the first chunk"
     if spec.blocks > 1:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..adastate_core.prompts.demo_words import DEFAULTS, prompt, words_in, words_over_time
 from ..adastate_core.prompts.entry_options import SHOT
-from ..adastate_core.prompts.shots import Words, shot_words, words_over
+from ..adastate_core.prompts.shot_words import Words, shot_words, words_over
 from ..adastate_core.prompts.timeline import check_shared, tidy, with_shared
 from ..adastate_core.prompts.values import LONGEST, PromptAt, Prompts, TimedText, parse_timeline
 from .host.text import encode_one, on_the_cpu

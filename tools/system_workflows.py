@@ -56,9 +56,9 @@ SYSTEMS = {
     "longlive2": System(
         (("Efficient-Large-Model/LongLive-2.0-5B", "model_bf16.pt"),),
         "0:00 meadow, steady, crimson balloon\n0:07 {shot} desert, fast\n0:13 {shot} snow, slow, lantern",
-        remark="The preset *longlive2_5b_2step* is for the weights of two steps. `{shot}` in front of words begins a new scene: put "
-        "*Prompt Timeline* in the place of *Demo Prompt Timeline*. Without a picture take *Load Image* and *Continue Video* out "
-        "and set the rollout's size.",
+        remark="The preset *longlive2_5b_2step* is for the weights of two steps. `{shot}` in front of words begins a new scene; "
+        "*Prompt Timeline*, which has a text encoder, puts the sentence in front of them that the weights know. Without a picture "
+        "take *Load Image* and *Continue Video* out and set the rollout's size.",
         picture=True,
         by="longlive2_5b",
     ),
@@ -155,7 +155,11 @@ def note(name: str) -> str:
     vae, (width, height) = _vae_url(name), SIZES[preset.space.name]
     timed = isinstance(system.words, str)
     stands, encode = ("Demo Prompt Timeline", "Prompt Timeline") if timed else ("Demo Prompt", "CLIP Text Encode")
-    size = f"**area** {width}x{height} in *Continue Video*" if system.picture else f"**width** {width}, **height** {height}"
+    size = (
+        f"**area** {width}x{height} in *Continue Video*"
+        if system.picture
+        else f"**width** {width}, **height** {height}"
+    )
     rules, *more = map(_sentence, preset.describe().splitlines()[1:])
     remarks = " ".join([*more, system.remark])
     demo = "The demo model was not trained for these rules: here they run, but what the system paints is seen with its own weights:"

@@ -7,7 +7,8 @@ one function; doubling the frames is one copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -176,6 +177,49 @@ class Upsample:
         # [B, 2C, T, H, W] holds two frames of C channels for each that came in
         pairs = made.unflatten(1, (2, -1)).permute(0, 3, 1, 4, 5, 2)
         return pairs.reshape(-1, *pairs.shape[3:]).movedim(-1, 1)
+
+
+class UpBlock:
+    """In the place of the forward of a block of Wan 2.2's VAE: what its layers make and, if it upsamples, beside that its input,
+    each pixel repeated over time and place (modules/vae2_2.py, DupUp3D), which is added in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        # (in time, row, column) of each repetition, and the input's channels there, None where they are the output's
+        self._places = [] if module.avg_shortcut is None else list(_places(module.avg_shortcut))
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        feat_cache: list[Any] | None = None,
+        feat_idx: list[int] | None = None,
+        first_chunk: bool = False,
+    ) -> torch.Tensor:
+        made = x
+        for layer in self._module.upsamples:
+            made = layer(made, feat_cache, feat_idx)
+        if not self._places:
+            return made
+        beside, made, pixels = self._module.avg_shortcut, channels_last(made), channels_last(x).movedim(1, -1)
+        # a video's first frame stays one: the last of its repetitions
+        left_out = beside.factor_t - 1 if first_chunk else 0
+        side, parts = beside.factor_s, made.movedim(1, -1)
+        parts = parts.unflatten(3, (-1, side)).unflatten(2, (-1, side)).unflatten(1, (-1, beside.factor_t - left_out))
+        for (time, row, column), channels in self._places:
+            if time >= left_out:
+                part = pixels if channels is None else pixels.index_select(-1, channels.to(pixels.device))
+                parts[:, :, time - left_out, :, row, :, column].add_(part)
+        return made
+
+
+def _places(beside: nn.Module) -> Iterator[tuple[tuple[int, int, int], torch.Tensor | None]]:
+    """Of a DupUp3D, whose output channels by time, row and column are the input's, each `repeats` times."""
+    times, side, wide = beside.factor_t, beside.factor_s, beside.out_channels
+    sources = (torch.arange(wide * times * side**2) // beside.repeats).view(wide, times, side, side)
+    same = torch.arange(wide) if wide == beside.in_channels else None
+    for place in product(range(times), range(side), range(side)):
+        channels = sources[(slice(None), *place)].contiguous()
+        yield place, None if same is not None and torch.equal(channels, same) else channels
 
 
 def _newest(x: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:

@@ -103,7 +103,7 @@ class HostDecoder:
         if self.tiny:
             self.stream.frames_per_call = max(self.frames_per_call, _TINY_AT_ONCE) if fast else self.frames_per_call
         else:
-            self._fast = (self._fast or FastVae(self.vae)) if fast else None
+            self._fast = (self._fast or FastVae(self.vae, self.family.full_vae)) if fast else None
             self.stream.layout = torch.channels_last_3d if fast else None
         self.way = way
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import comfy.ldm.modules.diffusionmodules.model as modules
 import comfy.ldm.wan.vae as wan
+import comfy.ldm.wan.vae2_2 as wan2
 import comfy.ops
 import torch
 from torch import nn
 
-from ...adastate_core.decode.fast_parts import Attention, Conv, Norm, Nothing, Residual, Upsample
+from ...adastate_core.decode.fast_parts import Attention, Conv, Norm, Nothing, Residual, UpBlock, Upsample
 from ...adastate_core.decode.norm_silu import FUNCTIONS
+from ...adastate_core.decode.wan_makes import WanMake
 from ...adastate_core.decode.wan_vae import VaeStream
 from ...adastate_core.fused import COMPILED, Fused, compiler_for
 from .fusing import cache_folder
@@ -26,12 +28,16 @@ from .fusing import cache_folder
 Told = Callable[[int, int], None]
 
 _CONV2D = comfy.ops.disable_weight_init.Conv2d
+# the VAEs that are known, with their decoders
+_CODECS = {wan.WanVAE: wan.Decoder3d, wan2.WanVAE: wan2.Decoder3d}
+# what both makes have, each in a class of its own
+_RESIDUALS, _RESAMPLES = (wan.ResidualBlock, wan2.ResidualBlock), (wan.Resample, wan2.Resample)
 # a module of exactly one of these is known; what none of it has to be is patched
 _KNOWN = (
-    wan.Decoder3d, wan.ResidualBlock, wan.AttentionBlock, wan.Resample, wan.CausalConv3d, wan.RMS_norm, _CONV2D,
-    nn.Sequential, nn.SiLU, nn.Dropout, nn.Upsample, nn.Identity,
+    *_CODECS.values(), *_RESIDUALS, *_RESAMPLES, wan2.Up_ResidualBlock, wan2.DupUp3D, wan.AttentionBlock, wan.CausalConv3d,
+    wan.RMS_norm, _CONV2D, nn.Sequential, nn.SiLU, nn.Dropout, nn.Upsample, nn.Identity,
 )  # fmt: skip
-_STAND_INS = (Conv, Norm, Nothing, Residual, Upsample)
+_STAND_INS = (Conv, Norm, Nothing, Residual, UpBlock, Upsample)
 _DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -44,7 +50,7 @@ def why_not(vae: Any) -> str:
         return reason
     if device == "cuda" and (reason := compiler_for(vae.device)[1]):
         return reason
-    if type(codec) is not wan.WanVAE or type(getattr(codec, "decoder", None)) is not wan.Decoder3d:
+    if type(getattr(codec, "decoder", None)) is not _CODECS.get(type(codec)):
         return "the VAE is of a class that is not known"
     patched = {name.rpartition(".")[0] for name in vae.patcher.object_patches}
     for name, module in _layers(codec):
@@ -63,8 +69,9 @@ class FastVae:
     Two of them on one VAE do not go together: the one that was loaded last is in place.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, make: WanMake) -> None:
         """`why_not(vae)` is "" """
+        self._make = make
         self._codec, self._device, self._dtype = vae.first_stage_model, vae.device, vae.vae_dtype
         self._fused = Fused(FUNCTIONS, *compiler_for(vae.device), cache_folder())
         self._compiles = self._fused.way == COMPILED
@@ -93,7 +100,7 @@ class FastVae:
         return self._fused.why if self._compiles and self._fused.way != COMPILED else ""
 
     def ready(self, batch: int, height: int, width: int, frames_per_call: int, told: Told | None = None) -> None:
-        """Take the weights, after the host has loaded them. On CUDA, compile what a decode of latents [batch, 16, n, height, width]
+        """Take the weights, after the host has loaded them. On CUDA, compile what a decode of latents [batch, C, n, height, width]
         calls, by decoding zeros; see `failed`. `told` hears (done, of how many) on the way and may raise."""
         for part in self._parts.values():
             if isinstance(part, Conv | Norm):
@@ -105,7 +112,8 @@ class FastVae:
     def _compile(self, batch: int, height: int, width: int, frames_per_call: int, told: Told) -> None:
         norms = [part for part in self._parts.values() if isinstance(part, Norm)]
         channels = self._codec.conv2.weight.shape[1]
-        stream, counts, called = VaeStream(self._codec, frames_per_call), (1, *range(1, frames_per_call + 1)), []
+        stream, counts = VaeStream(self._codec, frames_per_call, self._make), (1, *range(1, frames_per_call + 1))
+        called: list[int] = []
 
         def preparing() -> None:
             called.append(1)
@@ -172,7 +180,7 @@ def _other(module: nn.Module) -> str:
         for i, kind in enumerate(kinds):
             if kind is wan.RMS_norm and kinds[i + 1 : i + 2] != [nn.SiLU]:
                 return "has a norm without SiLU behind it"
-    if isinstance(module, wan.Resample) and module.mode not in ("upsample2d", "upsample3d"):
+    if isinstance(module, _RESAMPLES) and module.mode not in ("upsample2d", "upsample3d"):
         return f"is a Resample of mode {module.mode}"
     return ""
 
@@ -182,10 +190,12 @@ def _parts(codec: nn.Module, fused: Fused) -> Iterator[tuple[str, Any]]:
     for name, module in _layers(codec):
         if isinstance(module, wan.CausalConv3d | _CONV2D):
             yield f"{name}.forward", Conv(module, _padding(module), _casts, comfy.ops.run_every_op)
-        elif isinstance(module, wan.ResidualBlock):
+        elif isinstance(module, _RESIDUALS):
             yield f"{name}.forward", Residual(module)
-        elif isinstance(module, wan.Resample):
+        elif isinstance(module, _RESAMPLES):
             yield f"{name}.forward", Upsample(module)
+        elif isinstance(module, wan2.Up_ResidualBlock):
+            yield f"{name}.forward", UpBlock(module)
         elif isinstance(module, wan.AttentionBlock):
             yield f"{name}.norm.forward", Norm(module.norm, fused, "norm")
             if module.optimized_attention is modules.pytorch_attention:

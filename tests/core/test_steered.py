@@ -19,7 +19,7 @@ from tiny_model import TinyModel
 from adastate_core.anchors import AnchorAdaptive
 from adastate_core.files.header_check import Damage, Fields
 from adastate_core.prompts.plan import NumberChange, PromptChange, PromptPlan
-from adastate_core.prompts.shots import Words, words_over
+from adastate_core.prompts.shot_words import Words, words_over
 from adastate_core.prompts.steered import changed, holds_from, seconds_of, written
 from adastate_core.prompts.values import (
     GRAMMARS,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny_5b
 import torch
-from adastate_pack.nodes.host import codec
+from adastate_pack.adastate_core import fused
+from adastate_pack.nodes.host import codec, fast_vae
 from adastate_pack.nodes.host.codec import HostDecoder
 from comfy.latent_formats import Wan22
 from conftest import HostNode
@@ -118,3 +119,27 @@ def test_the_tiny_one_is_the_hosts_and_is_fed_what_it_is_told(tiny):
     normalised = HostNode("AdaStateDecode")(latent={"samples": z}, vae=tiny, latent_space="model").args[0]
     expected = tiny.decode(Wan22().process_in(z)).clamp(0, 1).flatten(0, 1)
     torch.testing.assert_close(normalised, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "side", "compiles"), [(1, 4, False), (2, 3, True)])
+def test_the_fast_way_is_near_it_and_has_the_same_bits_however_it_is_split(vae, batch, side, compiles, monkeypatch):
+    """`compiles`: the CPU as a device that does, where all that a decode calls is made while it is loaded."""
+    made, z, plain = [], latents(7, batch, side), vae.decode(latents(7, batch, side))
+    if compiles:
+        monkeypatch.setattr(fused, "_MADE", {})
+        monkeypatch.setattr(fast_vae, "compiler_for", lambda device: (lambda one: (made.append(one), one)[1], ""))
+    decoder = HostDecoder(vae, fast=True)
+    assert (decoder.way, decoder.why_plain) == ("fast", "")
+    decoder.load(z.shape)
+    assert bool(made) == compiles
+    made.clear()
+    whole = decoder.step(z)
+    assert whole.shape == plain.shape and plain.std() > 0.05 and 0 < (whole - plain).abs().max() < 1e-4
+    assert not made and decoder.nbytes == decoder.cache_bytes(batch, side, side)
+    other, last = HostDecoder(vae, fast=True), HostDecoder(vae, fast=True)
+    parts = [other.step(part) for part in z[:, :, :4].split([1, 3], dim=2)]
+    last.restore(other.snapshot())
+    assert torch.equal(torch.cat([*parts, last.step(z[:, :, 4:])], 1), whole)
+    del decoder, other, last
+    assert torch.equal(vae.decode(z), plain)
