@@ -86,8 +86,8 @@ class LongLive2(Published):
     packed, cuts, picture, given = False, (), None, None
     switch, local, corrected = 0, 0, {}
     hold = staticmethod(lambda x: x)  # what becomes of a frame's raw keys or values [B, P, width] once they are cached
-    # mistakes: nothing is pinned, or only until the chunk of the next cut begins; another highest order of the solver; fresh noise in
-    # the place of a solver
+    # mistakes: nothing is pinned, or only until the chunk of the next cut begins; another highest order of the solver; fresh noise
+    # in the place of a solver
     pins, pins_early, order, renoised = True, False, 2, False
     # mistakes: the model is told 1000 sigma; it is told of the picture what it is of the rest; it is not shown the picture
     exact_times, picture_told, picture_shown = False, False, True
