@@ -1,4 +1,4 @@
-"""How LongLive 2.0 generates, in its own terms, by whole histories in float64; for published_loops.py.
+"""How LongLive 2.0 generates, in its own terms, by whole histories in float64, as the others of published_loops.py.
 
 A shot's first chunk is pinned and all that follows stands later in time; a picture stands inside the first chunk; UniPC takes a
 chunk from its only noise to its latents. Shares nothing with adastate_core but the model under test and the pack's noise.
@@ -86,17 +86,11 @@ class LongLive2(Published):
     packed, cuts, picture, given = False, (), None, None
     switch, local, corrected = 0, 0, {}
     hold = staticmethod(lambda x: x)  # what becomes of a frame's raw keys or values [B, P, width] once they are cached
-    # mistakes: nothing is pinned; a pin ends when the chunk of the next cut begins; the highest order of the solver; fresh noise
-    # in the place of a solver; the model is told 1000 sigma; or of the picture what it is of the rest; or is not shown the picture
-    pins, pins_early, order, renoised, exact_times, picture_told, picture_shown = (
-        True,
-        False,
-        2,
-        False,
-        False,
-        False,
-        True,
-    )
+    # mistakes: nothing is pinned, or only until the chunk of the next cut begins; another highest order of the solver; fresh noise
+    # in the place of a solver
+    pins, pins_early, order, renoised = True, False, 2, False
+    # mistakes: the model is told 1000 sigma; it is told of the picture what it is of the rest; it is not shown the picture
+    exact_times, picture_told, picture_shown = False, False, True
 
     # ---- what is read
 

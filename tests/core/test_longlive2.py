@@ -94,8 +94,7 @@ CASES += [("longlive2_5b_2step", mode) for mode in ("shots", "a picture inside a
 @pytest.mark.parametrize(("name", "mode"), CASES, ids=[" ".join(case) for case in CASES])
 def test_a_preset_is_its_loop(name, mode, tmp_path):
     """Over as many chunks as its description says, two videos at once; and the same saved to a file and read again in the middle of
-    shots and of chunks, where it goes on bit for bit. semantics: A change of the prompt. semantics: Given frames. semantics:
-    Samplers."""
+    shots and of chunks, where it goes on bit for bit. semantics: A change of the prompt. semantics: Given frames."""
     changed, numbers, given = modes_of(mode, 2)
     theirs = by_the_loop(name, PRESETS[name].compared_chunks, **numbers)
     ours = latents_of(started(name, **changed), theirs.shape[2], *given)
