@@ -80,6 +80,7 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
         lines.append(f"its own settings: {json.dumps(own)}; anchor {json.dumps(resolved.anchor.describe())}")
     else:
         lines.append("nothing says how it is rolled out; choose one of the presets " + ", ".join(PRESETS))
+    lines.append(f"it makes {built.fps:g} frames a second")
     per_frame = 2 * plan.frame_bytes * geometry.layers
     latents = space.latents(length)
     lines.append(

@@ -39,8 +39,9 @@ def test_a_prompt_without_marks_stays_one(client):
 
 def test_a_prompt_that_a_grammar_cannot_hold_is_written_in_another(client):
     entries = [{"seconds": 0, "text": "a | b"}, {"seconds": 2, "text": "c", "transition": "cut"}]
+    entries.append({"seconds": 4, "text": "", "transition": "shot"})
     told = ask(client, entries=entries, grammar="bars")
-    assert plain(told) == [(0, "a | b", None), (2, "c", "cut")] and told["grammar"] != "bars"
+    assert plain(told) == [(0, "a | b", None), (2, "c", "cut"), (4, "", "shot")] and told["grammar"] != "bars"
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,11 @@ def test_a_prompt_that_a_grammar_cannot_hold_is_written_in_another(client):
         ({"text": "0s a\n0.1s b", "fps": 16}, (2, 6), "less than a latent frame"),
         ({"text": "0s a\n30s b", "duration": 10}, (2, 1), "the video ends at 10s"),
         ({"entries": [{"seconds": 0, "text": " "}]}, (None, None), "prompt 1 is empty"),
+        (
+            {"entries": [{"seconds": 0, "text": "a"}, {"seconds": 2, "text": "", "transition": "cut"}]},
+            (None, None),
+            "prompt 2 is",
+        ),
         ({"entries": [{"seconds": 1, "text": "a"}]}, (None, None), "the first must be at 0"),
         ({"entries": [{"seconds": "x", "text": "a"}]}, (None, None), "give a number of seconds"),
         ({"text": "a", "fps": -1}, (None, None), "fps is -1"),

@@ -308,10 +308,11 @@ def test_noise_that_was_drawn_ahead_is_drawn_again():
 
 
 STEERED = {
-    "timeline": "0s a\n5s {soft, seed 3} b",
+    "timeline": "0s a\n5s {soft, seed 3} b\n9s {shot} c",
     "changes": [
         {"at": 5.0, "frame": 20, "prompt": "b", "transition": "soft", "seed": 2**64 - 1},
         {"at": 6.0, "frame": 24, "strength": 0.5},
+        {"at": 9.0, "frame": 36, "prompt": "c", "transition": "shot"},
     ],
 }
 

@@ -167,6 +167,7 @@ def test_what_is_said_of_other_files(models, wan_state):  # noqa: F811
     written(models, "a.pt", {"generator_ema": wan_state, "generator": random_wan(seed=3)})
     said = inspected("a.pt", width=32, height=32)
     assert "layout: a torch file, its generator_ema" in said and "taken for Self-Forcing (arXiv 2506.08009)" in said
+    assert "it makes 16 frames a second" in said
     assert "width 128: 2 layers of width 128, 1 heads, feed-forward 64" in said
     written(models, "b.safetensors", wan_state)
     assert "nothing says how it is rolled out; choose one of the presets self_forcing, " in inspected("b.safetensors")

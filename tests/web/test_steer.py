@@ -194,20 +194,20 @@ def test_scenes_are_marked_where_they_begin(open_front_end, artefacts):
     """One that is asked for on the way and one of the timeline: on the axis, on the prompt, and at the chunk's own button."""
     page = open_front_end("classic")
     wheel = Wheel(page)
-    page.tab.evaluate(SET, [*TIMELINE, "0s meadow, slow, crimson balloon\n5.25s {shot}"])
+    page.tab.evaluate(SET, [*TIMELINE, "0s meadow, slow, crimson balloon\n3.75s {shot}"])
     planned = wheel.marks.nth(1)
     planned.wait_for()
     assert "adastate-shot" in planned.get_attribute("class") and planned.inner_text() == "{shot}"
     start(page, LONG)
     wheel.until("running")
-    wheel.until_chunks(2)
+    wheel.until_chunks(1)
     wheel.say("snow, lantern", "shot")
     wheel.until_done(1)
-    wheel.until_chunks(9)
+    wheel.until_chunks(7)
     [asked] = wheel.run["steering"]["done"]
     assert asked["transition"] == "shot" and wheel.run["steering"]["timeline"].endswith("{shot}")
     shots = [chunk for chunk in wheel.run_chunks() if chunk["shot"]]
-    assert [(chunk["first_frame"] + 3) // 4 for chunk in shots] == [round(asked["at"] * 4), 21]
+    assert [(chunk["first_frame"] + 3) // 4 for chunk in shots] == [round(asked["at"] * 4), 15]
     flags = wheel.element.locator(".adastate-shot-flag")
     assert flags.evaluate_all("(all) => all.map((flag) => flag.title)") == [
         f"A new scene begins at {chunk['first_frame'] / 16:.1f} s" for chunk in shots
