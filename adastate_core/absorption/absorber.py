@@ -142,8 +142,7 @@ class Absorber:
             self.find_nothing()
             return
         solution = self._solved() if self.solution is None else self.solution
-        first = self.cache.layers[0].window.values()
-        pinned = sum(slot.frame < self.corrections.pinned for slot in first)
+        pinned = len(self.cache.layers[0].first_of(self.corrections.pinned))
         switch = self._switch(solution, pinned, moved=True)
         collector = self._collecting_on(switch.histories)
         self.collector, self.solved_for = collector, dict(self.origin)

@@ -149,11 +149,17 @@ class LayerSlots(ABC):
         window still holds from the beginning of the video, and its newest `local_window` frames."""
         start, ordered = self.current_start, list(self.window.items())
         newest = {ring for ring, _ in ordered[max(0, len(ordered) - local_window) :]}
-        first = {ring for ring, slot in ordered if slot.frame < pinned}
+        first = self.first_of(pinned)
         local = [*(self.anchor_index(slot) for slot in self.anchor), *range(start, start + current_frames)]
         local += [self.window_start + ring for ring in (*self.pinned, *(newest | first))]
         history = [self.window_start + ring for ring, _ in ordered if ring not in newest | first]
         return tuple([slice(run[0], run[-1] + 1) for run in runs(sorted(part))] for part in (local, history))
+
+    def first_of(self, frames: int) -> set[int]:
+        """Ring slots of those of the video's first `frames` that are still in the window; what only a shot keeps there has left."""
+        newest = max((slot.frame for slot in self.window.values()), default=0)
+        left = newest - self.layer.window_frames
+        return {ring for ring, slot in self.window.items() if left < slot.frame < frames}
 
     def resized(self, layer: LayerSpec, room: LayerSpec) -> LayerSlots:
         """The same layer with buffers of another size, beside this one, which stays as it is. Nothing may still be on its way to or

@@ -239,6 +239,16 @@ def test_layers_that_have_lost_their_history_keep_their_newest_frames(first, pos
         assert resumed.absorber.watched == whole.absorber.watched
 
 
+def test_a_pinned_chunk_is_none_of_the_first_frames_that_an_absorption_keeps():
+    """Where these have left the window, the switched layers are as small as they were planned."""
+    settings = AbsorptionSettings(warmup_frames=15, local_window_frames=2, sink_frames=4, ratio=0.5, ridge=0.3)
+    spec = spec_for(TinyModel(), W=6, positions="absolute", absorption=settings)
+    rollout = rollout_of(spec, shots(3))
+    rolled(rollout, 21)
+    assert sorted(map(len, held(rollout))) == [2, 6] and held(rollout)[1 - rollout.absorber.solution.chosen[0]][0] == 3
+    assert rollout.cache.peak_nbytes == spec.plan().kv_bytes
+
+
 def test_where_frames_stand_and_which_stay():
     """semantics: Shots."""
     assert [time_of(frame, (3, 9)) for frame in (0, 2, 3, 8, 9, 100)] == [0, 2, 11, 16, 25, 116]

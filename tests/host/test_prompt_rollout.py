@@ -133,6 +133,10 @@ def test_timelines_that_cannot_be_rolled_out(rollout):
     several = Prompts((PromptAt(0, [[context(1), {}]]), PromptAt(2.5, [[context(2), {}]] * 2)))
     with pytest.raises(ValueError, match="the prompt at 2.5 s: positive holds 2 conditioning entries"):
         rollout(positive=several)
+    with pytest.raises(
+        ValueError, match="window_frames is 3, and a shot keeps its first chunk of 3 latent frames there"
+    ):
+        rollout(positive=timeline((0.0, context(1), "cut"), (2.5, context(2), "shot")))
 
 
 def test_one_prompt_over_time_is_that_prompt(rollout):

@@ -203,7 +203,10 @@ def test_what_cannot_be_done_is_said_and_the_run_goes_on(rollout, node, script, 
     clip = Encoder()
     clip.held = {"film of late": threading.Event()}
     script.waits = False
-    script.at(1, Wish(prompt="broken"), Wish(strength=0.5), Wish(prompt="0:05 b\n[5s: c] | d [5s]"), Wish(pause=True))
+    script.at(
+        1, Wish(prompt="broken"), Wish(strength=0.5), Wish(prompt="0:05 b\n[5s: c] | d [5s]"),
+        Wish(prompt="a sea", transition="shot"), Wish(pause=True),
+    )  # fmt: skip
     script.at(2, Wish(take_back=1.0), Wish(prompt="late"), Wish(seed=4))
     script.acts[3] = [clip.held["film of late"].set]
     script.at(7, *[Wish(seed=100 + i) for i in range(65)])  # of 8 chunks one is left
@@ -211,9 +214,10 @@ def test_what_cannot_be_done_is_said_and_the_run_goes_on(rollout, node, script, 
     out = rollout(length=LENGTH, positive=timeline(node, clip, duration=5.5)).args
     done = report_of(out)["steering"]["done"]
     assert [answer[0] if isinstance(answer, tuple) else "id" for answer in script.answers if answer is not None] == [
-        "id", 409, 400, 409, 409, *["id"] * 66, 429, "id"
+        "id", 409, 400, 400, 409, 409, *["id"] * 66, 429, "id"
     ]  # fmt: skip
-    assert "the none anchor" in script.answers[1][1] and "connect Stream To Video" in script.answers[3][1]
+    assert "the none anchor" in script.answers[1][1] and "connect Stream To Video" in script.answers[4][1]
+    assert "a shot keeps its first chunk of 3" in script.answers[3][1]
     assert done[0]["error"] == "the encoder broke"
     at = {one.get("prompt", one.get("seed")): (one["at"], "error" in one) for one in done}
     assert at["late"][0] >= 2.25 and at[4] == at["late"] and at[163] == (5.25, False)
