@@ -34,6 +34,11 @@ class LayerView(Protocol):
         """The video frame that an anchor slot stands for, or None while it is empty."""
         ...
 
+    @property
+    def first_left(self) -> int | None:
+        """The frame that left the window first at this commit; None before one has."""
+        ...
+
     def set_anchor(self, slot: int, frame: int, source: Source) -> None:
         """Put a raw key and value into an anchor slot."""
         ...
@@ -51,7 +56,7 @@ class LayerView(Protocol):
         ...
 
     def replay(self, source: int, frame: int) -> None:
-        """Put the kept first frame `source` in the place, and at the position, of window frame `frame`."""
+        """Put the kept first frame `source` in the place, and at the position, of window frame `frame` unless a shot pins it."""
         ...
 
 
@@ -239,7 +244,7 @@ class AnchorMemory(AnchorStatic):
         for slot, rate in ((long, self.long_rate), (short, self.short_rate)):
             if first is None:
                 layer.set_anchor(slot, frame, mean)
-            elif first == frame - index:  # the first e is still being gathered
+            elif first == layer.first_left:  # the first e is still being gathered
                 layer.blend_anchor(slot, mean, 1.0 / (index + 1))
             else:
                 share = rate / count  # what each of n frames has in the end, whichever order they come in

@@ -40,5 +40,5 @@ BOUNDS: dict[str, Bound] = {
     "overlap_frames": Bound(0, 4096),
     "trained_frames": Bound(1, 10**6),
     "max_seconds": Bound(0.0, 31_536_000.0),  # a year
-    "fps": Bound(1.0, 240.0),
+    "fps": Bound(1.0, 240.0, auto=0.0),
 }

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from .anchors import Anchor, LayerView, RolloutNumbers, Source
 from .anchors import register as register_anchor
-from .schedules.schedule import Schedule, Solver, denoised, register_sampler, renoised
+from .schedules.schedule import Schedule
+from .schedules.solvers import Solver, denoised, register_sampler, renoised
 from .weights.presets import Preset, register_preset
 
 __all__ = [

@@ -27,9 +27,12 @@ from .anchors import Anchor
 from .cache.kv_cache import KVCache
 from .cache.one_pass import OnePass
 from .cache.steps import Step, Steps
+from .given import BEFORE, check_inside
 from .rollout_state import RolloutState
 from .rope import Layout, Rope
 from .schedules import rolling
+from .shot_check import damage
+from .shots import pinned_by
 from .spec import RolloutSpec
 from .standing import Standing
 from .undo import Exchange, Undo
@@ -116,6 +119,8 @@ class Past:
         self.kept: list[torch.Tensor] | None = [] if keep_latents else None
         # how far a rope cut puts the chunk under way ahead
         self.jump = 0
+        # whether the chunk under way begins a shot (shots.py)
+        self.opens_shot = False
         self._work: _Work | None = None
         # what is kept for `rewind`, while something may be undone
         self._undo: Undo | None = None
@@ -127,8 +132,8 @@ class Past:
 
     @property
     def given_frames(self) -> int:
-        """Frames that were there before: committed or still to be."""
-        return self.now.next_frame - self.now.next_chunk * self.spec.chunk_frames + self.now.given.shape[2]
+        """Frames that were there before the first chunk: committed or still to be."""
+        return self.now.next_frame - self.now.next_chunk * self.spec.chunk_frames + self.now.to_take
 
     @property
     def committing(self) -> bool:
@@ -138,6 +143,15 @@ class Past:
     def shape(self, frames: int) -> tuple[int, ...]:
         """[B, C, frames, h, w]."""
         return (self.spec.batch, self.spec.geometry.channels, frames, self.spec.height, self.spec.width)
+
+    @property
+    def shots(self) -> tuple[int, ...]:
+        """The first frames of all shots, that of the chunk under way among them."""
+        return self.now.shots + ((self.now.next_frame,) if self.opens_shot else ())
+
+    def pin(self, end: int) -> range:
+        """The frames that a shot keeps in the window when all before `end` are cached."""
+        return pinned_by(self.shots, end, self.spec.chunk_frames)
 
     def layout(self, frames: int = 0, clean: bool = False) -> Layout:
         """Positions of the pass to come, over `frames` content frames; `clean`: of a finished chunk."""
@@ -151,6 +165,8 @@ class Past:
             first_frame=self.now.next_frame,
             state_after_past=self.spec.anchor.state_after_past,
             jump=self.jump,
+            shots=self.shots,
+            pin=self.pin(self.now.next_frame),
         )
         return rolling.shared(layout, self.spec.chunk_frames, frames, clean) if self.spec.shares_window else layout
 
@@ -198,9 +214,9 @@ class Past:
 
     # ---- commits
 
-    def give(self, latents: torch.Tensor) -> None:
-        """Frames [B, C, n, h, w] that become the video's first ones, by `commit_given`."""
-        self.now = replace(self.now, given=latents.float().cpu())
+    def give(self, latents: torch.Tensor, start: str = BEFORE) -> None:
+        """Frames [B, C, n, h, w] that become the video's first ones: by `commit_given`, or inside the first chunk."""
+        self.now = replace(self.now, given=latents.float().cpu(), start=start)
 
     def commit_given(self, frames: int) -> None:
         """The next `frames` given ones, after their clean pass."""
@@ -219,8 +235,11 @@ class Past:
             self._after(x0[:, :, states:].cpu()),
             next_chunk=now.next_chunk + 1,
             before=now.next_frame,
+            given=now.given[:, :, :0],
+            start=BEFORE,
             hidden=x0[:, :, :states].cpu().clone() if states else None,
             blocks=tuple(replace(block, x=block.x.cpu()) for block in blocks),
+            shots=self.shots,
         )
         self._commit(self.anchor_at(now.next_frame), frames, after)
 
@@ -278,7 +297,8 @@ class Past:
     ) -> None:
         steps, left = [], []
         for cache in caches or self.caches:
-            more, leaving = cache.prepared(anchor, self.now.next_frame, frames)
+            first = self.now.next_frame
+            more, leaving = cache.prepared(anchor, first, frames, self.pin(first + frames))
             steps, left = steps + more, left + leaving
         observer = self.observer if told else None
         if observer is not None:
@@ -290,7 +310,7 @@ class Past:
             if observer is not None:
                 observer.moved()
                 self.jump = 0
-            self.now = after
+            self.now, self.opens_shot = after, False
 
         self._do(steps, move, commits=True)
 
@@ -329,7 +349,8 @@ class Past:
                 self.observer.flushed(0)
             elif self.observer is not None:
                 self.observer.rewind(undo.observer)
-            self.now, self.jump = replace(undo.now, again=undo.again or undo.now.again), 0
+            self.now = replace(undo.now, again=undo.again or undo.now.again)
+            self.jump, self.opens_shot = 0, False
 
         self._do(undo.steps(self.caches), move)
 
@@ -417,6 +438,8 @@ class Past:
             given=now.given.clone() if now.given.shape[2] else None,
             again=now.again,
             first=now.first.clone() if now.first.shape[2] else None,
+            shots=now.shots,
+            start=now.start,
         )
 
     def restore(self, state: RolloutState, steps: int) -> None:
@@ -436,6 +459,8 @@ class Past:
             hidden=state.hidden,
             blocks=rolling.under_way(state.noisy, state.next_chunk, frames, steps),
             again=state.again,
+            shots=state.shots,
+            start=state.start,
         )
         if self.absorber is not None:
             restore_absorber(self.absorber, state.absorption)
@@ -453,7 +478,7 @@ class Past:
     def return_to(self, state: RolloutState, steps: int) -> None:
         """Between two chunks: to an earlier state of this same rollout. If it fails, `restore` has to be tried with another one."""
         self.finish()
-        self._undo, self.jump = None, 0
+        self._undo, self.jump, self.opens_shot = None, 0, False
         self.kept = None if self.kept is None else []
         self.restore(state, steps)
 
@@ -467,6 +492,12 @@ class Past:
             raise ValueError(
                 f"the state has {state.again} latent frames to be cached again and not as many recent ones: it is damaged"
             )
+        if why := damage(state.shots, self.spec, state.next_frame, state.next_chunk):
+            raise ValueError(f"the state's shots are {list(state.shots)[:8]}, {why}: it is damaged")
+        if state.start != BEFORE:
+            if state.given is None or state.next_frame:
+                raise ValueError("the state's start latents have no first chunk to stand in: it is damaged")
+            check_inside(self.spec, state.given.shape[2])
         for latents, frames in shapes:
             if latents is not None and (latents.shape != self.shape(frames) or latents.dtype != torch.float32):
                 raise ValueError("the state's latents do not have the shape that its settings say: it is damaged")

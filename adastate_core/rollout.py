@@ -22,12 +22,14 @@ from .absorption.solve import Solution
 from .anchors import Anchor, AnchorAdaptive
 from .attention.cached import CachedAttention
 from .cache.kv_cache import KVCache
+from .given import BEFORE, INSIDE, Held, check_inside
 from .passes import CausalModel, NonFiniteError, Passes, StepCallback
 from .past import Past, UnfinishedError
 from .prompts.plan import PromptPlan
 from .rollout_state import RolloutState
 from .schedules import rolling
 from .schedules.noise import NoiseAhead, noise
+from .shot_check import check_shots
 from .spec import ModelGeometry, RolloutSpec, Settings
 from .transitions import before_chunk
 
@@ -97,6 +99,7 @@ class Rollout:
             raise ValueError(
                 "steps with a past of their own do not go with a past that is made anew before every chunk"
             )
+        check_shots(spec, prompts)
         if state is not None and (differences := spec.differences(state.spec)):
             raise ValueError("this state belongs to another rollout: " + "; ".join(differences))
         self.model, self.spec, self.settings, self.prompts = model, spec, settings, prompts
@@ -132,11 +135,12 @@ class Rollout:
     @property
     def next_frame(self) -> int:
         """The first latent frame of the chunk that is made next, behind given frames that are still to be taken."""
-        return self.past.now.next_frame + self.past.now.given.shape[2]
+        return self.past.now.next_frame + self.past.now.to_take
 
     def steer(self, prompts: PromptPlan | None) -> None:
         """Between two chunks: have this plan instead, which says the same of all chunks that there are. Noise that was drawn ahead
-        is drawn again."""
+        is drawn again. ValueError, with all as it was, for one that this rollout cannot have."""
+        check_shots(self.spec, prompts)
         self.prompts, self._noise = prompts, NoiseAhead(self._drawn)
 
     def go_back(self, state: RolloutState) -> Callable[[], None]:
@@ -247,8 +251,9 @@ class Rollout:
         """Take latents that have just left, but could not be used, back as the first pending ones."""
         self.past.put_back(latents)
 
-    def chunks(self, length: int, given: torch.Tensor | None = None) -> Iterator[Chunk]:
-        """Roll on until `length` latent frames since frame 0 have left; `given` [B, C, n, h, w] become frames 0..n-1.
+    def chunks(self, length: int, given: torch.Tensor | None = None, start: str = BEFORE) -> Iterator[Chunk]:
+        """Roll on until `length` latent frames since frame 0 have left; `given` [B, C, n, h, w] become frames 0..n-1, and
+        `start`, one of given.STARTS, says where these stand.
 
         Raises ValueError for lengths that ask for nothing new, NonFiniteError when the model breaks down.
         """
@@ -262,16 +267,16 @@ class Rollout:
                 f"the window shrinks towards {self._end[1]} latent frames and {length} were asked for; go on from the snapshot"
             )
         if given is not None:
-            self._give(given, length)
+            self._give(given, length, start)
         self.past.reach(length)
         while self.emitted < length:
-            start = time.perf_counter()
+            began = time.perf_counter()
             self.past.finish()
             if not self.past.now.pending.shape[2]:
                 self._next(length)
-            yield self._emit(length, start)
+            yield self._emit(length, began)
 
-    def _give(self, given: torch.Tensor, length: int) -> None:
+    def _give(self, given: torch.Tensor, length: int, start: str) -> None:
         shape = self.past.shape(max(1, given.shape[2]))
         if self.past.now.next_frame or self.past.now.given.shape[2]:
             raise ValueError("a rollout that goes on from a state takes no start latents; they would be frame 0 again")
@@ -279,13 +284,15 @@ class Rollout:
             raise ValueError(f"start latents are {tuple(given.shape)}; they must be {shape}")
         if given.shape[2] >= length:
             raise ValueError(f"start latents hold {given.shape[2]} latent frames of {length}; length must be longer")
-        self.past.give(given)
+        if start == INSIDE:
+            check_inside(self.spec, given.shape[2])
+        self.past.give(given, start)
 
     def _next(self, length: int) -> None:
         """Make one more chunk. It becomes part of the past, and its latents are pending. If it fails, the transition or restart
         before it is undone."""
         self.past.catch_up(self._passes.look)
-        if self.past.now.given.shape[2]:
+        if self.past.now.to_take:
             self._take()
         else:
             if self._shrinks(length) and self._before_end is None:
@@ -346,18 +353,20 @@ class Rollout:
         return len(self._sigmas) + (self._passes_before if self.spec.remade else 1)
 
     def _generate(self, length: int) -> None:
-        """Draw, denoise, commit one chunk. The next one's noise, if `length` asks for one, is drawn during the clean pass."""
+        """Draw, denoise, commit one chunk, in which given frames may stand. The next one's noise, if `length` asks for one, is
+        drawn during the clean pass."""
         frames, sigmas, schedule = self.spec.chunk_frames, self._sigmas, self.settings.schedule
         passes, before = self._passes_of_chunk, self._passes_before
         self.past.start_chunk()
         self.past.place(self.past.layout())
         noises = self._noise.take(self.generated, len(sigmas)).to(self.model.device, non_blocking=True)
+        held = Held(self.past.now.given.to(self.model.device), self.spec.anchor.state_frames)
         solver = schedule.solver(self.generated, noises)
-        x, x0, told = solver.start, None, schedule.timesteps_of(self.generated)
+        x, x0, told = held.put_into(solver.start), None, schedule.timesteps_of(self.generated)
         for step, timestep in enumerate(told):
             self._passes.checkpoint(before + step, passes, x0)
-            v = self._passes.noisy(x, timestep, frames, schedule.own_past(step))
-            x0, x = solver.step(step, x, v)
+            v = self._passes.noisy(x, held.timesteps(timestep, x.shape[2]), frames, schedule.own_past(step))
+            x0, x = map(held.put_into, solver.step(step, x, v))
         if self.spec.remade:
             self._passes.require_finite(x0)
             self.past.commit_uncached(x0)
@@ -393,14 +402,16 @@ class Rollout:
         past.commit_chunk(finished, frames, blocks)
 
     def _drawn(self, chunk: int, steps: int) -> torch.Tensor:
-        """[steps, B, C, S + F, h, w] noise of a chunk, state first, float32 on the CPU, page-locked if the model is on CUDA.
+        """[n, B, C, S + F, h, w] noise of a chunk, state first, float32 on the CPU, page-locked if the model is on CUDA; n of it,
+        as many as the sampler takes for so many steps.
 
         Made for all steps at once: a copy between two steps would wait for the device.
         """
+        taken = self.settings.schedule.noises(steps)
         seed, states = self.seed_of(chunk), self.spec.anchor.state_frames
-        shape = (steps, *self.past.shape(states + self.spec.chunk_frames))
+        shape = (taken, *self.past.shape(states + self.spec.chunk_frames))
         out = torch.empty(shape, pin_memory=self.model.device.type == "cuda")
-        for step in range(steps):
+        for step in range(taken):
             out[step, :, :, states:] = self._content_noise(chunk, step)
             if states:
                 out[step, :, :, :states] = noise(seed, chunk, step, self.past.shape(states), state=True)
@@ -424,9 +435,9 @@ class Rollout:
         return Chunk(max(now.next_chunk - 1, 0), now.emitted, latents, now.hidden, time.perf_counter() - start, given)
 
     def passes(self, length: int, given: int = 0) -> int:
-        """How many forwards of the model are left until `length` latent frames, of which the first `given` are given. Forwards
-        that a change of the prompt needs are not counted."""
-        given = given or self.past.now.given.shape[2]
+        """How many forwards of the model are left until `length` latent frames, of which the first `given` are given before the
+        first chunk. Forwards that a change of the prompt needs are not counted."""
+        given = given or self.past.now.to_take
         taken = 0 if self.spec.remade else -(-given // self.spec.chunk_frames)
         left = length - given - self.past.now.next_frame
         chunks = max(0, -(-left // self.spec.chunk_frames))

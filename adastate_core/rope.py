@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .shots import NOTHING, time_of
+
 THETA = 10000.0
 # the most bytes of tables that a Rope keeps where nobody says otherwise
 MOST_BYTES = 2**28
@@ -227,7 +229,8 @@ class Layout:
     With `state_after_past` the state that is being denoised stands between the past and the content; `jump` puts the
     content that much later than it belongs, for a cut. Of passes that read less than is cached (schedules/rolling.py),
     `reads_window` is how many of the newest window frames they read (None: all), `reads_anchor` whether the anchor, and
-    `anchor_at` the position of its slot 0 where that is no matter of the mode.
+    `anchor_at` the position of its slot 0 where that is no matter of the mode. `shots` are the first frames of all shots up to
+    the pass's own, `pin` the cached frames that one of them keeps in the window (shots.py).
     """
 
     mode: str
@@ -242,6 +245,12 @@ class Layout:
     reads_window: int | None = None
     reads_anchor: bool = True
     anchor_at: int | None = None
+    shots: tuple[int, ...] = ()
+    pin: range = NOTHING
+
+    def at(self, frame: int) -> int:
+        """Where a frame stands in `absolute`: at its own index, and further on for every shot that began by then."""
+        return time_of(frame, self.shots)
 
     @property
     def past_end(self) -> int:
@@ -250,7 +259,7 @@ class Layout:
             return self.anchor_capacity + self.window_capacity
         if self.mode == "packed":
             return max(self.anchor_present, self.state_frames) + self.window_present
-        return self.first_frame
+        return self.at(self.first_frame)
 
     @property
     def content(self) -> int:
@@ -259,23 +268,34 @@ class Layout:
 
     def window(self, frame: int) -> int:
         """Position of a window frame: as far before the end of the past as it lies in the video."""
+        if self.mode == "absolute":
+            return self.at(frame)
         return self.past_end - (self.first_frame - frame)
 
     def pinned(self, slot: int, frame: int) -> int:
-        """Position of a window frame that stays for good: where it lies in the video, but never in front of the window's
-        own first position (`slot` counts pinned frames)."""
+        """Position of a window frame that stays while others leave: where it lies in the video, but never in front of the
+        window's own first position (`slot` counts pinned frames)."""
         if self.mode == "absolute":
-            return frame
+            return self.at(frame)
         first = self.anchor_capacity if self.mode == "fixed" else max(self.anchor_present, self.state_frames)
         return max(self.window(frame), first + slot)
 
     def anchor(self, slot: int, frame: int) -> int:
-        """Position of an anchor slot that holds video frame `frame` (itself in `absolute`, else the slot)."""
+        """Position of an anchor slot that holds video frame `frame` (the frame's own in `absolute`, else the slot)."""
         if self.anchor_at is not None:
             return self.anchor_at + slot
-        return frame if self.mode == "absolute" else slot
+        return self.at(frame) if self.mode == "absolute" else slot
+
+    def ring(self, frames: Sequence[int], stay: int = 0) -> list[int]:
+        """Positions of cached frames that are no anchor's, oldest first; the first `stay` of them never leave."""
+        held = [i for i, frame in enumerate(frames) if i < stay or frame in self.pin]
+        pinned = {i: self.pinned(slot, frames[i]) for slot, i in enumerate(held)}
+        return [pinned[i] if i in pinned else self.window(frame) for i, frame in enumerate(frames)]
 
     def current(self, content_frames: int) -> list[int]:
         """Positions of the frames being denoised: the state at 0..S-1 or behind the past, then the content."""
         state = self.past_end if self.state_after_past else 0
-        return [*range(state, state + self.state_frames), *range(self.content, self.content + content_frames)]
+        content = range(self.content, self.content + content_frames)
+        if self.mode == "absolute":  # frames that are made again may lie on both sides of a shot's beginning
+            content = [self.at(self.first_frame + i) + self.content - self.past_end for i in range(content_frames)]
+        return [*range(state, state + self.state_frames), *content]

@@ -194,13 +194,14 @@ class RolloutSpec:
         """The most content frames that are made for a video of `length` latent frames: the last chunk is always whole."""
         return length + self.chunk_frames - 1
 
-    @property
-    def pass_forms(self) -> tuple[PassForm, ...]:
-        """The forms of the passes of every whole chunk: noisy ones, and the clean one."""
+    def pass_forms(self, inside: bool = False) -> tuple[PassForm, ...]:
+        """The forms of the passes of every whole chunk: noisy ones, and the clean one. `inside`: of a first chunk too that given
+        frames stand in, whose noisy passes have one timestep a frame."""
         states = self.anchor.state_frames
         noisy = self.blocks * self.chunk_frames + states
         timesteps = 1 if self.blocks == 1 else noisy
-        return PassForm(noisy, timesteps, kept=False), PassForm(self.chunk_frames + states, 1, kept=True)
+        forms = PassForm(noisy, timesteps, kept=False), PassForm(self.chunk_frames + states, 1, kept=True)
+        return (*forms, PassForm(noisy, noisy, kept=False)) if inside else forms
 
     def plan(
         self,
@@ -216,7 +217,7 @@ class RolloutSpec:
 
         `length`: latent frames of the video; no window is larger than it (None: windows are whole). `solution`: an absorption that
         was solved before. `resumed`: the state that the run goes on from; a state of another rollout is not looked at.
-        `steps`: noisy passes of a chunk. `recaches`: the prompt may change by a recache.
+        `steps`: noises that the steps of a chunk take. `recaches`: the prompt may change by a recache.
         """
         layer = layer_spec(self.anchor, self.window_frames, self.chunk_frames, self.positions, self.shares_window)
         plan = CachePlan(

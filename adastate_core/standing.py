@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .given import BEFORE
 from .schedules import rolling
 
 
@@ -25,3 +26,10 @@ class Standing:
     hidden: torch.Tensor | None = None
     blocks: tuple[rolling.Block, ...] = ()
     again: int = 0
+    shots: tuple[int, ...] = ()
+    start: str = BEFORE
+
+    @property
+    def to_take(self) -> int:
+        """Given frames that clean passes of their own are to cache before the next chunk is made."""
+        return self.given.shape[2] if self.start == BEFORE else 0

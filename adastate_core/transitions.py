@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -57,7 +58,7 @@ class _Change:
         """Restart, or make good what was cut; then change the prompt and do to the cache what the transition says."""
         past, spec = self.past, self.past.spec
         frame, before, again = past.now.next_frame, past.now.before, past.now.again
-        past.jump = 0
+        past.jump, past.opens_shot = 0, False
         transition = self.prompts.transition(frame, before) if self.prompts else ""
         if spec.remade:
             # the past was made under the words of its newest chunk, and a recache puts it under the new ones
@@ -75,10 +76,12 @@ class _Change:
             past.flush(FLUSH_FRAMES)
         elif transition == "rope cut":
             past.jump = max(CUT_POSITION - past.layout().content, CUT_POSITION - spec.chunk_frames)
+        past.opens_shot = transition == "shot"
 
     def undo(self) -> None:
         """Go back to the mark. A failure here is not raised, because the error that led here is; the past's next user finishes
         the undoing."""
+        self.past.opens_shot = False
         if self.mark is not None:
             with contextlib.suppress(Exception):
                 self.past.rewind(self.mark)
@@ -103,6 +106,7 @@ class _Change:
         """Make window and, as long as the pass reaches back to frame 0, anchor again by one pass over frames that all see each
         other."""
         past, recent = self.past, self.past.now.recent
+        one_pass = replace(one_pass, pin=past.pin(one_pass.end))
         self._take_mark()
         past.empty(min(past.spec.recent_frames, recent.shape[2]), anchor_too=bool(one_pass.anchored))
         if one_pass.anchored:

@@ -23,7 +23,8 @@ from .host.node import Node
 
 CATEGORY = "AdaState/anchors"
 _OUTPUT = "What the rollout looks back to beyond its window. Connect it to AdaState Rollout."
-FPS = WAN21.fps  # of a video without a stream
+# what packs before counted with, whatever the video's rate, and what is counted with until that is known
+FPS = WAN21.fps
 LONGEST_SECONDS = 86400.0
 
 
@@ -59,7 +60,7 @@ def _seconds(name: str, tooltip: str) -> io.Input:
         round=0.001,
         optional=True,
         advanced=True,
-        tooltip=f"{tooltip} Seconds of video at the stream's fps, 16 without a stream; 0 = never.",
+        tooltip=f"{tooltip} Seconds of video at the stream's fps, the model's without a stream; 0 = never.",
     )
 
 
@@ -102,7 +103,7 @@ def anchor_at(asked: Anchor | None, fps: float, resumed: dict[str, Any] | None) 
     if kept != before:
         return anchor, []
     return before, [
-        f"the state counts its anchor's seconds at {FPS:g} fps, not at the stream's {fps:g}, and goes on so"
+        f"the state counts its anchor's seconds at {FPS:g} fps, not at this video's {fps:g}, and goes on so"
     ]
 
 

@@ -6,6 +6,7 @@ preset wishes reaches all of them alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,16 +20,19 @@ from ..adastate_core.cache.byte_plan import CachePlan
 from ..adastate_core.families.family import Family
 from ..adastate_core.families.wan21 import WAN21_TEXT
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
+from ..adastate_core.given import BEFORE, INSIDE
 from ..adastate_core.rollout import RolloutSpec, RolloutState
 from ..adastate_core.schedules.schedule import Schedule
 from .absorption_nodes import AbsorptionRequest
 from .anchor_nodes import anchor_at
-from .defaults import Resolved, as_before, cached_instead, resolve
+from .defaults import Resolved, as_before, cached_instead, model_fps, resolve
 from .host import model as host_model
 from .host.checkpoint_wishes import rollout_defaults
 from .inputs import require_multiples
 from .stream_settings import StreamSettings
 
+# the words of start_mode for where given latents stand; "auto" is what the model's preset says
+START_MODES = {"auto": "auto", BEFORE: "before the first chunk", INSIDE: "inside the first chunk"}
 ON_DEMAND = frozenset(("LATENT", "STATE"))  # large, and made only where they are linked; VIDEO is no more than a path
 
 
@@ -51,6 +55,7 @@ class Request:
     anchor: Anchor | None = None
     sigmas: Sequence[float] | None = None
     start_latent: dict[str, Any] | None = field(default=None, repr=False)
+    start: str = "auto"  # where these stand: one of START_MODES
     resume: RolloutState | None = None
     stream: StreamSettings | None = None
     keep_latents: bool = True
@@ -67,11 +72,6 @@ class Request:
         """Whether it rolls until it is stopped."""
         return self.length == 0
 
-    @property
-    def fps(self) -> float:
-        """The stream's rate; without one that of the latent space."""
-        return self.stream.fps if self.stream else host_model.space_of(self.model).fps
-
     def sized(self, space: LatentSpace) -> Request:
         """The same with the size of what it starts from where a side is 0. ValueError where there is none to take it from, and for
         a size that models of `space` do not take."""
@@ -79,13 +79,17 @@ class Request:
         require_multiples(space, width, height)
         return replace(self, width=width, height=height)
 
+    def at_rate(self, fps: float) -> Request:
+        """The same with a stream of so many frames a second, if it has one."""
+        return self if self.stream is None else replace(self, stream=replace(self.stream, fps=fps))
+
     def asked(self, space: LatentSpace) -> Asked:
         """Its numbers, in latent frames and pixels of the model's space."""
         return Asked(
             batch=self.batch_size,
             height=self.height // space.stride,
             width=self.width // space.stride,
-            fps=self.fps,
+            fps=self.stream.fps if self.stream else 0.0,
             absorption=self.absorption.settings if self.absorption else None,
             resumed=self.resume and self.resume.spec,
             ends_open=self.endless or self.ends_open,
@@ -130,8 +134,8 @@ _SHARED = (
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """The numbers of a rollout, whoever asks. 0 steps, shift and chunk frames, -1 window frames, "auto" positions and no anchor
-    leave them to the checkpoint, its preset or the fallback. `height` and `width` are in latent pixels;
-    `resumed` is the spec of the state that is gone on from. `ends_open`: nobody knows where the video ends."""
+    leave them to the checkpoint, its preset or the fallback. `height` and `width` are in latent pixels; `fps` is the stream's, 0
+    for the model's own; `resumed` is the spec of the state that is gone on from. `ends_open`: nobody knows where the video ends."""
 
     batch: int = 1
     height: int
@@ -146,7 +150,7 @@ class Asked:
     absorption: AbsorptionSettings | None = None
     cache_dtype: str = "model"
     cache_device: str = "gpu"
-    fps: float
+    fps: float = 0.0
     resumed: dict[str, Any] | None = None
     ends_open: bool = False
 
@@ -160,6 +164,11 @@ class Subject:
     wishes: dict[str, Any] | None
     family: Family = WAN21_TEXT
     fingerprint: str = ""
+
+    @property
+    def fps(self) -> float:
+        """Frames a second that it makes."""
+        return model_fps(self.wishes, self.family.space)
 
     @staticmethod
     def of(patcher: Any, identified: bool = True) -> Subject:
@@ -175,14 +184,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Built:
-    """A rollout with nothing left open. `told` is what may surprise about its anchor, a sentence each; `sigmas_warnings` what may
-    about the noise levels that were given."""
+    """A rollout with nothing left open. `told` is what may surprise about it, a sentence each; `sigmas_warnings` what may about the
+    noise levels that were given. `fps`: the video's frames a second, with which all that is said in seconds is counted."""
 
     resolved: Resolved
     schedule: Schedule
     spec: RolloutSpec
     told: list[str]
     sigmas_warnings: list[str]
+    fps: float
 
     def plan(
         self,
@@ -195,7 +205,7 @@ class Built:
     ) -> CachePlan:
         """Its bytes, with a prompt of so many tokens and a decoder's own cache, for a video of `length` latent frames (None: of any
         length), a correction that was solved before, and the state that is gone on from. `recaches`: prompts change by recaches."""
-        steps = len(self.schedule.sigmas)
+        steps = self.schedule.noises(len(self.schedule.sigmas))
         return self.spec.plan(text_tokens, vae_bytes, length, solution, resumed, steps, recaches)
 
     @property
@@ -215,9 +225,23 @@ _NO_LAST_CHUNKS = (
 )
 
 
+def _other_rate(makes: float, asked: float) -> str:
+    """That a stream shows a model's motion at another pace, a sentence; empty where it does not."""
+    if not asked or math.isclose(asked, makes, rel_tol=2e-3):  # 23.976 is 24
+        return ""
+    how = "slowed to" if asked < makes else "sped up to"
+    return (
+        f"the model makes {makes:g} frames a second and the stream says {asked:g}: motion is {how} {asked / makes:.2g} of its "
+        "pace; set fps 0 to follow the model"
+    )
+
+
 def build(subject: Subject, asked: Asked) -> Built:
     """What is asked for, of a model. ValueError, in a sentence, where it does not go together."""
-    anchor, told = anchor_at(asked.anchor, asked.fps, asked.resumed)
+    fps = asked.fps or subject.fps
+    anchor, told = anchor_at(asked.anchor, fps, asked.resumed)
+    other_rate = _other_rate(subject.fps, asked.fps)
+    told += [other_rate] if other_rate else []
     numbers = {
         "steps": asked.steps or None,
         "shift": asked.shift or None,
@@ -238,6 +262,8 @@ def build(subject: Subject, asked: Asked) -> Built:
             f"the sampler is {schedule.sampler}, and {subject.family.name} takes {', '.join(subject.family.samplers)}; choose "
             "another preset in Model Preset"
         )
+    if resolved.preset is not None:
+        resolved.preset.check_sampler(schedule.sampler)
     options = resolved.spec_options(len(schedule.sigmas))
     if before:
         options, told = options | {"shares_window": False, "ending": "open"}, [*told, before]
@@ -262,4 +288,4 @@ def build(subject: Subject, asked: Asked) -> Built:
         **options,
     )
     sigmas_warnings = resolved.sigmas_warnings(schedule) if given else []
-    return Built(resolved, schedule, spec, told, sigmas_warnings)
+    return Built(resolved, schedule, spec, told, sigmas_warnings, fps)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..adastate_core.absorption.settings import PHASES
+from ..adastate_core.prompts.entry_options import SHOT
 from ..adastate_core.prompts.values import Prompts
 from ..adastate_core.rollout import Chunk, Rollout
 from .host import model as host_model
@@ -64,9 +65,11 @@ def chunk_facts(
     before = job.space.pictures(request.resume.emitted) if request.resume else 0
     frames = job.space.pictures(rollout.emitted)
     total = None if request.endless else job.space.pictures(job.latent_length)
-    prompt, text = 0, None
+    prompt, text, shot = 0, None, False
     if job.prompts is not None:
-        prompt = job.prompts.index(chunk.first_frame)
+        first = chunk.first_frame
+        prompt = job.prompts.index(first)
+        shot = job.prompts.transition(first, first - job.spec.chunk_frames) == SHOT
     if isinstance(request.positive, Prompts):
         text = request.positive.worded[prompt].text or None
     return {
@@ -84,6 +87,7 @@ def chunk_facts(
         "kv_bytes": rollout.cache.nbytes + rollout.cache.host_nbytes,
         "prompt": prompt,
         "prompt_text": text,
+        "shot": shot,
         "autosave": autosave or None,
     }
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from ..adastate_core.anchors import Anchor, AnchorAdaptive
 from ..adastate_core.bounds import BOUNDS
-from ..adastate_core.geometry import WAN21
+from ..adastate_core.geometry import WAN21, LatentSpace
+from ..adastate_core.given import BEFORE, STARTS
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedules.schedule import Schedule
+from ..adastate_core.schedules.solvers import RENOISING, SAMPLERS
 from ..adastate_core.spec import ENDINGS
 from ..adastate_core.weights.presets import PRESETS, Preset
 from .host.node import shown
@@ -29,14 +31,25 @@ def _whole(least: int, most: int) -> Callable[[Any], bool]:
 _SOUND: dict[str, Callable[[Any], bool]] = {
     **{name: BOUNDS[name].holds for name in ("steps", "shift", "chunk_frames", "window_frames")},
     "positions": lambda value: isinstance(value, str) and value in POSITION_MODES,
+    "fps": BOUNDS["fps"].holds,
 }
 _ENDING: Callable[[Any], bool] = lambda value: isinstance(value, str) and value in ENDINGS  # noqa: E731
+_SAMPLER: Callable[[Any], bool] = lambda value: isinstance(value, str) and value in SAMPLERS  # noqa: E731
+_START: Callable[[Any], bool] = lambda value: isinstance(value, str) and value in STARTS  # noqa: E731
 # noise levels that are one: a scheduler of the host rounds to a thousandth of its range
 SAME_SIGMA = 1e-3
 NOT_CAUSAL = (
     "the checkpoint says nothing of being causal: choose its system in Model Preset; if frames fall apart it may be a plain "
     "Wan model"
 )
+
+
+def model_fps(defaults: dict[str, Any] | None, space: LatentSpace) -> float:
+    """The frames a second that a model makes: what its file says, else its preset, else those of its latent space."""
+    stated, preset = (defaults or {}).get("fps"), preset_of(defaults)
+    if _SOUND["fps"](stated):
+        return float(stated)
+    return (preset.fps if preset is not None else 0.0) or space.fps
 
 
 def checkpoint_anchor(defaults: dict[str, Any]) -> Anchor:
@@ -49,7 +62,8 @@ def checkpoint_anchor(defaults: dict[str, Any]) -> Anchor:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings of a rollout with nothing left at auto. `schedule_asked`: steps or shift were given as numbers."""
+    """Settings of a rollout with nothing left at auto. `schedule_asked`: steps or shift were given as numbers. `start`: where given
+    latents stand, one of given.STARTS, if nobody says it."""
 
     numbers: dict[str, Any]
     anchor: Anchor
@@ -59,17 +73,19 @@ class Resolved:
     passed_over: tuple[str, ...] = ()
     ending: str = ENDINGS[0]
     remade: str = ""
+    sampler: str = RENOISING
+    start: str = BEFORE
 
     @property
     def schedule(self) -> Schedule:
         """The preset's own step list unless steps or shift were asked for."""
         if self.preset is not None and not self.schedule_asked:
-            return self.preset.schedule
+            return self._sampled(self.preset.schedule)
         return self._sampled(Schedule.shifted(self.numbers["steps"], self.numbers["shift"]))
 
     def _sampled(self, schedule: Schedule) -> Schedule:
-        """With the preset's sampler."""
-        return schedule if self.preset is None else replace(schedule, sampler=self.preset.sampler)
+        """With the sampler that is used."""
+        return replace(schedule, sampler=self.sampler)
 
     def given_schedule(self, sigmas: Sequence[float]) -> Schedule:
         """A SIGMAS list as the schedule of every chunk, so that the rollout and the sampler node take one alike.
@@ -239,7 +255,13 @@ def resolve(
     remade = preset.remade if preset is not None else ""
     if remade and known.get("keep_first_frame") is True:
         remade = "first"
-    return Resolved(numbers, anchor, preset, defaults is not None, schedule_asked, _passed_over(known), ending, remade)
+    sampler = preset.sampler if preset is not None else RENOISING
+    start = preset.start if preset is not None else BEFORE
+    return Resolved(
+        numbers, anchor, preset, defaults is not None, schedule_asked, _passed_over(known), ending, remade,
+        sampler=known["sampler"] if _SAMPLER(known.get("sampler")) else sampler,
+        start=known["start"] if _START(known.get("start")) else start,
+    )  # fmt: skip
 
 
 def _positions(said: str, anchor: Anchor, preset: Preset | None, resumed: dict[str, Any] | None) -> str:
@@ -259,6 +281,8 @@ def _passed_over(known: dict[str, Any]) -> tuple[str, ...]:
         "state_frames": _whole(0, MOST_STATE_FRAMES),
         "state_after_past": lambda value: isinstance(value, bool),
         "ending": _ENDING,
+        "sampler": _SAMPLER,
+        "start": _START,
         "keep_first_frame": lambda value: isinstance(value, bool),
     }
     odd = [name for name, is_sound in sound.items() if known.get(name) is not None and not is_sound(known[name])]

@@ -10,6 +10,7 @@ from .enlarged_stream import Enlarging
 from .host import api
 from .host.api import io, schema, widget
 from .host.node import Node
+from .inputs import check_fps
 from .stream import CATEGORY, autosave_widget, check_prefix_of, fps_widget, join_widget, run_widgets
 from .stream_settings import FrameSettings, StreamSettings
 
@@ -62,8 +63,8 @@ class StreamFramesNode(Node):
         )
 
     @classmethod
-    def check(cls, filename_prefix: str | None = None) -> str | None:
-        return check_prefix_of(filename_prefix, "output")
+    def check(cls, filename_prefix: str | None = None, fps: float | None = None) -> str | None:
+        return check_prefix_of(filename_prefix, "output") or check_fps(fps)
 
     @classmethod
     def execute(

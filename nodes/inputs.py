@@ -20,6 +20,15 @@ def number(kind: Any, name: str, auto: bool = True, **options: Any) -> Any:
     return widget(kind, name, **({"min": least, "max": bound.most} | step | options))
 
 
+def check_fps(fps: float | None, *others: float) -> str | None:
+    """Why this is no rate, or None: 0 and `others` stand for a model's own; a linked one arrives as None."""
+    bound = BOUNDS["fps"]
+    if fps is None or fps in (bound.auto, *others) or bound.least <= fps <= bound.most:
+        return None
+    stand_for = ", ".join(f"{value:g}" for value in (*others, bound.auto))
+    return f"fps is {shown(fps)}; it must be {stand_for} or between {bound.least:g} and {bound.most:g}"
+
+
 def check_size(width: int | None, height: int | None, auto: bool = False) -> str | None:
     """Why a picture cannot have this size, or None; linked numbers arrive as None. `auto`: a side may be 0."""
     for name, value in (("width", width), ("height", height)):

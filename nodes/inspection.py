@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CachePlan
-from ..adastate_core.families.wan21 import WAN21_TEXT
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
+from ..adastate_core.given import INSIDE, check_inside
 from ..adastate_core.weights.checkpoints import TORCH_SUFFIXES, open_checkpoint
 from ..adastate_core.weights.presets import PRESETS
 from ..adastate_core.weights.wan_weights import listed
-from .builder import Asked, Built, Subject, build, size_of_start
+from .builder import START_MODES, Asked, Built, Subject, build, size_of_start
 from .enlarged_stream import FileForm, stream_bytes
 from .host import model as host_model
 from .host import refusals as checks
 from .host.checkpoint_wishes import checkpoint_path, wished
 from .host.codec import HostDecoder
-from .host.vae_family import check_spaces
+from .host.vae_family import check_spaces, family_of_space
 from .inputs import check_size, require_multiples
 from .memory_plan import Beside, memory_plan
 from .renewal import Renewal
@@ -45,15 +46,16 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
     _require_size(width, height)
     checkpoint = open_checkpoint(checkpoint_path(file))
     geometry = checkpoint.geometry
+    space = geometry.space
+    require_multiples(space, width, height)
     defaults = wished(file, checkpoint, "auto")
     dtypes = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
-    family = WAN21_TEXT  # the only one whose files open_checkpoint takes
-    space = family.space
+    family = family_of_space(space)
     shape = ModelGeometry(
         space.channels, geometry.layers, geometry.heads, geometry.width // geometry.heads, space=space
     )
-    subject = Subject(geometry=shape, dtype=torch.bfloat16, wishes=defaults or None)
-    built = build(subject, Asked(height=height // space.stride, width=width // space.stride, fps=space.fps))
+    subject = Subject(geometry=shape, dtype=torch.bfloat16, wishes=defaults or None, family=family)
+    built = build(subject, Asked(height=height // space.stride, width=width // space.stride))
     resolved, plan = built.resolved, built.plan(TEXT_TOKENS)
     layout = "a torch file" if checkpoint.path.suffix.lower() in TORCH_SUFFIXES else "safetensors"
     lines = [
@@ -71,9 +73,10 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
             f"it takes {geometry.in_channels} input channels; a rollout needs plain text to video with {space.channels}"
         )
     if resolved.preset:
-        lines.append("taken for " + resolved.preset.describe())
+        lines.append("taken for " + resolved.preset.describe(sampler=resolved.sampler, space=space))
     elif defaults:
-        own = {name: value for name, value in resolved.numbers.items() if name in defaults}
+        used = resolved.numbers | {"sampler": resolved.sampler, "start": resolved.start, "fps": built.fps}
+        own = {name: value for name, value in used.items() if name in defaults}
         lines.append(f"its own settings: {json.dumps(own)}; anchor {json.dumps(resolved.anchor.describe())}")
     else:
         lines.append("nothing says how it is rolled out; choose one of the presets " + ", ".join(PRESETS))
@@ -114,9 +117,10 @@ def plan_text(
     _require_size(width, height)
     require_multiples(space, width, height)
     size = {"batch": batch, "height": height // space.stride, "width": width // space.stride}
-    rate = stream.fps if stream else space.fps
+    rate = stream.fps if stream else 0.0
     asked_for = Asked(**size, **asked, anchor=anchor, fps=rate, ends_open=not length, **cache)
     built = build(Subject.of(model, identified=False), asked_for)
+    stream = stream and replace(stream, fps=built.fps)
     vae = stream.vae if stream is not None and vae is None else vae
     decoder = HostDecoder(vae, fast=True) if vae is not None else None  # as a stream decodes
     vae_bytes = decoder.cache_bytes(*size.values()) if decoder else 0
@@ -130,6 +134,8 @@ def plan_text(
     except ValueError as error:
         verdict, fits = str(error), False
     warnings = [*resolved.warnings(latents), *built.told, *checks.unknown_options(model)]
+    start = {} if start_latent is None else {"start_mode": START_MODES[resolved.start]}
+    warnings += [] if start_latent is None else _not_inside(built, start_latent["samples"])
     kept = space.channels * (latents or 0) * math.prod(size.values()) * torch.float32.itemsize
     encodes = Renewal(model, built.spec, decoder).encodes
     decoding = decoder.working_bytes(*size.values(), encodes=encodes) if decoder else 0
@@ -148,6 +154,7 @@ def plan_text(
         f"in host memory, with keep_latents: {_size(kept)} for {latents} latent frames"
         if latents
         else "length 0: it is rolled until it is stopped, and keeps no latents",
+        f"{len(built.schedule.sigmas)} noisy passes a chunk, by the sampler {built.schedule.sampler}",
         f"beside that, by the host's estimate: {_size(beside['device']['host_forward'])} for a forward of the model",
         *(
             [f"and {_size(decoding)} to decode a chunk: the host's estimate, and older caches of the decoder"]
@@ -155,6 +162,11 @@ def plan_text(
             else []
         ),
         *_recached(model, built, plan, vae_bytes, latents),
+        *(
+            [f"start_latent stands {START_MODES[INSIDE]}, unless start_mode says something else"]
+            if start and resolved.start == INSIDE
+            else []
+        ),
         f"a state of it: {_size(beside['host']['state'])} in host memory while it is taken, {_size(beside['disk']['state'])} on "
         f"disk{' with keep_latents' if latents else ''}",
         *_of_files(files, space.pictures(latents) if latents else None, beside),
@@ -166,10 +178,21 @@ def plan_text(
         "plan_bytes": plan.bytes(), "kv_bytes": plan.kv_bytes, "host_bytes": plan.host_bytes, "total_bytes": plan.total_bytes,
         **({"kv_bytes_without_absorption": plan.plain.kv_bytes} if plan.phases else {}), "free_bytes": free,
         "memory": beside,
-        "fits": fits, "kept_latents_bytes": kept, "settings": resolved.numbers, "anchor": resolved.anchor.describe(),
+        "fits": fits, "kept_latents_bytes": kept, "settings": resolved.numbers | {"sampler": built.schedule.sampler} | start,
+        "anchor": resolved.anchor.describe(),
         "warnings": warnings, **({"files": files.said(space.pictures(latents) if latents else None)} if files else {}),
     }  # fmt: skip
     return "\n".join(lines), json.dumps(numbers, indent=1)
+
+
+def _not_inside(built: Built, samples: torch.Tensor) -> list[str]:
+    """Why start latents [B, C, n, h, w] cannot stand where the model's preset has them, a sentence."""
+    try:
+        if built.resolved.start == INSIDE and samples.ndim == 5:
+            check_inside(built.spec, samples.shape[2])
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _streamed(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..adastate_core.given import BEFORE, INSIDE
 from ..adastate_core.rollout import Chunk, Rollout, RolloutState, Settings
 from ..adastate_core.video.page_locked import Landed
 from . import endless
@@ -58,7 +59,7 @@ class Job(Prepared):
     def rollout(self, progress: Progress) -> Rollout:
         """Load the models, and compile what can be. Returns the rollout that the request asks for, before its first chunk."""
         self._load(progress)
-        if told := self.model.fuse(self.spec, self.plan, self.request.resume, progress.compiling):
+        if told := self.model.fuse(self.spec, self.plan, self.request.resume, progress.compiling, self.start == INSIDE):
             self.warnings.append(told)
         rollout = Rollout(
             self.model,
@@ -113,7 +114,7 @@ class Job(Prepared):
         try:
             if self.request.endless:
                 progress.begin(self._steps_left(run))
-            for chunk in rollout.chunks(self.latent_length, self.given):
+            for chunk in rollout.chunks(self.latent_length, self.given, self.start):
                 made.add(chunk, holds)
                 pictures = output.step(chunk, rollout) if output else None
                 steering.shown(chunk, pictures)
@@ -140,7 +141,8 @@ class Job(Prepared):
 
     def _passes_left(self, rollout: Rollout) -> int:
         """Passes until the video is whole; of one without an end, until its next chunk is."""
-        return rollout.passes(self._ahead(rollout), 0 if self.given is None or rollout.emitted else self.given.shape[2])
+        taken = self.given is not None and self.start == BEFORE and not rollout.emitted
+        return rollout.passes(self._ahead(rollout), self.given.shape[2] if taken else 0)
 
     def _ahead(self, rollout: Rollout) -> int:
         """The video's length in latent frames; of one without an end, that after its next chunk."""

@@ -6,7 +6,9 @@ from typing import Any
 
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CACHE_DEVICES, CACHE_DTYPES
+from ..adastate_core.geometry import LatentSpace
 from ..adastate_core.rope import POSITION_MODES
+from ..adastate_core.schedules.solvers import SAMPLERS
 from ..adastate_core.spec import ENDINGS
 from ..adastate_core.weights.presets import PRESETS
 from .absorption_nodes import AbsorptionRequest
@@ -24,6 +26,7 @@ from .host.checkpoint_wishes import (
     with_preset,
 )
 from .host.loras import with_lora
+from .host.model import space_of
 from .host.node import Node
 from .host.pack_hooks import preset_names
 from .inputs import check_size, number
@@ -42,7 +45,7 @@ def _file_input() -> io.Input:
         io.Combo,
         "file",
         options=checkpoint_files() or [""],
-        tooltip="A Wan 2.1 text-to-video transformer in models/diffusion_models: safetensors, or a trainer's .pt (Self-Forcing "
+        tooltip="A Wan text-to-video transformer in models/diffusion_models: safetensors, or a trainer's .pt (Self-Forcing "
         "and its kin), which is read without running any code in it.",
     )
 
@@ -57,6 +60,14 @@ def _check_file(file: str | None, kind: str = KIND) -> str | None:
     return None
 
 
+def _space(model: Any) -> LatentSpace | None:
+    """The latent space of a MODEL; None for one that the rollout will refuse."""
+    try:
+        return space_of(model)
+    except ValueError:
+        return None
+
+
 def _told(notes: list[str]) -> Any:
     """What a loader shows on its node, or nothing."""
     return ui.PreviewText("\n".join(notes)) if notes else None
@@ -69,7 +80,7 @@ class LoadModelNode(Node):
             node_id="AdaStateLoadModel",
             display_name="Load Causal Video Model",
             category=CATEGORY,
-            description="Loads a causal Wan 2.1 model in any of the public layouts, and remembers how its system rolls it out.",
+            description="Loads a causal Wan model in any of the public layouts, and remembers how its system rolls it out.",
             search_aliases=["self forcing", "causal forcing", "longlive", "unet", "checkpoint", ".pt"],
             has_intermediate_output=True,
             inputs=[
@@ -119,7 +130,7 @@ class LoadLoraNode(Node):
             search_aliases=["longlive lora", "peft", "lora.pt"],
             has_intermediate_output=True,
             inputs=[
-                io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model from any loader."),
+                io.Model.Input("model", tooltip="A Wan text-to-video model from any loader."),
                 widget(
                     io.Combo,
                     "file",
@@ -165,7 +176,7 @@ class ModelPresetNode(Node):
             description="Says whose rules a model from any loader (also with LoRAs, fp8 or GGUF) is to be rolled out by.",
             has_intermediate_output=True,
             inputs=[
-                io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model from any loader."),
+                io.Model.Input("model", tooltip="A Wan text-to-video model from any loader."),
                 widget(
                     io.Combo,
                     "preset",
@@ -190,6 +201,15 @@ class ModelPresetNode(Node):
                     tooltip="Of Krea Realtime, which makes its past anew before every chunk: the past then begins with the video's "
                     "first frame, and no picture is encoded anew.",
                 ),
+                widget(
+                    io.Combo,
+                    "sampler",
+                    options=["auto", *SAMPLERS],
+                    default="auto",
+                    optional=True,
+                    tooltip="How a chunk comes from one noise level to the next. auto: as the preset has it. renoising: with fresh "
+                    "noise at every step. euler and unipc add none; unipc also uses the step before.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -201,10 +221,17 @@ class ModelPresetNode(Node):
 
     @classmethod
     def execute(
-        cls, model: Any, preset: str, ending: str = ENDINGS[0], keep_first_frame: bool = False
+        cls,
+        model: Any,
+        preset: str,
+        ending: str = ENDINGS[0],
+        keep_first_frame: bool = False,
+        sampler: str = "auto",
     ) -> io.NodeOutput:
-        text = PRESETS[preset].describe(ending, keep_first_frame)
-        return io.NodeOutput(with_preset(model, preset, ending, keep_first_frame), text, ui=ui.PreviewText(text))
+        sampler = "" if sampler == "auto" else sampler
+        text = PRESETS[preset].describe(ending, keep_first_frame, sampler, _space(model))
+        given = with_preset(model, preset, ending, keep_first_frame, sampler)
+        return io.NodeOutput(given, text, ui=ui.PreviewText(text))
 
 
 class InspectCheckpointNode(Node):
@@ -295,7 +322,10 @@ class PlanNode(Node):
                 shared["cache_dtype"],
                 shared["cache_device"],
                 io.Latent.Input(
-                    "start_latent", optional=True, tooltip="Only its size counts, where width or height is 0."
+                    "start_latent",
+                    optional=True,
+                    tooltip="Only its size counts, where width or height is 0, and whether it fits into the first chunk, where the "
+                    "model's preset has it there.",
                 ),
                 api.Stream.Input(
                     "stream",

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..adastate_core.anchors import AnchorAdaptive
 from ..adastate_core.cache.eight_bits import check_cache_dtype
+from ..adastate_core.given import BEFORE, INSIDE, check_inside
 from ..adastate_core.prompts.plan import NumberChange, PromptChange, PromptPlan
 from ..adastate_core.prompts.values import PromptAt, Prompts
 from ..adastate_core.rollout import RolloutState
+from ..adastate_core.shot_check import check_shots
 from ..adastate_core.states.disk_room import shown_bytes
 from ..adastate_core.video.frame_formats import FRAME_FORMATS
 from ..adastate_core.video.picture_forms import VALUE_BYTES
 from . import endless
-from .builder import Request, Subject, build
+from .builder import START_MODES, Request, Subject, build
 from .course import takes_words, unsaid
 from .enlarged_stream import FileForm, check_joined, holds_frame, resume_notes, stream_bytes
 from .host import model as host_model
@@ -33,6 +35,19 @@ from .stream_settings import check_streamable
 NO_LATENT = "The frames went to a stream and keep_latents is off, so there is no LATENT; turn keep_latents on."
 
 
+@dataclass(frozen=True, eq=False)
+class _Context:
+    """A prompt's text embeddings, and those of a shot's first chunk where they are others; `entry`: of the timeline, if any."""
+
+    entry: PromptAt | None
+    context: torch.Tensor
+    opening: torch.Tensor | None = None
+
+    @property
+    def embeddings(self) -> list[torch.Tensor]:
+        return [self.context] if self.opening is None else [self.context, self.opening]
+
+
 class Prepared:
     """A request resolved against its model: spec, plan, prompts, decoder, given frames, warnings. ValueError, in a sentence,
     for what cannot be rolled out."""
@@ -44,15 +59,16 @@ class Prepared:
         checks.check_model(request.model)
         if request.start_latent is not None:
             checks.check_latent("start_latent", request.start_latent)
-        self.family, self.fps = host_model.family_of_model(request.model), request.fps
+        self.family = host_model.family_of_model(request.model)
         self.space = self.family.space
         check_spaces(self.family, request.start_latent, request.resume, request.stream and request.stream.vae)
         self.request = request = request.sized(self.space)
         contexts = self._contexts()
-        context = contexts[0][1]
+        context = contexts[0].context
         self.built = build(Subject.of(request.model), request.asked(self.space))
         self.resolved, self.spec, self.schedule = self.built.resolved, self.built.spec, self.built.schedule
-        self.settings = self.resolved.numbers
+        self.settings, self.fps = self.resolved.numbers, self.built.fps
+        self.request = request = request.at_rate(self.fps)
         # of a run without an end the most that a video may have: nothing is as long as it
         self.latent_length = self.space.latents(request.length or endless.MOST_FRAMES)
         asked = None if request.endless else self.latent_length
@@ -72,7 +88,7 @@ class Prepared:
         if self.decoder and request.resume is not None:
             self.warnings += self.decoder.go_on(request.resume.stream)
         vae_bytes = self.decoder.cache_bytes(*self.latent_size) if self.decoder else 0
-        self.text_tokens = max(one.shape[1] for _, one in contexts)
+        self.text_tokens = max(one.shape[1] for words in contexts for one in words.embeddings)
         recaches = self._recaches()
         self.warnings += self.built.recache_told if recaches else []
         self.plan = self.built.plan(
@@ -89,6 +105,7 @@ class Prepared:
         self.memory = memory_plan(self.spec, self.plan, self._beside(), self.model.device.type == "cuda")
         self.warnings += host_shortage(self.memory, host_model.free_host_bytes())
         self.given = self._given()
+        self.start = self._start()
         self._check_length()
         self.warnings += [*self._ended(), *self.renewal.notes(), *self._unsaid()]
 
@@ -274,29 +291,30 @@ class Prepared:
                 )
         return told
 
-    def _contexts(self) -> list[tuple[PromptAt | None, torch.Tensor]]:
-        """(entry of the timeline, its text embeddings), the first from frame 0; ValueError for what a prompt carries."""
-        positive = self.request.positive
+    def _contexts(self) -> list[_Context]:
+        """Of each prompt, the first from frame 0; ValueError for what one carries."""
+        positive, check = self.request.positive, checks.check_conditioning
         if not isinstance(positive, Prompts):
-            return [(None, checks.check_conditioning(positive, self.family))]
+            return [_Context(None, check(positive, self.family))]
         contexts = []
         for entry in positive.worded:
             try:
-                contexts.append((entry, checks.check_conditioning(entry.conditioning, self.family)))
+                opening = None if entry.opening is None else check(entry.opening, self.family)
+                contexts.append(_Context(entry, check(entry.conditioning, self.family), opening))
             except ValueError as error:
                 raise ValueError(f"the prompt at {entry.seconds:g} s: {error}") from error
         return contexts
 
     def latent_frame(self, seconds: float) -> int:
-        """Where a prompt of a timeline begins; seconds count at the stream's frames a second, or the latent space's own."""
+        """Where a prompt of a timeline begins; seconds count at the video's frames a second."""
         return round(seconds * self.fps / self.space.temporal_stride)
 
-    def _prompt_plan(self, contexts: list[tuple[PromptAt | None, torch.Tensor]]) -> PromptPlan | None:
+    def _prompt_plan(self, contexts: list[_Context]) -> PromptPlan | None:
         """The changes by latent frame. ValueError for numbers that this rollout cannot have, or two prompts on one frame."""
         entries = self.request.positive.entries if isinstance(self.request.positive, Prompts) else ()
         if len(entries) < 2 and not any(entry.seed is not None or entry.strength is not None for entry in entries):
             return None
-        words, changes, numbers, frame = dict(contexts), [], [], -1
+        words, changes, numbers, frame = {one.entry: one for one in contexts}, [], [], -1
         for entry in entries:
             asked = self.latent_frame(entry.seconds)
             if asked <= frame:
@@ -306,8 +324,10 @@ class Prepared:
                 )
             frame = asked
             if entry in words:
-                self.model.check_context(words[entry])
-                changes.append(PromptChange(frame, words[entry], entry.transition, entry.chunks, entry.blend))
+                for one in words[entry].embeddings:
+                    self.model.check_context(one)
+                context, opening = words[entry].context, words[entry].opening
+                changes.append(PromptChange(frame, context, entry.transition, entry.chunks, entry.blend, opening))
             if entry.seed is not None or entry.strength is not None:
                 numbers.append(NumberChange(frame, entry.seed, entry.strength))
             if entry.strength is not None and not isinstance(self.spec.anchor, AnchorAdaptive):
@@ -315,7 +335,9 @@ class Prepared:
                     f"the prompt at {entry.seconds:g} s sets a strength, which is the adaptive anchor's, and this rollout has the "
                     f"{self.spec.anchor.kind} anchor; connect Anchor: Adaptive State, or leave strength out"
                 )
-        return PromptPlan(changes, self.spec.chunk_frames, numbers)
+        plan = PromptPlan(changes, self.spec.chunk_frames, numbers)
+        check_shots(self.spec, plan)
+        return plan
 
     def _ignored(self) -> list[str]:
         """What the inputs carry besides and is not acted on, or nobody knows, a sentence each and each once."""
@@ -351,6 +373,32 @@ class Prepared:
                 "or set width and height to 0, which takes their size"
             )
         return host_model.to_model_space(self.request.model, samples.float()).expand(batch, -1, -1, -1, -1)
+
+    def _start(self) -> str:
+        """Where given latents stand, one of given.STARTS; a state's stand where they did. ValueError where they cannot."""
+        request, resume = self.request, self.request.resume
+        waiting = resume is not None and resume.given is not None
+        found = resume.start if waiting else self.resolved.start if request.start == "auto" else request.start
+        if request.start not in ("auto", found):
+            self.warnings.append(
+                f"the state's start latents stand {START_MODES[found]}, as they did, so start_mode was not used"
+            )
+        elif request.start != "auto" and self.given is None and resume is None:
+            self.warnings.append(
+                f"start_mode is {START_MODES[request.start]}, and start_latent is not connected, so it was not used"
+            )
+        if self.given is None and not waiting:
+            return BEFORE
+        if self.given is not None and found == INSIDE:
+            check_inside(self.spec, self.given.shape[2])
+        return found
+
+    @property
+    def start_told(self) -> dict[str, str]:
+        """Where given latents stand, by the input that says it; nothing where there are none that are still to be taken."""
+        resume = self.request.resume
+        there = self.given is not None or (resume is not None and resume.given is not None)
+        return {"start_mode": START_MODES[self.start]} if there else {}
 
     def seconds_since_begin(self) -> float:
         """Seconds since the node began to execute."""

@@ -54,7 +54,7 @@ def _transition_input(what: str, **options: Any) -> io.Input:
         default="recache",
         tooltip=f"How the video changes to {what}: recache makes the window again under the new words, flush keeps only the "
         "anchor and the newest 2 latent frames, rope cut jumps ahead in time, cut changes the words and nothing else, soft blends "
-        "the words over some chunks.",
+        "the words over some chunks, shot begins a new scene (LongLive 2.0).",
         **options,
     )
 
@@ -182,10 +182,9 @@ class PromptTimelineNode(Node):
         duration: float = 0.0,
         live: bool = False,
     ) -> io.NodeOutput:
-        entries = parse_timeline(text, shared, seconds_or_open(duration))
-        encoded = encode_texts(clip, (entry.text for entry in entries if entry.text))
         change = Change(transition, blend_chunks, blend)
-        source = ClipTimeline(text, shared, change, duration, encoded, clip if live else None)
+        source = ClipTimeline(text, shared, change, duration, {}, clip if live else None)
+        source.encoded.update(encode_texts(clip, source.texts()))
         prompts = source.read(text)
         return io.NodeOutput(prompts, listing(prompts))
 

@@ -123,6 +123,7 @@ def counts(job: Prepared, run: UnderWay) -> dict[str, Any]:
         "frames": frames,
         "frames_total": job.space.pictures(emitted),
         "video_seconds": frames / fps,
+        "video_fps": fps,
         "seconds": round(seconds, 3),
         "seconds_all": round(job.seconds_since_begin(), 3),
         "seconds_per_chunk": round(sorted(times)[len(times) // 2], 4) if times else 0.0,
@@ -149,10 +150,12 @@ def planned(job: Prepared) -> dict[str, Any]:
         **({"kv_bytes_without_absorption": job.plan.plain.kv_bytes} if job.spec.absorption else {}),
         "settings": job.settings
         | {"seed": job.request.seed, "anchor": job.spec.anchor.describe(), "sigmas": list(job.schedule.sigmas)}
+        | {"sampler": job.schedule.sampler}
         | {"cache_dtype": job.spec.cache_dtype, "cache_device": job.spec.cache_device}
         | ({"first_sigmas": list(job.schedule.first_sigmas)} if job.schedule.first_sigmas else {})
         | ({"preset": job.resolved.preset.name} if job.resolved.preset else {})
-        | ({"ending": job.spec.ending} if job.spec.blocks > 1 else {}),
+        | ({"ending": job.spec.ending} if job.spec.blocks > 1 else {})
+        | job.start_told,
         "prompts": _prompts(job),
         **({"decoder": job.decoder.describe(), "decoder_way": job.decoder.described_way} if job.decoder else {}),
         **({"enlarged": _enlarged(job)} if job.enlarger else {}),

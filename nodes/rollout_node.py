@@ -11,7 +11,7 @@ from ..adastate_core.schedules.schedule import Schedule
 from ..adastate_core.video.encoder import CODECS
 from . import endless
 from .absorption_nodes import AbsorptionRequest
-from .builder import ON_DEMAND, Request
+from .builder import ON_DEMAND, START_MODES, Request
 from .host import api, links, rerun
 from .host.api import ExecutionBlocker, io, schema, ui, widget
 from .host.frame_folders import shown_frames
@@ -164,6 +164,16 @@ def _inputs() -> list[io.Input]:
             tooltip="Stops and keeps, as the button does, once so many seconds have passed since this node began, loading "
             "included: after the chunk under way, so at least one is made. 0 = no limit.",
         ),
+        widget(
+            io.Combo,
+            "start_mode",
+            options=list(START_MODES.values()),
+            default="auto",
+            optional=True,
+            advanced=True,
+            tooltip="Where start_latent stands: before = cached as it is, and the first chunk follows; inside = as the first "
+            "frames of the first chunk, for models that were trained so. auto = as the model's preset says, else before.",
+        ),
     ]
 
 
@@ -223,6 +233,7 @@ class RolloutNode(Node):
         cache_dtype: str = CACHE_DTYPES[0],
         cache_device: str = CACHE_DEVICES[0],
         max_seconds: float = 0.0,
+        start_mode: str = "auto",
     ) -> io.NodeOutput:
         place = rerun.executing()
         linked = rerun.linked_outputs(place, _ON_DEMAND)
@@ -246,6 +257,7 @@ class RolloutNode(Node):
             anchor=anchor,
             sigmas=None if sigmas is None else Schedule.from_sigmas(sigmas).sigmas,
             start_latent=start_latent,
+            start=next(start for start, words in START_MODES.items() if words == start_mode),
             resume=resume,
             stream=stream,
             keep_latents=keep_latents,

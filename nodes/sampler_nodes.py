@@ -108,7 +108,7 @@ class RolloutSampler(host_sampler.Sampler):
         more than one chunk after the other."""
         asked = Asked(
             batch=shape[0], height=shape[3], width=shape[4], chunk_frames=self.chunk_frames, window_frames=self.window_frames,
-            positions=self.positions, anchor=self.anchor, sigmas=sigmas, fps=host_model.space_of(patcher).fps,
+            positions=self.positions, anchor=self.anchor, sigmas=sigmas,
         )  # fmt: skip
         subject = Subject.of(patcher, identified=False)
         preset = preset_of(subject.wishes)

@@ -14,9 +14,10 @@ from .host.api import io, schema, widget
 from .host.node import Node
 from .host.pictures import CROPS, SCALERS, scaled, video_tail
 from .host.vae_family import check_encoder
-from .inputs import check_size, number, require_multiples
+from .inputs import check_fps, check_size, number, require_multiples
 
 MAX_FRAMES = 1025
+MODELS_FPS = -1.0  # the frames a second that the models of the VAE's latent space make
 AREAS = ("832x480", "1280x720", "64x64", "1280x704")  # the sizes that models are made for
 
 
@@ -64,16 +65,15 @@ class ContinueVideoNode(Node):
                     "video", optional=True, tooltip="A video to go on from; of a file the end alone is held in memory."
                 ),
                 io.Image.Input("image", optional=True, tooltip="A picture, or frames in order, instead of a video."),
-                widget(
+                number(
                     io.Float,
                     "fps",
-                    default=16.0,
-                    min=0.0,
-                    max=240.0,
+                    default=MODELS_FPS,
+                    min=MODELS_FPS,
                     step=0.001,
                     optional=True,
-                    tooltip="Takes a video's frames at this many a second, so that motion keeps its pace; Wan 2.1 makes 16. "
-                    "0 = every frame as it is. Not used for image.",
+                    tooltip="Takes a video's frames at this many a second, so that motion keeps its pace. -1 = as many as the "
+                    "VAE's models make (Wan 2.1 16, Wan 2.2 5B 24), 0 = every frame as it is. Not used for image.",
                 ),
                 widget(
                     io.Combo,
@@ -107,9 +107,7 @@ class ContinueVideoNode(Node):
 
     @classmethod
     def check(cls, width: int | None = None, height: int | None = None, fps: float | None = None) -> str | None:
-        if fps is not None and not (fps == 0 or 1 <= fps <= 240):
-            return f"fps is {fps}; it must be 0 or between 1 and 240"
-        return check_size(width, height, auto=True)
+        return check_fps(fps, MODELS_FPS) or check_size(width, height, auto=True)
 
     @classmethod
     def execute(
@@ -121,7 +119,7 @@ class ContinueVideoNode(Node):
         crop: str,
         video: Any = None,
         image: torch.Tensor | None = None,
-        fps: float = 16.0,
+        fps: float = MODELS_FPS,
         upscale_method: str = SCALERS[0],
         area: str = AREAS[0],
     ) -> io.NodeOutput:
@@ -136,7 +134,7 @@ class ContinueVideoNode(Node):
             return scaled(pictures, *size_for(pictures), upscale_method, crop)
 
         if video is not None:
-            found = video_tail(video, wanted, fps, fitted)
+            found = video_tail(video, wanted, space.fps if fps == MODELS_FPS else fps, fitted)
         elif len(image):
             found = fitted(image[-wanted:, ..., :3])
         else:

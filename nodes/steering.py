@@ -21,6 +21,7 @@ from ..adastate_core.anchors import AnchorAdaptive
 from ..adastate_core.prompts.steered import holds_from, seconds_of, written
 from ..adastate_core.prompts.values import TimedText
 from ..adastate_core.rollout import Chunk, Rollout
+from ..adastate_core.shot_check import refusal
 from ..adastate_core.states.steered_check import MOST_STEERED
 from ..adastate_core.video.frame_formats import FRAME_FORMATS
 from ..adastate_core.video.page_locked import Landed
@@ -166,7 +167,7 @@ class Steering:
             self._count, self.used = self._count + 1, True
             asked = Asked(self._count, wish, arrived)
             if wish.prompt is not None:
-                asked.encoding = self._encoding(wish.prompt)
+                asked.encoding = self._encoding(wish.prompt, wish.transition)
             self._waiting.append(asked)
         self._tell()
         return asked.number
@@ -192,10 +193,12 @@ class Steering:
             written([TimedText(0.0, "x"), entry])
         except ValueError as error:
             raise Refused(f"the prompt cannot be an entry of a timeline: {error}", 400) from None
+        if entry.transition == "shot" and (why := refusal(self.job.spec)):
+            raise Refused(why, 400)
 
-    def _encoding(self, words: str) -> Future[None] | Callable[[], None] | None:
+    def _encoding(self, words: str, transition: str | None) -> Future[None] | Callable[[], None] | None:
         source = self.course.prompts.source
-        encode = source.encoding(words)
+        encode = source.encoding(words, transition)
         if encode is None or not source.beside:
             return encode
         self._thread = self._thread or ThreadPoolExecutor(1, "adastate-words")

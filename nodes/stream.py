@@ -19,21 +19,21 @@ from .host.node import Node
 from .host.output_files import VIDEO_SUFFIX, check_prefix, new_file, save_metadata
 from .host.progress import Progress
 from .host.vae_family import check_latent_shape, check_vae
+from .inputs import check_fps, number
 from .output import StreamSettings
 
 CATEGORY = "AdaState/video"
 
 
-def fps_widget() -> io.Input:
-    return widget(
-        io.Float, "fps", default=16.0, min=1.0, max=240.0, step=0.001, tooltip="Frames a second; Wan 2.1 makes 16."
-    )
+def fps_widget(follows: str = "as many as the model makes (Wan 2.1 16, Wan 2.2 5B 24)") -> io.Input:
+    """`follows`: what 0 stands for."""
+    return number(io.Float, "fps", default=0.0, step=0.001, tooltip=f"Frames a second; 0 = {follows}.")
 
 
-def _file_widgets(prefix: str) -> list[io.Input]:
+def _file_widgets(prefix: str, fps: io.Input) -> list[io.Input]:
     return [
         widget(io.String, "filename_prefix", default=prefix, tooltip="Where the video goes, in the host's folder."),
-        fps_widget(),
+        fps,
         widget(
             io.Combo,
             "codec",
@@ -147,7 +147,7 @@ class StreamOutputNode(Node):
             search_aliases=["stream", "mp4", "autosave", "prores", "hevc", "av1", "ffv1", "10 bit"],
             inputs=[
                 io.Vae.Input("vae", tooltip="The Wan VAE that belongs to the model, full or tiny."),
-                *_file_widgets("video/AdaState"),
+                *_file_widgets("video/AdaState", fps_widget()),
                 widget(io.Boolean, "preview", default=True, tooltip="Show the newest frames on the rollout node."),
                 autosave_widget(),
                 join_widget("copy the old video's packets in front, so that one file holds everything."),
@@ -157,8 +157,8 @@ class StreamOutputNode(Node):
         )
 
     @classmethod
-    def check(cls, filename_prefix: str | None = None) -> str | None:
-        return check_prefix_of(filename_prefix, "output")
+    def check(cls, filename_prefix: str | None = None, fps: float | None = None) -> str | None:
+        return check_prefix_of(filename_prefix, "output") or check_fps(fps)
 
     @classmethod
     def execute(
@@ -249,7 +249,7 @@ class RenderVideoNode(Node):
                 io.Vae.Input(
                     "vae", tooltip="The Wan VAE that belongs to the latent, full or tiny (taew2_1, lighttaew2_1, ...)."
                 ),
-                *_file_widgets("AdaState"),
+                *_file_widgets("AdaState", fps_widget("as many as the VAE's models make (Wan 2.1 16, Wan 2.2 5B 24)")),
                 latent_space_widget(),
             ],
             outputs=[io.Video.Output("video", display_name="VIDEO", tooltip="A file in the host's temp folder.")],
@@ -257,8 +257,8 @@ class RenderVideoNode(Node):
         )
 
     @classmethod
-    def check(cls, filename_prefix: str | None = None) -> str | None:
-        return check_prefix_of(filename_prefix, "temp")
+    def check(cls, filename_prefix: str | None = None, fps: float | None = None) -> str | None:
+        return check_prefix_of(filename_prefix, "temp") or check_fps(fps)
 
     @classmethod
     def execute(
@@ -275,7 +275,7 @@ class RenderVideoNode(Node):
         height, width = (side * space.stride for side in samples.shape[3:])
         target = new_file(filename_prefix, CODECS[codec].suffix, width, height, kind="temp")
         progress = Progress(samples.shape[0] * samples.shape[2])
-        rate = Fraction(fps).limit_denominator(1001)
+        rate = Fraction(fps or space.fps).limit_denominator(1001)
         metadata = save_metadata(cls.hidden)
         with (
             VideoSink(target.path, width, height, rate, codec, quality, metadata) as sink,

@@ -26,7 +26,8 @@ class FrameSettings:
 @dataclass(frozen=True)
 class StreamSettings:
     """What AdaStateStreamOutput and AdaStateStreamFrames set: where the frames of a rollout go. `video`: whether to a video, too;
-    if not, filename_prefix, codec, quality and join are nobody's."""
+    if not, filename_prefix, codec, quality and join are nobody's. `fps` 0: as many frames a second as the model makes, which a run
+    puts there (builder.Request.at_rate)."""
 
     vae: Any = field(repr=False)
     filename_prefix: str

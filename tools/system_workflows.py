@@ -5,25 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from adastate_core.weights.presets import PRESETS
-from tools.workflow_layouts import FRAMEWISE_URL, HUB, TEXT_URL, VAE_URL, Layout, offered
+from adastate_core.geometry import WAN21, WAN22
+from adastate_core.weights.presets import Preset, preset
+from tools.workflow_layouts import FRAMEWISE_URL, HUB, TEXT_URL, VAE22_URL, VAE_URL, Layout, offered
 
 PREFIX = "system_"
 # thirty seconds: past the window and the anchor of every system that is made for more than 81 frames, and long enough to drift
 LONG = 481
+VAE_URLS = {WAN21.name: VAE_URL, WAN22.name: VAE22_URL}
+SIZES = {WAN21.name: (832, 480), WAN22.name: (1280, 704)}
 
 
 @dataclass(frozen=True)
 class System:
     """A preset and where its weights are: repositories of the hub with the files in them, the one to take first.
 
-    `url` is a public safetensors file of the system; where there is none, the front end can offer no download.
+    `url` is a public safetensors file of the system; where there is none, the front end can offer no download. `words` are the
+    four of Demo Prompt, or one timeline for Demo Prompt Timeline; `picture`: the video starts from a picture.
+    `by` is its preset where that has another name than the workflow.
     """
 
     weights: tuple[tuple[str, str], ...]
-    words: tuple[str, str, str, str]
+    words: tuple[str, str, str, str] | str
     url: str = ""
     remark: str = ""
+    picture: bool = False
+    by: str = ""
 
 
 _SELF = (("gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt"),)
@@ -45,6 +52,15 @@ SYSTEMS = {
         (_LONGLIVE,),
         ("snow", "steady", "violet", "lantern"),
         remark="The LoRA is `models/lora.pt` of the same repository, for `models/loras`.",
+    ),
+    "longlive2": System(
+        (("Efficient-Large-Model/LongLive-2.0-5B", "model_bf16.pt"),),
+        "0:00 meadow, steady, crimson balloon\n0:07 {shot} desert, fast\n0:13 {shot} snow, slow, lantern",
+        remark="The preset *longlive2_5b_2step* is for the weights of two steps. `{shot}` in front of words begins a new scene; "
+        "*Prompt Timeline*, which has a text encoder, puts the sentence in front of them that the weights know. Without a picture "
+        "take *Load Image* and *Continue Video* out and set the rollout's size.",
+        picture=True,
+        by="longlive2_5b",
     ),
     "rolling_forcing": System(
         (("TencentARC/RollingForcing", "checkpoints/rolling_forcing_dmd.pt"),),
@@ -71,28 +87,44 @@ SYSTEMS = {
 }
 
 
+def preset_of(name: str) -> Preset:
+    """The preset of the system whose workflow has this name."""
+    return preset(SYSTEMS[name].by or name)
+
+
 def length(name: str) -> int:
     """Video frames: LONG, or as many as the system was made for where these are fewer."""
-    return min(made_for(name), LONG) if PRESETS[name].longer else LONG
+    return min(made_for(name), LONG) if preset_of(name).longer else LONG
 
 
 def made_for(name: str) -> int:
     """Video frames of the clips that the system was made for."""
-    return 4 * PRESETS[name].trained_frames - 3
+    return 4 * preset_of(name).trained_frames - 3
 
 
 def graph(name: str) -> dict[str, Any]:
     """The API prompt of a system's workflow; what it leaves out stands at the nodes' defaults."""
-    terrain, pace, balloon, lantern = SYSTEMS[name].words
-    size = {"width": 64, "height": 64, "length": length(name), "seed": 7}
-    return {
+    words, picture = SYSTEMS[name].words, SYSTEMS[name].picture
+    if isinstance(words, str):
+        prompt = _node("AdaStateDemoTimeline", text=words)
+    else:
+        prompt = _node("AdaStateDemoPrompt", **dict(zip(("terrain", "pace", "balloon", "lantern"), words, strict=True)))
+    side = 0 if picture else 64
+    size: dict[str, Any] = {"width": side, "height": side, "length": length(name), "seed": 7}
+    nodes = {
         "1": _node("AdaStateLoadModel", file="adastate_demo.safetensors", weight_dtype="default", preset="auto"),
         "2": _node("VAELoader", vae_name="adastate_demo_vae.safetensors"),
-        "3": _node("AdaStateDemoPrompt", terrain=terrain, pace=pace, balloon=balloon, lantern=lantern),
-        "4": _node("AdaStateModelPreset", model=["1", 0], preset=name),
+        "3": prompt,
+        "4": _node("AdaStateModelPreset", model=["1", 0], preset=preset_of(name).name),
         "5": _node("AdaStateStreamOutput", vae=["2", 0], filename_prefix=f"video/AdaState_{name}"),
-        "6": _node("AdaStateRollout", model=["4", 0], positive=["3", 0], stream=["5", 0], keep_latents=False, **size),
     }
+    if picture:
+        taken = {"width": 0, "height": 0, "frames": 1, "area": "64x64"}
+        nodes["7"] = _node("LoadImage", image="example.png")
+        nodes["8"] = _node("AdaStateContinueVideo", vae=["2", 0], image=["7", 0], **taken)
+        size["start_latent"] = ["8", 0]
+    rollout = _node("AdaStateRollout", model=["4", 0], positive=["3", 0], stream=["5", 0], keep_latents=False, **size)
+    return nodes | {"6": rollout}
 
 
 def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -101,20 +133,33 @@ def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 def models(name: str) -> dict[int, list[dict[str, str]]]:
     """What the front end can offer to download, by node id, once the workflow names these files: for `properties.models`."""
-    found = {2: [offered(VAE_URL, "vae")]}
+    found = {2: [offered(_vae_url(name), "vae")]}
     if url := SYSTEMS[name].url:
         found[1] = [offered(url, "diffusion_models")]
     return found
 
 
+def _vae_url(name: str) -> str:
+    """The VAE of the latent space that the system's weights work in."""
+    return VAE_URLS[preset_of(name).space.name]
+
+
 def note(name: str) -> str:
     """What the workflow is, and what to change for the real weights."""
-    preset, system = PRESETS[name], SYSTEMS[name]
+    preset, system = preset_of(name), SYSTEMS[name]
     files = " or ".join(f"`{file}` of [{repository}]({HUB}{repository})" for repository, file in system.weights)
     if system.url and not all(file.endswith("safetensors") for _, file in system.weights[:1]):
         files += f" or [{system.url.rpartition('/')[2]}]({system.url})"
     files = files or "there are no public weights yet; `training/` makes them from a causal Wan 2.1"
     frames = f"up to {made_for(name)} frames, what it was made for" if preset.longer else "any length"
+    vae, (width, height) = _vae_url(name), SIZES[preset.space.name]
+    timed = isinstance(system.words, str)
+    stands, encode = ("Demo Prompt Timeline", "Prompt Timeline") if timed else ("Demo Prompt", "CLIP Text Encode")
+    size = (
+        f"**area** {width}x{height} in *Continue Video*"
+        if system.picture
+        else f"**width** {width}, **height** {height}"
+    )
     rules, *more = map(_sentence, preset.describe().splitlines()[1:])
     remarks = " ".join([*more, system.remark])
     demo = "The demo model was not trained for these rules: here they run, but what the system paints is seen with its own weights:"
@@ -127,10 +172,10 @@ By the rules of {preset.source}. *Model Preset* sets them; what stands at auto f
 {demo}
 
 - **Load Causal Video Model**: {files}, in `models/diffusion_models`
-- **Load VAE**: [wan_2.1_vae.safetensors]({VAE_URL}), in `models/vae`
-- **CLIP Text Encode** in place of *Demo Prompt*, behind *Load CLIP* (type wan) with \
+- **Load VAE**: [{vae.rpartition("/")[2]}]({vae}), in `models/vae`
+- **{encode}** in place of *{stands}*, behind *Load CLIP* (type wan) with \
 [umt5_xxl_fp8_e4m3fn_scaled.safetensors]({TEXT_URL}), in `models/text_encoders`
-- **width** 832, **height** 480, {frames}
+- {size}, {frames}
 
 {remarks}""".rstrip()
 
@@ -142,10 +187,13 @@ def _sentence(line: str) -> str:
 
 def layout(name: str) -> Layout:
     """Loaders and words under the note, then the rollout."""
+    groups = {"Model, prompt, rules": [[1, 2], [3, 4]], "Roll out and write": [[5], [6]]}
+    if SYSTEMS[name].picture:
+        groups = {"Model, words, rules": [[1, 2], [3, 4]], "Your picture": [[7], [8]], "Roll out and write": [[5], [6]]}
     return Layout(
         note=note(name),
-        groups={"Model, prompt, rules": [[1, 2], [3, 4]], "Roll out and write": [[5], [6]]},
-        room={4: 130, 6: 340},
+        groups=groups,
+        room={4: 130, 6: 340, 7: 260, 8: 80},
         note_height=400,
         models=models(name),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 HUB = "https://huggingface.co/"
 _REPACKAGED = f"{HUB}Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"
 VAE_URL = f"{_REPACKAGED}vae/wan_2.1_vae.safetensors"
+VAE22_URL = f"{HUB}Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/vae/wan2.2_vae.safetensors"
 TEXT_URL = f"{_REPACKAGED}text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 FRAMEWISE_URL = (
     f"{HUB}TalmajM/causal_forcing_framewise_ComfyUI_repackaged/resolve/main/split_files/diffusion_models/"

@@ -14,7 +14,8 @@ import torch
 
 from adastate_core.prompts.demo_words import VOCABULARY
 from adastate_core.schedules.noise import noise
-from adastate_core.schedules.schedule import Schedule, denoised, renoised
+from adastate_core.schedules.schedule import Schedule
+from adastate_core.schedules.solvers import denoised, renoised
 
 from .graph_attention import GraphAttention
 from .latents import encode, word_numbers

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from adastate_core.schedules.schedule import Schedule, denoised, renoised
+from adastate_core.schedules.schedule import Schedule
+from adastate_core.schedules.solvers import denoised, renoised
 
 from .student import Student
 

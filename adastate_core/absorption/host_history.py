@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 
 from ..cache.host_copies import HostCopies
 from ..rope import Layout, Rope
+from ..shots import NOTHING
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class _Kept:
 
 
 class HostHistory:
-    """The newest `capacity` frames that have left one layer, brought to host memory by `copies`."""
+    """The newest `capacity` frames that have left one layer, brought to host memory by `copies`. Those that a shot pins stay, as in
+    layers that have not lost their history."""
 
     def __init__(self, capacity: int, copies: HostCopies) -> None:
         self._copies = copies
-        self._frames: deque[_Kept] = deque(maxlen=capacity)
+        self._capacity = capacity
+        self._frames: list[_Kept] = []
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -38,32 +40,36 @@ class HostHistory:
     def nbytes(self) -> int:
         return sum(kept.key.nbytes + kept.value.nbytes for kept in self._frames)
 
-    def push(self, frame: int, position: float | None, key: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:
+    def push(
+        self, frame: int, position: float | None, key: torch.Tensor, value: torch.Tensor, pin: range = NOTHING
+    ) -> Callable[[], None]:
         """Start copying a frame's key and value. Returns a function; the copies are in the history after it is called."""
         taken = self._copies.take({"key": (key[:, None], None), "value": (value[:, None], None)})
-        return partial(self._append, _Kept(frame, position, taken["key"][:, 0], taken["value"][:, 0]))
+        return partial(self._append, _Kept(frame, position, taken["key"][:, 0], taken["value"][:, 0]), pin)
 
-    def _append(self, kept: _Kept) -> None:
+    def _append(self, kept: _Kept, pin: range) -> None:
         self._copies.wait()
         self._frames.append(kept)
+        if len(self) > self._capacity:
+            self._frames.pop(next((i for i, one in enumerate(self._frames) if one.frame not in pin), 0))
 
     def flush(self, keep: int) -> None:
         """Forget all but the `keep` newest frames."""
-        self._frames = deque(list(self._frames)[max(0, len(self) - keep) :], self._frames.maxlen)
+        self._frames = self._frames[max(0, len(self) - keep) :]
 
     def mark(self) -> tuple[_Kept, ...]:
         """What it holds, for `rewind`."""
         return tuple(self._frames)
 
     def rewind(self, mark: tuple[_Kept, ...]) -> None:
-        self._frames = deque(mark, self._frames.maxlen)
+        self._frames = list(mark)
 
     def read(
         self, layout: Layout, rope: Rope, heads: int, device: torch.device, most: int = 3
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys at their positions in `layout`, and values, each [B, frames * P, width] on `device`. They are rotated in
         blocks of at most `most` frames."""
-        kept = list(self._frames)
+        kept, places = self._frames, layout.ring([one.frame for one in self._frames])
         batch, tokens, width = kept[0].key.shape
         keys, values = (kept[0].key.new_empty((batch, len(kept), tokens, width), device=device) for _ in range(2))
         for i, one in enumerate(kept):
@@ -71,7 +77,7 @@ class HostHistory:
             values[:, i].copy_(one.value)
         for low in range(0, len(kept), most):
             part = kept[low : low + most]
-            turn = rope.turn([one.position for one in part], [layout.window(one.frame) for one in part])
+            turn = rope.turn([one.position for one in part], places[low : low + most])
             block = keys[:, low : low + most]
             turned = rope.rotate(block.flatten(1, 2).unflatten(-1, (heads, -1)), turn)
             block.copy_(turned.reshape(block.shape))

@@ -99,7 +99,7 @@ class CachePlan:
 
     `layers` are whole windows. What is allocated are the rooms of a phase: each window cut to the `frames` of the video that are
     ever made (None: not known) and to those that are made while the phase lasts. `phases` come one after the other; none means that
-    there is one, of `layers`. `latent_frame_bytes`: of a latent frame in float32. `steps`: noisy passes of a chunk.
+    there is one, of `layers`. `latent_frame_bytes`: of a latent frame in float32. `steps`: noises that its steps take.
     """
 
     batch: int

@@ -26,6 +26,7 @@ import torch
 
 from ..anchors import Anchor, Selection, Source
 from ..rope import Layout, Rope, Turn
+from ..shots import NOTHING
 from .byte_plan import CachePlan, LayerSpec
 from .deep_choice import choose, gathered, summed
 from .enter_leave import write_frame
@@ -432,8 +433,17 @@ class DeepDraft:
         self.writes: list[Callable[[], object]] = []
         self.left: list[Callable[[], None]] = []
 
-    def fill(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
-        """First home becomes what the chunk chose. Then the content that a pass staged enters home or the sink."""
+    def fill(
+        self,
+        anchor: Anchor,
+        first_frame: int,
+        content_frames: int,
+        state_frames: int,
+        pin: range = NOTHING,
+        keeps: bool = True,
+    ) -> None:
+        """First home becomes what the chunk chose. Then the content that a pass staged enters home or the sink. Nothing is pinned
+        here: shots are refused."""
         cache = self.cache
         if cache.compressed:
             self._settle()

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from ..anchors import Anchor, Source
+from ..shots import NOTHING
 from .slots import LayerSlots, Slot
 
 Write = Callable[[], object]
@@ -29,6 +30,10 @@ class LayerDraft:
             type(held)((place, replace(slot)) for place, slot in held.items())
             for held in (cache.anchor, cache.pinned, cache.window)
         )
+        # the frame that left the window first, if one has left
+        self.first_left: int | None = None
+        # the frames that a shot pins, and which of them do not leave this layer
+        self._pin = self._stays = NOTHING
         self.left: list[Callable[[], None]] = []
         self._writes: list[Write] = []
         self._kept: list[Write] = []
@@ -48,8 +53,18 @@ class LayerDraft:
     def _take_books(self) -> None:
         self.cache.take_books(self.anchor, self.pinned, self.window)
 
-    def fill(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
-        """Content that a pass staged enters, the oldest leave, then the policy sets the anchor."""
+    def fill(
+        self,
+        anchor: Anchor,
+        first_frame: int,
+        content_frames: int,
+        state_frames: int,
+        pin: range = NOTHING,
+        keeps: bool = True,
+    ) -> None:
+        """Content that a pass staged enters, the oldest leave, then the policy sets the anchor. The frames of `pin` do not leave
+        (shots.py), if the layer `keeps` them."""
+        self._pin, self._stays = pin, pin if keeps else NOTHING
         frames = range(first_frame, first_frame + content_frames)
         slots = {f: anchor.slot_of(f) for f in frames}
         slots = {f: slot for f, slot in slots.items() if slot is not None and slot < self.layer.anchor_frames}
@@ -70,13 +85,15 @@ class LayerDraft:
     def _push(self, anchor: Anchor, frame: int, source: Source, place: tuple[int, int]) -> bool:
         """Put a frame into the window. Returns whether a frame left for it; `place` is (its number, how many leave in all)."""
         if self.layer.window_frames == 0:
+            self._leaves(frame)
             anchor.evicted(self, frame, source, place)
             self._tell(frame, None, source)
             return True
         ring = self.held
         full = ring == self.layer.ring_frames
         if full:
-            ring, oldest = next(iter(self.window.items()))
+            ring, oldest = next(item for item in self.window.items() if item[1].frame not in self._stays)
+            self._leaves(oldest.frame)
             if (just_came := self._entering.get(ring)) is not None:
                 raw = shown = partial(self.cache.as_stored, just_came)
                 position = None
@@ -91,10 +108,13 @@ class LayerDraft:
         self.window[ring] = Slot(frame)
         return full
 
+    def _leaves(self, frame: int) -> None:
+        self.first_left = frame if self.first_left is None else self.first_left
+
     def _tell(self, frame: int, position: float | None, source: Source) -> None:
         if self.cache.on_evict is not None:
             key, value = (t.to(self.cache.plan.dtype) for t in source())
-            self.left.append(self.cache.on_evict(frame, position, key, value))
+            self.left.append(self.cache.on_evict(frame, position, key, value, self._pin))
 
     @property
     def window_frames(self) -> int:
@@ -127,7 +147,9 @@ class LayerDraft:
             self._kept.append(partial(write_frame, self.cache.write_first, first_frame + i, source))
 
     def replay(self, source: int, frame: int) -> None:
-        """Put the kept first frame `source` in the place, and at the positions, of window frame `frame`."""
+        """Put the kept first frame `source` in the place, and at the positions, of window frame `frame`, unless a shot pins it."""
+        if frame in self._stays:
+            return
         ring = next((ring for ring, slot in self.window.items() if slot.frame == frame), None)
         if ring is not None:
             self._entering[ring] = partial(self.cache.first_frame, source)

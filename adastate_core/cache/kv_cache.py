@@ -13,6 +13,7 @@ import torch
 
 from ..anchors import Anchor
 from ..rope import Layout, Rope
+from ..shots import NOTHING
 from .byte_plan import HOST, CachePlan
 from .cut_snapshot import cut_to
 from .eight_bits import check_cache_dtype
@@ -86,15 +87,17 @@ class KVCache:
                 yield Step(index, write)
 
     def prepared(
-        self, anchor: Anchor, first_frame: int, content_frames: int
+        self, anchor: Anchor, first_frame: int, content_frames: int, pin: range = NOTHING
     ) -> tuple[list[Step], list[Callable[[], None]]]:
-        """(steps that cache what a kept pass staged, what to call after them). Nothing is changed yet, and it may fail."""
+        """(steps that cache what a kept pass staged, what to call after them). Nothing is changed yet, and it may fail. The frames
+        of `pin` stay (shots.py) in layers that have not lost their history."""
         made = (layer.scratch(anchor.blends) for layer in self.layers)
         scratch = next((one for one in made if one is not None), None)
         steps, left = [], []
         for index, layer in enumerate(self.layers):
             draft = layer.draft(scratch)
-            draft.fill(anchor, first_frame, content_frames, self.plan.state_frames)
+            keeps = self.phase.layers[index] == self.plan.layers[index]
+            draft.fill(anchor, first_frame, content_frames, self.plan.state_frames, pin, keeps)
             steps += [Step(index, write) for write in draft.writes]
             left += draft.left
         return steps, left

@@ -6,6 +6,7 @@ of their own: those that stay lie in the slots that they will have, the others i
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ import torch
 
 from ..anchors import Anchor, AnchorStatic
 from ..rope import Layout
+from ..shots import NOTHING, staying
 from .slots import LayerSlots, Slot, runs
 
 # anchor, pinned frames and window of a layer, as `LayerSlots.take_books` takes them
@@ -26,12 +28,13 @@ def goes_with(anchor: Anchor) -> bool:
 
 @dataclass(frozen=True)
 class OnePass:
-    """The video's frames `first` .. `end` - 1. The first `anchored` of them go to anchor slots 0, 1, ...; of the others the newest
-    enter the window, as many as it takes, and the rest, a chunk's frames at most, are only seen."""
+    """The video's frames `first` .. `end` - 1. The first `anchored` of them go to anchor slots 0, 1, ...; of the others those of
+    `pin` (shots.py) and the newest enter the window, as many as it takes, and the rest, a chunk's frames at most, are only seen."""
 
     first: int
     end: int
     anchored: int
+    pin: range = NOTHING
 
     @staticmethod
     def before(end: int, anchor_frames: int, window_frames: int, chunk_frames: int) -> OnePass:
@@ -60,12 +63,13 @@ class OnePassLayer:
 
     def __init__(self, layer: LayerSlots, one_pass: OnePass) -> None:
         self.layer, self.one_pass = layer, one_pass
-        self.staying = min(layer.room.ring_frames, one_pass.frames - one_pass.anchored)
-        passing = one_pass.frames - one_pass.anchored - self.staying
+        made = range(one_pass.first + one_pass.anchored, one_pass.end)
+        # the frames that stay, by ring slot
+        self.staying = staying(made, layer.room.ring_frames, one_pass.pin)
+        seen, window = itertools.count(layer.current_start), itertools.count(layer.window_start)
         # the buffer slot of each of the pass's frames
         self.slots = [layer.anchor_index(slot) for slot in range(one_pass.anchored)]
-        self.slots += range(layer.current_start, layer.current_start + passing)
-        self.slots += range(layer.window_start, layer.window_start + self.staying)
+        self.slots += [next(window if frame in self.staying else seen) for frame in made]
 
     def write_current(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stage the pass's own rotated keys and values [B, frames * P, width]."""
@@ -87,18 +91,18 @@ class OnePassLayer:
     def keep_raw_current(self, keys: torch.Tensor) -> None:
         """After the pass has attended: write the un-rotated keys [B, frames * P, width] and the values of what stays to where the
         layer keeps them. Its books do not name them yet."""
-        layer, first = self.layer, self.one_pass.frames - self.staying
+        layer, first = self.layer, self.one_pass.first
         raw = keys.unflatten(1, (self.one_pass.frames, -1))
         for slot in range(self.one_pass.anchored):
             layer.write_anchor(slot, raw[:, slot], layer.v[:, self.slots[slot]])
-        for ring in range(self.staying):
-            layer.enter(ring, raw[:, first + ring], layer.v[:, self.slots[first + ring]])
+        for ring, frame in enumerate(self.staying):
+            layer.enter(ring, raw[:, frame - first], layer.v[:, layer.window_start + ring])
 
     def books(self) -> Books:
         """Which frame lies where once the pass is committed."""
-        layer, end = self.layer, self.one_pass.end
+        layer = self.layer
         anchor = (
             {slot: Slot(slot) for slot in range(self.one_pass.anchored)} if self.one_pass.first == 0 else layer.anchor
         )
-        window = OrderedDict((ring, Slot(end - self.staying + ring)) for ring in range(self.staying))
+        window = OrderedDict((ring, Slot(frame)) for ring, frame in enumerate(self.staying))
         return anchor, layer.pinned, window

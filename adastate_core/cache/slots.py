@@ -18,12 +18,13 @@ import torch
 
 from ..anchors import Anchor, Source
 from ..rope import Layout, Rope
+from ..shots import NOTHING
 from .byte_plan import CachePlan, LayerSpec
 from .host_copies import Frames, HostCopies
 
-# called with (frame, position, key, value) of a frame that is to leave; position None means that the key is raw. It copies what it
-# wants to keep. It returns a function, which is called when the frame has left.
-Receiver = Callable[[int, float | None, torch.Tensor, torch.Tensor], Callable[[], None]]
+# called with (frame, position, key, value) of a frame that is to leave, and with the frames that a shot pins; position None means
+# that the key is raw. It copies what it wants to keep. It returns a function, which is called when the frame has left.
+Receiver = Callable[[int, float | None, torch.Tensor, torch.Tensor, range], Callable[[], None]]
 
 
 @dataclass
@@ -67,8 +68,17 @@ class Draft(Protocol):
 
     left: list[Callable[[], None]]
 
-    def fill(self, anchor: Anchor, first_frame: int, content_frames: int, state_frames: int) -> None:
-        """Content that a pass staged enters, the oldest leave, then the policy sets the anchor."""
+    def fill(
+        self,
+        anchor: Anchor,
+        first_frame: int,
+        content_frames: int,
+        state_frames: int,
+        pin: range = NOTHING,
+        keeps: bool = True,
+    ) -> None:
+        """Content that a pass staged enters, the oldest leave, then the policy sets the anchor. The frames of `pin` do not leave
+        (shots.py), if the layer `keeps` them."""
         ...
 
 
@@ -123,9 +133,9 @@ class LayerSlots(ABC):
     def wanted(self, layout: Layout) -> tuple[dict[int, tuple[Slot, float]], dict[int, tuple[Slot, float]]]:
         """The position of every held frame in `layout`: the anchor's by buffer slot, the ring's by ring slot."""
         anchor = {self.anchor_index(slot): (e, layout.anchor(slot, e.frame)) for slot, e in self.anchor.items()}
-        ring = {ring: (e, layout.pinned(i, e.frame)) for i, (ring, e) in enumerate(self.pinned.items())}
-        ring |= {ring: (e, layout.window(e.frame)) for ring, e in self.window.items()}
-        return anchor, ring
+        held = self.pinned | self.window
+        at = layout.ring([e.frame for e in held.values()], stay=len(self.pinned))
+        return anchor, {ring: (e, to) for (ring, e), to in zip(held.items(), at, strict=True)}
 
     def held_frames(self, current_frames: int) -> list[tuple[str, int]]:
         """What `read` gives, frame by frame: ("anchor", slot), ("current", i) or ("window", video frame)."""
@@ -364,7 +374,7 @@ class LayerSlots(ABC):
         """Show a window frame to `receiver`; what that returned."""
         slot = self.window[ring]
         key, value = (t.to(self.plan.dtype) for t in self.shown(ring))
-        return receiver(slot.frame, self.shown_position(slot), key, value)
+        return receiver(slot.frame, self.shown_position(slot), key, value, NOTHING)
 
     def _snapshot_of(self, parts: dict[str, Frames], copies: HostCopies) -> LayerSnapshot:
         """A snapshot whose tensors are those `parts`."""

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-TRANSITIONS = ("cut", "recache", "flush", "rope cut", "soft", "shot")
+SHOT = "shot"
+TRANSITIONS = ("cut", "recache", "flush", "rope cut", "soft", SHOT)
 MOST_SEED = 2**64 - 1
 _LONGEST_NUMBER = 40  # characters
 _SEED = re.compile(r"seed\s+(\S+)", re.I)
@@ -29,9 +30,10 @@ class EntryOptions:
     strength: float | None = None
 
     @property
-    def numbers(self) -> bool:
-        """Whether it sets a number, so that an entry without words means something."""
-        return self.seed is not None or self.strength is not None
+    def stand_alone(self) -> bool:
+        """Whether an entry without words means something: it begins a shot under the same words, or sets a number alone."""
+        numbers = self.seed is not None or self.strength is not None
+        return self.transition == SHOT or (self.transition is None and numbers)
 
     def written(self) -> str:
         """As it stands in the braces, without them; empty for none."""

@@ -67,6 +67,11 @@ class PromptPlan:
         """Whether any change is a recache."""
         return any(change.transition == "recache" for change in self.changes[1:])
 
+    @property
+    def shots(self) -> bool:
+        """Whether any change begins a shot."""
+        return any(change.transition == "shot" for change in self.changes[1:])
+
     def index(self, first_frame: int) -> int:
         """Which prompt holds at the middle of the chunk from `first_frame` on."""
         middle = first_frame + self.chunk_frames / 2

@@ -32,7 +32,8 @@ def holds_from(frame: int, first_frame: int, chunk_frames: int) -> bool:
 def changed(entries: Sequence[Entry], new: Entry, takes_hold: Callable[[Entry], bool]) -> tuple[Entry, ...]:
     """The entries with one more, which begins at the chunk at which those take hold of which `takes_hold` says so.
 
-    Words of `new` take the place of theirs. Numbers that it does not set stay theirs. Without words it only sets numbers.
+    Words of `new` take the place of theirs, and of a shot without words. Numbers that it does not set stay theirs. Without words it
+    only sets numbers.
     """
     there = [entry for entry in entries if takes_hold(entry)]
     if not there:
@@ -50,7 +51,7 @@ def _newest(there: Sequence[Entry], new: Entry, name: str) -> Any:
 
 
 def _has_words(entry: TimedText | PromptAt) -> bool:
-    return entry.has_words if isinstance(entry, PromptAt) else bool(entry.text)
+    return entry.has_words if isinstance(entry, PromptAt) else entry.begins_prompt
 
 
 def _in_order(entries: Sequence[Entry]) -> tuple[Entry, ...]:

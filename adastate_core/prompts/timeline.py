@@ -7,7 +7,8 @@ lines   `0:00 a meadow`, and on the next line `5s {flush} a desert`: when each b
 A time is `5s`, `2.5s`, `1:02.5` (m:ss) or `1:00:00` (h:mm:ss), in seconds of video; a number alone is none. A transition in
 braces behind a time names how the video changes to that prompt; in bars it may stand alone: `snow [{flush}]`. The braces may
 also set the noise's seed and the adaptive anchor's strength from there on, `5s {soft, seed 7, strength 0.5} snow`
-(prompts/entry_options.py); with a number and no words, `5s {seed 7}`, the words stay as they are. `#` behind a time is
+(prompts/entry_options.py); with a number and no words, `5s {seed 7}`, the words stay as they are, and so they do in a shot without
+words, `5s {shot}`. `#` behind a time is
 Infinity-RoPE's scene cut, `{rope cut}`: the prompt that carries it begins with the cut. A mark may say its end too,
 `[0s-3s: a meadow]`, as FramePack Studio allows, and so may a line, `0:00-0:05 a meadow`, `0-5s: a meadow` or `0:00 to 0:05 a
 meadow`; it has to be where the next begins. The last one's end is only read: its prompt lasts to the end of the video.
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from .entry_options import TRANSITIONS, EntryOptions, OptionError, read_options
+from .entry_options import SHOT, TRANSITIONS, EntryOptions, OptionError, read_options
 from .timeline_unknown import is_plain, unknown_time, without_unseen
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "TRANSITIONS",
     "TimedText",
     "TimelineError",
+    "check_shared",
     "grammar_of",
     "locate",
     "parse_timeline",
@@ -87,7 +89,8 @@ class TimelineError(ValueError):
 class TimedText:
     """A prompt from `seconds` of video on; `line` and `column` say where its words begin and are not compared.
 
-    `seed` and `strength` hold from there on, None: as before. Without words, `text` "", the prompt stays as it was."""
+    `seed` and `strength` hold from there on, None: as before. Without words, `text` "", the prompt stays as it was; a shot begins
+    another scene under it."""
 
     seconds: float
     text: str
@@ -100,6 +103,11 @@ class TimedText:
     @property
     def options(self) -> EntryOptions:
         return EntryOptions(self.transition, self.seed, self.strength)
+
+    @property
+    def begins_prompt(self) -> bool:
+        """Whether words or a shot begin here, and not only a number is set."""
+        return bool(self.text) or self.transition == SHOT
 
 
 @dataclass
@@ -151,10 +159,10 @@ class _Source:
         return at
 
     def prompt(self, at: int, start: int, end: int, options: EntryOptions = _NONE) -> _Prompt:
-        """The words between two offsets as the prompt of the mark at `at`; there may be none where `options` set a number."""
+        """The words between two offsets as the prompt of the mark at `at`; there may be none where `options` stand alone."""
         text = tidy(self.text[start:end])
         words = self.skip(start, end)
-        if not text and (options.transition is not None or not options.numbers):
+        if not text and not options.stand_alone:
             raise self.error(at, "the prompt here is empty; write what the video shows from this time on")
         return _Prompt(at, words, text, options)
 
@@ -219,7 +227,7 @@ def parse_timeline(text: str, shared: str = "", duration: float | None = None) -
             prompts[MOST_PROMPTS].at, f"there are {len(prompts)} prompts; a timeline holds at most {MOST_PROMPTS}"
         )
     shared = tidy(shared)
-    _check_shared(shared, prompts)
+    check_shared(shared, prompts)
     entries: list[TimedText] = []
     for prompt in prompts:
         seconds = float(prompt.start or 0)
@@ -482,7 +490,7 @@ def _plain(seconds: Fraction) -> str:
     return f"{float(seconds):g}s"
 
 
-def _check_shared(shared: str, prompts: Sequence[_Prompt]) -> None:
+def check_shared(shared: str, prompts: Sequence[_Prompt] | Sequence[TimedText]) -> None:
     """TimelineError where the prompts with what they share are too long to be written out."""
     places = shared.count("{}")
     around = len(shared) - 2 * places if places else len(shared) + 1

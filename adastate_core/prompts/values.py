@@ -45,7 +45,8 @@ class PromptAt:
     """A prompt from `seconds` of video on; with transition "soft" it comes in over `chunks` chunks by `blend`.
 
     `seed` of the noise and `strength` of the adaptive anchor hold from there on, None: as before. Where `conditioning` is None the
-    words stay as they were. Raises ValueError for numbers and names outside their range. Compared by identity: it holds tensors.
+    words stay as they were. `opening`: what the first chunk of a shot has in its place, None: the same. Raises ValueError for
+    numbers and names outside their range. Compared by identity: it holds tensors.
     """
 
     seconds: float
@@ -56,6 +57,7 @@ class PromptAt:
     text: str = ""
     seed: int | None = None
     strength: float | None = None
+    opening: Any = field(default=None, repr=False)
 
     @property
     def has_words(self) -> bool:

@@ -17,7 +17,8 @@ import torch
 
 from ..rope import Layout
 from .noise import noise
-from .schedule import TIMESTEPS, renoised
+from .schedule import TIMESTEPS
+from .solvers import renoised
 
 
 @dataclass(frozen=True)

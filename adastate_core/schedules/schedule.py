@@ -1,17 +1,18 @@
 """Flow-matching step lists and the noise of a rollout.
 
-The model predicts v = noise - x0, so x0 = x - sigma v; between steps x = (1 - sigma') x0 + sigma' fresh noise
-(Self-Forcing's sampler; docs/semantics.md, Noise). Noise depends on (seed, chunk, step) alone.
+The model predicts v = noise - x0, so x0 = x - sigma v. What becomes of it between two steps is a sampler's (solvers.py). Noise
+depends on (seed, chunk, step) alone (docs/semantics.md, Noise).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+
+from .solvers import RENOISING, SAMPLERS, Solver, noises_of
 
 TIMESTEPS = 1000.0
 MOST_STEPS = 100  # of a list made from a number of steps
@@ -32,7 +33,7 @@ class Schedule:
     context_timestep: float = 0.0
     first_sigmas: tuple[float, ...] = ()
     kept: tuple[int, ...] = ()
-    sampler: str = "renoising"
+    sampler: str = RENOISING
     told: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -94,8 +95,12 @@ class Schedule:
         """Which of the pasts beside the clean one noisy pass `step` sees and enters, from 1 on; None: it sees the clean one."""
         return self.kept.index(step) + 1 if step in self.kept else None
 
+    def noises(self, steps: int) -> int:
+        """How many noises a chunk of so many steps takes."""
+        return noises_of(self.sampler, steps)
+
     def solver(self, chunk: int, noises: torch.Tensor) -> Solver:
-        """A fresh solver for generated chunk `chunk`; `noises` [steps, B, C, frames, h, w] float32."""
+        """A fresh solver for generated chunk `chunk`; `noises` [n, B, C, frames, h, w] float32, n as `noises` says."""
         return SAMPLERS[self.sampler](self.for_chunk(chunk), noises)
 
     @staticmethod
@@ -115,58 +120,6 @@ def _listed(sigmas: Sequence[float]) -> str:
     """The first of them, for a sentence."""
     first = ", ".join(str(round(s, 4)) for s in sigmas[:8])
     return f"[{first}{', ...' if len(sigmas) > 8 else ''}]"
-
-
-class Solver(Protocol):
-    """Takes one chunk from noise to clean; may remember what came before within it."""
-
-    start: torch.Tensor
-
-    def step(self, step: int, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x0, x of the next step) from the model's velocity at `x`; after the last step both are the chunk."""
-        ...
-
-
-class Renoising:
-    """Self-Forcing's: the clean estimate is taken back to the next noise level with fresh noise."""
-
-    def __init__(self, sigmas: Sequence[float], noises: torch.Tensor) -> None:
-        self.sigmas, self.noises, self.start = sigmas, noises, noises[0]
-
-    def step(self, step: int, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x0, following = denoised(x, v, self.sigmas[step]), step + 1
-        if following == len(self.sigmas):
-            return x0, x0
-        return x0, renoised(x0, self.noises[following], self.sigmas[following])
-
-
-# the samplers that are known: each makes a solver of a chunk's sigmas and noises [steps, B, C, frames, h, w] float32
-SAMPLERS: dict[str, Callable[[tuple[float, ...], torch.Tensor], Solver]] = {"renoising": Renoising}
-
-
-def register_sampler(name: str, make: Callable[[tuple[float, ...], torch.Tensor], Solver]) -> None:
-    """Make a sampler known by its name, for presets to use. ValueError for a name that is no plain one or is taken."""
-    if not (isinstance(name, str) and name.isidentifier()):
-        raise ValueError(f"the sampler's name is {name!r}; a name is one plain word, such as euler")
-    taken = SAMPLERS.get(name)
-    if taken is not None and _place(taken) != _place(make):
-        raise ValueError(f"the sampler {name} is known already; give yours another name")
-    SAMPLERS[name] = make
-
-
-def _place(thing: object) -> tuple[object, object]:
-    """Where a function or class was written."""
-    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)
-
-
-def denoised(x: torch.Tensor, v: torch.Tensor, sigma: float) -> torch.Tensor:
-    """x0 from the model's velocity, float32."""
-    return x - sigma * v
-
-
-def renoised(x0: torch.Tensor, fresh: torch.Tensor, sigma: float) -> torch.Tensor:
-    """x0 taken back to noise level `sigma` with fresh noise, float32."""
-    return (1 - sigma) * x0 + sigma * fresh
 
 
 def timesteps(timestep: float | Sequence[float], x: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:

@@ -25,7 +25,9 @@ from ..decode.wan_vae import FEATURES
 from ..decode.ways import WAY, WAYS
 from ..files.header_check import Damage, Fields, Tensors, Unreadable, number, shown
 from ..geometry import SPACES, WAN21, ModelGeometry
+from ..given import INSIDE, check_inside
 from ..rope import POSITION_MODES
+from ..shot_check import damage
 from ..spec import ENDINGS, REMADE, RolloutSpec
 from .enlarged_check import check_enlarged
 from .renewed_pictures import check_pictures
@@ -50,12 +52,15 @@ def check_state(header: Fields, tensors: Tensors, before: bool) -> None:
     _check_latents(spec, tensors, next_frame, emitted, before)
     if tensors.has("given") and next_chunk:
         raise Damage(f"given is there although {next_chunk} chunks were generated")
+    if header.has("start"):
+        _check_inside(header, tensors, spec, next_frame)
     again = _again_of(header, tensors)
     if header.has("after") and not 0 < header.whole("after") <= (most := spec.blocks * spec.chunk_frames):
         raise Damage(
             f"after is {header.whole('after')}, not 1 to {most} latent frames that were finished in a smaller window"
         )
     _check_compiled(header, spec.geometry.layers)
+    _check_shots(header, spec, next_frame, next_chunk)
     absorption = header.inner("absorption") if not before or header.has("absorption") else Fields({}, "absorption")
     plan = spec.plan()
     chosen, pinned = check_absorption(absorption, tensors, spec.absorption, plan, spec.anchor)
@@ -96,11 +101,33 @@ def _again_of(header: Fields, tensors: Tensors) -> int:
     return again
 
 
+def _check_inside(header: Fields, tensors: Tensors, spec: RolloutSpec, next_frame: int) -> None:
+    """Start latents that stand inside the first chunk; a state that does not say so has them before it, if it has any."""
+    start, given = header.text("start", (INSIDE,)), tensors.tensors.get("given")
+    if given is None:
+        raise Damage(f"start is {start}, but given is missing")
+    if next_frame:
+        raise Damage(f"start is {start}, but next_frame is {next_frame}, which is not the first chunk's")
+    try:
+        check_inside(spec, given.shape[2])
+    except ValueError as error:
+        raise Damage(f"start is {start}, which cannot be ({error})") from error
+
+
 def _check_compiled(header: Fields, count: int) -> None:
     """The layers that went through compiled functions; a state that does not say so was made the plain way."""
     layers = header.wholes("compiled_layers", 0, count - 1) if header.has("compiled_layers") else None
     if layers is not None and (not layers or layers != sorted(set(layers))):
         raise Damage(f"compiled_layers are {shown(list(layers))}, not layers of {count} in their order, each once")
+
+
+def _check_shots(header: Fields, spec: RolloutSpec, next_frame: int, next_chunk: int) -> None:
+    """The first frames of the video's shots; a state that does not say so has none."""
+    if not header.has("shots"):
+        return
+    shots = header.wholes("shots", 1)
+    if why := damage(shots, spec, next_frame, next_chunk) if shots else "no frames at all":
+        raise Damage(f"shots are {shown(shots)}, {why}")
 
 
 def spec_of(described: Fields, before: bool) -> RolloutSpec:

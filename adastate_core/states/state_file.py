@@ -16,6 +16,7 @@ import torch
 from ..cache.kv_cache import LayerSnapshot
 from ..files.header_check import Damage, Fields, Tensors, refusal, shown
 from ..files.tensor_file import TensorFile, file_bytes, parsed, write_tensors
+from ..given import STARTS
 from ..rollout import RolloutState
 from .state_check import check_state
 
@@ -68,6 +69,10 @@ def _contents(state: RolloutState) -> tuple[dict[str, torch.Tensor], dict[str, s
         header["compiled_layers"] = state.compiled_layers
     if state.steered:
         header["steered"] = state.steered
+    if state.shots:
+        header["shots"] = state.shots
+    if state.start != STARTS[0]:
+        header["start"] = state.start
     return tensors, {"format": FORMAT, "version": str(VERSION), "state": json.dumps(header, allow_nan=False)}
 
 
@@ -133,6 +138,8 @@ def load_state(path: Path | str) -> RolloutState:
         after=values.get("after", 0),
         compiled_layers=tuple(values.get("compiled_layers", ())),
         steered=values.get("steered", {}),
+        shots=tuple(values.get("shots", ())),
+        start=values.get("start", STARTS[0]),
     )
 
 

@@ -26,6 +26,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "base_model.model.", "
 INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 MOST_NESTED = 8
 LORA_PART = "generator_lora"
+FORMAT_KEY = "checkpoint_format"  # where LongLive 2.0 says what it wrote
 _WANTED = f"a checkpoint has {', '.join(PARTS[:3])} or plain weights"
 _OF_BLOCKS = ("blocks.", "lora_unet_")
 _MOST_AXES = 64  # as torch itself has it
@@ -49,7 +50,8 @@ def plain_name(name: str) -> str:
 class Checkpoint:
     """A file that has been looked into: shapes and dtypes by plain name, its metadata, and how to read one tensor.
 
-    `beside` names what the file holds besides the model that was taken; `twice` a weight that it has under two names.
+    `beside` names what the file holds besides the model that was taken; `twice` a weight that it has under two names. Of a torch
+    file `metadata` is no more than the name that its writer gave to its format, if it did.
     """
 
     path: Path
@@ -63,7 +65,7 @@ class Checkpoint:
 
     @property
     def geometry(self) -> WanGeometry:
-        """Its sizes; ValueError, naming the file, if it is not a whole Wan 2.1 text-to-video transformer."""
+        """Its sizes; ValueError, naming the file, if it is not a whole Wan text-to-video transformer."""
         geometry = geometry_of(self.shapes, self.path.name)
         check_scales(self.shapes, self.metadata, self.path.name)
         if self.twice:
@@ -77,8 +79,8 @@ class Checkpoint:
             return ""
         are = "weight that" if len(rest) == 1 else "weights that"
         return (
-            f"{self.path.name} holds {len(rest)} {are} a Wan 2.1 text-to-video model has no place for and that a rollout does "
-            f"without: {counted(rest)}"
+            f"{self.path.name} holds {len(rest)} {are} a {self.geometry.space.name} text-to-video model has no place for and that "
+            f"a rollout does without: {counted(rest)}"
         )
 
     @property
@@ -183,6 +185,8 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, .
 
 def _open_torch(path: Path, parts: Sequence[str]) -> Checkpoint:
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    written_as = content.get(FORMAT_KEY) if isinstance(content, Mapping) else None
+    metadata = {FORMAT_KEY: written_as} if isinstance(written_as, str) else {}
     part, content, beside = _inside(content, parts, path.name)
     flat = {name: _as_tensor(name, value) for name, value in content.items() if isinstance(name, str)}
     beside += [shown_name(name) for name, value in content.items() if _is_container(value)]
@@ -195,7 +199,7 @@ def _open_torch(path: Path, parts: Sequence[str]) -> Checkpoint:
     inner, chosen, more, twice = _choose(flat, parts)
     shapes = {name: tuple(t.shape) for name, t in chosen.items()}
     dtypes = {name: t.dtype for name, t in chosen.items()}
-    return Checkpoint(path, shapes, dtypes, {}, part or inner, lambda name: chosen[name], (*beside, *more), twice)
+    return Checkpoint(path, shapes, dtypes, metadata, part or inner, lambda name: chosen[name], (*beside, *more), twice)
 
 
 def _as_tensor(name: str, value: Any) -> torch.Tensor | None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..anchors import Anchor, anchor_from
 from ..bounds import BOUNDS
+from ..geometry import SPACES
+from ..given import BEFORE, STARTS
 from ..rope import POSITION_MODES
 from .presets import Preset
 
@@ -38,7 +40,9 @@ def read_preset(path: Path) -> Preset:
 def preset_from(table: dict[str, Any]) -> Preset:
     """The preset of a table of its fields; `title` and `source` may be left out. ValueError, a phrase, for anything else."""
     table = {"title": table.get("name"), "source": "a file of the user's", **table}
-    known = {one.name: one for one in fields(Preset)}
+    known = {
+        one.name: one for one in fields(Preset) if one.name != "cached"
+    }  # a preset in a preset, which no text needs
     if strangers := [name for name in table if name not in known]:
         raise ValueError(f"{strangers[0]} is no field of a preset; they are {', '.join(known)}")
     values = {name: _value(name, str(known[name].type), value) for name, value in table.items()}
@@ -52,6 +56,10 @@ def _value(name: str, kind: str, value: Any) -> Any:
     """A field as the dataclass has it. ValueError where it is of another type."""
     if kind == "Anchor":
         return _anchor(value)
+    if kind == "LatentSpace":
+        if not isinstance(value, str) or value not in SPACES:
+            raise ValueError(f"{name} is {value!r:.60}; it must be one of {', '.join(SPACES)}")
+        return SPACES[value]
     plain = {"str": str, "bool": bool, "int": int, "float": float}
     one = kind.removeprefix("tuple[").removesuffix(", ...]")
     several = one != kind
@@ -82,6 +90,8 @@ def _check_bounds(values: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {value}; it must be between {bound.least:g} and {bound.most:g}")
     if values.get("positions", "packed") not in POSITION_MODES:
         raise ValueError(f"positions is {values['positions']!r}; it must be one of {', '.join(POSITION_MODES)}")
+    if values.get("start", BEFORE) not in STARTS:
+        raise ValueError(f"start is {values['start']!r:.60}; it must be one of {', '.join(STARTS)}")
     if any(not 0 < level <= 1 for level in values.get("levels", ())):
         raise ValueError(f"levels are {list(values['levels'])}; each must lie in (0, 1]")
     for name in ("timesteps", "first_timesteps"):

@@ -1,4 +1,4 @@
-"""The public causal systems on Wan 2.1, as settings of this pack's rollout.
+"""The public causal systems on Wan, as settings of this pack's rollout.
 
 Each is that system's step list, chunk, window, anchor and positions; `compared_chunks` says over how many chunks a rollout by it is
 compared with a loop that is written from the published code (docs/systems.md), and the note says where it differs. In their words
@@ -8,13 +8,16 @@ local_attn_size = anchor + window + chunk. Numbers are defaults: what a user or 
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..anchors import Anchor, AnchorAdaptive, AnchorDeep, AnchorEMA, AnchorMemory, AnchorReplay, AnchorStatic
 from ..cache.one_pass import goes_with
-from ..geometry import WAN21, LatentSpace
-from ..schedules.schedule import Schedule
+from ..geometry import WAN21, WAN22, LatentSpace
+from ..given import BEFORE, INSIDE
+from ..schedules.schedule import TIMESTEPS, Schedule
+from ..schedules.solvers import RENOISING
 
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 # latent frames of the clips that the Wan 2.1 family was distilled on (81 pictures)
@@ -30,7 +33,7 @@ class Preset:
     frames the cache is emptied and the last `overlap_frames` are put back first (CausVid; 0: never). `longer` says what
     to use beyond `trained_frames`, and is empty where the system is made for any length; `longer_positions` are the positions with
     which it is made for any. `names` are regular expressions, one of which is found in the lower-case path of a file with such
-    weights; `sampler` is one of schedule.SAMPLERS.
+    weights of its space; `sampler` is one of solvers.SAMPLERS.
     `shares_window`: the blocks take their room from the window, which shrinks with them at the end of the video unless
     another ending is asked for (spec.RolloutSpec).
     `one_pass_recache`: a recache is one pass over all that is made again, not one a chunk (spec.RolloutSpec).
@@ -61,7 +64,7 @@ class Preset:
     files: tuple[str, ...] = ()
     note: str = ""
     names: tuple[str, ...] = ()
-    sampler: str = "renoising"
+    sampler: str = RENOISING
     shares_window: bool = False
     one_pass_recache: bool = False
     levels: tuple[float, ...] = ()
@@ -69,7 +72,7 @@ class Preset:
     remade: str = ""
     cached: Preset | None = None
     fps: float = 0.0
-    start: str = "before"
+    start: str = BEFORE
     space: LatentSpace = WAN21
 
     @property
@@ -94,8 +97,24 @@ class Preset:
             "preset": self.name,
         }
 
-    def describe(self, ending: str = "as published", keep_first_frame: bool = False) -> str:
-        """A few lines for people; `ending` is one of spec.ENDINGS, and `keep_first_frame` for a past that is made anew."""
+    def check_sampler(self, sampler: str) -> None:
+        """ValueError for a sampler that does not go with its rules."""
+        if self.blocks > 1 and sampler != RENOISING:
+            raise ValueError(
+                f"the sampler is {sampler}, and {self.title} denoises chunks together, which only {RENOISING} does: set sampler to "
+                "auto in Model Preset, or choose another preset"
+            )
+
+    def describe(
+        self,
+        ending: str = "as published",
+        keep_first_frame: bool = False,
+        sampler: str = "",
+        space: LatentSpace | None = None,
+    ) -> str:
+        """A few lines for people; `ending` is one of spec.ENDINGS, `keep_first_frame` for a past that is made anew, `sampler` one
+        that is used in the place of its own, and `space` that of the model which is to follow it."""
+        sampler = sampler or self.sampler
         sigmas = ", ".join(f"{sigma:.4g}" for sigma in self.schedule.sigmas)
         lines = [
             f"{self.title} ({self.source})",
@@ -108,8 +127,16 @@ class Preset:
         if self.first_timesteps:
             first = ", ".join(f"{sigma:.4g}" for sigma in self.schedule.first_sigmas)
             lines.append(f"the first chunk has noise levels {first}")
-        if self.sampler != "renoising":
-            lines.append(f"between its steps it uses the sampler {self.sampler}")
+        if sampler != RENOISING or self.sampler != sampler:
+            instead = f", and not its own {self.sampler}" if self.sampler != sampler else ""
+            lines.append(f"between its steps it uses the sampler {sampler}{instead}")
+        if (space or WAN21) != self.space:
+            model = f", and those of this model in that of {space.name} ({space.channels})" if space else ""
+            lines.append(
+                f"its weights work in the latent space of {self.space.name} ({self.space.channels} channels){model}"
+            )
+        if self.start == INSIDE:
+            lines.append("pictures to start from stand inside the first chunk")
         if self.blocks > 1:
             lines.append(f"{self.blocks} chunks are denoised together at rising noise")
         if self.shares_window:
@@ -159,6 +186,30 @@ _KREA = dict(name="krea_14b", title="Krea Realtime 14B", source="krea-ai/realtim
 # every chunk has the same positions, the first one included (the project page's "same positional structure")
 _STATE = dict(window_frames=3, positions="fixed", anchor=AnchorAdaptive(1))
 
+# trained on clips of 96 latent frames and distilled on rollouts of 32; the published command makes 128 to 384
+_LONGLIVE2_SOURCE = "arXiv 2605.18739"
+_LONGLIVE2 = dict(
+    chunk_frames=8, window_frames=16, anchor=AnchorStatic(8), sampler="unipc", trained_frames=96, fps=24.0, start=INSIDE,
+    space=WAN22, compared_chunks=12, longer_positions="packed",
+    longer="for videos without an end set positions to packed, its use_relative_rope; at absolute ones its own command, whose "
+    "table has 1024 of them, ends after 4093 pictures, and this rollout goes on",
+)  # fmt: skip
+
+
+def _flow_unipc(steps: int) -> dict[str, Any]:
+    """What LongLive 2.0's scheduler makes of so many steps: even ones from the noisiest of its 1000 training levels down, shifted
+    by 5; the levels in float32, and whole timesteps for the model (FlowUniPCMultistepScheduler.set_timesteps)."""
+    levels = [_float32(1 - 1 / TIMESTEPS) * (1 - step / steps) for step in range(steps)]
+    shifted = [5 * level / (1 + 4 * level) for level in levels]
+    told = tuple(float(int(TIMESTEPS * level)) for level in shifted)
+    return dict(timesteps=told, warp=False, levels=tuple(map(_float32, shifted)))
+
+
+def _float32(number: float) -> float:
+    """The nearest number that a float32 holds."""
+    return struct.unpack("f", struct.pack("f", number))[0]
+
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -196,6 +247,17 @@ PRESETS: dict[str, Preset] = {
             note="longlive_base.pt wants its LoRA (rank 256): put Load Causal LoRA between the loader and the rollout; its command "
             "takes generator of a file that has generator_ema, too",
             longer="for more than 957 frames set positions to packed, which is LongLive's infinite mode", longer_positions="packed",
+        ),
+        Preset(
+            "longlive2_5b", "LongLive 2.0, 5B", _LONGLIVE2_SOURCE, names=(r"long.?live",), **_flow_unipc(4), **_LONGLIVE2,
+            files=("model_bf16.pt", "LongLive-2.0-5B-NVFP4-S4/model_te.pt"),
+            note="a generator without its LoRA (rank 128) merged into it wants it: put Load Causal LoRA between the loader and the "
+            "rollout; model_4o6.pt is packed in 4 bits and not read",
+        ),
+        Preset(
+            "longlive2_5b_2step", "LongLive 2.0, 5B, 2 steps", _LONGLIVE2_SOURCE, **_flow_unipc(2), **_LONGLIVE2,
+            names=(r"long.?live.*(?<![a-z0-9])(s2|2.?steps?)(?![a-z0-9])", r"(?<![a-z0-9.])2.?steps?(?![a-z0-9]).*long.?live"),
+            files=("LongLive-2.0-5B-NVFP4-S2/model_te.pt",), note="model_4o6.pt is packed in 4 bits and not read",
         ),
         Preset(
             "rolling_forcing", "Rolling Forcing", "arXiv 2509.25161", names=(r"rolling.?forcing|longvideo",),
@@ -281,6 +343,8 @@ _TELLING = (
     "deep_forcing",
     "infinity_rope",
     "memrope",
+    "longlive2_5b_2step",
+    "longlive2_5b",
     "longlive",
     "causal_forcing",
     "causvid",
@@ -288,14 +352,17 @@ _TELLING = (
 )
 
 
-def recognised(path: str, part: str = "") -> str:
-    """The preset that a file's name (with its folder) and the model taken out of it speak for; empty if none does.
+def recognised(path: str, part: str = "", space: LatentSpace = WAN21, written_as: str = "") -> str:
+    """The preset that a file speaks for by its name (with its folder), by what its writer called its format, and by the model taken
+    out of it; empty if none does. Only one whose weights are of the file's latent space.
 
-    The systems share one architecture, so their weights cannot be told apart: a trainer's file with a generator in it
-    (`part`) is taken for Self-Forcing's kin.
+    The systems on one space share one architecture, so their weights cannot be told apart: of Wan 2.1's a trainer's file with a
+    generator in it (`part`) is taken for Self-Forcing's kin.
     """
     others = [name for name in PRESETS if name not in _TELLING]
-    for name in (*others, *_TELLING):
-        if any(re.search(pattern, path.lower()) for pattern in PRESETS[name].names):
-            return name
-    return "self_forcing" if part.startswith("generator") else ""
+    ours = [name for name in (*others, *_TELLING) if PRESETS[name].space == space]
+    for text in (path.lower(), written_as.lower()):
+        for name in ours:
+            if any(re.search(pattern, text) for pattern in PRESETS[name].names):
+                return name
+    return "self_forcing" if part.startswith("generator") and space == PRESETS["self_forcing"].space else ""

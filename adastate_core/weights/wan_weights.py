@@ -1,4 +1,4 @@
-"""Which weights a Wan 2.1 text-to-video transformer has, what its sizes are, and what a file holds besides."""
+"""Which weights a Wan text-to-video transformer has, what its sizes are, and what a file holds besides."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from ..geometry import SPACES, LatentSpace, space_with
 from .file_kind import CheckpointError, shown_name
 
 HEAD_CHANNELS = 128
 TIME_CHANNELS = 256
 PATCH = 2
-OUT_CHANNELS = 16
 IS_A_LORA = "is a LoRA and no model: load the model that it belongs to, and put Load Causal LoRA behind it"
 # what only another kind of Wan model has: the host would load that kind, and a rollout drives plain text to video
 _OTHER_KINDS = (
@@ -39,11 +39,16 @@ _QUANTISED = (
 _SCALES = ("scale_weight", "weight_scale", "weight_scale_2")
 QUANTIZATION_KEY = "_quantization_metadata"
 _MARKS = ("scaled_fp8",)
+_PACKED = "quantized_weight_values"
+_WRAPPED = re.compile(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.\w+\.linear\.weight")
+# what TransformerEngine's layers keep beside a weight: bytes that only a pickle reads
+EXTRA_STATE = "._extra_state"
 
 
 @dataclass(frozen=True)
 class WanGeometry:
-    """The sizes of a Wan transformer: `width`, `feed_forward`, `layers`, `heads`, latent channels in, text channels."""
+    """The sizes of a Wan transformer: `width`, `feed_forward`, `layers`, `heads`, channels in, text channels, and the latent space
+    that it makes latents of."""
 
     width: int
     feed_forward: int
@@ -51,11 +56,12 @@ class WanGeometry:
     heads: int
     in_channels: int
     text_channels: int
+    space: LatentSpace
 
     @property
     def parameters(self) -> str:
         """What people call it."""
-        return {1536: "1.3B", 5120: "14B"}.get(self.width, f"width {self.width}")
+        return {1536: "1.3B", 3072: "5B", 5120: "14B"}.get(self.width, f"width {self.width}")
 
 
 def geometry_of(shapes: Mapping[str, tuple[int, ...]], file: str = "the file") -> WanGeometry:
@@ -79,7 +85,8 @@ def geometry_of(shapes: Mapping[str, tuple[int, ...]], file: str = "the file") -
             f"{file} has a width of {width}, which is not a whole number of Wan's heads of {HEAD_CHANNELS}"
         )
     feed_forward, text = shapes["blocks.0.ffn.0.weight"][0], shapes["text_embedding.0.weight"][1]
-    geometry = WanGeometry(width, feed_forward, len(numbers), width // HEAD_CHANNELS, in_channels, text)
+    space = _space_of(shapes["head.head.weight"], width, file)
+    geometry = WanGeometry(width, feed_forward, len(numbers), width // HEAD_CHANNELS, in_channels, text, space)
     for name, shape in _expected(geometry):
         if name not in shapes:
             raise CheckpointError(f"{file} does not fit together: {name} is missing")
@@ -90,8 +97,17 @@ def geometry_of(shapes: Mapping[str, tuple[int, ...]], file: str = "the file") -
     return geometry
 
 
+def _space_of(head: tuple[int, ...], width: int, file: str) -> LatentSpace:
+    """The latent space of what a head of this shape makes; CheckpointError if there is none."""
+    rows = head[0] // PATCH**2
+    if head[0] % PATCH**2 == 0 and (space := space_with(rows)) is not None:
+        return space
+    wanted = " or ".join(f"{[PATCH**2 * space.channels, width]} ({space.name})" for space in SPACES.values())
+    raise CheckpointError(f"{file} does not fit together: head.head.weight is {list(head)} and should be {wanted}")
+
+
 def _expected(geometry: WanGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every weight of a Wan 2.1 text-to-video transformer of these sizes, with its shape."""
+    """Every weight of a Wan text-to-video transformer of these sizes, with its shape."""
     width, feed_forward = geometry.width, geometry.feed_forward
     linear = {
         "text_embedding.0": (width, geometry.text_channels),
@@ -99,7 +115,7 @@ def _expected(geometry: WanGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
         "time_embedding.0": (width, TIME_CHANNELS),
         "time_embedding.2": (width, width),
         "time_projection.1": (6 * width, width),
-        "head.head": (PATCH * PATCH * OUT_CHANNELS, width),
+        "head.head": (PATCH**2 * geometry.space.channels, width),
         "patch_embedding": (width, geometry.in_channels, 1, PATCH, PATCH),
     }
     yield "head.modulation", (1, 2, width)
@@ -119,6 +135,7 @@ def _expected(geometry: WanGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def check_family(shapes: Mapping[str, tuple[int, ...]], file: str) -> None:
     """CheckpointError where names show that a file is no plain text-to-video transformer, in words a user knows it by."""
+    _check_packed(shapes, file)
     whole = "patch_embedding.weight" in shapes and "blocks.0.ffn.0.weight" in shapes
     if any(".base_layer." in name for name in shapes):
         raise CheckpointError(
@@ -136,7 +153,7 @@ def check_family(shapes: Mapping[str, tuple[int, ...]], file: str) -> None:
         if of_it := [name for name in shapes if name.startswith(prefixes)]:
             raise CheckpointError(
                 f"{file} is {words}, or what is left of one: it holds {len(of_it)} weights such as {shown_name(of_it[0])}; a "
-                "rollout drives plain Wan 2.1 text-to-video models"
+                "rollout drives plain Wan text-to-video models"
             )
     if not whole and any(re.match(r"blocks\.\d+\.(attn1|ffn\.net)\.", name) for name in shapes):
         raise CheckpointError(
@@ -146,6 +163,21 @@ def check_family(shapes: Mapping[str, tuple[int, ...]], file: str) -> None:
     if not whole and (part := re.search(r"-(\d{5})-of-(\d{5})\.", file)):
         raise CheckpointError(
             f"{file} is part {int(part[1])} of {int(part[2])} of a model: join the parts to one file, or take the model as one file"
+        )
+
+
+def _check_packed(names: Iterable[str], file: str) -> None:
+    """CheckpointError for weights that LongLive 2.0 has packed, or wrapped, for a library that is not used here."""
+    names = list(names)
+    if packed := sum(name.endswith(_PACKED) for name in names):
+        raise CheckpointError(
+            f"{file} holds {packed} weights packed in 4 bits (NVFP4 of FourOverSix, as in LongLive 2.0's model_4o6.pt), which are "
+            "not read here: take model_te.pt of the same repository, or model_bf16.pt"
+        )
+    if wrapped := [name for name in names if _WRAPPED.fullmatch(name)]:
+        raise CheckpointError(
+            f"{file} was saved out of TransformerEngine's own layers ({shown_name(wrapped[0])}), which are not read here: take "
+            "LongLive 2.0's model_te.pt, which holds plain weights for them, or model_bf16.pt"
         )
 
 
@@ -190,6 +222,8 @@ def listed(names: Iterable[str], most: int = 6) -> str:
 
 def _group(name: str) -> str:
     """The first word of a name; of a block's weight its module in the block."""
+    if name.endswith(EXTRA_STATE):
+        return "TransformerEngine's _extra_state"
     if match := re.match(r"blocks\.\d+\.(.+)", name):
         return "blocks' " + match[1].removesuffix(".weight").removesuffix(".bias")
     return name.partition(".")[0]

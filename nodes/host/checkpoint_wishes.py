@@ -15,17 +15,17 @@ import comfy.sd
 import folder_paths
 import torch
 
-from ...adastate_core.weights.checkpoints import Checkpoint, open_checkpoint, own_metadata
+from ...adastate_core.weights.checkpoints import FORMAT_KEY, Checkpoint, open_checkpoint, own_metadata
 from ...adastate_core.weights.presets import PRESETS, recognised
 from ...adastate_core.weights.presets import preset as named_preset
-from ...adastate_core.weights.wan_weights import QUANTIZATION_KEY
+from ...adastate_core.weights.wan_weights import EXTRA_STATE, QUANTIZATION_KEY
 from .model import fingerprint
 from .refusals import NOTES_KEY, check_model
 
 log = logging.getLogger("adastate")
 DEFAULTS_KEY = "adastate_defaults"
 KIND, LORAS = "diffusion_models", "loras"
-_WANTED = {KIND: "causal Wan 2.1 checkpoint", LORAS: "LoRA"}
+_WANTED = {KIND: "causal Wan checkpoint", LORAS: "LoRA"}
 # what the host's own loader offers, by its words
 WEIGHT_DTYPES = {
     "default": {},
@@ -41,8 +41,8 @@ WEIGHT_DTYPES = {
 def rollout_defaults(patcher: Any) -> dict[str, Any] | None:
     """The rollout settings in the metadata of the file that `patcher` was loaded from, or None.
 
-    Keys: steps, shift, chunk_frames, window_frames, positions, state_frames, state_after_past, ending, keep_first_frame (each
-    optional), and fingerprints: one for each dtype that the host may load the file in. `preset` names one of
+    Keys: steps, shift, chunk_frames, window_frames, positions, fps, sampler, start, state_frames, state_after_past, ending,
+    keep_first_frame (each optional), and fingerprints: one for each dtype that the host may load the file in. `preset` names one of
     weights/presets.py. What a node of this pack put on the model wins; empty, it means that nothing of the file's is to be
     followed.
     """
@@ -101,7 +101,7 @@ def wished(file: str, checkpoint: Checkpoint, asked: str) -> dict[str, Any]:
         return {}
     if asked == "auto":
         own = own_metadata(checkpoint)
-        name = recognised(file, checkpoint.part)
+        name = recognised(file, checkpoint.part, checkpoint.geometry.space, checkpoint.metadata.get(FORMAT_KEY, ""))
         return own or (named_preset(name).settings() if name else {})
     return named_preset(asked).settings()
 
@@ -117,7 +117,9 @@ def load_causal(file: str, weight_dtype: str, asked: str) -> Any:
     metadata = {name: text for name, text in checkpoint.metadata.items() if name == QUANTIZATION_KEY}
     try:
         patcher = comfy.sd.load_diffusion_model_state_dict(
-            dict(checkpoint.tensors()), model_options=dict(WEIGHT_DTYPES[weight_dtype]), metadata=metadata
+            {name: weight for name, weight in checkpoint.tensors() if not name.endswith(EXTRA_STATE)},
+            model_options=dict(WEIGHT_DTYPES[weight_dtype]),
+            metadata=metadata,
         )
     except Exception as error:  # what weights of odd sizes raise there has no bounds
         if isinstance(
@@ -145,10 +147,12 @@ def notes_of(patcher: Any) -> list[str]:
     return list(patcher.model_options.get(NOTES_KEY, ()))
 
 
-def with_preset(patcher: Any, name: str, ending: str, keep_first_frame: bool = False) -> Any:
-    """A clone of a MODEL that is to be rolled out by the preset's rules, to end so (one of spec.ENDINGS), and with a past that
-    begins with the first frame if `keep_first_frame`. ValueError for that where the past is not made anew before every chunk."""
+def with_preset(patcher: Any, name: str, ending: str, keep_first_frame: bool = False, sampler: str = "") -> Any:
+    """A clone of a MODEL that is to be rolled out by the preset's rules, to end so (one of spec.ENDINGS), with a past that begins
+    with the first frame if `keep_first_frame`, and by `sampler` (empty: the preset's own). ValueError for what does not go with the
+    preset."""
     preset = named_preset(name)
+    preset.check_sampler(sampler or preset.sampler)
     if keep_first_frame and not preset.remade:
         others = ", ".join(other.name for other in PRESETS.values() if other.remade)
         together = "denoises chunks together and " if preset.blocks > 1 else ""
@@ -160,4 +164,6 @@ def with_preset(patcher: Any, name: str, ending: str, keep_first_frame: bool = F
     clone.model_options[DEFAULTS_KEY] = preset.settings() | {"ending": ending}
     if keep_first_frame:
         clone.model_options[DEFAULTS_KEY]["keep_first_frame"] = True
+    if sampler:
+        clone.model_options[DEFAULTS_KEY]["sampler"] = sampler
     return clone

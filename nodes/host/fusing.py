@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from ...adastate_core.attention.block import FUNCTIONS
-from ...adastate_core.attention.fused_blocks import ROTATIONS, FusedBlocks
+from ...adastate_core.attention.fused_blocks import ROTATIONS, FusedBlocks, PassForm
 from ...adastate_core.attention.wan import block_hindrance
 from ...adastate_core.cache.byte_plan import CachePlan
 from ...adastate_core.fused import PLAIN, Fused, compiler_for
 from ...adastate_core.rollout import RolloutState
-from ...adastate_core.spec import RolloutSpec
 from .refusals import is_replaced
 
 # torch before 2.4 has no RMS norm of its own
@@ -120,14 +119,14 @@ def fused_blocks(
 
 
 def compile_blocks(
-    blocks: FusedBlocks, patcher: Any, plan: CachePlan, spec: RolloutSpec, told: Callable[[int, int], None]
+    blocks: FusedBlocks, patcher: Any, plan: CachePlan, forms: Iterable[PassForm], told: Callable[[int, int], None]
 ) -> None:
-    """Compile, before a rollout's first pass, what its chunks need; `told` hears (done, of how many) and may raise."""
+    """Compile, before a rollout's first pass, what passes of these forms need; `told` hears (done, of how many) and may raise."""
     if blocks.way == PLAIN:
         return
     block = patcher.model.diffusion_model.blocks[blocks.compiled_layers[0]]
     names = ROTATIONS if host_fuses() else tuple(FUNCTIONS)
-    for done, total in blocks.prepare(block, plan, spec.pass_forms, names):
+    for done, total in blocks.prepare(block, plan, forms, names):
         told(done, total)
 
 

@@ -238,12 +238,13 @@ class HostModel:
         plan: CachePlan,
         state: RolloutState | None = None,
         told: Callable[[int, int], None] = lambda done, total: None,
+        inside: bool = False,
     ) -> str | None:
         """After `load`: compile what the passes of a rollout need, going on from `state` the way that it was made. `told` hears
-        before each function (done, of how many), and may raise to cancel. A sentence if the state cannot be gone on with bit for
-        bit."""
+        before each function (done, of how many), and may raise to cancel. `inside`: given frames stand inside its first chunk. A
+        sentence if the state cannot be gone on with bit for bit."""
         self.fused_blocks = fusing.fused_blocks(self.patcher, self._block_reasons, self.dtype, self.device, state)
-        fusing.compile_blocks(self.fused_blocks, self.patcher, plan, spec, told)
+        fusing.compile_blocks(self.fused_blocks, self.patcher, plan, spec.pass_forms(inside), told)
         return fusing.other_bits(self.fused_blocks, state)
 
     def peak_bytes(self) -> int | None:

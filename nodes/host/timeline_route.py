@@ -4,12 +4,12 @@ POST /adastate/timeline   {"text"}      -> {"text", "entries", "grammar"}
 POST /adastate/timeline   {"entries"}   -> the same, with the entries written as "grammar", or as the first that can
 
 Entries are {"seconds", "text", "transition", "seed", "strength", "line", "column"}; a transition is null where the prompt names
-none, and the noise's seed and the adaptive anchor's strength where they stay; one that sets a number may have an empty
-text. Further keys
-of the body: "fps" (prompts must fall on different latent frames), "duration" (seconds, as on Prompt Timeline) and "words": true
-(the words of the demo model). What is no timeline is answered with {"error": {"message", "line", "column"}}, and 200, since
-asking is how a page finds out; line and column count from 1 and are null where the fault is in no place of a text. A body
-that asks nothing is refused with 400, one that is longer than any timeline with 413. The work is done off the event loop.
+none, and the noise's seed and the adaptive anchor's strength where they stay; one that sets a number, or is a "shot", may have an
+empty text. Further keys of the body: "fps" (prompts must fall on different latent frames), "duration" (seconds, as on
+Prompt Timeline) and "words": true (the words of the demo model). What is no timeline is answered with {"error": {"message",
+"line", "column"}}, and 200, since asking is how a page finds out; line and column count from 1 and are null where the fault is in
+no place of a text. A body that asks nothing is refused with 400, one that is longer than any timeline with 413. The work is done
+off the event loop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from aiohttp import web
 
 from ...adastate_core.prompts.demo_words import words_over_time
-from ...adastate_core.prompts.entry_options import MOST_SEED
+from ...adastate_core.prompts.entry_options import MOST_SEED, SHOT
 from ...adastate_core.prompts.timeline import (
     LONGEST,
     LONGEST_TEXT,
@@ -146,7 +146,8 @@ def _entries(given: list[Any]) -> list[TimedText]:
         seed, strength = entry.get("seed"), entry.get("strength")
         seed = None if seed is None else check_seed(seed, f"the seed of entry {number}")
         strength = None if strength is None else check_strength(strength, f"the strength of entry {number}")
-        if not isinstance(text, str) or not (text.strip() or seed is not None or strength is not None):
+        alone = transition == SHOT or seed is not None or strength is not None
+        if not isinstance(text, str) or not (text.strip() or alone):
             raise ValueError(f"prompt {number} is empty; write what the video shows from {seconds:g}s on")
         if len(text) > LONGEST_TEXT:
             raise ValueError(f"prompt {number} has {len(text)} characters; it may have {LONGEST_TEXT}: shorten it")

@@ -49,13 +49,14 @@ def test_the_page_says_what_the_server_does(client, checkout):
     assert done.returncode == 0, f"{done.stderr}\nafter: {done.stdout[-1500:]}"
     answers = done.stdout.split(END)[:-1]
     assert len(answers) == len(commands)
-    said = iter(answers)
-    answer = ""
+    said = iter(zip(commands, answers, strict=True))
+    command = answer = ""
     for kind, text in blocks:
         if kind == "bash":
-            answer = next(said)
+            command, answer = next(said)
         else:
-            assert json.loads(answer) == json.loads(text)
+            assert answer.strip(), f"nothing came of\n{command}\n{done.stderr}"
+            assert json.loads(answer) == json.loads(text), command
     results = checkout / "results"
     for name in ("video_7_00001_.mp4", "video_8_00001_.mp4", "curl_7_00001_.mp4", "curl_8_00001_.mp4"):
         assert frames(results / name) == 33

@@ -22,8 +22,8 @@ ABOVE = [
     ("n4__autosave_seconds", 1e9, "autosave_seconds is 1000000000.0; it must be between 0 and 86400"),
     ("n4__history_states", 10**6, "history_states is 1000000; it must be between 1 and 1024"),
     ("n4__latent_space", "pixel", "latent_space is 'pixel'; it must be one of auto, vae, model"),
-    ("n4__fps", "abc", "fps is 'abc'; it must be a number between 1 and 240"),
-    ("n4__fps", math.inf, "fps is inf; it must be a number between 1 and 240"),
+    ("n4__fps", "abc", "fps is 'abc'; it must be a number between 0 and 240"),
+    ("n4__fps", math.inf, "fps is inf; it must be a number between 0 and 240"),
     ("n4__quality", "best", "quality is 'best'; it must be a whole number between 0 and 51"),
 ]
 

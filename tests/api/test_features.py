@@ -11,6 +11,7 @@ from conftest import ROOT, WORKFLOWS, frames_of, report_of, workflow
 from PIL import Image, ImageOps
 
 from tools.made_chain import CLIP, CLIPS, write_chain
+from tools.system_workflows import PREFIX, made_for, preset_of
 
 SYSTEMS = sorted(path.stem for path in WORKFLOWS.glob("system_*.json"))
 
@@ -42,7 +43,7 @@ def distance(a: list[np.ndarray], b: list[np.ndarray]) -> float:
 def test_a_system_is_rolled_out_as_its_preset_says(client, name):
     prompt = workflow(name, n6__length=49)
     preset = prompt["4"]["inputs"]["preset"]
-    assert name == f"system_{preset}" and prompt["6"]["inputs"]["model"] == ["4", 0]
+    assert preset == preset_of(name.removeprefix(PREFIX)).name and prompt["6"]["inputs"]["model"] == ["4", 0]
     report = report_of(client.run(prompt), "6")
     found = report["settings"]
     steps, chunk, window, anchor, positions = settings_on_the_help_page()[preset]
@@ -53,12 +54,12 @@ def test_a_system_is_rolled_out_as_its_preset_says(client, name):
 
 
 def test_no_system_is_shipped_at_a_length_that_it_warns_of():
-    """Those made for 81 pictures ship with at most 81, the others run thirty seconds."""
+    """Those made for so many pictures ship with at most as many, the others run thirty seconds."""
     page = (ROOT / "web" / "docs" / "AdaStateModelPreset.md").read_text(encoding="utf-8")
     for name in SYSTEMS:
-        row = re.search(rf"^\| {name.removeprefix('system_')} \|.*$", page, re.M)[0]
-        length = workflow(name)["6"]["inputs"]["length"]
-        assert length <= 81 if "81 pictures" in row else length == 481
+        row = re.search(rf"^\| {preset_of(name.removeprefix(PREFIX)).name} \|.*$", page, re.M)[0]
+        length, most = workflow(name)["6"]["inputs"]["length"], made_for(name.removeprefix(PREFIX))
+        assert length <= min(481, most) if f"{most} pictures" in row else length == 481
 
 
 def test_prompt_timeline(client):

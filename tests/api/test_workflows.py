@@ -137,7 +137,7 @@ def test_save_and_resume_is_the_uninterrupted_video(client):
         ({"n4__filename_prefix": "two\nlines"}, "a control character"),
         ({"n4__filename_prefix": "half \ud83c"}, "half a UTF-16 pair"),
         ({"n4__codec": "gif"}, "codec is 'gif'"),
-        ({"n4__fps": 0}, "fps is 0"),
+        ({"n4__fps": 0.5}, "fps is 0.5"),
         ({"n3__terrain": "moon"}, "terrain is 'moon'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

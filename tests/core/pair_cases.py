@@ -14,6 +14,7 @@ from faults.pairs import Value, pairwise
 from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
+from adastate_core.given import BEFORE, INSIDE
 from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.rollout import RolloutSpec
 
@@ -21,6 +22,7 @@ SEED, QUICK = 0, 8
 # a restart is a dimension of its own here
 TRANSITIONS = tuple(one for one in injected.DIMENSIONS["transition"] if one != "restart")
 GIVEN, AFTER = 4, 3  # start latents, no multiple of FRAMES; chunks from the one of the transition on
+WITHIN = "inside the first chunk"  # where FRAMES - 1 of them stand
 HOST = "host memory"
 GOES, COMES = f"gpu, then {HOST}", f"{HOST}, then gpu"
 AMONG = "among the given frames"
@@ -32,7 +34,7 @@ DIMENSIONS = {
     "transition": TRANSITIONS,
     "restart": ("off", "on"),
     "blocks": injected.DIMENSIONS["blocks"],
-    "given": ("none", "some"),
+    "given": ("none", "some", WITHIN),
     "batch": ("1", "2"),
     "resume": ("in process", "from a file"),
     "latents": ("let go", "kept"),
@@ -42,7 +44,7 @@ DIMENSIONS = {
 WORDS = {
     "deep": "deep anchor", "fp8": "fp8", "int8": "int8", HOST: HOST, GOES: HOST, COMES: HOST, "warming": "absorption",
     "switching": "absorption", "switched": "absorption", "several": "chunks denoised together", "adaptive": "adaptive",
-    "changed adaptive": "adaptive",
+    "changed adaptive": "adaptive", WITHIN: "inside the first chunk",
 }  # fmt: skip
 # read as they are; every other value is named with its dimension
 _CLEAR = {*WORDS, *TRANSITIONS, *DIMENSIONS["resume"]} - {"none"}
@@ -59,8 +61,10 @@ def refused(a: Value, b: Value) -> bool:
 
 
 def excluded(a: Value, b: Value) -> bool:
-    """Those, and the pair that means nothing: an interrupt among frames that are not there."""
-    return refused(a, b) or {a, b} == {("given", "none"), ("interrupt", AMONG)}
+    """Those, what the rollout refuses when it is given frames, and pairs that mean nothing: an interrupt among passes that are not
+    there."""
+    nothing = any({a, b} == {("given", one), ("interrupt", AMONG)} for one in ("none", WITHIN))
+    return refused(a, b) or nothing or {a, b} == {("given", WITHIN), ("blocks", "several")}
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,13 @@ class Pair(Combination):
     def start_latents(self, model: TinyModel) -> torch.Tensor | None:
         if self.given == "none":
             return None
-        shape = (int(self.batch), model.geometry.channels, GIVEN, 4, 6)
+        shape = (int(self.batch), model.geometry.channels, GIVEN if self.given == "some" else FRAMES - 1, 4, 6)
         return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+    @property
+    def stands(self) -> str:
+        """Where start latents do, one of given.STARTS."""
+        return INSIDE if self.given == WITHIN else BEFORE
 
 
 @functools.cache

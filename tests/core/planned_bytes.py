@@ -35,6 +35,7 @@ LONGLIVE_2 = {"anchor": AnchorStatic(8), "chunk_frames": 8, "window_frames": 16,
 CASES: dict[str, dict[str, Any]] = {
     "adaptive": {"anchor": AnchorAdaptive(1), "chunks": 5},
     "none": {"anchor": Anchor(), "chunks": 5},
+    "unipc": {"anchor": Anchor(), "chunks": 5, "sampler": "unipc"},
     "ema": {"anchor": AnchorEMA(3), "window_frames": 6, "chunks": 7},
     "int8": {"anchor": AnchorAdaptive(1), "window_frames": 18, "cache_dtype": "int8", "chunks": 8},
     "host memory": {"anchor": AnchorEMA(2), "window_frames": 9, "cache_device": "host memory", "chunks": 7},
@@ -123,7 +124,7 @@ class Counted:
 
 def spec_of(case: str, model: str, layers: int | None = None) -> RolloutSpec:
     """A case's rollout, of all of a model's layers or of fewer."""
-    given = {name: value for name, value in CASES[case].items() if name not in ("chunks", "recache", "model")}
+    given = {n: v for n, v in CASES[case].items() if n not in ("chunks", "recache", "sampler", "model")}
     numbers = {"window_frames": 3, "chunk_frames": 3, "positions": "packed"} | given
     geometry, (height, width) = MODELS[model], (44, 80) if model == "5B" else (60, 104)
     if layers is not None:
@@ -139,18 +140,20 @@ def cases_of(model: str) -> list[str]:
     return own or [case for case, numbers in CASES.items() if "model" not in numbers]
 
 
-def settings_of(spec: RolloutSpec) -> Settings:
-    return Settings(7, Schedule.shifted(spec.blocks if spec.blocks > 1 else 4, 5.0))
+def settings_of(spec: RolloutSpec, sampler: str = "renoising") -> Settings:
+    return Settings(7, replace(Schedule.shifted(spec.blocks if spec.blocks > 1 else 4, 5.0), sampler=sampler))
 
 
 def counted(case: str, model: str, layers: int | None = None) -> Counted:
     """Plan a case, roll it out on the stand-in, take its state at the end, and count."""
     spec, chunks = spec_of(case, model, layers), CASES[case]["chunks"]
-    settings = settings_of(spec)
+    settings = settings_of(spec, CASES[case].get("sampler", "renoising"))
     frames = spec.chunk_frames
     length = frames * chunks
     prompts, change = None, CASES[case].get("recache")
-    plan = spec.plan(TEXT, length=length, steps=len(settings.schedule.sigmas), recaches=bool(change))
+    plan = spec.plan(
+        TEXT, length=length, steps=settings.schedule.noises(len(settings.schedule.sigmas)), recaches=bool(change)
+    )
     with fake_cuda() as (device, _), LiveBytes() as live, torch.no_grad():
         if change:
             texts = [torch.empty(1, TEXT, 8) for _ in range(2)]

@@ -79,9 +79,11 @@ def slow_rollout(
     after_past=False,
     given=None,
     hold=lambda x: x,
+    solve=None,
 ) -> dict:
     """Returns latents [B, C, >= length, h, w], the state latents of each pass, and the frames cached at the end.
 
+    `solve(x, v, sigmas)`: takes a chunk's noise to its clean latents by velocities v(x, sigma); None: by re-noising.
     `hold`: what becomes of a frame's raw keys or values [B, P, width] while they are held; an anchor that blends holds exact ones.
     """
     c, layers = model.geometry.channels, model.geometry.layers
@@ -157,7 +159,9 @@ def slow_rollout(
             return torch.cat([gaussian(seed, chunk, step, (batch, c, S, h, w), "/state"), content], 2)
 
         x = draw(0)
-        for j, sigma in enumerate(sigmas):
+        if solve is not None:
+            x0 = solve(x, lambda x, sigma: model.velocity(x, 1000 * sigma, attention), sigmas)
+        for j, sigma in enumerate(sigmas if solve is None else ()):
             x0 = x - sigma * model.velocity(x, 1000 * sigma, attention)
             if j + 1 < len(sigmas):
                 x = (1 - sigmas[j + 1]) * x0 + sigmas[j + 1] * draw(j + 1)

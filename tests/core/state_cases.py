@@ -51,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "watched": _absorbed(**WATCHED) | {"length": 24},
     "nothing_absorbed": _absorbed(**(WARM | {"warmup_frames": 3})) | {"length": 9},
     "given": {"W": 6, "given": 8, "stop": 2},
+    "inside": {"W": 6, "given": 2, "stop": 1, "start": "inside"},
     "full_vae": {"stream": "full"},
     "tiny_vae": {"stream": "tiny"},
     "remade": {"remade": "newest", "length": 9, "stream": "pictures"},
@@ -65,7 +66,7 @@ def made(name: str) -> tuple[RolloutSpec, RolloutState]:
     late = {
         key: one.pop(key) for key in ("absorption", "cache_dtype", "cache_device", "blocks", "remade") if key in one
     }
-    given, stop = one.pop("given", 0), one.pop("stop", 0)
+    given, stop, start = one.pop("given", 0), one.pop("stop", 0), one.pop("start", "before")
     spec = replace(spec_for(TinyModel(), **one), **late)
     rollout = go_on(spec)
     if not given:
@@ -73,7 +74,7 @@ def made(name: str) -> tuple[RolloutSpec, RolloutState]:
         return spec, rollout.snapshot(carried(stream, length))
     rollout.on_step, passes = lambda *_: passes.append(1) or len(passes) <= stop or _end(), []
     with contextlib.suppress(KeyboardInterrupt):
-        list(rollout.chunks(length, torch.randn(1, 4, given, H, W_PIXELS)))
+        list(rollout.chunks(length, torch.randn(1, 4, given, H, W_PIXELS), start))
     return spec, rollout.snapshot()
 
 

@@ -115,7 +115,7 @@ def compiled(name: str, dtype: torch.dtype, timesteps: int) -> tuple[Fused, str]
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "timesteps"), FORMS, ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 def test_compiled_each_is_one_kernel(name, dtype, timesteps):
     """And nothing of the size of activations is put into memory but what the function gives."""
     _, code = compiled(name, dtype, timesteps)
@@ -128,6 +128,7 @@ def test_compiled_each_is_one_kernel(name, dtype, timesteps):
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "timesteps"), FORMS, ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.sampled(3)
 def test_compiled_they_give_the_same_numbers(name, dtype, timesteps):
     fused, _ = compiled(name, dtype, timesteps)
     bound = 1e-6 if dtype == torch.float32 else 2**-7

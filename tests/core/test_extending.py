@@ -20,7 +20,7 @@ from tiny_model import TinyModel
 from adastate_core import anchors, extend
 from adastate_core.anchors import Anchor, AnchorStatic
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
-from adastate_core.schedules import schedule
+from adastate_core.schedules import solvers
 from adastate_core.schedules.noise import noise
 from adastate_core.schedules.schedule import Schedule
 from adastate_core.states.state_file import load_state, save_state
@@ -43,7 +43,7 @@ def block(holding: str, kind: str = "python") -> str:
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
     """What a test registers is forgotten after it."""
-    tables = (anchors.KINDS, anchors.EXAMPLES, presets.PRESETS, schedule.SAMPLERS)
+    tables = (anchors.KINDS, anchors.EXAMPLES, presets.PRESETS, solvers.SAMPLERS)
     kept = [dict(table) for table in tables]
     monkeypatch.setitem(sys.modules, "adastate", extend)
     yield
@@ -131,15 +131,15 @@ def test_it_meets_the_packs_own_tests(pack):
 
 
 def test_the_pages_sampler_is_the_arithmetic_that_it_says():
-    exec(compile(block("class Euler"), "extending.md", "exec"), {"__name__": "other_pack"})
+    exec(compile(block("class Straight"), "extending.md", "exec"), {"__name__": "other_pack"})
     steps = Schedule.shifted(3, 5.0)
     of = spec(Anchor(), window_frames=0)
-    got, _ = latents(of, Settings(7, replace(steps, sampler="euler")), 3)
+    got, _ = latents(of, Settings(7, replace(steps, sampler="straight")), 3)
 
     model, seen = TinyModel(), []
     velocity = model.velocity
     model.velocity = lambda x, t, attention: seen.append((x.clone(), velocity(x, t, attention))) or seen[-1][1]
-    rollout = Rollout(model, of, Settings(7, replace(steps, sampler="euler")))
+    rollout = Rollout(model, of, Settings(7, replace(steps, sampler="straight")))
     list(rollout.chunks(3))
     x = noise(7, 0, 0, (1, model.geometry.channels, 3, 4, 6))
     for i, (sigma, below) in enumerate(zip(steps.sigmas, (*steps.sigmas[1:], 0.0), strict=True)):
@@ -147,6 +147,9 @@ def test_the_pages_sampler_is_the_arithmetic_that_it_says():
         x = x + (below - sigma) * seen[i][1]
     torch.testing.assert_close(got, x)
     assert not torch.allclose(got, latents(of, Settings(7, steps), 3)[0])
+    torch.testing.assert_close(got, latents(of, Settings(7, replace(steps, sampler="euler")), 3)[0])
+    with pytest.raises(ValueError, match="the sampler euler is known already"):
+        extend.register(lambda sigmas, noises: None, name="euler")
 
 
 def test_a_sampler_is_refused_where_chunks_are_denoised_together():
@@ -186,6 +189,9 @@ WRONG = {
     "the pack's own": ('name = "longlive"', "the pack's own"),
     "a name": ('name = "../up"', "no preset with a name"),
     "a pattern": ('names = ["("]', "no pattern"),
+    "a space": ('space = "Wan 3"', "must be one of Wan 2.1, Wan 2.2"),
+    "a start": ('start = "behind"', "must be one of before, inside"),
+    "a preset in it": ("cached = 1", "cached is no field of a preset"),
     "a sampler": ('sampler = "mine"', "must be one of renoising"),
     "another encoding": (b'title = "\xff"', "is not TOML"),
     "deep": ("x = " + "[" * 3000, "is not TOML"),

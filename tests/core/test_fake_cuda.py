@@ -64,7 +64,7 @@ def test_the_stand_in_refuses_two_devices_and_locked_memory_of_the_gpu():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.sampled(2, offset=1)
+@pytest.mark.sampled(4, offset=1)
 def test_every_preset(name):
     rolled(lambda model, state: rollout_of(name, model, state=state), lengths_of(name))
 
@@ -73,21 +73,21 @@ def test_every_preset(name):
     ("name", "cache_dtype", "cache_device"),
     [(name, *STORES[i % len(STORES)]) for i, name in enumerate(name for name in PRESETS if name != "deep_forcing")],
 )
-@pytest.mark.sampled(2, offset=1)
+@pytest.mark.sampled(4, offset=1)
 def test_every_storage(name, cache_dtype, cache_device):
     changed = dict(cache_dtype=cache_dtype, cache_device=cache_device)
     rolled(lambda model, state: rollout_of(name, model, state=state, **changed), lengths_of(name))
 
 
 @pytest.mark.parametrize("name", [*ANCHORS, *others.OTHERS])
-@pytest.mark.sampled(2, offset=1)
+@pytest.mark.sampled(4, offset=1)
 def test_every_anchor(name):
     changed = dict(anchor=(ANCHORS | others.OTHERS)[name], window_frames=6, positions="packed")
     rolled(lambda model, state: rollout_of("self_forcing", model, state=state, **changed), (9, 12))
 
 
 @pytest.mark.parametrize(("kind", "transition"), transitions.CASES)
-@pytest.mark.sampled(2, offset=1)
+@pytest.mark.sampled(4, offset=1)
 def test_every_transition(kind, transition):
     with fake_cuda() as (device, _):
         model = model_on(device, TinyModel(layers=1))
@@ -98,7 +98,7 @@ def test_every_transition(kind, transition):
 
 @pytest.mark.parametrize("scope", ["head", "layer", "lowrank"])
 @pytest.mark.parametrize(("cache_dtype", "cache_device"), [("model", "gpu"), ("int8", "host memory")])
-@pytest.mark.sampled(2, offset=1)
+@pytest.mark.sampled(4, offset=1)
 def test_absorption(scope, cache_dtype, cache_device):
     spec = replace(
         spec_for(TinyModel(), W=30, anchor=ANCHORS["static1"]), cache_dtype=cache_dtype, cache_device=cache_device,

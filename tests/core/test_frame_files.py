@@ -112,6 +112,7 @@ def test_png_frames_carry_prompt_and_workflow_as_json(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["png16", "tiff16", "webp"])
+@pytest.mark.sampled(3)
 def test_runs_that_go_on_make_one_sequence(tmp_path, form):
     """Four frames, gone on from after the third, as from a state: alone, and with the old ones in front; then on from that."""
     suffix = FRAME_FORMATS[form].suffix
@@ -267,6 +268,7 @@ for start in range(0, 100000, 4):
 
 
 @pytest.mark.parametrize("form", list(FRAME_FORMATS))
+@pytest.mark.sampled(2)
 def test_a_killed_process_leaves_whole_frames_only(tmp_path, form):
     path = folder(tmp_path / "a")
     code = KILLED.format(root=str(ROOT), tests=str(Path(__file__).parent), path=str(path), form=form)
@@ -304,6 +306,7 @@ print(sink.frames, max(held) - held[0])
 
 
 @pytest.mark.parametrize("form", ["png16", "exr", "webp"])
+@pytest.mark.sampled(3)
 def test_memory_does_not_grow_with_the_frames(tmp_path, form):
     """From frame 32 to frame 256, which are 176 MB of floats, by less than 16 MB."""
     code = GROWING.format(root=str(ROOT), path=str(folder(tmp_path / "a")), form=form)

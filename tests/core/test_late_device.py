@@ -167,7 +167,7 @@ IN_HOST_MEMORY = [(name, KINDS[(i + j) % len(KINDS)]) for i, name in enumerate(K
 
 
 @pytest.mark.parametrize(("name", "cache_dtype"), IN_HOST_MEMORY)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_anchors(name, cache_dtype):
     """A snapshot in the middle that another rollout goes on from, or one after every chunk."""
     every_chunk = (list(KEPT).index(name) + KINDS.index(cache_dtype)) % 2 == 1
@@ -182,6 +182,7 @@ def test_anchors(name, cache_dtype):
         ("memrope", "flush", "model"), ("infinity_rope", "flush", "int8"),
     ],
 )  # fmt: skip
+@pytest.mark.sampled(3)
 def test_transitions(name, transition, cache_dtype):
     """Undone where the chunk is interrupted, and made again."""
     check(stored(name, cache_dtype, transition), near_of(cache_dtype), lengths=(18,), stops=STOPS)
@@ -191,6 +192,7 @@ def test_transitions(name, transition, cache_dtype):
     ("scope", "name", "cache_dtype", "every_chunk"),
     [("head", "static1", "model", True), ("layer", "ema2", "int8", False), ("head", "adaptive2", "model", False)],
 )
+@pytest.mark.sampled(3)
 def test_absorption(scope, name, cache_dtype, every_chunk):
     """Caches that shrink, and the monitor's history of what leaves them."""
     near = others.NEAR_CODES if cache_dtype == "int8" else dict(atol=5e-4, rtol=5e-4)
@@ -292,7 +294,7 @@ MISSING = {
 
 
 @pytest.mark.parametrize("wait", MISSING)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_a_wait_that_is_missing_gives_other_bits(wait):
     change, made, how = MISSING[wait]
     make, wrong = made(), []
@@ -312,7 +314,7 @@ ON_DEVICE = [(name, KINDS[(i + 2) % len(KINDS)]) for i, name in enumerate(KEPT)]
 
 
 @pytest.mark.parametrize(("name", "cache_dtype"), ON_DEVICE)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_snapshots_of_a_cache_on_the_device(name, cache_dtype):
     """A rollout goes on from the one in the middle."""
     check(
@@ -327,6 +329,7 @@ def test_a_deep_sink_on_the_device():
 
 @pytest.mark.parametrize(("block", "copies"), [(None, 3), (2000, None), (8, 0)])
 @pytest.mark.parametrize("cache_dtype", KINDS)
+@pytest.mark.sampled(3)
 def test_a_snapshot_is_one_copy_a_layer(cache_dtype, block, copies, monkeypatch):
     """Whatever a block takes, the bits are those of frames that are copied one by one; a frame that fits into none is copied
     alone. What the run does afterwards does not change them."""

@@ -70,7 +70,7 @@ def rolled_in_two(make, near=NEAR, lengths=(9, 15)) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4, offset=3)
 def test_every_preset(name):
     rolled_in_two(lambda model, state: rollout_of(name, model, state=state), lengths=(12, 24))
 
@@ -87,7 +87,7 @@ STORED = ["longlive", "memrope", "causvid", "adaptive", "rolling_forcing", "roll
 
 @pytest.mark.parametrize("name", [*ANCHORS, *OTHERS])
 @pytest.mark.parametrize("positions", ["packed", "fixed", "absolute"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4, offset=3)
 def test_every_anchor(name, positions):
     anchor = (ANCHORS | OTHERS)[name]
     if positions == "absolute" and anchor.relative_only or anchor.kind == "deep" and positions != "packed":
@@ -100,7 +100,7 @@ def test_every_anchor(name, positions):
     ("name", "cache_dtype", "cache_device"),
     [(name, *store) for i, name in enumerate(STORED) for store in STORES[i % 2 :: 2]],
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4, offset=3)
 def test_every_storage(name, cache_dtype, cache_device):
     changed = dict(cache_dtype=cache_dtype, cache_device=cache_device)
     if name == "adaptive":
@@ -110,7 +110,7 @@ def test_every_storage(name, cache_dtype, cache_device):
 
 
 @pytest.mark.parametrize(("kind", "transition"), transitions.CASES)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4, offset=3)
 def test_every_transition(kind, transition):
     expected = transitions.whole(kind, transition)
     with NoDoubleDevice() as device:
@@ -137,7 +137,7 @@ ABSORBED = [
 
 
 @pytest.mark.parametrize("numbers", ABSORBED, ids="-".join)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4, offset=3)
 def test_absorption_is_solved_and_refreshed(numbers):
     """Over the switch, two measurements and what they solve anew; the corrections, the residuals and the latents."""
     spec, reports = absorbed_spec(*numbers), []

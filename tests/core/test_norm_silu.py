@@ -59,6 +59,7 @@ def test_what_is_nothing_stays_nothing():
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.sampled(2)
 def test_each_is_one_loop_where_it_is_compiled(name, dtype):
     from torch._inductor.utils import run_and_get_code
 

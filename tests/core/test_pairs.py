@@ -70,7 +70,7 @@ class Run:
         """Let latents out until there are `frames`; no fewer than a chunk where start latents need a longer video."""
         given, self.given = self.given, None
         length = self.case.length if given is not None and frames <= given.shape[2] else frames
-        for chunk in self.rollout.chunks(length, given) if self.left < frames else ():
+        for chunk in self.rollout.chunks(length, given, self.case.stands) if self.left < frames else ():
             assert chunk.first_frame == self.left
             self.parts.append(chunk.latents)
             if self.left >= frames:

@@ -16,7 +16,8 @@ from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStati
 from adastate_core.attention.cached import LayerOrderError
 from adastate_core.cache.rotated import RotatedLayer as LayerCache
 from adastate_core.rollout import Rollout, Settings, UnfinishedError
-from adastate_core.schedules.schedule import Schedule, renoised
+from adastate_core.schedules.schedule import Schedule
+from adastate_core.schedules.solvers import renoised
 from adastate_core.states.state_file import load_state, save_state
 
 

@@ -24,6 +24,7 @@ COUNTED = [(case, model) for model in ("1.3B", "5B") for case in cases_of(model)
 
 
 @pytest.mark.parametrize(("case", "model"), COUNTED)
+@pytest.mark.sampled(2)
 def test_what_is_counted_is_what_was_planned(case, model):
     found = counted(case, model, layers=2)
     assert found.peak["cuda"] <= found.total <= FEW_LAYERS * found.peak["cuda"], (found.planned, found.peak)

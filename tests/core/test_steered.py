@@ -19,6 +19,7 @@ from tiny_model import TinyModel
 from adastate_core.anchors import AnchorAdaptive
 from adastate_core.files.header_check import Damage, Fields
 from adastate_core.prompts.plan import NumberChange, PromptChange, PromptPlan
+from adastate_core.prompts.shot_words import Words, words_over
 from adastate_core.prompts.steered import changed, holds_from, seconds_of, written
 from adastate_core.prompts.values import (
     GRAMMARS,
@@ -89,6 +90,46 @@ def test_words_may_be_left_out_only_where_a_number_is_set():
     assert [entry.text for entry in prompts.worded] == ["a", "b"]
 
 
+def test_a_shot_may_stand_without_words_in_every_form():
+    read = (
+        TimedText(0.0, "a"),
+        TimedText(2.0, "", "shot"),
+        TimedText(5.0, "", "shot", seed=7, strength=0.5),
+        TimedText(9.0, "b"),
+    )
+    for text in (
+        "0s a\n2s {shot}\n5s {Shot, seed 7, strength .5}\n9s b",
+        "a [2s {shot}:] [5s {seed 7, shot, strength 0.5}:] [9s: b]",
+        "a [2s] | [3s {shot}] | [4s {shot, seed 7, strength 0.5}] | b",
+    ):
+        assert parse_timeline(text) == read
+    for grammar in GRAMMARS:
+        assert parse_timeline(format_timeline(read, grammar)) == read
+    with pytest.raises(TimelineError, match="the first prompt has no words"):
+        parse_timeline("0s {shot}\n5s a")
+
+
+@pytest.mark.parametrize(
+    ("text", "shared", "transition", "words"),
+    [
+        ("a [5s] | b [{shot}]", "", "recache", [("a", ""), ("b", "The scene transitions. b")]),
+        ("a [5s {shot}] | b [2s] | [1s {seed 7}] | [{shot}]", "film {}!", "shot",
+         [("film a!", ""), ("film b!", "The scene transitions. film b!"), ("", ""), ("film b!", "The scene transitions. film b!")]),
+        ("a [5s] | The scene transitions. b [{shot}]", "film:", "cut",
+         [("film: a", ""), ("film: b", "The scene transitions. film: b")]),
+        ("a [5s] | The scene transitions. b [{cut}]", "", "shot", [("a", ""), ("The scene transitions. b", "")]),
+        ("a [5s] | The scene transitions. [{shot}]", "", "cut", [("a", ""), ("The scene transitions.", "")]),
+        ("The scene transitions. a [5s] | [{shot}]", "", "cut",
+         [("The scene transitions. a", ""), ("The scene transitions. a", "The scene transitions. a")]),
+        ("a [5s] | The scene transitions.slowly [{shot}]", "", "cut",
+         [("a", ""), ("The scene transitions.slowly", "The scene transitions. The scene transitions.slowly")]),
+    ],
+)  # fmt: skip
+def test_a_shots_first_chunk_says_that_the_scene_changes(text, shared, transition, words):
+    """Once, in front of all; the words that hold afterwards do without."""
+    assert words_over(parse_timeline(text), shared, transition) == [Words(*each) for each in words]
+
+
 def any_entries(chance: random.Random, spread: int = 1) -> list[TimedText]:
     """Entries as somebody may write them, at frames of 4 pictures at 16 fps, the first with words."""
     frames, made = [0, *sorted(chance.sample(range(1, 40 * spread), chance.randrange(6)))], []
@@ -97,7 +138,7 @@ def any_entries(chance: random.Random, spread: int = 1) -> list[TimedText]:
         strength = chance.choice([None, chance.random() or 1.0, 1.0, 0.01])
         words = number == 0 or (seed, strength) == (None, None) or chance.random() < 0.6
         text = chance.choice(["a", "b {c}", "d, e\nf", "(g:1.2)"]) if words else ""
-        change = chance.choice([None, *TRANSITIONS]) if words else None
+        change = chance.choice([None, *TRANSITIONS] if words else [None, None, "shot"])
         made.append(TimedText(frame / 4, text, change, seed=seed, strength=strength))
     return made
 
@@ -124,8 +165,8 @@ def held(entries, frame, F):
         if entry.seconds * 4 < frame + F / 2:
             seed = seed if entry.seed is None else entry.seed
             strength = strength if entry.strength is None else entry.strength
-            if entry.text:
-                words, begun = (entry.text, entry.transition), entry.seconds
+            if entry.text or entry.transition == "shot":
+                words, begun = (entry.text or words[0], entry.transition), entry.seconds
     return words, begun, seed, strength
 
 
@@ -147,8 +188,11 @@ def test_a_change_holds_from_its_chunk_on_until_an_entry_says_otherwise(F):
                 assert now == was
                 continue
             later = [e for e in before if frame + F / 2 <= e.seconds * 4 < first + F / 2]
-            words = [(e.text, e.transition) for e in later if e.text]
-            assert now[0] == (words[-1] if words else ("asked", "soft") if asked else was[0])
+            words = ("asked", "soft")
+            for entry in later:
+                if entry.text or entry.transition == "shot":
+                    words = (entry.text or words[0], entry.transition)
+            assert now[0] == (words if asked else was[0])
             for own, value, then, name in ((2, seed, was[2], "seed"), (3, strength, was[3], "strength")):
                 set_later = [getattr(e, name) for e in later if getattr(e, name) is not None]
                 assert now[own] == (set_later[-1] if set_later else then if value is None else value)

@@ -30,7 +30,15 @@ from adastate_core.weights.presets import PRESETS
 # latent frames, well past what the cache holds; a second restart of CausVid, a second turn of Rolling Sink
 # Rolling Forcing as states of before have it
 BEFORE = dict(window_frames=3, shares_window=False)
-LENGTHS = {"causvid": 42, "rolling_sink": 48, "self_forcing": 30, "causal_forcing": 27, "krea_14b": 27}
+LENGTHS = {
+    "longlive2_5b": 48,
+    "longlive2_5b_2step": 48,
+    "causvid": 42,
+    "rolling_sink": 48,
+    "self_forcing": 30,
+    "causal_forcing": 27,
+    "krea_14b": 27,
+}
 NEAR = dict(atol=1e-4, rtol=1e-4)
 
 

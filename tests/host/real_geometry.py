@@ -17,6 +17,7 @@ from unittest import mock
 
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
 import comfy.model_management
 import comfy.ops
 import comfy.sd
@@ -26,6 +27,7 @@ import torch
 from adastate_pack.adastate_core import fused
 from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive
 from adastate_pack.adastate_core.attention.cached import CachedAttention
+from adastate_pack.adastate_core.geometry import WAN21, WAN22
 from adastate_pack.adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_pack.adastate_core.schedules.schedule import Schedule
 from adastate_pack.nodes.host import fast_vae, fusing
@@ -35,17 +37,18 @@ from fake_cuda import fake_cuda
 from torch._subclasses.fake_tensor import FakeTensor
 
 # width, feed-forward width, layers
-MODELS = {"1.3B": (1536, 8960, 30), "14B": (5120, 13824, 40)}
+MODELS = {"1.3B": (1536, 8960, 30), "5B": (3072, 14336, 30), "14B": (5120, 13824, 40)}
 TEXT = 512
 
 
 def patcher_of(model: str, device: torch.device, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A MODEL of weights in `dtype` that are shapes alone on `device`, through the host's own loader."""
     width, feed_forward, depth = MODELS[model]
+    channels = WAN22.channels if model == "5B" else WAN21.channels
     with torch.device("meta"):
         shapes = comfy.ldm.wan.model.WanModel(
             model_type="t2v", dim=width, ffn_dim=feed_forward, num_heads=width // 128, num_layers=layers or depth,
-            in_dim=16, out_dim=16, operations=comfy.ops.disable_weight_init, device="meta", dtype=torch.bfloat16,
+            in_dim=channels, out_dim=channels, operations=comfy.ops.disable_weight_init, device="meta", dtype=torch.bfloat16,
         ).state_dict()  # fmt: skip
     state = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in shapes.items()}
     with mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):  # which fake tensors do not know
@@ -68,6 +71,21 @@ def vae_of(device: torch.device) -> Any:
     numbers = {"dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": []}
     with torch.device("meta"):
         shapes = comfy.ldm.wan.vae.WanVAE(**numbers, temperal_downsample=[False, True, True]).state_dict()
+    return _vae({name: torch.empty(value.shape, dtype=torch.bfloat16) for name, value in shapes.items()}, device)
+
+
+def vae_2_2_of(device: torch.device) -> Any:
+    """The full Wan 2.2 VAE, in the same way."""
+    numbers = {
+        "dim": 160,
+        "dec_dim": 256,
+        "z_dim": 48,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_scales": [],
+    }
+    with torch.device("meta"):
+        shapes = comfy.ldm.wan.vae2_2.WanVAE(**numbers, temperal_downsample=[False, True, True]).state_dict()
     return _vae({name: torch.empty(value.shape, dtype=torch.bfloat16) for name, value in shapes.items()}, device)
 
 

@@ -175,6 +175,7 @@ def test_spacing_is_told(rollout, stream, monkeypatch, every_autosave):
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.sampled(2)
 def test_a_whole_video_leaves_a_state_only_where_it_was_asked_for(rollout, stream, out, asked, length, kept):
     result = rollout(length=length, stream=stream(**asked))
     assert (out / STATE).is_file() == kept and report(result)["state"] == (f"{STATE} [output]" if kept else None)

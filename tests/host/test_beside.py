@@ -82,6 +82,7 @@ def same_outputs(result, whole, names="LATENT STATE VIDEO") -> None:
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where", [Rollout, VaeStream], ids=lambda where: where.__name__)
+@pytest.mark.sampled(3)
 def test_an_autosave_that_cannot_be_taken_is_taken_the_next_time(rollout, stream, monkeypatch, where, error):
     whole, saved = rollout(stream=stream(filename_prefix="whole")), []
     monkeypatch.setattr(saved_states, "save_state", lambda state, path: saved.append(state.emitted))
@@ -203,6 +204,7 @@ def test_a_report_that_cannot_be_made_leaves_the_other_outputs(rollout, stream, 
 
 
 @pytest.mark.parametrize("what", ["preview", "latent preview", "start", "facts", "page", "server"])
+@pytest.mark.sampled(3)
 def test_what_cannot_be_shown_does_not_end_a_run(rollout, stream, monkeypatch, what):
     whole, made = rollout(stream=stream(filename_prefix="whole")), []
     monkeypatch.setattr(live.LiveRun, "watched", property(lambda run: True))

@@ -72,6 +72,7 @@ def check_both(node_id: str, name: str, value: object, *words: str) -> str:
 
 
 @pytest.mark.parametrize(("node_id", "name"), EVERY_NUMBER, ids=lambda word: word.removeprefix("AdaState"))
+@pytest.mark.sampled(2)
 def test_every_number_is_held_to_its_range(node_id, name):
     number = next(i for i in inputs_of(node_id, *NUMBERS) if i.id == name)
     whole = isinstance(number, io.Int.Input)
@@ -122,6 +123,7 @@ EVERY_SOCKET = [
 
 
 @pytest.mark.parametrize(("node_id", "name"), EVERY_SOCKET, ids=lambda word: word.removeprefix("AdaState"))
+@pytest.mark.sampled(2)
 def test_every_socket_takes_its_kind_alone(node_id, name):
     """A prompt's JSON may hold anything where a link belongs, and the host compares the types of links alone."""
     socket = next(i for i in NODES[node_id].define_schema().inputs if i.id == name)

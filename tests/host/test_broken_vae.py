@@ -86,6 +86,7 @@ def finite(state) -> bool:
 
 @pytest.mark.parametrize("by", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("what", ["pictures", "an inner layer", "what is carried"])
+@pytest.mark.sampled(3)
 def test_it_ends_a_stream_like_a_model_that_does(rollout, stream, folders, fresh_vae, what, by):
     whole = rollout(length=45, stream=stream(filename_prefix="whole"))
     with (

@@ -169,6 +169,7 @@ def put_into_a_pass(intrude) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("intruder", INTRUDERS)
+@pytest.mark.sampled(3)
 def test_what_is_put_into_a_pass_is_found(intruder):
     assert put_into_a_pass(INTRUDERS[intruder])
 

@@ -71,6 +71,7 @@ def cases(model, node):
 
 
 @pytest.mark.parametrize("case", ["plain", "anchor, two at once", "rolling", "absorption"])
+@pytest.mark.sampled(2)
 def test_what_a_stop_leaves_is_what_that_length_leaves(rollout, until, stream, cases, case):
     """Files and state, bit for bit; and from either state on, with a length or without."""
     inputs, closed = cases[case]

@@ -12,7 +12,7 @@ import torch
 from adastate_pack.adastate_core import extend
 from adastate_pack.adastate_core.families.wan21 import WAN21_TEXT
 from adastate_pack.adastate_core.geometry import ModelGeometry
-from adastate_pack.adastate_core.schedules.schedule import SAMPLERS
+from adastate_pack.adastate_core.schedules.solvers import SAMPLERS
 from adastate_pack.adastate_core.weights.presets import PRESETS, Preset
 from adastate_pack.nodes.builder import Asked, Subject, build
 from adastate_pack.nodes.host import pack_hooks as extensions

@@ -62,17 +62,17 @@ def half(wan_state, monkeypatch):
 
 
 @torch.inference_mode()
-def rolled(model, positive, length=12, anchor=None, batch=1, state=None, chunks=None, **changed):
-    """(latents, rollout, host model) of a rollout of two steps."""
+def rolled(model, positive, length=12, anchor=None, batch=1, state=None, chunks=None, inside=None, **changed):
+    """(latents, rollout, host model) of a rollout of two steps; `inside` are given frames inside the first chunk."""
     host = adapter.HostModel(model, positive[0][0], batch)
     values = {"positions": "packed", "window_frames": 6, "chunk_frames": 3} | changed
     spec = RolloutSpec(host.geometry, batch, 4, 4, anchor=anchor or Anchor(), dtype=host.dtype, **values)
     plan = spec.plan(5, resumed=state)
     host.load(plan)
-    host.told = host.fuse(spec, plan, state)
+    host.told = host.fuse(spec, plan, state, inside=inside is not None)
     sigmas = Schedule.shifted(max(2, spec.blocks), 5.0)
     rollout = Rollout(host, spec, Settings(3, sigmas), state=state)
-    latents = torch.cat([chunk.latents for chunk in rollout.chunks(length)], 2)
+    latents = torch.cat([chunk.latents for chunk in rollout.chunks(length, inside, "inside")], 2)
     return latents, rollout, host
 
 
@@ -107,16 +107,20 @@ def test_plain_functions_give_the_bits_of_the_way_before(model, half, positive, 
     same(now, before)
 
 
+@pytest.mark.parametrize("frames", [0, 2], ids=["no frames given", "two inside"])
 @pytest.mark.parametrize("anchor", [Anchor(), AnchorAdaptive(1)], ids=lambda anchor: anchor.kind)
-def test_every_call_of_a_rollout_was_prepared_while_it_loaded(model, positive, with_compiler, anchor):
+def test_every_call_of_a_rollout_was_prepared_while_it_loaded(model, positive, with_compiler, anchor, frames):
     counted = with_compiler(Counted())
-    _, rollout, host = rolled(model, positive, length=15, anchor=anchor)
-    assert sorted(counted.made) == sorted(fusing.FUNCTIONS)
+    inside = torch.randn(1, 16, frames, 4, 4) if frames else None
+    _, rollout, host = rolled(model, positive, length=15, anchor=anchor, inside=inside)
+    modulate = ("norm_modulate", "gate_norm", "add_norm_modulate", "gate")
+    # with one timestep a frame the modulations have another shape
+    assert sorted(counted.made) == sorted([*fusing.FUNCTIONS, *(modulate if frames else ())])
     passes = 5 * 3
-    expected = {name: 2 * passes for name in ("norm_modulate", "gate_norm", "add_norm_modulate", "gate")}
+    expected = {name: 2 * passes for name in modulate}
     expected |= {"norm_rotate": 2 * 5 * 2, "norm_rotate_raw": 2 * 5}
     # and once each to prepare them
-    assert {name: counted.calls.count(name) - 1 for name in expected} == expected
+    assert {name: counted.calls.count(name) - counted.made.count(name) for name in expected} == expected
     assert rollout.snapshot().compiled_layers == (0, 1)
 
 

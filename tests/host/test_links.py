@@ -349,6 +349,7 @@ def test_beside_a_loop_everything_is_made(ran):
 
 @pytest.mark.parametrize("kept_by", [{"history_chunks": 2}, {"keep_state": True}], ids=str)
 @pytest.mark.parametrize("keep_latents", [True, False])
+@pytest.mark.sampled(2)
 def test_nothing_is_rolled_out_where_the_state_at_the_end_is_kept(ran, folders, keep_latents, kept_by):
     inputs = {"stream": {"filename_prefix": "in/take"} | kept_by, "keep_latents": keep_latents}
     slots = (STATE, LATENT, VIDEO) if keep_latents else (STATE, VIDEO)
@@ -418,6 +419,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_last_state(ran, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["model", "stream", "video", "no state"])
+@pytest.mark.sampled(2)
 def test_from_the_start_where_anything_else_has_changed(ran, folders, change):
     inputs = {"history_chunks": 2}
     ran(stream=inputs)

@@ -49,6 +49,7 @@ STATES = {
 
 @pytest.mark.parametrize("streams", [False, True], ids=["latents", "stream"])
 @pytest.mark.parametrize("case", STATES)
+@pytest.mark.sampled(3)
 def test_a_state_on_disk_is_planned(rollout, stream, tmp_path, case, streams):
     """Its tensors to 1 % (nothing pending is the least of it), the file with at most its header more."""
     more = STATES[case] | ({"stream": stream()} if streams else {})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import comfy.sd
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorMemory, AnchorStatic
@@ -161,9 +162,7 @@ def test_files_that_are_not_listed(models, name):
 def test_the_list_of_an_empty_folder(models, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_filename_list", lambda kind: [])
     assert NODES["AdaStateLoadModel"].INPUT_TYPES()["required"]["file"][1]["options"] == [""]
-    assert "put a causal Wan 2.1 checkpoint into models/diffusion_models" in HostNode("AdaStateLoadModel").validate(
-        file=""
-    )
+    assert "put a causal Wan checkpoint into models/diffusion_models" in HostNode("AdaStateLoadModel").validate(file="")
 
 
 def test_a_changed_file_is_loaded_again(models, wan_state):
@@ -317,7 +316,7 @@ def core_rollout(model, positive, spec_options, schedule, frames, prompts=None, 
 def test_each_preset_is_the_core_with_its_settings(rollout, model, positive, node, name):
     preset = PRESETS[name]
     given = node("AdaStateModelPreset")(model=model, preset=name).args[0]
-    frames = 9 if preset.chunk_frames == 3 else 4
+    frames = {1: 4, 3: 9, 8: 17}[preset.chunk_frames]
     if preset.restart_frames:
         frames = preset.restart_frames + 2
     out = latents_of(rollout(model=given, length=4 * frames - 3, **AUTO))
@@ -334,7 +333,13 @@ def test_each_preset_is_the_core_with_its_settings(rollout, model, positive, nod
         "one_pass_recache": preset.one_pass_recache, "remade": preset.remade,
         "ending": "as published" if preset.shares_window else "open",
     }  # fmt: skip
-    schedule = Schedule(tuple(lists[0]), first_sigmas=tuple(lists[1]), told=told)
+    if name.startswith("longlive2"):  # as the published scheduler's set_timesteps has it
+        even = np.linspace(np.float32(0.999), 0, len(preset.timesteps) + 1, dtype=np.float64)[:-1]
+        levels = 5 * even / (1 + 4 * even)
+        lists, told = [levels.astype(np.float32).tolist(), []], tuple((1000 * levels).astype(np.int64).tolist())
+        assert list(told) == [999, 937, 833, 624] or list(told) == [999, 833]
+    sampler = "unipc" if name.startswith("longlive2") else "renoising"
+    schedule = Schedule(tuple(lists[0]), first_sigmas=tuple(lists[1]), told=told, sampler=sampler)
     torch.testing.assert_close(out, core_rollout(model, positive, options, schedule, frames), atol=1e-5, rtol=1e-5)
 
 

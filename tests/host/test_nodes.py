@@ -26,7 +26,7 @@ CONTRACT = {
     "AdaStateAnchorDeep": (["sink_frames", "recent_frames", "budget_frames", "shift_selected?"], ["ADASTATE_ANCHOR"]),
     "AdaStateLoadModel": (["file", "weight_dtype", "preset?"], ["MODEL"]),
     "AdaStateLoadLora": (["model", "file", "strength?"], ["MODEL"]),
-    "AdaStateModelPreset": (["model", "preset", "ending?", "keep_first_frame?"], ["MODEL", "STRING"]),
+    "AdaStateModelPreset": (["model", "preset", "ending?", "keep_first_frame?", "sampler?"], ["MODEL", "STRING"]),
     "AdaStateInspectCheckpoint": (["file", "width?", "height?", "length?"], ["STRING"]),
     "AdaStatePlan": (
         [
@@ -39,7 +39,7 @@ CONTRACT = {
         [
             "model", "positive", "width", "height", "length", "batch_size", "seed", "steps", "shift", "chunk_frames",
             "window_frames", "positions", "anchor?", "absorption?", "sigmas?", "start_latent?", "resume?", "stream?",
-            "keep_latents?", "cache_dtype?", "cache_device?", "max_seconds?",
+            "keep_latents?", "cache_dtype?", "cache_device?", "max_seconds?", "start_mode?",
         ],
         ["LATENT", "ADASTATE_STATE", "STRING", "VIDEO"],
     ),
@@ -167,7 +167,7 @@ def test_bad_numbers_are_said_before_anything_is_loaded(node, inputs, message):
         ({"filename_prefix": "../../escape"}, "does not name a file inside the host's folder"),
         ({"filename_prefix": "/etc/passwd"}, "does not name a file inside the host's folder"),
         ({"filename_prefix": ""}, "does not name a file inside the host's folder"),
-        ({"fps": 0.0}, "fps is 0.0; it must be between 1 and 240"),
+        ({"fps": 0.5}, "fps is 0.5; it must be 0 or between 1 and 240"),
         ({"codec": "gif"}, "codec is 'gif'; it must be one of h264"),
         ({"quality": 99}, "quality is 99"),
         ({"autosave_seconds": -1.0}, "autosave_seconds is -1.0"),

@@ -85,6 +85,30 @@ def test_a_timeline_through_the_hosts_executor_is_the_cores(execute, models, wan
     assert "tiny.safetensors: Wan 2.1 text to video" in outputs["look"]["text"][0]
 
 
+def test_a_shots_opening_holds_for_its_first_chunk(rollout, monkeypatch):
+    """Of three chunks the second begins the shot: each sees its own words, and the cache of texts has room for the longest."""
+    seen, original = [], adapter.HostModel.set_context
+    monkeypatch.setattr(
+        adapter.HostModel, "set_context", lambda self, words: seen.append(words) or original(self, words)
+    )
+    entries = (
+        PromptAt(0.0, [[context(1), {}]]),
+        PromptAt(1.0, [[context(2), {}]], "shot", opening=[[context(3, 9), {}]]),
+    )
+    report = report_of(rollout(positive=Prompts(entries), length=33))
+    order = [
+        next(i for i, tokens in ((1, 5), (2, 5), (3, 9)) if torch.equal(words, context(i, tokens))) for words in seen
+    ]
+    assert list(dict.fromkeys(order)) == [1, 3, 2]
+    assert [entry["transition"] for entry in report["prompts"]] == ["recache", "shot"]
+    assert report["plan_bytes"]["text_kv"] == 2 * 2 * 9 * 128 * 4
+    carried = Prompts(
+        (entries[0], PromptAt(1.0, [[context(2), {}]], "shot", opening=[[context(3), {"area": (1, 1, 0, 0)}]]))
+    )
+    with pytest.raises(ValueError, match="the prompt at 1 s: positive carries an area"):
+        rollout(positive=carried)
+
+
 def test_seconds_count_at_the_streams_frames_a_second(rollout, node, vae):
     prompts = timeline((0.0, context(1), "cut"), (1.5, context(2), "cut"))
     settings = {"vae": vae, "filename_prefix": "a", "codec": "h264", "quality": 18, "preview": False}

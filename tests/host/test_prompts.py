@@ -54,6 +54,38 @@ def test_a_timeline_encodes_each_text_once(node, encoder):
     assert listing == "0:00 film: a\n0:05 {cut} film: b\n0:07 {soft} film: a"
 
 
+def test_a_shot_is_encoded_twice(node, encoder):
+    """With the sentence for its first chunk, and without for those behind; one without words begins under those that hold."""
+    out = node("AdaStatePromptTimeline")(
+        clip=encoder,
+        text="a [5s {shot}] | The scene transitions. b [2s {shot}] | c [1s {cut}] | [{shot, seed 7}]",
+        shared="film:",
+    )
+    prompts, listing = out.args
+    assert encoder.texts == [
+        "film: a",
+        "film: b",
+        "The scene transitions. film: b",
+        "film: c",
+        "The scene transitions. film: c",
+    ]
+    told = [
+        [entry.text] + [words and words[0][0] for words in (entry.conditioning, entry.opening)]
+        for entry in prompts.entries
+    ]
+    for (text, later, first), opens in zip(told, (False, True, False, True), strict=True):
+        assert torch.equal(later, encoder.encode_from_tokens_scheduled({"t5": text})[0][0])
+        sentence = encoder.encode_from_tokens_scheduled({"t5": f"The scene transitions. {text}"})[0][0]
+        assert torch.equal(first, sentence) if opens else first is None
+    assert listing.splitlines()[1:] == ["0:05 {shot} film: b", "0:07 {cut} film: c", "0:08 {shot, seed 7} film: c"]
+
+    demo = node("AdaStateDemoTimeline")(text="snow [5s] | [2s {shot}] | city [{shot}]").args[0]
+    at = node("AdaStatePromptAt")(positive=[[torch.zeros(1, 1, 8), {}]], seconds=0.0, transition="shot").args[0]
+    assert [entry.opening for entry in (*demo.entries, *at.entries)] == [None] * 4
+    assert torch.equal(demo.entries[1].conditioning[0][0], demo.entries[0].conditioning[0][0])
+    assert [entry.transition for entry in demo.entries[1:]] == ["shot", "shot"]
+
+
 def test_defaults_are_enough(node, encoder):
     for given in NODES["AdaStatePromptTimeline"].define_schema().inputs:
         if given.id in ("text", "shared"):
@@ -82,7 +114,7 @@ def test_a_missing_encoder_and_an_interrupt(node, encoder):
         ({"text": ""}, "line 1, column 1: there is no prompt"),
         (
             {"text": "a", "transition": "zoom"},
-            "transition is 'zoom'; it must be one of cut, recache, flush, rope cut, soft",
+            "transition is 'zoom'; it must be one of cut, recache, flush, rope cut, soft, shot",
         ),
         ({"text": "a", "blend": "cubic"}, "blend is 'cubic'"),
         ({"text": "a", "blend_chunks": 0}, "blend_chunks is 0"),

@@ -55,6 +55,7 @@ class Bare:
 
 
 @pytest.mark.parametrize(("name", "loop", "chunks", "more"), CASES.values(), ids=CASES)
+@pytest.mark.sampled(2)
 def test_a_preset_through_the_nodes_is_its_published_loop(rollout, model, positive, node, name, loop, chunks, more):
     """In one go, and stopped and gone on with twice."""
     given = node("AdaStateModelPreset")(model=model, preset=name).args[0]

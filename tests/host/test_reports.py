@@ -31,8 +31,8 @@ from conftest import PACK
 Interrupted = management.InterruptProcessingException
 ALWAYS = {
     "ended", "error", "prompt_id", "node_id", "videos", "state", "length", "chunks", "frames", "frames_total", "video_seconds",
-    "seconds", "seconds_all", "seconds_per_chunk", "fps", "speed", "files", "plan_bytes", "kv_bytes_planned", "settings",
-    "prompts", "decoder", "warnings",
+    "video_fps", "seconds", "seconds_all", "seconds_per_chunk", "fps", "speed", "files", "plan_bytes", "kv_bytes_planned",
+    "settings", "prompts", "decoder", "warnings",
 }  # fmt: skip
 
 
@@ -142,6 +142,7 @@ def test_every_name_is_in_the_table_of_the_page():
 
 
 @pytest.mark.parametrize("where", ["pass", "decode", "autosave", "last state", "preview", "result"])
+@pytest.mark.sampled(2)
 def test_an_interrupt_is_no_failure(rollout, stream, folders, monkeypatch, where):
     places = {
         "pass": (HostModel, "velocity", 5),
@@ -327,6 +328,7 @@ class Clock:
 @pytest.mark.parametrize(
     ("limit", "chunks"), [(0.0, 5), (1.0, 1), (50.0, 1), (51.0, 2), (70.0, 2), (110.0, 4), (130.0, 5)]
 )
+@pytest.mark.sampled(2)
 def test_a_rollout_stops_and_keeps_once_its_seconds_have_passed(rollout, stream, folders, monkeypatch, limit, chunks):
     """Two passes a chunk: after thirty seconds of loading the first is there at 50, the fifth at 130."""
     whole = rollout(stream=stream(filename_prefix="whole"))

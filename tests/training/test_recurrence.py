@@ -25,7 +25,8 @@ from adastate_core.prompts.demo_words import VOCABULARY, prompt
 from adastate_core.rollout import ModelGeometry, Rollout, RolloutSpec, Settings
 from adastate_core.rope import Layout, Rope
 from adastate_core.schedules.noise import noise
-from adastate_core.schedules.schedule import Schedule, denoised, renoised
+from adastate_core.schedules.schedule import Schedule
+from adastate_core.schedules.solvers import denoised, renoised
 from training.bare_model import BareModel, patch_attention
 from training.graph_attention import Frame, Gradients, GraphAttention
 from training.parallel import Workers

@@ -10,6 +10,8 @@ from test_panel import GET, SET, Tab, video
 
 TIMELINE = ("AdaStateDemoTimeline", "text")
 RUN = "async () => (await (await app.api.fetchApi('/adastate/runs')).json()).runs.at(-1)"
+CHUNKS = """async (run) =>
+  (await (await app.api.fetchApi(`/adastate/runs/${run.prompt_id}/${run.node_id}`)).json()).chunks"""
 # posts changes at once, and leaves their answers to be asked for
 POST = """([ids, changes]) => {
   window.answers = Promise.all(changes.map((change) => app.api.fetchApi('/adastate/steer', {
@@ -53,6 +55,10 @@ class Wheel(Tab):
     def run(self) -> dict:
         """What the server says of the newest run."""
         return self.page.tab.evaluate(RUN)
+
+    def run_chunks(self) -> list[dict]:
+        """What the server says of that run's chunks."""
+        return self.page.tab.evaluate(CHUNKS, self.run)
 
     @property
     def text(self) -> str:
@@ -182,3 +188,36 @@ def test_two_pages_steer_a_redo_and_a_change_in_its_last_chunk_is_answered(rende
     assert "snow" not in steering["timeline"] and wheel.dots.count() == len({change["at"] for change in made})
     assert wheel.row.get_by_role("status").inner_text().startswith("From ")
     assert page.complaints == [] and other.complaints == []
+
+
+def test_scenes_are_marked_where_they_begin(open_front_end, artefacts):
+    """One that is asked for on the way and one of the timeline: on the axis, on the prompt, and at the chunk's own button."""
+    page = open_front_end("classic")
+    wheel = Wheel(page)
+    page.tab.evaluate(SET, [*TIMELINE, "0s meadow, slow, crimson balloon\n5.25s {shot}"])
+    planned = wheel.marks.nth(1)
+    planned.wait_for()
+    assert "adastate-shot" in planned.get_attribute("class") and planned.inner_text() == "{shot}"
+    start(page, LONG)
+    wheel.until("running")
+    wheel.until_chunks(2)
+    wheel.say("snow, lantern", "shot")
+    wheel.until_done(1)
+    wheel.until_chunks(9)
+    [asked] = wheel.run["steering"]["done"]
+    assert asked["transition"] == "shot" and wheel.run["steering"]["timeline"].endswith("{shot}")
+    shots = [chunk for chunk in wheel.run_chunks() if chunk["shot"]]
+    assert [(chunk["first_frame"] + 3) // 4 for chunk in shots] == [round(asked["at"] * 4), 21]
+    flags = wheel.element.locator(".adastate-shot-flag")
+    assert flags.evaluate_all("(all) => all.map((flag) => flag.title)") == [
+        f"A new scene begins at {chunk['first_frame'] / 16:.1f} s" for chunk in shots
+    ]
+    for flag, chunk in zip(flags.all(), shots, strict=True):
+        button = wheel.chunks.nth(chunk["chunk"])
+        assert button.get_attribute("title").endswith(", a new scene")
+        assert abs(flag.bounding_box()["x"] - button.bounding_box()["x"]) <= 3
+    page.screenshot(artefacts / "panel_classic_shots.png")
+    wheel.button("Stop and keep").click()
+    wheel.until("stopped")
+    wait_idle(page)
+    assert page.complaints == []

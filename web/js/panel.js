@@ -3,7 +3,7 @@
 import { extend, goOn, pointBefore, redo } from "./actions.js";
 import { make, makeButton, say } from "./dom.js";
 import { Curve } from "./curve.js";
-import { rolloutsIn, timelineOf, valueOf } from "./graph.js";
+import { feeding, rolloutsIn, timelineOf, valueOf } from "./graph.js";
 import { Player } from "./player.js";
 import { PromptRow } from "./prompt_row.js";
 import { SteerRow } from "./steer_row.js";
@@ -38,7 +38,7 @@ export class Panel {
     this.chosen = null; // the number of a chunk, or null
     this.drawn = 0;
     this.timeline = new Timeline(() => this.changed());
-    this.prompts = new PromptRow((entries) => this.timeline.write(entries, this.fps), () => this.here());
+    this.prompts = new PromptRow((entries) => this.timeline.write(entries, this.told), () => this.here());
     this.steerRow = new SteerRow({ steer: (run, change) => this.host.steer(run, change), keep: () => this.keep(), goOn: () => this.goOn() });
     this.element = make("section", "adastate-panel", { "aria-label": TEXTS.panel });
     this.empty = make("div", "adastate-nothing", {}, TEXTS.nothing);
@@ -86,7 +86,8 @@ export class Panel {
     this.head = make("div", "adastate-playhead", { "aria-hidden": "true" });
     this.switch = make("div", "adastate-switch", { role: "img" }, make("span", "", {}, TEXTS.absorbed));
     this.steered = make("div", "adastate-steered", { role: "group", "aria-label": TEXTS.steered });
-    this.overlay = make("div", "adastate-overlay", {}, this.switch, this.steered, this.head);
+    this.shots = make("div", "adastate-shots", { role: "group", "aria-label": TEXTS.shots });
+    this.overlay = make("div", "adastate-overlay", {}, this.shots, this.switch, this.steered, this.head);
     const chunks = row("chunks", TEXTS.rows.chunks, "", this.film.element, this.before, this.strip.element);
     this.promptsRow = row("prompts", TEXTS.rows.prompts, "", this.prompts.element);
     this.lane = chunks.lastElementChild;
@@ -143,13 +144,19 @@ export class Panel {
     this.choice = choices.find((each) => each.key === this.picked) ?? running ?? choices[0] ?? null;
     if (this.choice?.key !== was) this.chosen = null;
     const timeline = this.choice?.node ? timelineOf(this.choice.node) : null;
-    this.timeline.follow(timeline, this.fps);
+    this.timeline.follow(timeline, this.told);
     this.drawChoices(choices);
     this.changed();
   }
 
+  /** Frames a second as the run or its stream says, or null: those of the model are told when it runs. */
+  get told() {
+    const { run, node } = this.choice ?? {};
+    return run?.newest?.fps ?? run?.about?.fps ?? (Number(valueOf(feeding(node, "stream"), "fps")) || null);
+  }
+
   get fps() {
-    return this.choice?.run?.newest?.fps ?? this.choice?.run?.about?.fps ?? 16;
+    return this.told ?? 16;
   }
 
   /** Draw at the next frame; many changes at once are drawn once. */
@@ -204,6 +211,7 @@ export class Panel {
     this.strip.draw(chunks, chunk ? this.chosen : null, axis);
     this.drawMeters(chunks, chunk, axis);
     this.drawMarks(chunks, chunk, axis);
+    this.drawShots(run, axis);
     this.drawSteered(run, axis);
     this.steerRow.draw(run, { keep: this.keepable(run), goOn: this.resumable(run) });
     this.promptsRow.style.display = prompts.entries.length ? "" : "none";
@@ -262,6 +270,16 @@ export class Panel {
     if (!switched) return;
     this.switch.style.left = `${axis.at(switched.seconds).toFixed(3)}%`;
     this.switch.setAttribute("aria-label", TEXTS.absorbedHint(switched.seconds));
+  }
+
+  drawShots(run, axis) {
+    const mark = () => make("span", "adastate-shot-mark", {}, make("span", "adastate-shot-flag", { role: "img" }, TEXTS.shot));
+    repeat(this.shots, [...(run?.shots ?? [])].sort((a, b) => a - b), mark, (element, at) => {
+      element.style.left = `${axis.at(at).toFixed(3)}%`;
+      const flag = element.firstElementChild;
+      flag.title = TEXTS.shotAt(at);
+      flag.setAttribute("aria-label", flag.title);
+    });
   }
 
   drawSteered(run, axis) {
@@ -351,7 +369,7 @@ export class Panel {
   /** Write what was steered into the graph. */
   async keep() {
     const { run, key } = this.choice;
-    await this.timeline.writeText(run.steering.timeline, this.fps);
+    await this.timeline.writeText(run.steering.timeline, this.told);
     this.said = TEXTS.kept;
     this.saidOf = key;
     this.look();
@@ -360,7 +378,7 @@ export class Panel {
   async goOn() {
     const { node, run, key } = this.choice;
     const text = this.toWrite(run);
-    this.said = await goOn(node, run, text && (() => this.timeline.writeText(text, this.fps)));
+    this.said = await goOn(node, run, text && (() => this.timeline.writeText(text, this.told)));
     this.saidOf = key;
     this.picked = null;
     this.look();

@@ -84,6 +84,7 @@ export class PromptRow {
       button.setAttribute("aria-pressed", String(index === this.chosen));
       button.tabIndex = index === this.chosen ? 0 : -1;
       button.classList.toggle("adastate-movable", this.editable && index > 0);
+      button.classList.toggle("adastate-shot", entry.transition === "shot" && index > 0);
       say(button.lastElementChild, entry.text || `{${options}}`);
     });
   }

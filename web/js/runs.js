@@ -13,6 +13,7 @@ export class Run {
   constructor(ids) {
     this.ids = { prompt_id: ids.prompt_id, node_id: ids.node_id, display_node: ids.display_node, workflow: ids.workflow };
     this.chunks = new Map(); // number -> { numbers and meters, thumbnail, pictures }
+    this.shots = new Set(); // seconds at which scenes begin, those of chunks that were let go too
     this.pictures = []; // the newest ones
     this.running = true;
     this.stopping = false;
@@ -37,6 +38,7 @@ export class Run {
 
   addChunk(numbers) {
     this.chunks.set(numbers.chunk, { pictures: [], ...this.chunks.get(numbers.chunk), ...numbers });
+    if (numbers.shot) this.shots.add(numbers.first_frame / numbers.fps);
     const newest = Math.max(...this.chunks.keys());
     while (this.chunks.size > MOST_CHUNKS) {
       this.stride *= 2;
@@ -87,6 +89,7 @@ export class Run {
   dropFrom(seconds) {
     const fps = this.newest?.fps ?? 16;
     for (const [number, chunk] of [...this.chunks]) if (chunk.seconds > seconds + 1e-3) this.chunks.delete(number);
+    for (const at of [...this.shots]) if (at > seconds - 1e-3) this.shots.delete(at);
     this.pictures = this.pictures.filter((picture) => picture.frame < seconds * fps - 0.5);
   }
 

@@ -52,7 +52,9 @@ export class Strip {
   update(button, chunk, chosen, focusable) {
     button.setAttribute("aria-pressed", String(chosen));
     button.tabIndex = focusable ? 0 : -1;
-    const label = TEXTS.chunk(chunk.chunk, chunk.first_frame / chunk.fps);
+    const words = TEXTS.chunk(chunk.chunk, chunk.first_frame / chunk.fps);
+    const label = chunk.shot ? TEXTS.chunkOfShot(words) : words;
+    button.classList.toggle("adastate-shot", Boolean(chunk.shot));
     if (button.title !== label) {
       button.title = label;
       button.setAttribute("aria-label", label);

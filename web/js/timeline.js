@@ -31,6 +31,7 @@ export class Timeline {
     this.asked++; // what is still under way comes too late
   }
 
+  /** `fps` is null where nobody knows it yet: prompts may then fall on any second. */
   options(fps) {
     const duration = valueOf(this.node, "duration") || null;
     return { fps, words: isDemo(this.node), ...(duration ? { duration } : {}) };

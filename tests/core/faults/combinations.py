@@ -32,6 +32,8 @@ FRAMES, BLOCKS, WINDOW, LONG_WINDOW = 3, 3, 6, 24
 LEVELS = "two levels"
 # a recache in one pass that makes the sink again, and one after the sink has gone out of its reach
 ONE_PASS, SINK_STAYS = "in one pass", "in one pass behind the sink"
+# start latents stand in the chunk whose operations fail, which then is the first one
+STARTING = "with frames given inside"
 DIMENSIONS = {
     "anchor": ("none", "static", "ema", "memory", "replay", "adaptive", "changed adaptive", "deep", *others()),
     "storage": ("model", "8 bits", "host", "int8 host"),
@@ -78,6 +80,7 @@ class Combination:
     blocks: str = "1"
     levels: str = ""
     recache: str = ""
+    starting: str = ""
 
     @property
     def name(self) -> str:
@@ -85,7 +88,7 @@ class Combination:
         values = (self.anchor, self.storage, self.absorption, self.transition, self.blocks)
         words = [f"{value} {name}" if value in ("none", "1", "several") else value
                  for name, value in zip(DIMENSIONS, values, strict=True)]  # fmt: skip
-        return ", ".join([*words, *(word for word in (self.levels, self.recache) if word)])
+        return ", ".join([*words, *(word for word in (self.levels, self.recache, self.starting) if word)])
 
     @property
     def variant(self) -> int:
@@ -94,6 +97,8 @@ class Combination:
     @property
     def chunk(self) -> int:
         """The generated chunk whose operations fail."""
+        if self.starting:
+            return 0
         return 5 if self.absorption == "switched" or self.recache == SINK_STAYS else 4
 
     @property
@@ -160,6 +165,11 @@ class Combination:
         schedule = Schedule.shifted(BLOCKS if self.blocks == "several" else 2, 5.0)
         return Settings(7, replace(schedule, kept=(1,)) if self.levels else schedule)
 
+    def start_latents(self, model: TinyModel) -> torch.Tensor | None:
+        """Two frames for the first chunk, or none."""
+        shape = (1, model.geometry.channels, 2, 4, 6)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(3)) if self.starting else None
+
     def prompts(self) -> PromptPlan | None:
         """The prompt changes with the chunk whose operations fail."""
         if self.transition in ("none", "restart"):
@@ -178,10 +188,13 @@ def combinations() -> list[Combination]:
            ("adaptive", "model", "recache"))  # fmt: skip
     whole = (("static", "model", ONE_PASS), ("static", "int8 host", ONE_PASS), ("static", "model", SINK_STAYS),
              ("none", "host", SINK_STAYS))  # fmt: skip
+    inside = (("static", "model"), ("adaptive", "int8 host"))
     return [
         *pairs,
         *(Combination(a, storage, transition=t, levels=LEVELS) for a, storage, t in two),
         *(Combination(a, storage, transition="recache", recache=how) for a, storage, how in whole),
+        *(Combination(a, storage, starting=STARTING) for a, storage in inside),
+        Combination("ema", "model", levels=LEVELS, starting=STARTING),
     ]
 
 

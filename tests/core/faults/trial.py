@@ -8,6 +8,7 @@ the name of the layer.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from tiny_model import TinyModel
 
+from adastate_core.given import INSIDE
 from adastate_core.rollout import Rollout, RolloutState
 from adastate_core.states.state_file import load_state, save_state
 
@@ -64,6 +66,19 @@ def difference(found: Mapping[str, object], expected: Mapping[str, object], unre
     return next((name for name in places if found.get(name) != expected.get(name)), "")
 
 
+def waiting(rollout: Rollout, given: torch.Tensor) -> list[torch.Tensor]:
+    """Give a rollout the frames that its first chunk has inside, and interrupt that chunk before its first pass: no latents."""
+
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    rollout.on_step = stop
+    with contextlib.suppress(InterruptedError):
+        next(rollout.chunks(given.shape[2] + 1, given, INSIDE))
+    rollout.on_step = None
+    return []
+
+
 class Trial:
     """A combination, run up to its chunk, and uninterrupted for two chunks more."""
 
@@ -75,7 +90,8 @@ class Trial:
         start = combination.chunk * FRAMES
         self.length = start + 2 * FRAMES
         whole = Rollout(self.model, self.spec, self.settings, keep_latents=True, prompts=combination.prompts())
-        latents = [chunk.latents for chunk in self._until(whole, start)]
+        given = combination.start_latents(self.model)
+        latents = [chunk.latents for chunk in self._until(whole, start)] if given is None else waiting(whole, given)
         self.before = whole.snapshot()
         latents += [chunk.latents for chunk in whole.chunks(self.length)]
         self.reference = torch.cat(latents, 2)[:, :, start:]
