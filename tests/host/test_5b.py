@@ -16,6 +16,7 @@ from adastate_pack.adastate_core.states.state_file import load_state, save_state
 from adastate_pack.adastate_core.video.picture_forms import to_bytes
 from adastate_pack.nodes.chunk_facts import hidden_picture
 from adastate_pack.nodes.host.codec import HostDecoder
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy_extras import nodes_custom_sampler as sampling
 from comfy_extras.nodes_wan import Wan22ImageToVideoLatent
 from conftest import random_vae, random_wan
@@ -150,6 +151,12 @@ def test_attention_and_absorption_take_it(rollout, model, positive, node):
     absorption = node("AdaStateAbsorption")(**settings).args[0]
     found = report_of(rollout(window_frames=12, length=73, absorption=absorption))["absorption"]
     assert found["phase"] == "switched" and found["kv_bytes_after"] < found["kv_bytes_before"]
+
+
+def test_previews_are_of_its_own_latents(rollout, progress_told, monkeypatch):
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+    rollout()
+    assert [preview[1].size for _, _, preview in progress_told if preview] == [(2, 2)] * 3
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import comfy.ops
 import pytest
 import torch
 from adastate_pack.adastate_core.decode import wan_vae
+from adastate_pack.adastate_core.decode.wan_makes import VAE_2_1
 from adastate_pack.adastate_core.decode.wan_vae import VaeStream
 from adastate_pack.nodes.host import fast_vae
 from budgets import DECODE, DECODE_IN_HALVES
@@ -71,7 +72,7 @@ def counted(monkeypatch):
             vae = fake_vae()
             if way == "fast":
                 assert fast_vae.why_not(vae) == ""
-                fast = fast_vae.FastVae(vae)
+                fast = fast_vae.FastVae(vae, VAE_2_1)
                 fast.patcher.patch_model(load_weights=False)
                 fast.ready(1, 60, 104, frames_per_call)
                 assert fast.in_place and not fast.failed

@@ -10,6 +10,7 @@ import comfy.ldm.wan.model
 import comfy.model_management
 import comfy.ops
 import pytest
+import tiny_5b
 import torch
 from adastate_pack.adastate_core.absorption.settings import AbsorptionSettings
 from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
@@ -94,21 +95,24 @@ def test_a_state_that_host_memory_has_no_room_for_is_told(rollout, stream, monke
     assert warning.endswith("it may not be possible to save one; use a smaller window_frames or turn keep_latents off")
 
 
-@pytest.mark.parametrize(("width", "feed_forward"), [(1536, 8960), (5120, 13824)], ids=["1.3B", "14B"])
-@pytest.mark.parametrize("frames", [3, 4, 15])
-def test_the_hosts_estimate_is_at_least_what_a_forward_takes(model, monkeypatch, width, feed_forward, frames):
-    """Live bytes of the host's own forward at 832x480 in bfloat16, two layers, each of which gives back what it took; what lies
-    between its attention's queries and its output is the pack's, and counted there."""
+SHAPES = [(size, 16, (60, 104), n) for size in ((1536, 8960), (5120, 13824)) for n in (3, 4, 15)]
+
+
+@pytest.mark.parametrize(("size", "channels", "latent", "frames"), [*SHAPES, ((3072, 14336), 48, (44, 80), 8)], ids=str)
+def test_the_hosts_estimate_is_at_least_what_a_forward_takes(model, monkeypatch, size, channels, latent, frames):
+    """Live bytes of the host's own forward at 832x480 (the 5B: 1280x704) in bfloat16, two layers, each of which gives back what
+    it took; what lies between its attention's queries and its output is the pack's, and counted there."""
+    (width, feed_forward), model = size, model if channels == 16 else tiny_5b.loaded_model()
     monkeypatch.setattr(comfy.ldm.wan.model, "optimized_attention", lambda q, k, v, heads, **more: torch.empty_like(q))
     with FakeTensorMode(), torch.inference_mode():
         wan = comfy.ldm.wan.model.WanModel(
-            model_type="t2v", dim=width, ffn_dim=feed_forward, num_heads=width // 128, num_layers=2, in_dim=16, out_dim=16,
-            operations=comfy.ops.disable_weight_init, device="cpu", dtype=torch.bfloat16,
+            model_type="t2v", dim=width, ffn_dim=feed_forward, num_heads=width // 128, num_layers=2, in_dim=channels,
+            out_dim=channels, operations=comfy.ops.disable_weight_init, device="cpu", dtype=torch.bfloat16,
         )  # fmt: skip
         context, time = torch.randn(1, 512, 4096, dtype=torch.bfloat16), torch.zeros(1)
-        x = torch.randn(1, 16, frames, 60, 104, dtype=torch.bfloat16)
+        x = torch.randn(1, channels, frames, *latent, dtype=torch.bfloat16)
         with live_bytes.LiveBytes() as live:
-            freqs = wan.rope_encode(frames, 60, 104, device="cpu", dtype=torch.float32)
+            freqs = wan.rope_encode(frames, *latent, device="cpu", dtype=torch.float32)
             wan.forward_orig(x, time, context, freqs=freqs, transformer_options={})
     tiny = model.model
     as_wide = tiny.memory_usage_factor * width / tiny.diffusion_model.dim
@@ -119,7 +123,9 @@ def test_the_hosts_estimate_is_at_least_what_a_forward_takes(model, monkeypatch,
     ):
         monkeypatch.setattr(tiny, name, value)
     monkeypatch.setattr(comfy.model_management, "pytorch_attention_flash_attention", lambda: True)  # as on CUDA
-    estimate = adapter.forward_bytes(model, SimpleNamespace(tokens=30 * 52, batch=1, pass_frames=frames))
+    estimate = adapter.forward_bytes(
+        model, SimpleNamespace(tokens=latent[0] * latent[1] // 4, batch=1, pass_frames=frames)
+    )
     assert 0 < live.peak["cpu"] <= estimate <= 3 * live.peak["cpu"], (live.peak, estimate)
 
 
