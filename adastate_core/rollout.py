@@ -360,7 +360,8 @@ class Rollout:
         self.past.start_chunk()
         self.past.place(self.past.layout())
         noises = self._noise.take(self.generated, len(sigmas)).to(self.model.device, non_blocking=True)
-        held = Held(self.past.now.given.to(self.model.device), self.spec.anchor.state_frames)
+        given = self.past.now.given  # where there is none, no copy waits for the device
+        held = Held(given.to(self.model.device) if given.shape[2] else given, self.spec.anchor.state_frames)
         solver = schedule.solver(self.generated, noises)
         x, x0, told = held.put_into(solver.start), None, schedule.timesteps_of(self.generated)
         for step, timestep in enumerate(told):
