@@ -97,6 +97,10 @@ class Resolved:
         if not self._is_presets(given):
             return given
         own = self.preset.schedule
+        if (
+            self.sampler != RENOISING
+        ):  # which may weigh levels by signal over noise, where a thousandth at the first one is much
+            return self._sampled(own)
         return replace(given, first_sigmas=own.first_sigmas, told=own.told)
 
     def _is_presets(self, schedule: Schedule) -> bool:

@@ -186,8 +186,8 @@ _KREA = dict(name="krea_14b", title="Krea Realtime 14B", source="krea-ai/realtim
 # every chunk has the same positions, the first one included (the project page's "same positional structure")
 _STATE = dict(window_frames=3, positions="fixed", anchor=AnchorAdaptive(1))
 
-# trained on clips of 96 latent frames and distilled on rollouts of 32; the published command makes 128 to 384
 _LONGLIVE2_SOURCE = "arXiv 2605.18739"
+# trained on clips of 96 latent frames and distilled on rollouts of 32; the published commands make 128 and 384
 _LONGLIVE2 = dict(
     chunk_frames=8, window_frames=16, anchor=AnchorStatic(8), sampler="unipc", trained_frames=96, fps=24.0, start=INSIDE,
     space=WAN22, compared_chunks=12, longer_positions="packed",

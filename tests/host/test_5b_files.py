@@ -10,6 +10,8 @@ import folder_paths
 import pytest
 import tiny_5b
 import torch
+from adastate_pack.adastate_core.weights.presets import PRESETS
+from adastate_pack.nodes.defaults import resolve
 from adastate_pack.nodes.host.checkpoint_wishes import DEFAULTS_KEY
 from conftest import HostNode
 from test_models import AUTO, load, loras, models, renamed, report_of, written  # noqa: F401
@@ -160,6 +162,18 @@ def test_a_preset_for_another_latent_space_says_so(model):
     assert "latent space" not in HostNode("AdaStateModelPreset")(model=five, preset="longlive2_5b").args[1]
     told = HostNode("AdaStateModelPreset")(model=five, preset="self_forcing").args[1]
     assert "the latent space of Wan 2.1 (16 channels), and those of this model in that of Wan 2.2 (48)" in told
+
+
+def test_a_list_of_the_hosts_that_is_the_presets_is_taken_as_the_preset_has_it():
+    """Its scheduler begins at 1, where UniPC is another than at 0.9998."""
+    resolved = resolve({"preset": "longlive2_5b"}, {}, None)
+    assert (
+        resolved.given_schedule((1.0, 0.9375, 5 / 6, 0.625, 0.0))
+        == resolved.schedule
+        == PRESETS["longlive2_5b"].schedule
+    )
+    others = resolved.given_schedule((1.0, 0.5, 0.0))
+    assert (others.sigmas, others.told, others.sampler) == ((1.0, 0.5), (), "unipc")
 
 
 SMALL = AUTO | {"steps": 3, "length": 13}
