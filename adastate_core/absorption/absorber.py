@@ -16,19 +16,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from ..anchors import Anchor
 from ..cache.host_copies import HostCopies, frame_block_bytes
 from ..cache.kv_cache import KVCache
 from ..cache.phases import Phase
 from ..cache.slots import LayerSlots
 from ..rope import Rope
-from .absorbed_phases import NOTHING, SWITCHED, WARMING, switched_layers, watched_of
+from .absorbed_phases import NOTHING, SWITCHED, WARMING, Absorbed, switched_layers, watched_of
 from .collector import Collector
 from .corrections import Corrections
 from .host_history import HostHistory
 from .moments import Moments
+from .prior import Prior, check_named
 from .settings import AbsorptionSettings, blocks_of
 from .solve import Correction, Fit, Solution, fit, residual
+from .told import how_chosen, residuals_told, switch_told
+from .warm_up import Learning, why_switched
 
 # how many measurements are kept; when there are more, those of every second instant are forgotten
 MOST_WATCHED = 2048
@@ -49,13 +54,24 @@ class Absorber:
     """Mutable, private to one run, like the cache that it shrinks."""
 
     def __init__(
-        self, settings: AbsorptionSettings, cache: KVCache, anchor: Anchor, rope: Rope, solution: Solution | None = None
+        self,
+        settings: AbsorptionSettings,
+        cache: KVCache,
+        anchor: Anchor,
+        rope: Rope,
+        solution: Solution | None = None,
+        prior: Prior | None = None,
     ) -> None:
-        """`solution`: one that was made before for the same model, prompt and seed. Nothing is collected if it is given."""
+        """`solution`: one that was made before for the same model, prompt and seed. Nothing is collected if it is given. `prior`:
+        the one that the settings name; ValueError for another, or none where something is solved."""
+        if solution is None or settings.refresh != "never" or prior is not None:
+            check_named(settings, prior)
         self.settings, self.cache, self.anchor = settings, cache, anchor
         pinned = settings.pinned(anchor.frames) if anchor.state_frames else settings.sink_frames
         self.corrections = Corrections(settings, cache, pinned, rope)
-        self.phase = WARMING if settings.layers(len(cache.layers)) else NOTHING
+        self.prior, self.learning = prior, Learning()
+        self.ends = Absorbed(settings, anchor, cache.plan.chunk_frames).ends(cache.plan)
+        self.phase = WARMING if settings.layers(len(cache.layers)) and not self.ends.never else NOTHING
         # copied, because solving anew changes the fits, and the given ones belong to the caller
         self.solution = None if solution is None else Solution(solution.chosen, dict(solution.fits))
         self._given = solution is not None
@@ -68,13 +84,16 @@ class Absorber:
         # the prompt and seed of this run, and those of the run that solved
         self.origin: dict[str, Any] = {}
         self.solved_for: dict[str, Any] = {}
+        # for the report: the first frame after the switch, why then, and how the ridges were chosen
+        self.switched_at: int | None = None
+        self.why = self.how = ""
         self.chunks_since = 0
         # whether the chunks collected wait to be measured
         self.due = False
 
     def _collector(self, layers: Iterable[int]) -> Collector:
         blocks = blocks_of(self.settings, self.cache.heads)
-        return Collector(layers, self.cache.plan.width, blocks, self.cache.device)
+        return Collector(layers, self.cache.plan.width, blocks, self.cache.device, self.settings.apart)
 
     @property
     def histories(self) -> dict[int, HostHistory]:
@@ -84,6 +103,15 @@ class Absorber:
     @property
     def _rank(self) -> int | None:
         return self.settings.rank if self.settings.scope == "lowrank" else None
+
+    def _prior_of(self, layer: int) -> torch.Tensor | None:
+        return None if self.prior is None else self.prior.matrix(layer, self.cache.device)
+
+    def _fit(self, layer: int, collector: Collector) -> Fit:
+        """A layer's fit on what was collected."""
+        parts = (sums[layer] for sums in (collector.seen, collector.held_out))
+        ridges = self.settings.ridges(collector.chunks)
+        return fit(*parts, ridges, self._rank, collector.between[layer], self._prior_of(layer))
 
     def start_chunk(self) -> None:
         """Decide what this chunk collects, and forget what an unfinished one left."""
@@ -130,12 +158,20 @@ class Absorber:
     def catch_up(self, next_frame: int, look: object = None) -> None:
         """Solve, switch or measure if that is due. `next_frame` is the index of the next chunk's first frame. `look` is not used:
         everything that is needed was collected while the chunks were made."""
-        if self.phase == WARMING and next_frame >= self.settings.warmup_frames:
-            self._solve()
+        if self.phase == WARMING and self._over(next_frame):
+            self._solve(next_frame)
         elif self.due:
             self._measure(next_frame)
 
-    def _solve(self) -> None:
+    def _over(self, next_frame: int) -> bool:
+        """Whether the warm-up ends here."""
+        stopped = False
+        if self.settings.switch == "learned" and not self._given:
+            self.learning.measure(next_frame, self.collector, self.settings, self._rank, self._prior_of)
+            stopped = self.learning.stopped and next_frame >= self.ends.earliest
+        return stopped or next_frame >= self.ends.latest
+
+    def _solve(self, next_frame: int) -> None:
         """Fit every layer, choose, and switch the chosen ones at one instant."""
         start = time.perf_counter()
         if self.solution is None and not self.collector.chunks:
@@ -145,6 +181,8 @@ class Absorber:
         pinned = len(self.cache.layers[0].first_of(self.corrections.pinned))
         switch = self._switch(solution, pinned, moved=True)
         collector = self._collecting_on(switch.histories)
+        self.switched_at, self.why = next_frame, why_switched(self.settings, self.ends, self.learning)
+        self.how = how_chosen(self.settings, 0 if self._given else self.collector.chunks)
         self.collector, self.solved_for = collector, dict(self.origin)
         self._take(solution, switch)
         self.seconds = time.perf_counter() - start
@@ -152,8 +190,7 @@ class Absorber:
 
     def _solved(self) -> Solution:
         """The fits of all layers, and which are chosen."""
-        seen, held_out, ridges = self.collector.seen, self.collector.held_out, self.settings.ridges
-        fits = {i: fit(seen[i], held_out[i], ridges, self._rank) for i in self.collector.layers}
+        fits = {i: self._fit(i, self.collector) for i in self.collector.layers}
         chosen = choose(fits, self.settings, len(self.cache.layers))
         return Solution(chosen, {i: f if i in chosen else replace(f, correction=None) for i, f in fits.items()})
 
@@ -216,7 +253,7 @@ class Absorber:
             first = firsts.setdefault(i, old.residual)
             discrepancy = float(whole.missing_energy) / max(float(whole.full_energy), 1e-30)
             wanted = self.settings.refresh == "always" or now > self.settings.drift * first
-            better = self._refresh(i, seen, newest) if self.settings.refresh != "never" and wanted else None
+            better = self._refresh(i, newest) if self.settings.refresh != "never" and wanted else None
             if better is not None:
                 anew[i] = better, self._on_device(better.correction)
             entry = {"frame": next_frame, "layer": i, "residual": now, "solved_at": old.residual}
@@ -237,9 +274,9 @@ class Absorber:
             return self.collector.of(layers)
         return self._collector(layers)
 
-    def _refresh(self, layer: int, seen: Moments, held_out: Moments) -> Fit | None:
+    def _refresh(self, layer: int, held_out: Moments) -> Fit | None:
         """A layer solved anew; None if what it has does as well on the rows held out."""
-        new = fit(seen, held_out, self.settings.ridges, self._rank)
+        new = self._fit(layer, self.collector)
         return None if residual(held_out, self.solution.fits[layer].correction) <= new.residual else new
 
     def _bytes(self) -> dict[str, Any]:
@@ -266,10 +303,10 @@ class Absorber:
             "correction_bytes": sum(one.nbytes for one in self.corrections.standing.values()),
             "history_bytes_in_host_memory": sum(history.nbytes for history in self.histories.values()),
             "solve_seconds": round(self.seconds, 4),
-            "residuals": [
-                {"layer": i, "before": one.discrepancy, "after": one.residual, "ridge": str(one.ridge)}
-                for i, one in sorted(fits.items())
-            ],
+            "residuals": residuals_told(fits),
+            "switch": switch_told(self),
+            "ridge_chosen": self.how,
+            "prior": None if not self.settings.prior else self.settings.prior,
             "monitor": list(self.watched),
         }
 

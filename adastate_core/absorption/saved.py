@@ -26,6 +26,8 @@ def solution_state(solution: Solution) -> dict[str, Any]:
         "chosen": list(solution.chosen),
         "fits": [[i, str(f.ridge), f.residual, f.discrepancy] for i, f in sorted(solution.fits.items())],
     }
+    towards = sorted(i for i, f in solution.fits.items() if f.towards)
+    state |= {"towards": towards} if towards else {}
     for i in solution.chosen:
         for name, tensor in zip(PARTS, solution.fits[i].correction.parts(), strict=True):
             if tensor is not None:
@@ -37,7 +39,8 @@ def solution_from(state: dict[str, Any], settings: AbsorptionSettings, layers: i
     """The solution that `solution_state` described. ValueError, naming the field, if it does not fit model and settings."""
     fields, tensors = _parts(state)
     chosen = check_solution(fields, "", tensors, settings, layers, width, heads)
-    fits = {i: Fit(None, float(ridge), float(a), float(b)) for i, ridge, a, b in state["fits"]}
+    towards = set(state.get("towards", ()))
+    fits = {i: Fit(None, float(ridge), float(a), float(b), i in towards) for i, ridge, a, b in state["fits"]}
     for i in chosen:
         parts = {name: state.get(f"fit.{i}.{name}") for name in PARTS}
         fits[i] = replace(fits[i], correction=Correction(**parts))
@@ -55,12 +58,17 @@ def absorber_state(absorber: Absorber) -> dict[str, Any]:
     """Everything that a resumed run needs, as of the last whole chunk."""
     state: dict[str, Any] = {"phase": absorber.phase, "pinned": 0}
     if absorber.phase == PHASES[0]:
+        state |= {"learned": [list(one) for one in absorber.learning.curve]} if absorber.learning.curve else {}
+        state |= {"origin": dict(absorber.origin)} if absorber.origin else {}
         return state | {f"collector.{k}": v for k, v in absorber.collector.state().items()}
     if absorber.phase == PHASES[1]:
         first = absorber.solution.chosen[0]
         state["pinned"] = absorber.cache.phase.layers[first].pinned_frames
         state |= {"chunks_since": absorber.chunks_since, "watched": [dict(entry) for entry in absorber.watched]}
         state |= {"seconds": absorber.seconds, "solved_for": dict(absorber.solved_for), "due": absorber.due}
+        state |= {"switched_at": absorber.switched_at} if absorber.switched_at is not None else {}
+        state |= {"why": absorber.why, "how": absorber.how} if absorber.why else {}
+        state |= {"learned": [list(one) for one in absorber.learning.curve]} if absorber.learning.curve else {}
         state["first_residuals"] = sorted(absorber.first_residuals.items())
         state |= {f"collector.{k}": v for k, v in absorber.collector.state().items()}
         state |= {f"solution.{k}": v for k, v in solution_state(absorber.solution).items()}
@@ -81,6 +89,7 @@ def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
         tensors.done()
     except Damage as error:
         raise ValueError(f"the state's absorption is damaged: {error}; use another state, or make it again") from error
+    absorber.learning.curve = [(frame, float(left)) for frame, left in state.get("learned", [])]
     if state["phase"] == PHASES[0]:
         absorber.collector.restore(under("collector.", state))
     elif state["phase"] == PHASES[2]:
@@ -92,6 +101,8 @@ def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
         absorber.resume_switched(state.get("pinned", 0), state["chunks_since"], watched)
         absorber.seconds, absorber.solved_for = float(state["seconds"]), dict(state["solved_for"])
         absorber.due = state.get("due", False)
+        absorber.switched_at = state.get("switched_at")
+        absorber.why, absorber.how = state.get("why", ""), state.get("how", "")
         absorber.first_residuals = {i: float(one) for i, one in state.get("first_residuals", [])}
         absorber.collector.restore({"chunks": 0} | under("collector.", state))
         for i, history in absorber.histories.items():
@@ -146,7 +157,8 @@ def load_solution(path: Path | str) -> tuple[AbsorptionSettings, dict[str, Any],
         header.done()
     except Damage as error:
         raise refusal(path.name, error, "saved absorption") from error
-    return settings, belongs_to.values, state | {name: header.values[name] for name in ("chosen", "fits")}
+    names = [name for name in ("chosen", "fits", "towards") if name in header.values]
+    return settings, belongs_to.values, state | {name: header.values[name] for name in names}
 
 
 def _check_alone(chosen: tuple[int, ...], tensors: Tensors) -> None:
