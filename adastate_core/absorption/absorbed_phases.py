@@ -46,13 +46,14 @@ def sets_of(settings: AbsorptionSettings) -> int:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where the absorption of a state stands: its phase, the layers that are switched, how many frames of the window they pin, and
-    whether anything was collected."""
+    """Where the absorption of a state stands: its phase, the layers that are switched, how many frames of the window they pin,
+    whether anything was collected, and whether all items of a batch share their statistics, as in states of earlier packs."""
 
     phase: str
     chosen: tuple[int, ...] = ()
     pinned: int = 0
     collected: bool = False
+    shared: bool = False
 
     @staticmethod
     def of(state: Mapping[str, Any], layers: int) -> Standing | None:
@@ -61,7 +62,7 @@ class Standing:
         sound = isinstance(chosen, list | tuple) and all(type(i) is int and 0 <= i < layers for i in chosen)
         if phase not in PHASES or not sound or type(pinned) is not int or pinned < 0:
             return None
-        return Standing(phase, tuple(chosen), pinned, bool(state.get("collector.chunks")))
+        return Standing(phase, tuple(chosen), pinned, bool(state.get("collector.chunks")), "items" not in state)
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ class Absorbed:
 
         Where nobody knows yet which layers will be switched, they are those that give back least.
         """
+        items = 1 if standing is not None and standing.shared else plan.batch
         if standing is not None and standing.phase == SWITCHED:
             layers = switched_layers(plan.layers, standing.chosen, self.settings, standing.pinned)
-            return (Phase(SWITCHED, layers, None, self._after(plan, standing.chosen, True)),)
+            return (Phase(SWITCHED, layers, None, items * self._after(plan, standing.chosen, True)),)
         ends = self.ends(plan)
         phases = self._until(plan, ends, chosen, standing, made)
         self._check_budget(replace(plan, phases=phases), ends)
@@ -106,6 +108,7 @@ class Absorbed:
     ) -> tuple[Phase, ...]:
         """The phases of a warm-up that ends so."""
         settings, whole = self.settings, Phase(NOTHING, plan.layers)
+        items = 1 if standing is not None and standing.shared else plan.batch
         given = chosen is not None
         # the first frame of the last chunk that is collected lies here or later
         last = max(0, ends.earliest - self.chunk_frames)
@@ -114,7 +117,7 @@ class Absorbed:
         if not settings.layers(len(plan.layers)) or never or (standing is not None and standing.phase == NOTHING):
             return (whole,)
         most = max(ends.latest + self.chunk_frames - 1, made)
-        statistics = 0 if given else sets_of(settings) * len(plan.layers) * self._statistics(plan)
+        statistics = 0 if given else sets_of(settings) * items * len(plan.layers) * self._statistics(plan)
         warm = Phase(WARMING, plan.layers, most, statistics)
         if plan.frames is not None and plan.frames < ends.earliest:
             return (warm,)
@@ -124,7 +127,7 @@ class Absorbed:
         pinned = self.pinned_of(plan, min(max(ends.earliest, self.first_frames), ends.latest))
         chosen = self._cheapest(plan, pinned) if chosen is None else chosen
         layers = switched_layers(plan.layers, chosen, settings, pinned)
-        return warm, Phase(SWITCHED, layers, None, self._after(plan, chosen, given))
+        return warm, Phase(SWITCHED, layers, None, items * self._after(plan, chosen, given))
 
     def _check_budget(self, plan: CachePlan, ends: Ends) -> None:
         """ValueError if even the shortest warm-up of a video of known length takes more than the budget."""
@@ -170,12 +173,12 @@ class Absorbed:
         return tuple(sorted(every[: self.settings.layers(len(plan.layers))]))
 
     def _statistics(self, plan: CachePlan) -> int:
-        """Bytes of one layer's statistics."""
+        """Bytes of one layer's statistics of one item."""
         return Moments.nbytes_of(plan.width, blocks_of(self.settings, plan.heads))
 
     def _after(self, plan: CachePlan, chosen: tuple[int, ...], given: bool) -> int:
-        """Bytes since the switch: the corrections as attention applies them, in float32 as they were solved unless they were
-        `given`, and the statistics of the layers that are watched."""
+        """Bytes since the switch, of one item: the corrections as attention applies them, in float32 as solved unless they
+        were `given`, and the statistics of the layers that are watched."""
         settings, blocks = self.settings, blocks_of(self.settings, plan.heads)
         size = plan.width // blocks
         low = settings.scope == "lowrank" and settings.rank < size

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ def prior_of(spec: Mapping[str, Any], settings: AbsorptionSettings, absorption: 
             + ("switched already" if absorption.get("phase") == "switched" else "collected nothing")
             + ": give ISPA Cache Absorption a warmup_frames beyond the video's length, and a local_window_frames well below it"
         )
+    items = absorption.get("items", 1)
     grams, crosses, rows = {}, {}, 0
     for i in range(spec["geometry"]["layers"]):
         parts = [
@@ -126,12 +127,11 @@ def prior_of(spec: Mapping[str, Any], settings: AbsorptionSettings, absorption: 
             for kind in KINDS
             if f"collector.{kind}.{i}.{FIELDS[0]}" in absorption
         ]
-        moments = parts[0]
-        for part in parts[1:]:
-            moments = moments.merged(part)
-        rows = int(moments.rows)
-        gram, cross, _, _ = centred(moments)
-        grams[i], crosses[i] = gram.float(), cross.float()
+        whole = reduce(Moments.merged, parts)
+        each = [whole] if items == 1 else [Moments(*(getattr(whole, n)[item] for n in FIELDS)) for item in range(items)]
+        sums = [centred(one)[:2] for one in each]
+        rows = int(whole.rows.sum())
+        grams[i], crosses[i] = (sum(one[k] for one in sums).float() for k in (0, 1))
     origin = absorption.get("origin", {})
     run = {"prompt": str(origin.get("prompt", "")), "seed": origin.get("seed"), "rows": rows}
     return Prior(_belongs(spec, settings), (run,), grams, crosses)

@@ -9,7 +9,7 @@ from typing import Any
 PHASES = ("warming", "switched", "nothing to absorb")
 SCOPES = ("head", "layer", "lowrank")
 REFRESHES = ("never", "drift", "always")
-SELECTIONS = ("residual", "discrepancy", "explained")
+SELECTIONS = ("sensitivity", "residual", "discrepancy", "explained", "saved")
 # when the warm-up ends: at its length, when the cache would outgrow its budget, or when more of it no longer helps
 SWITCHES = ("fixed", "memory", "learned")
 # how an automatic ridge is chosen: on a chunk apart from those that it was fitted on; in states of before on the one next to them
@@ -40,6 +40,10 @@ class AbsorptionSettings:
     REFRESH_CHUNKS chunks. The last chunk is held out. On it the new correction has to be better than the old one and better
     than none.
 
+    `select`, one of SELECTIONS, says which layers absorb best: those without whose history the picture changes least
+    ("sensitivity", sensitivity.py), those with the least error left, with the least to absorb, with most of it explained, or
+    (of "saved") those that come first in `saved_layers`.
+
     `prior`: the fingerprint of the prior that corrections are drawn towards (prior.py), "" without one.
 
     `switch` says when the warm-up ends: "fixed" after `warmup_frames`; "memory" as late as cache and statistics stay within
@@ -54,12 +58,13 @@ class AbsorptionSettings:
     ridge: float | None = None
     scope: str = "head"
     rank: int = 64
-    select: str = "residual"
+    select: str = "sensitivity"
     absorb: bool = True
     monitor_layers: int = 0
     monitor_chunks: int = 8
     refresh: str = "never"
     drift: float = 1.5
+    saved_layers: tuple[int, ...] = ()
     judge: str = "apart"
     prior: str = ""
     switch: str = "fixed"
@@ -95,6 +100,14 @@ class AbsorptionSettings:
         for name, value, known in ((name, getattr(self, name), known) for name, known in choices):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        if (self.select == "saved") != bool(self.saved_layers):
+            raise ValueError(
+                "select saved takes the layers of a saved absorption: connect one to saved_layers"
+                if self.select == "saved"
+                else f"saved_layers are given and select is {self.select!r}: choose saved, or leave them out"
+            )
+        if any(i < 0 for i in self.saved_layers) or len(set(self.saved_layers)) != len(self.saved_layers):
+            raise ValueError(f"saved_layers are {list(self.saved_layers)}; they must be layers from 0 on, each once")
         if self.refresh != "never" and not self.monitor_layers:
             raise ValueError(
                 f"refresh {self.refresh} needs layers that keep their history: give monitor_layers, -1 for all"
@@ -127,6 +140,18 @@ class AbsorptionSettings:
         """K, how many of `count` layers are switched."""
         return math.floor(self.ratio * count + 1e-9)
 
+    def check_layers(self, count: int) -> None:
+        """ValueError, in a sentence, if `saved_layers` cannot be those of a model of `count` layers."""
+        if any(i >= count for i in self.saved_layers):
+            raise ValueError(
+                f"saved_layers name layer {max(self.saved_layers)} and the model has {count}: they are another checkpoint's"
+            )
+        if self.saved_layers and self.layers(count) > len(self.saved_layers):
+            raise ValueError(
+                f"ratio {self.ratio} of {count} layers are {self.layers(count)}, and saved_layers name {len(self.saved_layers)}: "
+                "give a smaller ratio, or an absorption that was saved with a larger one"
+            )
+
     @property
     def measured_chunks(self) -> int:
         """How many of every `monitor_chunks` chunks are collected: those at the end."""
@@ -157,17 +182,22 @@ class AbsorptionSettings:
         """JSON-able; equal descriptions mean equal behaviour. What settings of before do not name is left out where it is as
         theirs."""
         told = asdict(self) | {"ridge": None if self.ridge is None else str(self.ridge)}
-        return {name: value for name, value in told.items() if name not in BEFORE or BEFORE[name] != value}
+        told = {name: value for name, value in told.items() if name not in BEFORE or BEFORE[name] != value}
+        return told | ({"saved_layers": list(self.saved_layers)} if self.saved_layers else {})
 
 
 # the settings that descriptions of before do not name, as they were then
-BEFORE = {"judge": "next", "prior": "", "switch": "fixed", "budget_gib": 0.0, "most_warmup_frames": 0}
+BEFORE = {
+    "saved_layers": (), "judge": "next", "prior": "", "switch": "fixed", "budget_gib": 0.0, "most_warmup_frames": 0,
+}  # fmt: skip
 
 
 def settings_from(description: dict[str, Any]) -> AbsorptionSettings:
     """The settings that `describe` described. ValueError or TypeError for anything else."""
     ridge = description.get("ridge")
-    return AbsorptionSettings(**(BEFORE | description | {"ridge": None if ridge is None else float(ridge)}))
+    there = BEFORE | description
+    numbers = {"ridge": None if ridge is None else float(ridge), "saved_layers": tuple(there["saved_layers"])}
+    return AbsorptionSettings(**(there | numbers))
 
 
 def as_in_state(settings: AbsorptionSettings, state: Any) -> AbsorptionSettings:

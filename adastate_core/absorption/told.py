@@ -27,18 +27,17 @@ def how_chosen(settings: AbsorptionSettings, chunks: int) -> str:
     return f"fitted on the first {chunks - 2} of {chunks} collected chunks, judged on the last"
 
 
-def residuals_told(fits: dict[int, Fit]) -> list[dict[str, Any]]:
-    """By layer: the held-out error without and with its correction, the ridge, and whether a prior drew it."""
-    return [
-        {
-            "layer": i,
-            "before": one.discrepancy,
-            "after": one.residual,
-            "ridge": str(one.ridge),
-            "towards_prior": one.towards,
-        }
-        for i, one in sorted(fits.items())
-    ]
+def residuals_told(fits: dict[int, Fit], changes: dict[int, float]) -> list[dict[str, Any]]:
+    """By layer: the held-out error without and with its correction, the ridge, and whether a prior drew it; by how much the picture
+    changes without its history, where that was asked; and the same figures of each item of a batch."""
+    told = []
+    for i, one in sorted(fits.items()):
+        entry = {"layer": i, "before": one.discrepancy, "after": one.residual, "ridge": str(one.ridge)}
+        entry |= {"towards_prior": True} if one.towards else {}
+        entry |= {"change": changes[i]} if i in changes else {}
+        items = [{"before": d, "after": r, "ridge": str(ridge)} for ridge, r, d in one.items]
+        told.append(entry | ({"items": items} if items else {}))
+    return told
 
 
 def switch_told(absorber: Absorber) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..cache.byte_plan import KV_NAMES, CachePlan
-from .collector import Collector
+from .items import Collectors
 from .settings import LEAST_APART, AbsorptionSettings
 from .solve import nothing, residual, solve
 
@@ -72,7 +72,7 @@ class Learning:
     def measure(
         self,
         next_frame: int,
-        collector: Collector,
+        collector: Collectors,
         settings: AbsorptionSettings,
         rank: int | None,
         prior_of: Callable[[int], torch.Tensor | None],
@@ -82,10 +82,12 @@ class Learning:
             return
         ridge = WATCHED_RIDGE if settings.ridge is None else settings.ridge
         left = missing = 0.0
-        for i, seen in collector.seen.items():
-            held_out = collector.held_out[i]
-            left += residual(held_out, solve(seen, ridge, rank, prior_of(i)))
-            missing += residual(held_out, nothing(held_out))
+        for i in collector.layers:
+            prior = prior_of(i)
+            for one in collector.each:
+                held_out = one.held_out[i]
+                left += residual(held_out, solve(one.seen[i], ridge, rank, prior))
+                missing += residual(held_out, nothing(held_out))
         self.curve.append((next_frame, left / missing if missing > 0 else 0.0))
 
     @property
