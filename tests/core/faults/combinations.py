@@ -129,7 +129,9 @@ class Combination:
     def absorbed(self) -> AbsorptionSettings | None:
         """Warming: it collects in the chunk. Switching: it solves and switches in its commit. Switched: it is measured and
         solved anew."""
-        bare = self.anchor == "deep" or self.blocks != "1" or self.levels or self.recache or self.starting or self.behind
+        bare = (
+            self.anchor == "deep" or self.blocks != "1" or self.levels or self.recache or self.starting or self.behind
+        )
         warming = not bare and self.variant % 2 == 1
         if self.absorption == "none or warming" and not warming:
             return None
