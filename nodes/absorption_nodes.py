@@ -66,11 +66,12 @@ class AbsorptionNode(Node):
                 widget(
                     io.Float, "ratio", default=0.5, min=0.0, max=1.0, step=0.05,
                     tooltip="Share of the layers that forget, not of the cache: the plan and the report say how much of that is "
-                    "freed. The paper goes to 0.5.",
+                    "freed. The paper's half of the cache is read as half of the layers.",
                 ),
                 widget(
                     io.Int, "warmup_frames", default=24, min=1, max=4096,
-                    tooltip="Latent frames with full attention, while statistics are collected (the paper: at least 12).",
+                    tooltip="Latent frames with full attention, while statistics are collected. The paper's \"at least 12\" is "
+                    "read as latent frames.",
                 ),
                 widget(
                     io.Int, "local_window_frames", default=6, min=0, max=4096,

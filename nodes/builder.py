@@ -23,6 +23,7 @@ from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.given import BEFORE, INSIDE
 from ..adastate_core.rollout import RolloutSpec, RolloutState
 from ..adastate_core.schedules.schedule import Schedule
+from .absorption_advice import beforehand
 from .absorption_request import AbsorptionRequest
 from .anchor_nodes import anchor_at
 from .defaults import Resolved, as_before, cached_instead, model_fps, resolve
@@ -288,4 +289,4 @@ def build(subject: Subject, asked: Asked) -> Built:
         **options,
     )
     sigmas_warnings = resolved.sigmas_warnings(schedule) if given else []
-    return Built(resolved, schedule, spec, told, sigmas_warnings, fps)
+    return Built(resolved, schedule, spec, [*told, *beforehand(spec)], sigmas_warnings, fps)
