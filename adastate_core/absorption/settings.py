@@ -140,6 +140,11 @@ class AbsorptionSettings:
         """K, how many of `count` layers are switched."""
         return math.floor(self.ratio * count + 1e-9)
 
+    def selection_passes(self, count: int) -> int:
+        """How many passes of the model it takes, once, to choose among `count` layers: one without a change, and one a layer. None
+        where the choice asks for none."""
+        return count + 1 if self.select == "sensitivity" and 0 < self.layers(count) < count else 0
+
     def check_layers(self, count: int) -> None:
         """ValueError, in a sentence, if `saved_layers` cannot be those of a model of `count` layers."""
         if any(i >= count for i in self.saved_layers):
