@@ -99,7 +99,7 @@ class AbsorptionSettings:
         )
         for name, value, known in ((name, getattr(self, name), known) for name, known in choices):
             if value not in known:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+                raise ValueError(f"{name} is {value!r:.60}; it must be one of {', '.join(known)}")
         if (self.select == "saved") != bool(self.saved_layers):
             raise ValueError(
                 "select saved takes the layers of a saved absorption: connect one to saved_layers"
