@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..adastate_core.absorption.settings import AbsorptionSettings
+from ..adastate_core.absorption.settings import AbsorptionSettings, as_in_state
 from ..adastate_core.absorption.solve import Solution
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CachePlan
@@ -23,7 +23,8 @@ from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.given import BEFORE, INSIDE
 from ..adastate_core.rollout import RolloutSpec, RolloutState
 from ..adastate_core.schedules.schedule import Schedule
-from .absorption_nodes import AbsorptionRequest
+from .absorption_advice import beforehand
+from .absorption_request import AbsorptionRequest
 from .anchor_nodes import anchor_at
 from .defaults import Resolved, as_before, cached_instead, model_fps, resolve
 from .host import model as host_model
@@ -90,7 +91,7 @@ class Request:
             height=self.height // space.stride,
             width=self.width // space.stride,
             fps=self.stream.fps if self.stream else 0.0,
-            absorption=self.absorption.settings if self.absorption else None,
+            absorption=self.absorption.asked if self.absorption else None,
             resumed=self.resume and self.resume.spec,
             ends_open=self.endless or self.ends_open,
             **{name: getattr(self, name) for name in _SHARED},
@@ -282,10 +283,10 @@ def build(subject: Subject, asked: Asked) -> Built:
         positions=resolved.numbers["positions"],
         dtype=subject.dtype,
         model=subject.fingerprint,
-        absorption=asked.absorption,
+        absorption=asked.absorption and as_in_state(asked.absorption, (asked.resumed or {}).get("absorption")),
         cache_dtype=asked.cache_dtype,
         cache_device=asked.cache_device,
         **options,
     )
     sigmas_warnings = resolved.sigmas_warnings(schedule) if given else []
-    return Built(resolved, schedule, spec, told, sigmas_warnings, fps)
+    return Built(resolved, schedule, spec, [*told, *beforehand(spec)], sigmas_warnings, fps)

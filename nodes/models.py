@@ -11,7 +11,7 @@ from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedules.solvers import SAMPLERS
 from ..adastate_core.spec import ENDINGS
 from ..adastate_core.weights.presets import PRESETS
-from .absorption_nodes import AbsorptionRequest
+from .absorption_request import AbsorptionRequest
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.checkpoint_wishes import (
@@ -371,7 +371,7 @@ class PlanNode(Node):
         asked = {"chunk_frames": chunk_frames, "window_frames": window_frames, "positions": positions}
         cache = {"cache_dtype": cache_dtype, "cache_device": cache_device}
         if absorption is not None:
-            cache["absorption"] = absorption.settings
+            cache["absorption"] = absorption.asked
         text, numbers = plan_text(
             model, width, height, length, batch_size, asked, anchor, vae, cache, start_latent, stream
         )
