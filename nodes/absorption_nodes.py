@@ -93,7 +93,8 @@ class AbsorptionNode(Node):
                 widget(
                     io.Combo, "select", options=list(SELECTIONS), default="sensitivity",
                     tooltip="Which layers: those without whose history the picture changes least (a pass a layer, once: of 30 "
-                    "layers about six chunks' work), least error left, least to absorb, most of it explained, or saved ones.",
+                    "layers about six chunks' work), least error left, least to absorb, most of it explained, or a saved "
+                    "absorption's.",
                 ),
                 widget(
                     io.Boolean, "absorb", default=True,

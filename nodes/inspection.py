@@ -156,8 +156,8 @@ def plan_text(
         f"keys and values in all: {_size(plan.kv_bytes)} on the device, "
         + _at_any_length(built.plan(TEXT_TOKENS, vae_bytes).kv_bytes, plan.kv_bytes),
         *_freed(plan),
-        *_switches(built.spec, plan),
         *_chosen(built),
+        *_switches(built.spec, plan),
         f"in host memory, with keep_latents: {_size(kept)} for {latents} latent frames"
         if latents
         else "length 0: it is rolled until it is stopped, and keeps no latents",
@@ -262,6 +262,16 @@ def _freed(plan: CachePlan) -> list[str]:
     ]
 
 
+def _chosen(built: Built) -> list[str]:
+    """What it takes to choose the layers of an absorption."""
+    absorption = built.spec.absorption
+    passes = absorption.selection_passes(built.spec.geometry.layers) if absorption else 0
+    if not passes:
+        return []
+    chunks = passes / (len(built.schedule.sigmas) + 1)
+    return [f"the layers that forget are chosen by {passes} passes, once: as long as {chunks:.0f} chunks take"]
+
+
 def _switches(spec: RolloutSpec, plan: CachePlan) -> list[str]:
     """When an absorption switches whose warm-up has no fixed length."""
     settings = spec.absorption
@@ -275,16 +285,6 @@ def _switches(spec: RolloutSpec, plan: CachePlan) -> list[str]:
     return [
         f"layers are switched after {ends.earliest} to {ends.latest} latent frames, when the warm-up has stopped learning"
     ]
-
-
-def _chosen(built: Built) -> list[str]:
-    """What it takes to choose the layers of an absorption."""
-    absorption = built.spec.absorption
-    passes = absorption.selection_passes(built.spec.geometry.layers) if absorption else 0
-    if not passes:
-        return []
-    chunks = passes / (len(built.schedule.sigmas) + 1)
-    return [f"the layers that forget are chosen by {passes} passes, once: as long as {chunks:.0f} chunks take"]
 
 
 def _cache_bytes(plan: CachePlan) -> int:
