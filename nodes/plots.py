@@ -98,9 +98,9 @@ def absorption_plot(report: dict) -> torch.Tensor:
     mib = 2**20
     whole, held = report["kv_bytes_before"], report["kv_bytes_after"]
     freed = f"KV {held / mib:.1f} MiB, {whole / mib:.1f} without absorption ({1 - held / max(whole, 1):.0%} freed)"
-    panels[0].set_title(
-        f"{report['phase']}: {freed}; solved in {report['solve_seconds']:.3f} s", fontsize=9, loc="left"
-    )
+    why = report.get("switch", {}).get("why") or ""  # reports of before do not say it
+    title = f"{report['phase']}: {freed}; solved in {report['solve_seconds']:.3f} s"
+    panels[0].set_title("\n".join([title, str(why)[:200]] if why else [title]), fontsize=9, loc="left")
     panels[0].legend(fontsize=8, frameon=False)
     if watched:
         for layer in dict.fromkeys(entry["layer"] for entry in watched):

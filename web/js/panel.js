@@ -269,7 +269,9 @@ export class Panel {
     this.switch.style.display = switched ? "" : "none";
     if (!switched) return;
     this.switch.style.left = `${axis.at(switched.seconds).toFixed(3)}%`;
-    this.switch.setAttribute("aria-label", TEXTS.absorbedHint(switched.seconds));
+    const hint = TEXTS.absorbedHint(switched.seconds);
+    this.switch.title = switched.absorbed_why ? `${hint} (${switched.absorbed_why})` : hint;
+    this.switch.setAttribute("aria-label", this.switch.title);
   }
 
   drawShots(run, axis) {
