@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -93,6 +95,28 @@ class Passes:
             frames = x.shape[2] - self.past.spec.anchor.state_frames
             self.past.place(self.past.layout(frames))
             return self._forward(x.to(self.model.device), timestep, frames, False, self.past.cache)
+        finally:
+            self.past.rewind(undo)
+
+    @contextlib.contextmanager
+    def again(self, x: torch.Tensor, timestep: float, newest: int) -> Iterator[Callable[[int, int], torch.Tensor]]:
+        """Within: passes over [state | content] in the places of the `newest` frames of the window, or behind it (0), which change
+        nothing. Who calls for pass `number` of `count` gets its velocity. Each may be interrupted before it begins. NonFiniteError.
+        """
+        self.past.start_chunk(told=False)
+        undo, frames = self.past.mark(), x.shape[2] - self.past.spec.anchor.state_frames
+        layout = replace(self.past.layout(frames), again=newest)
+
+        def one(number: int, count: int) -> torch.Tensor:
+            self.checkpoint(number, count, None)
+            self.attention.begin(layout, frames, False, self.past.cache)
+            velocity = self._velocity(x, timestep)
+            self.require_finite(velocity)
+            return velocity
+
+        try:
+            self.past.place(layout)
+            yield one
         finally:
             self.past.rewind(undo)
 

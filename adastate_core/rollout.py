@@ -9,6 +9,7 @@ Semantics: docs/semantics.md. Latents are float32 in the model's latent space; t
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from .prompts.plan import PromptPlan
 from .rollout_state import RolloutState
 from .schedules import rolling
 from .schedules.noise import NoiseAhead, noise
+from .schedules.solvers import denoised
 from .shot_check import check_shots
 from .spec import ModelGeometry, RolloutSpec, Settings
 from .transitions import before_chunk
@@ -119,6 +121,8 @@ class Rollout:
         self.steered: dict[str, Any] = {} if state is None else state.steered
         self._passes = Passes(model, self.past, schedule.context_timestep, on_step)
         self._noise = NoiseAhead(self._drawn)
+        if self.absorber is not None:
+            self.absorber.again = self._again
         if state is not None:
             self.past.restore(state, len(schedule.sigmas))
 
@@ -378,6 +382,19 @@ class Rollout:
         self._passes.clean(x0, frames, self._draw_next if more else None)
         self.past.commit_chunk(x0, frames)
 
+    @contextlib.contextmanager
+    def _again(self, newest: int) -> Iterator[Callable[[int, int], torch.Tensor]]:
+        """The first noisy pass of a chunk over the `newest` frames once more (0: over those that follow), under the newest chunk's
+        words: from the next chunk's noise, because those frames have been made from their own. Gives what makes it, which returns
+        the content's x0."""
+        chunk, schedule = self.generated, self.settings.schedule
+        sigmas, states = schedule.for_chunk(chunk), self.spec.anchor.state_frames
+        if self.prompts is not None:
+            self.model.set_context(self.prompts.context(self.past.now.before))
+        start = schedule.solver(chunk, self._drawn(chunk, len(sigmas)).to(self.model.device)).start
+        with self._passes.again(start, schedule.timesteps_of(chunk)[0], newest) as velocity:
+            yield lambda number, count: denoised(start, velocity(number, count), sigmas[0])[:, :, states:]
+
     def _draw_next(self) -> None:
         following = self.generated + 1
         self._noise.prepare(following, len(self.settings.schedule.for_chunk(following)))
@@ -437,7 +454,16 @@ class Rollout:
 
     def passes(self, length: int, given: int = 0) -> int:
         """How many forwards of the model are left until `length` latent frames, of which the first `given` are given before the
-        first chunk. Forwards that a change of the prompt needs are not counted."""
+        first chunk. Those by which an absorption chooses its layers are among them; forwards that a change of the prompt needs are
+        not counted."""
+        return self._chunk_passes(length, given) + self._choosing_passes(length, given)
+
+    def _choosing_passes(self, length: int, given: int) -> int:
+        frames, now, each = given or self.past.now.to_take, self.past.now.next_frame, self.spec.chunk_frames
+        made = now + frames + -(-max(0, length - now - frames) // each) * each
+        return 0 if self.absorber is None else self.absorber.passes_due(made)
+
+    def _chunk_passes(self, length: int, given: int) -> int:
         given = given or self.past.now.to_take
         taken = 0 if self.spec.remade else -(-given // self.spec.chunk_frames)
         left = length - given - self.past.now.next_frame

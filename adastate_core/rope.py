@@ -229,7 +229,8 @@ class Layout:
     With `state_after_past` the state that is being denoised stands between the past and the content; `jump` puts the
     content that much later than it belongs, for a cut. Of passes that read less than is cached (schedules/rolling.py),
     `reads_window` is how many of the newest window frames they read (None: all), `reads_anchor` whether the anchor, and
-    `anchor_at` the position of its slot 0 where that is no matter of the mode. `shots` are the first frames of all shots up to
+    `anchor_at` the position of its slot 0 where that is no matter of the mode. `again`: the pass makes so many of the newest cached
+    frames once more, and stands where they do (absorption/sensitivity.py). `shots` are the first frames of all shots up to
     the pass's own, `pin` the cached frames that one of them keeps in the window (shots.py).
     """
 
@@ -245,6 +246,7 @@ class Layout:
     reads_window: int | None = None
     reads_anchor: bool = True
     anchor_at: int | None = None
+    again: int = 0
     shots: tuple[int, ...] = ()
     pin: range = NOTHING
 
@@ -264,7 +266,7 @@ class Layout:
     @property
     def content(self) -> int:
         """Position of the first content frame of the pass; the others follow one by one."""
-        return self.past_end + (self.state_frames if self.state_after_past else 0) + self.jump
+        return self.past_end - self.again + (self.state_frames if self.state_after_past else 0) + self.jump
 
     def window(self, frame: int) -> int:
         """Position of a window frame: as far before the end of the past as it lies in the video."""
@@ -294,7 +296,7 @@ class Layout:
 
     def current(self, content_frames: int) -> list[int]:
         """Positions of the frames being denoised: the state at 0..S-1 or behind the past, then the content."""
-        state = self.past_end if self.state_after_past else 0
+        state = self.past_end - self.again if self.state_after_past else 0
         content = range(self.content, self.content + content_frames)
         if self.mode == "absolute":  # frames that are made again may lie on both sides of a shot's beginning
             content = [self.at(self.first_frame + i) + self.content - self.past_end for i in range(content_frames)]

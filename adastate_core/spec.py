@@ -118,6 +118,8 @@ class RolloutSpec:
             raise ValueError(
                 f"absorption does not go with {self.blocks} chunks denoised together; remove one of the two"
             )
+        if self.absorption is not None:
+            self.absorption.check_layers(self.geometry.layers)
         if self.shares_window:
             self._check_shared()
         if self.remade:

@@ -32,7 +32,7 @@ _RIDGE = re.compile(r"(?:[0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(?:e[+-]?[0-9]{
 # what reading and drawing raise of any JSON that is something else
 _NO_REPORT = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, MemoryError)
 # what a solved correction has to share with the rollout that takes it
-BELONGS = ("model", "geometry", "height", "width", "chunk_frames", "window_frames", "anchor", "positions", "batch")
+BELONGS = ("model", "geometry", "height", "width", "chunk_frames", "window_frames", "anchor", "positions")
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,32 @@ class AbsorptionRequest:
     name: str = ""
     belongs_to: dict[str, Any] | None = None
     state: dict[str, Any] | None = None
+    # the saved one whose layers are to be switched, if the settings' layers are its
+    layers_of: AbsorptionRequest | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers of a saved correction, those that the picture needs least first where that was measured. Empty without one."""
+        if self.state is None:
+            return ()
+        changes = dict(self.state.get("changes", ()))
+        return tuple(sorted(changes, key=lambda i: (changes[i], i))) if changes else tuple(self.state["chosen"])
 
     def solution(self, spec: RolloutSpec) -> Solution | None:
         """The saved correction for a rollout of `spec`; ValueError with every reason why it is another's."""
+        mine = spec.describe()
+        if self.layers_of is not None and (self.layers_of.belongs_to or {}).get("model") != mine["model"]:
+            raise ValueError(
+                f"the layers of the absorption {self.layers_of.name} are another checkpoint's: choose another select, or load one "
+                "that was saved with this checkpoint"
+            )
         if self.belongs_to is None or self.state is None:
             return None
-        mine = spec.describe()
+        if self.state.get("items") and self.belongs_to.get("batch") != spec.batch:
+            raise ValueError(
+                f"the absorption {self.name} has a correction for each of {self.belongs_to.get('batch')} videos, and batch_size is "
+                f"{spec.batch}: give {self.belongs_to.get('batch')}, or load one that was saved with batch_size 1, which is for all"
+            )
         wrong = [
             "model is another checkpoint"
             if name == "model"
@@ -61,7 +81,7 @@ class AbsorptionRequest:
         geometry = spec.geometry
         width = geometry.heads * geometry.head_dim
         try:
-            return solution_from(self.state, self.settings, geometry.layers, width, geometry.heads)
+            return solution_from(self.state, self.settings, geometry.layers, width, geometry.heads, spec.batch)
         except ValueError as error:
             raise ValueError(f"the absorption {self.name} cannot be used: {error}") from error
 
@@ -74,6 +94,9 @@ class AbsorptionRequest:
         """What does not rule a saved correction out, but makes it a guess: another prompt or seed."""
         solved_for = self.solved_for
         return [] if solved_for is None else [name for name in origin if solved_for.get(name) != origin[name]]
+
+
+_SOME_LAYERS = AbsorptionRequest(AbsorptionSettings(), state={"chosen": [0]})
 
 
 def parse_ridge(text: str) -> float | None:
@@ -128,8 +151,9 @@ class AbsorptionNode(Node):
                 ),
                 widget(io.Int, "rank", default=64, min=1, max=4096, tooltip="Rank of a low-rank correction."),
                 widget(
-                    io.Combo, "select", options=list(SELECTIONS), default="residual",
-                    tooltip="Which layers: least error left, least to absorb, or most of it explained.",
+                    io.Combo, "select", options=list(SELECTIONS), default="sensitivity",
+                    tooltip="Which layers: those without whose history the picture changes least (a pass a layer, once: of 30 layers "
+                    "about six chunks' work), least error left, least to absorb, most of it explained, or a saved absorption's.",
                 ),
                 widget(
                     io.Boolean, "absorb", default=True,
@@ -151,16 +175,24 @@ class AbsorptionNode(Node):
                     io.Float, "drift", default=1.5, min=0.0, max=100.0, step=0.1, optional=True, advanced=True,
                     tooltip="It has drifted if the error is this many times what it was at the switch.",
                 ),
+                api.Absorption.Input(
+                    "saved_layers", optional=True,
+                    tooltip="For select saved: Load Absorption, whose layers are switched here. Their corrections are solved anew.",
+                ),
             ],
             outputs=[api.Absorption.Output("absorption", display_name="ABSORPTION", tooltip="For a rollout.")],
         )  # fmt: skip
 
     @staticmethod
-    def _settings(ridge: str, schedule: str, **numbers: Any) -> AbsorptionSettings:
+    def _settings(
+        ridge: str, schedule: str, saved_layers: AbsorptionRequest | None = None, **numbers: Any
+    ) -> AbsorptionSettings:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
         if SCHEDULES[schedule] != "never" and not numbers.get("monitor_layers"):
             numbers["monitor_layers"] = -1
+        if saved_layers is not None:
+            numbers["saved_layers"] = saved_layers.layers
         return AbsorptionSettings(ridge=parse_ridge(ridge), refresh=SCHEDULES[schedule], **numbers)
 
     @classmethod
@@ -182,6 +214,8 @@ class AbsorptionNode(Node):
             "schedule": schedule,
         }  # fmt: skip
         known = {name: value for name, value in given.items() if value is not None}
+        if select == "saved":
+            known["saved_layers"] = _SOME_LAYERS  # what is connected is only known when it runs
         try:
             cls._settings(**({"ridge": "auto", "schedule": "once"} | known))
         except ValueError as error:
@@ -190,7 +224,10 @@ class AbsorptionNode(Node):
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
-        return io.NodeOutput(AbsorptionRequest(cls._settings(**inputs)))
+        saved = inputs.get("saved_layers")
+        if saved is not None and not saved.layers:
+            raise ValueError("saved_layers holds no layers: connect Load Absorption to it, not ISPA Cache Absorption")
+        return io.NodeOutput(AbsorptionRequest(cls._settings(**inputs), layers_of=saved))
 
 
 class SaveAbsorptionNode(Node):
@@ -227,8 +264,8 @@ class SaveAbsorptionNode(Node):
         settings, geometry = settings_from(described), state.spec["geometry"]
         width = geometry["heads"] * geometry["head_dim"]
         solved = under("solution.", state.absorption)
-        solution = solution_from(solved, settings, geometry["layers"], width, geometry["heads"])
-        belongs_to = {name: state.spec[name] for name in BELONGS} | {
+        solution = solution_from(solved, settings, geometry["layers"], width, geometry["heads"], state.spec["batch"])
+        belongs_to = {name: state.spec[name] for name in (*BELONGS, "batch")} | {
             "solved_for": state.absorption.get("solved_for", {})
         }
         name = write_new(

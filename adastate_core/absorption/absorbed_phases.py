@@ -40,13 +40,14 @@ def switched_layers(
 
 @dataclass(frozen=True)
 class Standing:
-    """Where the absorption of a state stands: its phase, the layers that are switched, how many frames of the window they pin, and
-    whether anything was collected."""
+    """Where the absorption of a state stands: its phase, the layers that are switched, how many frames of the window they pin,
+    whether anything was collected, and whether all items of a batch share their statistics, as in states of earlier packs."""
 
     phase: str
     chosen: tuple[int, ...] = ()
     pinned: int = 0
     collected: bool = False
+    shared: bool = False
 
     @staticmethod
     def of(state: Mapping[str, Any], layers: int) -> Standing | None:
@@ -55,7 +56,7 @@ class Standing:
         sound = isinstance(chosen, list | tuple) and all(type(i) is int and 0 <= i < layers for i in chosen)
         if phase not in PHASES or not sound or type(pinned) is not int or pinned < 0:
             return None
-        return Standing(phase, tuple(chosen), pinned, bool(state.get("collector.chunks")))
+        return Standing(phase, tuple(chosen), pinned, bool(state.get("collector.chunks")), "items" not in state)
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,18 @@ class Absorbed:
         Where nobody knows yet which layers will be switched, they are those that give back least.
         """
         settings, whole = self.settings, Phase(NOTHING, plan.layers)
+        items = 1 if standing is not None and standing.shared else plan.batch
         if standing is not None and standing.phase == SWITCHED:
             layers = switched_layers(plan.layers, standing.chosen, settings, standing.pinned)
-            return (Phase(SWITCHED, layers, None, self._after(plan, standing.chosen, True)),)
+            return (Phase(SWITCHED, layers, None, items * self._after(plan, standing.chosen, True)),)
         given = chosen is not None
         sure = given or (standing is not None and standing.collected) or self.has_history(plan, self._earliest)
         never = not sure and not self.has_history(plan, settings.warmup_frames - 1)
         if not settings.layers(len(plan.layers)) or never or (standing is not None and standing.phase == NOTHING):
             return (whole,)
         most = max(settings.warmup_frames + self.chunk_frames - 1, made)
-        warm = Phase(WARMING, plan.layers, most, 0 if given else 3 * len(plan.layers) * self._statistics(plan))
+        statistics = 0 if given else 3 * items * len(plan.layers) * self._statistics(plan)
+        warm = Phase(WARMING, plan.layers, most, statistics)
         if plan.frames is not None and plan.frames < settings.warmup_frames:
             return (warm,)
         if not sure:
@@ -92,7 +95,7 @@ class Absorbed:
         pinned = self.pinned_of(plan)
         chosen = self._cheapest(plan, pinned) if chosen is None else chosen
         layers = switched_layers(plan.layers, chosen, settings, pinned)
-        return warm, Phase(SWITCHED, layers, None, self._after(plan, chosen, given))
+        return warm, Phase(SWITCHED, layers, None, items * self._after(plan, chosen, given))
 
     @property
     def _earliest(self) -> int:
@@ -132,12 +135,12 @@ class Absorbed:
         return tuple(sorted(every[: self.settings.layers(len(plan.layers))]))
 
     def _statistics(self, plan: CachePlan) -> int:
-        """Bytes of one layer's statistics. There are those seen, held out, and of the chunk under way."""
+        """Bytes of one layer's statistics of one item. There are those seen, held out, and of the chunk under way."""
         return Moments.nbytes_of(plan.width, blocks_of(self.settings, plan.heads))
 
     def _after(self, plan: CachePlan, chosen: tuple[int, ...], given: bool) -> int:
-        """Bytes since the switch: the corrections as attention applies them, in float32 as they were solved unless they were
-        `given`, and the statistics of the layers that are watched."""
+        """Bytes since the switch, of one item: the corrections as attention applies them, in float32 as solved unless they
+        were `given`, and the statistics of the layers that are watched."""
         settings, blocks = self.settings, blocks_of(self.settings, plan.heads)
         size = plan.width // blocks
         low = settings.scope == "lowrank" and settings.rank < size

@@ -12,7 +12,7 @@ ISPA and what is this pack's own choice: docs/design-notes.md.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,9 @@ from .absorbed_phases import NOTHING, SWITCHED, WARMING, switched_layers, watche
 from .collector import Collector
 from .corrections import Corrections
 from .host_history import HostHistory
+from .items import Collectors, apart, together
 from .moments import Moments
+from .sensitivity import Again, changes_without
 from .settings import AbsorptionSettings, blocks_of
 from .solve import Correction, Fit, Solution, fit, residual
 
@@ -34,15 +36,20 @@ from .solve import Correction, Fit, Solution, fit, residual
 MOST_WATCHED = 2048
 
 
-def choose(fits: dict[int, Fit], settings: AbsorptionSettings, layers: int) -> tuple[int, ...]:
-    """The K layers that absorb best by `settings.select`; ties go to the lower index."""
+def choose(
+    fits: dict[int, Fit], settings: AbsorptionSettings, layers: int, changes: Mapping[int, float] | None = None
+) -> tuple[int, ...]:
+    """The K layers that absorb best by `settings.select`; ties go to the lower index. `changes`: by layer, how much the picture
+    changes without its history. Where all layers are chosen, nothing is asked of `changes`."""
     scores = {
-        "residual": lambda one: one.residual,
-        "discrepancy": lambda one: one.discrepancy,
-        "explained": lambda one: -one.explained,
+        "residual": lambda layer: fits[layer].residual,
+        "discrepancy": lambda layer: fits[layer].discrepancy,
+        "explained": lambda layer: -fits[layer].explained,
+        "sensitivity": lambda layer: (changes or {}).get(layer, 0.0),
+        "saved": lambda layer: (*settings.saved_layers, *fits).index(layer),
     }
     score = scores[settings.select]
-    return tuple(sorted(sorted(fits, key=lambda layer: (score(fits[layer]), layer))[: settings.layers(layers)]))
+    return tuple(sorted(sorted(fits, key=lambda layer: (score(layer), layer))[: settings.layers(layers)]))
 
 
 class Absorber:
@@ -57,13 +64,17 @@ class Absorber:
         self.corrections = Corrections(settings, cache, pinned, rope)
         self.phase = WARMING if settings.layers(len(cache.layers)) else NOTHING
         # copied, because solving anew changes the fits, and the given ones belong to the caller
-        self.solution = None if solution is None else Solution(solution.chosen, dict(solution.fits))
+        self.solution = None if solution is None else replace(solution, fits=dict(solution.fits))
         self._given = solution is not None
+        # each item has statistics and a correction of its own; in states of earlier packs all have one
+        self.items = cache.plan.batch
+        # makes a pass again that has been made, for the choice of layers (sensitivity.py); whoever makes passes gives it
+        self.again: Again | None = None
         self.full_window = max((layer.window_frames for layer in cache.plan.layers), default=0)
         self.collector = self._collector(range(len(cache.layers)))
         self.watched: list[dict[str, Any]] = []
-        # residuals of the watched layers at the switch; drift is counted from these
-        self.first_residuals: dict[int, float] = {}
+        # residuals of the watched layers at the switch, one an item; drift is counted from these
+        self.first_residuals: dict[int, tuple[float, ...]] = {}
         self.seconds = 0.0
         # the prompt and seed of this run, and those of the run that solved
         self.origin: dict[str, Any] = {}
@@ -72,9 +83,16 @@ class Absorber:
         # whether the chunks collected wait to be measured
         self.due = False
 
-    def _collector(self, layers: Iterable[int]) -> Collector:
-        blocks = blocks_of(self.settings, self.cache.heads)
-        return Collector(layers, self.cache.plan.width, blocks, self.cache.device)
+    def _collector(self, layers: Iterable[int]) -> Collectors:
+        blocks, layers = blocks_of(self.settings, self.cache.heads), tuple(layers)
+        width, device = self.cache.plan.width, self.cache.device
+        return Collectors([Collector(layers, width, blocks, device) for _ in range(self.items)])
+
+    def resume_collecting(self, items: int, state: dict[str, Any]) -> None:
+        """Go on with the statistics of `state`, of so many items: its batch, or one for all of them."""
+        self.items = items
+        self.collector = self._collector(self.collector.layers)
+        self.collector.restore(state)
 
     @property
     def histories(self) -> dict[int, HostHistory]:
@@ -152,10 +170,29 @@ class Absorber:
 
     def _solved(self) -> Solution:
         """The fits of all layers, and which are chosen."""
-        seen, held_out, ridges = self.collector.seen, self.collector.held_out, self.settings.ridges
-        fits = {i: fit(seen[i], held_out[i], ridges, self._rank) for i in self.collector.layers}
-        chosen = choose(fits, self.settings, len(self.cache.layers))
-        return Solution(chosen, {i: f if i in chosen else replace(f, correction=None) for i, f in fits.items()})
+        fits = {i: together([self._fit(one, i) for one in self.collector.each]) for i in self.collector.layers}
+        changes = changes_without(self, fits) if self.asks_passes else {}
+        chosen = choose(fits, self.settings, len(self.cache.layers), changes)
+        fits = {i: f if i in chosen else replace(f, correction=None) for i, f in fits.items()}
+        return Solution(chosen, fits, changes)
+
+    def _fit(self, collector: Collector, layer: int) -> Fit:
+        """A layer's fit on what one item, or all of them, collected."""
+        return fit(collector.seen[layer], collector.held_out[layer], self.settings.ridges, self._rank)
+
+    @property
+    def asks_passes(self) -> bool:
+        """Whether the choice of layers asks for passes: it is made by what they change, and there is something to choose."""
+        count = len(self.cache.layers)
+        some = 0 < self.settings.layers(count) < count
+        return self.settings.select == "sensitivity" and not self._given and some
+
+    def passes_due(self, frames: int) -> int:
+        """How many passes the choice of layers will take once `frames` latent frames are made; 0 if it is made already, or nothing
+        is collected until then."""
+        ends = any(phase.name == SWITCHED for phase in self.cache.plan.phases)
+        due = self.phase == WARMING and ends and frames >= self.settings.warmup_frames
+        return len(self.cache.layers) + 1 if due and self.asks_passes else 0
 
     def find_nothing(self) -> None:
         """There is nothing to absorb: every layer has its whole window from now on."""
@@ -170,7 +207,7 @@ class Absorber:
         layers = switched_layers(self.cache.plan.layers, chosen, self.settings, pinned)
         made = _Switch(Phase(SWITCHED, layers))
         for i in chosen:
-            made.standing[i] = self._on_device(solution.fits[i].correction)
+            made.standing[i] = self.on_device(solution.fits[i].correction)
         copies = HostCopies(self.cache.device, frame_block_bytes(self.cache.plan))
         for i in watched_of(chosen, self.settings):
             made.histories[i] = HostHistory(max(0, self.full_window - layers[i].ring_frames), copies)
@@ -194,7 +231,7 @@ class Absorber:
         self.collector = self._collector(self.histories)
         self.chunks_since, self.watched = chunks_since, watched
 
-    def _on_device(self, correction: Correction) -> Correction | None:
+    def on_device(self, correction: Correction) -> Correction | None:
         """As attention applies it; None for one that does nothing."""
         if not bool(correction.whole().any()) and not bool(correction.constant.any()):
             return None
@@ -208,19 +245,20 @@ class Absorber:
 
     def _measure(self, next_frame: int) -> None:
         """Measure the residuals of the corrections on the newest chunk. Take better corrections if the settings ask for them."""
-        parts, entries, firsts, anew = self.collector, [], dict(self.first_residuals), {}
-        for i, seen in parts.seen.items():
-            old, newest = self.solution.fits[i], parts.held_out[i]
-            whole = newest.merged(seen) if parts.chunks == 1 else newest
-            now = residual(whole, old.correction)
-            first = firsts.setdefault(i, old.residual)
-            discrepancy = float(whole.missing_energy) / max(float(whole.full_energy), 1e-30)
-            wanted = self.settings.refresh == "always" or now > self.settings.drift * first
-            better = self._refresh(i, seen, newest) if self.settings.refresh != "never" and wanted else None
-            if better is not None:
-                anew[i] = better, self._on_device(better.correction)
-            entry = {"frame": next_frame, "layer": i, "residual": now, "solved_at": old.residual}
-            entries.append(entry | {"refreshed": better is not None, "discrepancy": discrepancy})
+        entries, firsts, anew = [], dict(self.first_residuals), {}
+        for i in self.collector.layers if self.collector.chunks else ():
+            before = apart(self.solution.fits[i], self.items)
+            first = firsts.setdefault(i, tuple(one.residual for one in before))
+            found = [self._measured(i, j, one, first[j]) for j, one in enumerate(before)]
+            better = [new for _, _, new in found]
+            if any(new is not None for new in better):
+                taken = together([new or old for new, old in zip(better, before, strict=True)])
+                anew[i] = taken, self.on_device(taken.correction)
+            now, discrepancy = (sum(one[k] for one in found) / len(found) for k in (0, 1))
+            entry = {"frame": next_frame, "layer": i, "residual": now, "solved_at": self.solution.fits[i].residual}
+            entry |= {"refreshed": i in anew, "discrepancy": discrepancy}
+            own = {"items": [one[0] for one in found]} if len(found) > 1 else {}
+            entries.append(entry | own)
         collector = self._collecting_on(self.histories)
         for i, (better, standing) in anew.items():
             self.solution.fits[i] = better
@@ -231,16 +269,28 @@ class Absorber:
         self.watched, self.first_residuals = _bounded(self.watched + entries), firsts
         self.collector, self.due = collector, False
 
-    def _collecting_on(self, layers: Iterable[int]) -> Collector:
+    def _measured(self, layer: int, item: int, old: Fit, first: float) -> tuple[float, float, Fit | None]:
+        """(residual, discrepancy, a better fit or None) of one item of a layer on the newest chunk; `first` is its residual at the
+        switch."""
+        parts = self.collector.each[item]
+        seen, newest = parts.seen[layer], parts.held_out[layer]
+        whole = newest.merged(seen) if parts.chunks == 1 else newest
+        now = residual(whole, old.correction)
+        discrepancy = float(whole.missing_energy) / max(float(whole.full_energy), 1e-30)
+        wanted = self.settings.refresh == "always" or now > self.settings.drift * first
+        asked = self.settings.refresh != "never" and wanted
+        return now, discrepancy, self._refresh(layer, seen, newest, old) if asked else None
+
+    def _collecting_on(self, layers: Iterable[int]) -> Collectors:
         """The collector for later measurements. If corrections are solved anew, it has all rows collected so far, else none."""
         if self.settings.refresh != "never" and self.collector.chunks:
             return self.collector.of(layers)
         return self._collector(layers)
 
-    def _refresh(self, layer: int, seen: Moments, held_out: Moments) -> Fit | None:
-        """A layer solved anew; None if what it has does as well on the rows held out."""
+    def _refresh(self, layer: int, seen: Moments, held_out: Moments, old: Fit) -> Fit | None:
+        """A layer solved anew for one item; None if the `old` fit does as well on the rows held out."""
         new = fit(seen, held_out, self.settings.ridges, self._rank)
-        return None if residual(held_out, self.solution.fits[layer].correction) <= new.residual else new
+        return None if residual(held_out, old.correction) <= new.residual else new
 
     def _bytes(self) -> dict[str, Any]:
         """Keys and values on the device without absorption, now, and at most; the shares of the cache that absorption gave back now
@@ -256,8 +306,10 @@ class Absorber:
         }
 
     def report(self) -> dict[str, Any]:
-        """JSON-able: phase, chosen layers, residuals by layer, bytes, seconds of solve and switch, what was watched."""
+        """JSON-able: phase, chosen layers and how they were chosen, residuals by layer, bytes, seconds of solve and switch, what
+        was watched. Of a batch, residuals are the items' means and the ridge is their largest; `items` are their own."""
         fits = {} if self.solution is None else self.solution.fits
+        changes = {} if self.solution is None else self.solution.changes
         return {
             "phase": self.phase,
             "layers": list(self.solution.chosen) if self.solution and self.phase == SWITCHED else [],
@@ -266,8 +318,16 @@ class Absorber:
             "correction_bytes": sum(one.nbytes for one in self.corrections.standing.values()),
             "history_bytes_in_host_memory": sum(history.nbytes for history in self.histories.values()),
             "solve_seconds": round(self.seconds, 4),
+            "select": self.settings.select,
+            "selection_passes": len(self.cache.layers) + 1 if changes else 0,
             "residuals": [
                 {"layer": i, "before": one.discrepancy, "after": one.residual, "ridge": str(one.ridge)}
+                | ({"change": changes[i]} if i in changes else {})
+                | (
+                    {"items": [{"before": d, "after": r, "ridge": str(lam)} for lam, r, d in one.items]}
+                    if one.items
+                    else {}
+                )
                 for i, one in sorted(fits.items())
             ],
             "monitor": list(self.watched),

@@ -13,9 +13,10 @@ import torch
 from ..cache.kv_cache import KVCache
 from ..cache.slots import LayerSlots
 from ..rope import Layout, Rope
-from .collector import Collector
 from .host_history import HostHistory
+from .items import Collectors
 from .lse import Part, attend_part, merge, rows
+from .sensitivity import Trial
 from .settings import AbsorptionSettings
 from .solve import Correction
 
@@ -29,16 +30,20 @@ class Corrections:
         """`pinned`: a switched layer keeps the frames of its window whose video index is below this number."""
         self.settings, self.cache, self.pinned, self.rope = settings, cache, pinned, rope
         self.switched = False
-        self.collector: Collector | None = None
+        self.collector: Collectors | None = None
+        # what is tried in the passes of now, if anything is
+        self.trial: Trial | None = None
         self.standing: dict[int, Correction] = {}
         self.histories: dict[int, HostHistory] = {}
 
-    def parts(self, layer: LayerSlots, current_frames: int) -> tuple[list[slice], list[slice]]:
-        """(local, history) as runs of the layer's buffer slots."""
-        return layer.parts(current_frames, self.settings.local_window_frames, self.pinned)
+    def parts(self, layer: LayerSlots, current_frames: int, hidden: int = 0) -> tuple[list[slice], list[slice]]:
+        """(local, history) as runs of the layer's buffer slots, without the newest `hidden` frames of the window."""
+        return layer.parts(current_frames, self.settings.local_window_frames, self.pinned, hidden)
 
     def attend(self, layer: int, q: torch.Tensor, current_frames: int, layout: Layout) -> torch.Tensor | None:
         """This layer's output, if the absorption has to make it, else None. q [B, N, width] is rotated like the keys."""
+        if self.trial is not None:
+            return self._tried(self.trial, layer, q, current_frames, layout.again)
         if self.collector is None:
             return None
         if not self.switched:
@@ -64,6 +69,15 @@ class Corrections:
         full = merge(local, self._local(layer, q, far))
         self.collector.add(layer, rows(local), rows(full))
         return rows(full)
+
+    def _tried(self, trial: Trial, layer: int, q: torch.Tensor, current_frames: int, hidden: int) -> torch.Tensor:
+        """Attention over a past without its newest `hidden` frames: whole, or of the layer that is tried its local part with the
+        correction."""
+        near, far = self.parts(self.cache.layers[layer], current_frames, hidden)
+        if layer != trial.layer:
+            return rows(self._local(layer, q, near + far))
+        local = rows(self._local(layer, q, near))
+        return local if trial.correction is None else trial.correction.apply(local)
 
     def _local(self, layer: int, q: torch.Tensor, slots: list[slice]) -> Part:
         cache = self.cache.layers[layer]

@@ -12,7 +12,7 @@ import torch
 from ..files.header_check import Damage, Fields, Tensors, Unreadable, refusal
 from ..files.tensor_file import TensorFile, parsed, write_tensors
 from .absorber import Absorber
-from .check import PARTS, check_absorption, check_numbers, check_solution, settings_of
+from .check import NUMBERS, PARTS, check_absorption, check_numbers, check_solution, settings_of
 from .settings import PHASES, AbsorptionSettings
 from .solve import Correction, Fit, Solution
 
@@ -21,11 +21,17 @@ FORMAT, VERSION, BEFORE = "adastate.absorption", 2, 1
 
 
 def solution_state(solution: Solution) -> dict[str, Any]:
-    """`chosen`, the fits' numbers, and the chosen layers' corrections as tensors `fit.LAYER.PART`."""
+    """`chosen`, the fits' numbers, and the chosen layers' corrections as tensors `fit.LAYER.PART`; `changes`, by which layers were
+    chosen, and where each item of a batch has its own the numbers of each, as `items`."""
+    fits = sorted(solution.fits.items())
     state: dict[str, Any] = {
         "chosen": list(solution.chosen),
-        "fits": [[i, str(f.ridge), f.residual, f.discrepancy] for i, f in sorted(solution.fits.items())],
+        "fits": [[i, str(f.ridge), f.residual, f.discrepancy] for i, f in fits],
     }
+    if items := [[i, [[str(ridge), a, b] for ridge, a, b in f.items]] for i, f in fits if f.items]:
+        state["items"] = items
+    if solution.changes:
+        state["changes"] = sorted(solution.changes.items())
     for i in solution.chosen:
         for name, tensor in zip(PARTS, solution.fits[i].correction.parts(), strict=True):
             if tensor is not None:
@@ -33,15 +39,19 @@ def solution_state(solution: Solution) -> dict[str, Any]:
     return state
 
 
-def solution_from(state: dict[str, Any], settings: AbsorptionSettings, layers: int, width: int, heads: int) -> Solution:
-    """The solution that `solution_state` described. ValueError, naming the field, if it does not fit model and settings."""
+def solution_from(
+    state: dict[str, Any], settings: AbsorptionSettings, layers: int, width: int, heads: int, batch: int = 1
+) -> Solution:
+    """The solution that `solution_state` described, of as many items as `batch`, or the same for all of them. ValueError, naming
+    the field, if it does not fit model and settings."""
     fields, tensors = _parts(state)
-    chosen = check_solution(fields, "", tensors, settings, layers, width, heads)
-    fits = {i: Fit(None, float(ridge), float(a), float(b)) for i, ridge, a, b in state["fits"]}
+    chosen = check_solution(fields, "", tensors, settings, layers, width, heads, batch)
+    items = {i: tuple((float(ridge), float(a), float(b)) for ridge, a, b in each) for i, each in state.get("items", ())}
+    fits = {i: Fit(None, float(ridge), float(a), float(b), items.get(i, ())) for i, ridge, a, b in state["fits"]}
     for i in chosen:
         parts = {name: state.get(f"fit.{i}.{name}") for name in PARTS}
         fits[i] = replace(fits[i], correction=Correction(**parts))
-    return Solution(chosen, fits)
+    return Solution(chosen, fits, {i: float(change) for i, change in state.get("changes", ())})
 
 
 def _parts(state: dict[str, Any], where: str = "") -> tuple[Fields, Tensors]:
@@ -54,6 +64,7 @@ def _parts(state: dict[str, Any], where: str = "") -> tuple[Fields, Tensors]:
 def absorber_state(absorber: Absorber) -> dict[str, Any]:
     """Everything that a resumed run needs, as of the last whole chunk."""
     state: dict[str, Any] = {"phase": absorber.phase, "pinned": 0}
+    state |= {"items": absorber.items} if absorber.items > 1 else {}
     if absorber.phase == PHASES[0]:
         return state | {f"collector.{k}": v for k, v in absorber.collector.state().items()}
     if absorber.phase == PHASES[1]:
@@ -61,7 +72,8 @@ def absorber_state(absorber: Absorber) -> dict[str, Any]:
         state["pinned"] = absorber.cache.phase.layers[first].pinned_frames
         state |= {"chunks_since": absorber.chunks_since, "watched": [dict(entry) for entry in absorber.watched]}
         state |= {"seconds": absorber.seconds, "solved_for": dict(absorber.solved_for), "due": absorber.due}
-        state["first_residuals"] = sorted(absorber.first_residuals.items())
+        firsts = sorted(absorber.first_residuals.items())
+        state["first_residuals"] = [(i, each[0] if absorber.items == 1 else list(each)) for i, each in firsts]
         state |= {f"collector.{k}": v for k, v in absorber.collector.state().items()}
         state |= {f"solution.{k}": v for k, v in solution_state(absorber.solution).items()}
         for i, history in absorber.histories.items():
@@ -81,18 +93,23 @@ def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
         tensors.done()
     except Damage as error:
         raise ValueError(f"the state's absorption is damaged: {error}; use another state, or make it again") from error
+    items = state.get("items", 1)
     if state["phase"] == PHASES[0]:
-        absorber.collector.restore(under("collector.", state))
+        absorber.resume_collecting(items, under("collector.", state))
     elif state["phase"] == PHASES[2]:
         absorber.find_nothing()
     else:
         saved = under("solution.", state)
-        absorber.solution = solution_from(saved, settings, len(plan.layers), plan.width, absorber.cache.heads)
+        heads, absorber.items = absorber.cache.heads, items
+        absorber.solution = solution_from(saved, settings, len(plan.layers), plan.width, heads, plan.batch)
         watched = [dict(entry) for entry in state["watched"]]
         absorber.resume_switched(state.get("pinned", 0), state["chunks_since"], watched)
         absorber.seconds, absorber.solved_for = float(state["seconds"]), dict(state["solved_for"])
         absorber.due = state.get("due", False)
-        absorber.first_residuals = {i: float(one) for i, one in state.get("first_residuals", [])}
+        firsts = state.get("first_residuals", [])
+        absorber.first_residuals = {
+            i: tuple(one) if isinstance(one, list | tuple) else (float(one),) for i, one in firsts
+        }
         absorber.collector.restore({"chunks": 0} | under("collector.", state))
         for i, history in absorber.histories.items():
             history.restore(state, f"history.{i}", (plan.batch, plan.tokens, plan.width), plan.dtype)
@@ -146,7 +163,8 @@ def load_solution(path: Path | str) -> tuple[AbsorptionSettings, dict[str, Any],
         header.done()
     except Damage as error:
         raise refusal(path.name, error, "saved absorption") from error
-    return settings, belongs_to.values, state | {name: header.values[name] for name in ("chosen", "fits")}
+    numbers = {name: header.values[name] for name in NUMBERS if name in header.values}
+    return settings, belongs_to.values, state | numbers
 
 
 def _check_alone(chosen: tuple[int, ...], tensors: Tensors) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 PHASES = ("warming", "switched", "nothing to absorb")
 SCOPES = ("head", "layer", "lowrank")
 REFRESHES = ("never", "drift", "always")
-SELECTIONS = ("residual", "discrepancy", "explained")
+SELECTIONS = ("sensitivity", "residual", "discrepancy", "explained", "saved")
 # tried from right to left, so that doing nothing wins ties (measured: small ridges overfit badly)
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
 # how many of the newest chunks a new solve gets, in addition to all that were collected before
@@ -30,6 +30,10 @@ class AbsorptionSettings:
     residual is more than `drift` times what it was at the switch. A new solve uses all that has been collected, with the newest
     REFRESH_CHUNKS chunks. The last chunk is held out. On it the new correction has to be better than the old one and better
     than none.
+
+    `select`, one of SELECTIONS, says which layers absorb best: those without whose history the picture changes least
+    ("sensitivity", sensitivity.py), those with the least error left, with the least to absorb, with most of it explained, or
+    (of "saved") those that come first in `saved_layers`.
     """
 
     ratio: float = 0.5
@@ -39,12 +43,13 @@ class AbsorptionSettings:
     ridge: float | None = None
     scope: str = "head"
     rank: int = 64
-    select: str = "residual"
+    select: str = "sensitivity"
     absorb: bool = True
     monitor_layers: int = 0
     monitor_chunks: int = 8
     refresh: str = "never"
     drift: float = 1.5
+    saved_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
@@ -68,6 +73,14 @@ class AbsorptionSettings:
         for name, value, known in ((name, getattr(self, name), known) for name, known in choices):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        if (self.select == "saved") != bool(self.saved_layers):
+            raise ValueError(
+                "select saved takes the layers of a saved absorption: connect one to saved_layers"
+                if self.select == "saved"
+                else f"saved_layers are given and select is {self.select!r}: choose saved, or leave them out"
+            )
+        if any(i < 0 for i in self.saved_layers) or len(set(self.saved_layers)) != len(self.saved_layers):
+            raise ValueError(f"saved_layers are {list(self.saved_layers)}; they must be layers from 0 on, each once")
         if self.refresh != "never" and not self.monitor_layers:
             raise ValueError(
                 f"refresh {self.refresh} needs layers that keep their history: give monitor_layers, -1 for all"
@@ -80,6 +93,18 @@ class AbsorptionSettings:
     def layers(self, count: int) -> int:
         """K, how many of `count` layers are switched."""
         return math.floor(self.ratio * count + 1e-9)
+
+    def check_layers(self, count: int) -> None:
+        """ValueError, in a sentence, if `saved_layers` cannot be those of a model of `count` layers."""
+        if any(i >= count for i in self.saved_layers):
+            raise ValueError(
+                f"saved_layers name layer {max(self.saved_layers)} and the model has {count}: they are another checkpoint's"
+            )
+        if self.saved_layers and self.layers(count) > len(self.saved_layers):
+            raise ValueError(
+                f"ratio {self.ratio} of {count} layers are {self.layers(count)}, and saved_layers name {len(self.saved_layers)}: "
+                "give a smaller ratio, or an absorption that was saved with a larger one"
+            )
 
     @property
     def measured_chunks(self) -> int:
@@ -94,14 +119,19 @@ class AbsorptionSettings:
         return tuple(reversed(RIDGES)) if self.ridge is None else (self.ridge,)
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; equal descriptions mean equal behaviour."""
-        return asdict(self) | {"ridge": None if self.ridge is None else str(self.ridge)}
+        """JSON-able; equal descriptions mean equal behaviour. Descriptions of before have no saved layers."""
+        told = asdict(self) | {"ridge": None if self.ridge is None else str(self.ridge)}
+        saved = told.pop("saved_layers")
+        return told | ({"saved_layers": list(saved)} if saved else {})
 
 
 def settings_from(description: dict[str, Any]) -> AbsorptionSettings:
     """The settings that `describe` described. ValueError or TypeError for anything else."""
     ridge = description.get("ridge")
-    return AbsorptionSettings(**(description | {"ridge": None if ridge is None else float(ridge)}))
+    saved = tuple(description.get("saved_layers", ()))
+    return AbsorptionSettings(
+        **(description | {"ridge": None if ridge is None else float(ridge), "saved_layers": saved})
+    )
 
 
 def blocks_of(settings: AbsorptionSettings, heads: int) -> int:

@@ -24,7 +24,8 @@ FLOOR = 1e-5
 class Correction:
     """`matrix` M [blocks, c, c] and `constant` beta [d], float32. To each row, row M + beta is added.
 
-    A truncated M of one block is kept as `left` [1, d, r] and `right` [1, r, d] instead.
+    A truncated M of one block is kept as `left` [1, d, r] and `right` [1, r, d] instead. Where each item of a batch has a
+    correction of its own, all of them have a first dimension B (items.py).
     """
 
     constant: torch.Tensor
@@ -33,7 +34,7 @@ class Correction:
     right: torch.Tensor | None = None
 
     def whole(self) -> torch.Tensor:
-        """M [blocks, c, c]."""
+        """M [blocks, c, c], or [B, blocks, c, c]."""
         return self.left @ self.right if self.matrix is None else self.matrix
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Correction:
@@ -48,12 +49,19 @@ class Correction:
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [B, N, d] + rows M + beta, in the rows' dtype (the correction must have it)."""
+        own = self.constant.dim() == 2
+        constant = self.constant[:, None] if own else self.constant
         if self.matrix is None:
-            return rows + (rows @ self.left[0]) @ self.right[0] + self.constant
-        if len(self.matrix) == 1:
-            return rows + rows @ self.matrix[0] + self.constant
-        blocks = rows.unflatten(-1, (len(self.matrix), -1))
-        return rows + torch.einsum("bnhc,hcd->bnhd", blocks, self.matrix).flatten(2) + self.constant
+            return rows + (rows @ self.left.select(-3, 0)) @ self.right.select(-3, 0) + constant
+        blocks = self.matrix.shape[-3]
+        if blocks == 1:
+            return rows + rows @ self.matrix.select(-3, 0) + constant
+        parts = rows.unflatten(-1, (blocks, -1))
+        return (
+            rows
+            + torch.einsum("bnhc,bhcd->bnhd" if own else "bnhc,hcd->bnhd", parts, self.matrix).flatten(2)
+            + constant
+        )
 
 
 @functools.cache
@@ -128,12 +136,14 @@ def residual(moments: Moments, correction: Correction) -> float:
 @dataclass(frozen=True)
 class Fit:
     """A layer's correction with the chosen `ridge` (None if the layer was not chosen). `residual` is the held-out error with the
-    correction, and `discrepancy` the one without."""
+    correction, and `discrepancy` the one without. `items`: (ridge, residual, discrepancy) of each item of a batch where each has
+    its own (items.py)."""
 
     correction: Correction | None
     ridge: float
     residual: float
     discrepancy: float
+    items: tuple[tuple[float, float, float], ...] = ()
 
     @property
     def explained(self) -> float:
@@ -143,10 +153,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Solution:
-    """What was solved: the fits of all layers, by layer, and which of them were chosen."""
+    """What was solved: the fits of all layers, by layer, and which of them were chosen. `changes`: by layer, how much the picture
+    changes without its history, where the choice was made by that (sensitivity.py)."""
 
     chosen: tuple[int, ...]
     fits: dict[int, Fit] = field(repr=False)
+    changes: dict[int, float] = field(default_factory=dict, repr=False)
 
 
 def fit(seen: Moments, held_out: Moments, ridges: Sequence[float], rank: int | None = None) -> Fit:

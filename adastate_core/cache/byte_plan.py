@@ -311,6 +311,12 @@ class CachePlan:
         """The most that an absorption's statistics and corrections take in any phase."""
         return max((phase.absorption_bytes for phase in self.phases), default=0)
 
+    def with_batch(self, batch: int) -> CachePlan:
+        """The same plan of a smaller batch: everything that is of single items takes its share."""
+        shared = {name: getattr(self, name) * batch // self.batch for name in ("vae_bytes", "latent_frame_bytes")}
+        phases = tuple(replace(p, absorption_bytes=p.absorption_bytes * batch // self.batch) for p in self.phases)
+        return replace(self, batch=batch, phases=phases, **shared)
+
     def with_window(self, window_frames: int) -> CachePlan:
         """The same plan with every window cut to at most `window_frames`."""
         phases = tuple(replace(p, layers=tuple(layer.cut(window_frames) for layer in p.layers)) for p in self.phases)

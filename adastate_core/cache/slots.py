@@ -144,12 +144,15 @@ class LayerSlots(ABC):
         window = self.pinned | self.window
         return anchor + current + [("window", window[ring].frame) for ring in sorted(window)]
 
-    def parts(self, current_frames: int, local_window: int, pinned: int) -> tuple[list[slice], list[slice]]:
+    def parts(
+        self, current_frames: int, local_window: int, pinned: int, hidden: int = 0
+    ) -> tuple[list[slice], list[slice]]:
         """(local, history) as runs of buffer slots: local are anchor, current, the first `pinned` frames that the
-        window still holds from the beginning of the video, and its newest `local_window` frames."""
-        start, ordered = self.current_start, list(self.window.items())
+        window still holds from the beginning of the video, and its newest `local_window` frames. The window's newest `hidden`
+        frames are in neither, as if they had not been made."""
+        start, ordered = self.current_start, list(self.window.items())[: max(0, len(self.window) - hidden)]
         newest = {ring for ring, _ in ordered[max(0, len(ordered) - local_window) :]}
-        first = self.first_of(pinned)
+        first = self.first_of(pinned) & {ring for ring, _ in ordered}
         local = [*(self.anchor_index(slot) for slot in self.anchor), *range(start, start + current_frames)]
         local += [self.window_start + ring for ring in (*self.pinned, *(newest | first))]
         history = [self.window_start + ring for ring, _ in ordered if ring not in newest | first]

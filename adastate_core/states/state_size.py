@@ -44,13 +44,13 @@ def _layer_bytes(plan: CachePlan, room: LayerSpec) -> int:
 
 def _absorption_bytes(spec: RolloutSpec, plan: CachePlan) -> int:
     """During the warm-up the statistics of all layers, seen and held out; later the corrections in float32, and of the watched
-    layers statistics and histories."""
+    layers statistics and histories. Each item of a batch has its own."""
     if spec.absorption is None or not plan.phases:
         return 0
     settings, count, width = spec.absorption, len(plan.layers), plan.width
-    statistics = 2 * Moments.nbytes_of(width, blocks := blocks_of(settings, plan.heads))
+    statistics = 2 * plan.batch * Moments.nbytes_of(width, blocks := blocks_of(settings, plan.heads))
     switched = settings.layers(count)
-    correction = 4 * (width + width * width // blocks)
+    correction = 4 * plan.batch * (width + width * width // blocks)
     watched = switched if settings.monitor_layers < 0 else min(settings.monitor_layers, switched)
     history = 2 * max(one.window_frames for one in plan.rooms(plan.phases[-1])) * plan.frame_bytes
     return max(count * statistics, switched * correction + watched * (statistics + history))

@@ -154,9 +154,12 @@ def check_memory(plan: CachePlan, available: int) -> None:
             low = middle
         else:
             high = middle
+    batch = _batch_that_fits(plan, available)
+    found = [f"window_frames {low}"] if low >= 0 else []
+    found += [f"batch_size {batch}"] if batch else []
     fitting = (
-        f"window_frames {low} would fit"
-        if low >= 0
+        f"{' or '.join(found)} would fit"
+        if found
         else "no window would fit: use a smaller picture, batch or chunk_frames"
     )
     if plan.absorption_bytes > plan.kv_bytes:
@@ -168,6 +171,11 @@ def check_memory(plan: CachePlan, available: int) -> None:
     raise ValueError(
         f"the rollout's caches need {plan.total_bytes / gib:.2f} GiB and {available / gib:.2f} GiB are free; {fitting}"
     )
+
+
+def _batch_that_fits(plan: CachePlan, available: int) -> int:
+    """The largest smaller batch with which `plan` takes at most `available` bytes; 0: none does."""
+    return next((n for n in range(plan.batch - 1, 0, -1) if plan.with_batch(n).total_bytes <= available), 0)
 
 
 def check_host_memory(plan: CachePlan, device: torch.device) -> None:

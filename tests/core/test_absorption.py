@@ -138,8 +138,8 @@ def test_a_correction_solved_anew_is_the_fit_on_all_that_was_collected(monkeypat
             added.append((rollout.generated, local.flatten(0, 1).clone(), full.flatten(0, 1).clone()))
         add(collector, layer, local, full)
 
-    def better(self, layer, seen, held_out):
-        better = refresh(self, layer, seen, held_out)
+    def better(self, layer, seen, held_out, old):
+        better = refresh(self, layer, seen, held_out, old)
         if layer == 0:
             standing = self.solution.fits[layer].correction
             fits.append((better is not None, standing, standing if better is None else better.correction))

@@ -175,7 +175,10 @@ def test_only_whole_chunks_count_and_the_last_is_held_out():
 def test_layers_are_chosen_by_score_and_then_by_index():
     """semantics: Absorption: the switch."""
     fits = {i: Fit(None, 1.0, r, d) for i, (r, d) in enumerate([(0.2, 0.9), (0.1, 0.1), (0.2, 0.3), (0.1, 0.5)])}
-    assert choose(fits, AbsorptionSettings(ratio=0.75), 4) == (0, 1, 3)
+    assert choose(fits, AbsorptionSettings(ratio=0.75, select="residual"), 4) == (0, 1, 3)
     assert choose(fits, AbsorptionSettings(ratio=0.5, select="discrepancy"), 4) == (1, 2)
     assert choose(fits, AbsorptionSettings(ratio=0.5, select="explained"), 4) == (0, 3)
-    assert choose(fits, AbsorptionSettings(ratio=0.49), 4) == (1,)
+    assert choose(fits, AbsorptionSettings(ratio=0.49, select="residual"), 4) == (1,)
+    changes = {0: 0.5, 1: 0.3, 2: 0.1, 3: 0.3}
+    assert choose(fits, AbsorptionSettings(ratio=0.5), 4, changes) == (1, 2)
+    assert choose(fits, AbsorptionSettings(ratio=0.5, select="saved", saved_layers=(3, 0, 2)), 4) == (0, 3)
