@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from adastate_core.absorption.saved import solution_from, solution_state
-from adastate_core.absorption.settings import SELECTIONS, AbsorptionSettings
+from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.absorption.solve import Solution
 from adastate_core.decode.wan_vae import pictures_of
 from adastate_core.files.whole_file import whole_file
@@ -33,23 +33,13 @@ from .evaluate import LEAD
 from .layer_check import LayerCheck, random_like
 from .recall_rows import Roller, Row, Warm
 from .recall_table import draw, page
-from .returning_lantern import colours_of, judge_of, most_frequent, returning_scenes, teacher_file
+from .returning_lantern import colours_of, judge_of, returning_scenes, teacher_file
 from .run import Run, log
 from .sheets import decoded
 from .world import CHUNK_LATENTS
 
 # of these entries of the config a measurement is a function, together with its row
-RULES = (
-    "seed",
-    "scenes_seed",
-    "together",
-    "sampler_steps",
-    "shift",
-    "window_frames",
-    "chunks",
-    "asked",
-    "judge_streams",
-)
+RULES = ("seed", "scenes_seed", "together", "sampler_steps", "shift", "window_frames", "chunks", "judge_streams")
 
 
 class Kept:
@@ -84,7 +74,8 @@ class Recall:
         self.judge = judge_of(self.codec, config["judge_streams"], seed + 1_000_000)
         shown = config["shown"]
         self.scenes = {
-            name: returning_scenes(config["streams"], seed, config["chunks"], each) for name, each in shown.items()
+            name: returning_scenes(config["streams"], seed, config["chunks"], [*each["before"], *each["asked"]])
+            for name, each in shown.items()
         }
         self.kept = {row.name: Kept(self.folder / f"{file_name(row)}.json", self.rules(row)) for row in self.rows}
         self._rollers: dict[bool, Roller] = {}
@@ -119,7 +110,7 @@ class Recall:
         asked = self.config["absorption"] | (row.absorption or {})
         # what decides after the warm-up is left out, so that rows which differ in it share one
         given = {k: v for k, v in asked.items() if k not in ("ratio", "select", "absorb", "ridge")}
-        settings = AbsorptionSettings(**given, ratio=1.0, select=SELECTIONS[0])
+        settings = AbsorptionSettings(**given, ratio=1.0, select="residual")
         key = json.dumps([row.shown, row.eight_bits, settings.describe()])
         if self._warm[0] != stream:
             self._warm = stream, {}
@@ -152,10 +143,10 @@ class Recall:
     def found(self, row: Row, latents: torch.Tensor, stream: int) -> dict[str, Any]:
         """The colours, and the mean squared difference to the full history by chunk, of [16, T, h, w]."""
         config = self.config
-        shown = [c for c in config["shown"][row.shown] if (c + 1) * CHUNK_LATENTS <= row.warmup(config)]
-        before = colours_of(self.judge, latents, shown)
-        came = colours_of(self.judge, latents, config["asked"])
-        own = most_frequent(before)
+        shown = config["shown"][row.shown]
+        warm = [c for c in shown["before"] if (c + 1) * CHUNK_LATENTS <= row.warmup(config)]
+        before, came = (colours_of(self.judge, latents, chunks) for chunks in (warm, shown["asked"]))
+        own = before[-1]
         full = latents
         reference = next(one for one in self.rows if one.shown == row.shown)
         if row is not reference:
@@ -192,6 +183,10 @@ class Recall:
             self.measure(row, stream)
         return torch.load(file, weights_only=True)["values"]
 
+    def wants(self, row: Row, stream: int) -> bool:
+        """Whether a row has the stream, and it is not measured yet."""
+        return (not row.streams or stream < row.streams) and str(stream) not in self.kept[row.name].streams
+
     def look(self, row: Row, stream: int) -> None:
         """Measure a stream's pictures from the switch on, and keep that."""
         latents, chunks = self.tensors(row, stream, "latents")["latents"], self.config["chunks"]
@@ -219,12 +214,12 @@ class Recall:
             for exchanged in (False, True):
                 rows = [row for row in self.rows if bool(row.donor) == exchanged]
                 for stream in group:
-                    for row in (row for row in rows if str(stream) not in self.kept[row.name].streams):
+                    for row in (row for row in rows if self.wants(row, stream)):
                         self.measure(row, stream)
                     log.info("stream %d%s", stream, ", exchanged" if exchanged else "")
         for stream in range(min(count, self.config["pictured"])):
             for row in (row for row in self.rows if not row.donor):
-                if "pictures" not in self.kept[row.name].streams[str(stream)]:
+                if "pictures" not in self.kept[row.name].streams.get(str(stream), {"pictures": ""}):
                     self.look(row, stream)
 
 

@@ -21,7 +21,7 @@ from .contenders import collected
 from .host_models import build_denoiser
 from .recall import ColourJudge
 from .recall_rows import Roller, Row, Warm
-from .returning_lantern import colours_of, most_frequent, returning_scenes
+from .returning_lantern import colours_of, returning_scenes
 from .world import CHUNK_LATENTS, Scene
 
 SPREAD = 0.03
@@ -38,7 +38,7 @@ def random_like(model: nn.Module, seed: int) -> nn.Module:
 
 def sensitivities(report: dict[str, Any]) -> list[float]:
     """By layer, what the choice went by: small ones are switched first."""
-    return [entry.get("sensitivity", entry["after"]) for entry in report["residuals"]]
+    return [entry["change"] for entry in report["residuals"]]
 
 
 class LayerCheck:
@@ -62,7 +62,7 @@ class LayerCheck:
         full = self.roller.gone_on(Row(""), scene, stream, None, warm)[0]
         found = {"chosen": chosen["layers"], "sensitivity": sensitivities(chosen), "recall": self.recall(full, full)}
         for name, absorb in (("dropped", False), ("corrected", True)):
-            alone = [self.alone(i, scene, stream, replace(settings, absorb=absorb), warm) for i in range(self.layers)]
+            alone = self.alone(scene, stream, replace(settings, absorb=absorb), warm)
             first = self.first * CHUNK_LATENTS
             found[name] = [(one - full)[:, first:].square().mean().item() for one in alone]
             found[f"{name}, recall"] = [self.recall(one, full) for one in alone]
@@ -74,19 +74,19 @@ class LayerCheck:
         collected(rollout, settings.warmup_frames, [])
         return rollout.absorber.report()
 
-    def alone(self, layer: int, scene: Scene, stream: int, settings: AbsorptionSettings, warm: Warm) -> torch.Tensor:
-        """Latents [16, T, h, w] of the stream with one layer switched, by the correction that the stream itself gives."""
+    def alone(self, scene: Scene, stream: int, settings: AbsorptionSettings, warm: Warm) -> list[torch.Tensor]:
+        """By layer, latents [16, T, h, w] of the stream with it alone switched, by the correction that the stream itself gives."""
         every = self.roller.rollout(Row(""), scene, stream, replace(settings, ratio=1.0), warm.state)
         collected(every, settings.warmup_frames, [])
-        solution = Solution((layer,), every.absorber.solution.fits)
-        one = replace(settings, ratio=1 / self.layers)
-        return self.roller.gone_on(Row(""), scene, stream, one, warm, solution)[0]
+        solved, one = every.absorber.solution.fits, replace(settings, ratio=1 / self.layers)
+        solutions = [Solution((layer,), solved) for layer in range(self.layers)]
+        return [self.roller.gone_on(Row(""), scene, stream, one, warm, each)[0] for each in solutions]
 
     def recall(self, latents: torch.Tensor, full: torch.Tensor) -> float | None:
         """The share of returns behind the switch in the colour that the stream had before it."""
         if self.judge is None:
             return None
-        own = most_frequent(colours_of(self.judge, full, [c for c in self.shown if c < self.first]))
+        own = colours_of(self.judge, full, [c for c in self.shown if c < self.first])[-1]
         came = colours_of(self.judge, latents, [c for c in self.shown if c >= self.first])
         return sum(colour == own for colour in came) / len(came)
 

@@ -25,7 +25,7 @@ class Row:
     """One row of the table, as the config names it. `absorption`: what differs from the config's own; None: there is none.
 
     `shown` names the chunks with a lantern. `donor` names a row: its correction of another stream, whose lantern has another
-    colour, is put in instead of the stream's own.
+    colour, is put in instead of the stream's own. `streams`: so many of the first ones alone; 0: all.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Row:
     shown: str = "returning"
     eight_bits: bool = False
     donor: str = ""
+    streams: int = 0
 
     def settings(self, config: dict[str, Any]) -> AbsorptionSettings | None:
         return None if self.absorption is None else AbsorptionSettings(**(config["absorption"] | self.absorption))

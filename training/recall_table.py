@@ -15,7 +15,6 @@ from adastate_core.files.whole_file import whole_file
 from .evaluate import interval
 from .layer_check import rank_correlation, smallest
 from .recall_rows import Row
-from .world import CHUNK_LATENTS
 
 if TYPE_CHECKING:
     from .absorption_recall import Recall
@@ -61,8 +60,7 @@ def reference_of(recall: Recall, row: Row) -> Row:
 
 def recall_lines(recall: Recall) -> list[str]:
     """A line a row: its recall, less the full history's and less that of the same layers dropped, and what it costs."""
-    asked = ", ".join(str(chunk) for chunk in recall.config["asked"])
-    head = ["what", "streams", "KV bytes", "layers", f"recall, returns in chunks {asked}", "each return", "minus full history",
+    head = ["what", "streams", "KV bytes", "layers", "recall", "at each return", "minus full history",
             "minus dropped", "latents' error at the returns"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     named = {row.name: row for row in recall.rows}
@@ -71,7 +69,7 @@ def recall_lines(recall: Recall) -> list[str]:
         if not found:
             continue
         each = [cell([float(f["came"][i] == f["own"]) for f in found.values()]).partition(" ")[0]
-                for i in range(len(recall.config["asked"]))]  # fmt: skip
+                for i in range(len(recall.config["shown"][row.shown]["asked"]))]  # fmt: skip
         full, dropped = reference_of(recall, row), named.get(row.name.replace("absorbed", "dropped"))
         own = dropped is None or dropped is row
         cells = [
@@ -79,8 +77,7 @@ def recall_lines(recall: Recall) -> list[str]:
             cell([f["recall"] for f in found.values()]), " ".join(each),
             "" if full is row else cell(paired(recall, row, full, _recall), "{:+.2f}"),
             "" if own else cell(paired(recall, row, dropped, _recall), "{:+.2f}"),
-            cell([sum(f["to_full"][c] for c in recall.config["asked"]) / len(recall.config["asked"]) for f in found.values()],
-                 "{:.3f}"),
+            cell([_error(f, recall.config["shown"][row.shown]["asked"]) for f in found.values()], "{:.3f}"),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -88,6 +85,10 @@ def recall_lines(recall: Recall) -> list[str]:
 
 def _recall(found: dict[str, Any]) -> float:
     return found["recall"]
+
+
+def _error(found: dict[str, Any], asked: list[int]) -> float:
+    return sum(found["to_full"][chunk] for chunk in asked) / len(asked)
 
 
 def _layers(found: Iterable[dict[str, Any]]) -> str:

@@ -71,8 +71,3 @@ def chunk_of(latents: torch.Tensor, chunk: int) -> torch.Tensor:
 def colours_of(judge: ColourJudge, latents: torch.Tensor, chunks: Iterable[int]) -> list[int]:
     """The colour numbers of the lantern in those chunks of [16, T, h, w]."""
     return judge(torch.stack([chunk_of(latents, chunk) for chunk in chunks])).tolist()
-
-
-def most_frequent(colours: list[int]) -> int:
-    """The colour that came most often; of several, the one that came first."""
-    return max(colours, key=lambda colour: (colours.count(colour), -colours.index(colour)))
