@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from .absorption.absorber import Absorber
+from .absorption.prior import Prior
 from .absorption.saved import absorber_state, restore_absorber
 from .absorption.solve import Solution
 from .anchors import Anchor
@@ -99,6 +100,7 @@ class Past:
         keep_latents: bool = False,
         length: int | None = None,
         state: RolloutState | None = None,
+        prior: Prior | None = None,
     ) -> None:
         """`length`: latent frames of the video, as far as it is known. `state`: what will be restored; nothing is allocated that it
         does not need."""
@@ -110,7 +112,7 @@ class Past:
         self.caches = [KVCache(plan, spec.geometry.heads, device) for _ in range(levels)]
         self.absorber: Absorber | None = None
         if spec.absorption is not None:
-            self.absorber = Absorber(spec.absorption, self.cache, spec.anchor, self.rope, solution)
+            self.absorber = Absorber(spec.absorption, self.cache, spec.anchor, self.rope, solution, prior)
         self.observer: Observer | None = self.absorber
         # the anchor's policy when the chunk from a frame on is cached
         self.anchor_at: Callable[[int], Anchor] = lambda first_frame: spec.anchor

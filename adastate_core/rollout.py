@@ -19,6 +19,7 @@ import torch
 
 from . import remade
 from .absorption.absorber import Absorber
+from .absorption.prior import Prior
 from .absorption.solve import Solution
 from .anchors import Anchor, AnchorAdaptive
 from .attention.cached import CachedAttention
@@ -76,9 +77,11 @@ class Rollout:
         solution: Solution | None = None,
         prompts: PromptPlan | None = None,
         length: int | None = None,
+        prior: Prior | None = None,
     ) -> None:
-        """`solution`: an absorption that was solved before for the same model, prompt and seed. `prompts`: texts that
-        change during the rollout; without `prompts` the model keeps its text. `length`: latent frames of the video; the cache has
+        """`solution`: an absorption that was solved before for the same model, prompt and seed; `prior`: what one that is solved
+        now is drawn towards, as its settings name it. `prompts`: texts that change during the rollout; without `prompts` the model
+        keeps its text. `length`: latent frames of the video; the cache has
         no room for more until `chunks` is asked for them (None: the whole window is allocated)."""
         schedule = settings.schedule
         if spec.blocks > 1 and len(schedule.sigmas) != spec.blocks:
@@ -115,7 +118,7 @@ class Rollout:
         # the frame from which on the window shrinks, and the length that it ends at
         self._end: tuple[int, int] | None = None
         levels = 1 + len(schedule.kept)
-        self.past = Past(spec, model.device, text_tokens, solution, levels, keep_latents, length, state)
+        self.past = Past(spec, model.device, text_tokens, solution, levels, keep_latents, length, state, prior)
         self.past.anchor_at = self._anchor_at
         # what a state remembers of changes that were asked for while it was made, JSON-able
         self.steered: dict[str, Any] = {} if state is None else state.steered

@@ -114,6 +114,11 @@ class RolloutSpec:
             raise ValueError(
                 f"{self.blocks} chunks denoised together have no single hidden state; use another anchor than the adaptive one"
             )
+        if self.absorption is not None and self.absorption.switch == "memory" and self.cache_device != "gpu":
+            raise ValueError(
+                "switch when memory asks is about the device's memory, and the cache is in host memory; choose cache_device gpu, "
+                "or switch after the warm-up"
+            )
         if self.blocks > 1 and self.absorption is not None:
             raise ValueError(
                 f"absorption does not go with {self.blocks} chunks denoised together; remove one of the two"

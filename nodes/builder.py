@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..adastate_core.absorption.settings import AbsorptionSettings
+from ..adastate_core.absorption.settings import AbsorptionSettings, as_in_state
 from ..adastate_core.absorption.solve import Solution
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CachePlan
@@ -90,7 +90,7 @@ class Request:
             height=self.height // space.stride,
             width=self.width // space.stride,
             fps=self.stream.fps if self.stream else 0.0,
-            absorption=self.absorption.settings if self.absorption else None,
+            absorption=self.absorption.asked if self.absorption else None,
             resumed=self.resume and self.resume.spec,
             ends_open=self.endless or self.ends_open,
             **{name: getattr(self, name) for name in _SHARED},
@@ -282,7 +282,7 @@ def build(subject: Subject, asked: Asked) -> Built:
         positions=resolved.numbers["positions"],
         dtype=subject.dtype,
         model=subject.fingerprint,
-        absorption=asked.absorption,
+        absorption=asked.absorption and as_in_state(asked.absorption, (asked.resumed or {}).get("absorption")),
         cache_dtype=asked.cache_dtype,
         cache_device=asked.cache_device,
         **options,

@@ -84,6 +84,7 @@ def chunk_facts(
         "seconds_total": None if total is None else total / fps,
         "generated": rollout.generated,
         "absorbed": rollout.absorber is not None and rollout.absorber.phase == PHASES[1],
+        "absorbed_why": rollout.absorber.why if rollout.absorber is not None else "",
         "kv_bytes": rollout.cache.nbytes + rollout.cache.host_nbytes,
         "prompt": prompt,
         "prompt_text": text,

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
+from ..adastate_core.absorption.absorbed_phases import Absorbed
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CachePlan
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.given import INSIDE
+from ..adastate_core.spec import RolloutSpec
 from ..adastate_core.weights.checkpoints import TORCH_SUFFIXES, open_checkpoint
 from ..adastate_core.weights.presets import PRESETS
 from ..adastate_core.weights.wan_weights import listed
+from .absorption_budget import with_budget
 from .builder import START_MODES, Asked, Built, Subject, build, size_of_start
 from .enlarged_stream import FileForm, stream_bytes
 from .host import model as host_model
@@ -126,6 +129,7 @@ def plan_text(
     decoder = HostDecoder(vae, fast=True) if vae is not None else None  # as a stream decodes
     vae_bytes = decoder.cache_bytes(*size.values()) if decoder else 0
     latents = space.latents(length) if length else None
+    built = with_budget(built, model, TEXT_TOKENS, vae_bytes, latents)
     resolved, plan = built.resolved, built.plan(TEXT_TOKENS, vae_bytes, latents)
     free = host_model.available_bytes(model)
     try:
@@ -152,6 +156,7 @@ def plan_text(
         f"keys and values in all: {_size(plan.kv_bytes)} on the device, "
         + _at_any_length(built.plan(TEXT_TOKENS, vae_bytes).kv_bytes, plan.kv_bytes),
         *_freed(plan),
+        *_switches(built.spec, plan),
         f"in host memory, with keep_latents: {_size(kept)} for {latents} latent frames"
         if latents
         else "length 0: it is rolled until it is stopped, and keeps no latents",
@@ -253,6 +258,21 @@ def _freed(plan: CachePlan) -> list[str]:
     return [
         f"without absorption: {_size(before)}; absorption takes {max(0.0, 1 - after / max(before, 1)):.0%} of it off the peak, and "
         f"{max(0.0, 1 - _cache_bytes(last) / max(before, 1)):.0%} once layers are switched"
+    ]
+
+
+def _switches(spec: RolloutSpec, plan: CachePlan) -> list[str]:
+    """When an absorption switches whose warm-up has no fixed length."""
+    settings = spec.absorption
+    if settings is None or settings.switch == "fixed":
+        return []
+    ends = Absorbed(settings, spec.anchor, spec.chunk_frames).ends(plan)
+    if ends.never:
+        return [f"nothing is absorbed: whole windows fit the budget of {settings.budget_gib:.4g} GiB"]
+    if settings.switch == "memory":
+        return [f"layers are switched after {ends.latest} latent frames, for a budget of {settings.budget_gib:.4g} GiB"]
+    return [
+        f"layers are switched after {ends.earliest} to {ends.latest} latent frames, when the warm-up has stopped learning"
     ]
 
 

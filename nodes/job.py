@@ -72,6 +72,7 @@ class Job(Prepared):
             solution=self.solution,
             prompts=self.prompts,
             length=self.latent_length,
+            prior=self.prior,
         )
         if rollout.absorber is not None:
             rollout.absorber.origin = self.request.absorption.solved_for or self.origin

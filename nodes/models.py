@@ -371,7 +371,7 @@ class PlanNode(Node):
         asked = {"chunk_frames": chunk_frames, "window_frames": window_frames, "positions": positions}
         cache = {"cache_dtype": cache_dtype, "cache_device": cache_device}
         if absorption is not None:
-            cache["absorption"] = absorption.settings
+            cache["absorption"] = absorption.asked
         text, numbers = plan_text(
             model, width, height, length, batch_size, asked, anchor, vae, cache, start_latent, stream
         )

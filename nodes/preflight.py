@@ -19,6 +19,7 @@ from ..adastate_core.states.disk_room import shown_bytes
 from ..adastate_core.video.frame_formats import FRAME_FORMATS
 from ..adastate_core.video.picture_forms import VALUE_BYTES
 from . import endless
+from .absorption_budget import with_budget
 from .builder import START_MODES, Request, Subject, build
 from .course import takes_words, unsaid
 from .enlarged_stream import FileForm, check_joined, holds_frame, resume_notes, stream_bytes
@@ -78,6 +79,7 @@ class Prepared:
         check_cache_dtype(request.cache_dtype, self.model.device)
         self.prompts = self._prompt_plan(contexts)
         self.solution = request.absorption.solution(self.spec) if request.absorption else None
+        self.prior = request.absorption.drawn_towards(self.spec) if request.absorption else None
         self.origin = {"prompt": host_model.prompt_digest(context), "seed": request.seed}
         stream = request.stream
         self.decoder = HostDecoder(stream.vae, latent_space=stream.latent_space, fast=True) if stream else None
@@ -91,6 +93,8 @@ class Prepared:
         self.text_tokens = max(one.shape[1] for words in contexts for one in words.embeddings)
         recaches = self._recaches()
         self.warnings += self.built.recache_told if recaches else []
+        self.built = with_budget(self.built, request.model, self.text_tokens, vae_bytes, self.latent_length)
+        self.spec = self.built.spec
         self.plan = self.built.plan(
             self.text_tokens,
             vae_bytes,

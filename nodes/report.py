@@ -211,7 +211,9 @@ def _absorption(job: Prepared, rollout: Rollout) -> dict[str, Any] | None:
     if rollout.absorber is None:
         return None
     report = rollout.absorber.report()
-    if report["phase"] == "nothing to absorb" and job.spec.absorption.layers(job.spec.geometry.layers):
+    if rollout.absorber.ends.never:
+        job.warnings.append(f"nothing was absorbed: {report['switch']['why']}")
+    elif report["phase"] == "nothing to absorb" and job.spec.absorption.layers(job.spec.geometry.layers):
         job.warnings.append(
             "nothing was absorbed: within the warm-up no layer held more than the sink and the local window; give a larger "
             "window_frames or warmup_frames, or a smaller local_window_frames"

@@ -7,7 +7,7 @@ the switched layers have given back what they do not need.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..anchors import Anchor
@@ -15,6 +15,7 @@ from ..cache.byte_plan import CachePlan, LayerSpec
 from ..cache.phases import Phase
 from .moments import Moments
 from .settings import PHASES, AbsorptionSettings, blocks_of
+from .warm_up import GIB, Ends, cache_bytes, ends_of
 
 WARMING, SWITCHED, NOTHING = PHASES
 
@@ -36,6 +37,11 @@ def switched_layers(
     """All layers once the chosen ones are small."""
     small = set(chosen)
     return tuple(small_layer(one, settings, pinned) if i in small else one for i, one in enumerate(layers))
+
+
+def sets_of(settings: AbsorptionSettings) -> int:
+    """How many statistics there are of a layer: those seen, between if a chunk lies apart, held out, and of the chunk under way."""
+    return 4 if settings.apart else 3
 
 
 @dataclass(frozen=True)
@@ -75,32 +81,64 @@ class Absorbed:
 
         Where nobody knows yet which layers will be switched, they are those that give back least.
         """
-        settings, whole = self.settings, Phase(NOTHING, plan.layers)
         items = 1 if standing is not None and standing.shared else plan.batch
         if standing is not None and standing.phase == SWITCHED:
-            layers = switched_layers(plan.layers, standing.chosen, settings, standing.pinned)
+            layers = switched_layers(plan.layers, standing.chosen, self.settings, standing.pinned)
             return (Phase(SWITCHED, layers, None, items * self._after(plan, standing.chosen, True)),)
+        ends = self.ends(plan)
+        phases = self._until(plan, ends, chosen, standing, made)
+        self._check_budget(replace(plan, phases=phases), ends)
+        return phases
+
+    def ends(self, plan: CachePlan) -> Ends:
+        """When the warm-up of a run of `plan` ends. It is the same for a correction that was solved before."""
+
+        def planned(whole: CachePlan, frames: int) -> CachePlan:
+            return replace(whole, phases=self._until(whole, Ends(frames, frames)))
+
+        return ends_of(self.settings, plan, self.chunk_frames, planned)
+
+    def _until(
+        self,
+        plan: CachePlan,
+        ends: Ends,
+        chosen: tuple[int, ...] | None = None,
+        standing: Standing | None = None,
+        made: int = 0,
+    ) -> tuple[Phase, ...]:
+        """The phases of a warm-up that ends so."""
+        settings, whole = self.settings, Phase(NOTHING, plan.layers)
+        items = 1 if standing is not None and standing.shared else plan.batch
         given = chosen is not None
-        sure = given or (standing is not None and standing.collected) or self.has_history(plan, self._earliest)
-        never = not sure and not self.has_history(plan, settings.warmup_frames - 1)
+        # the first frame of the last chunk that is collected lies here or later
+        last = max(0, ends.earliest - self.chunk_frames)
+        sure = given or (standing is not None and standing.collected) or self.has_history(plan, last)
+        never = ends.never or not (sure or self.has_history(plan, ends.latest - 1))
         if not settings.layers(len(plan.layers)) or never or (standing is not None and standing.phase == NOTHING):
             return (whole,)
-        most = max(settings.warmup_frames + self.chunk_frames - 1, made)
-        statistics = 0 if given else 3 * items * len(plan.layers) * self._statistics(plan)
+        most = max(ends.latest + self.chunk_frames - 1, made)
+        statistics = 0 if given else sets_of(settings) * items * len(plan.layers) * self._statistics(plan)
         warm = Phase(WARMING, plan.layers, most, statistics)
-        if plan.frames is not None and plan.frames < settings.warmup_frames:
+        if plan.frames is not None and plan.frames < ends.earliest:
             return (warm,)
         if not sure:
             return warm, whole
-        pinned = self.pinned_of(plan)
+        # they come until all are there, and later leave the window one after the other
+        pinned = self.pinned_of(plan, min(max(ends.earliest, self.first_frames), ends.latest))
         chosen = self._cheapest(plan, pinned) if chosen is None else chosen
         layers = switched_layers(plan.layers, chosen, settings, pinned)
         return warm, Phase(SWITCHED, layers, None, items * self._after(plan, chosen, given))
 
-    @property
-    def _earliest(self) -> int:
-        """The first frame of the last chunk that is collected lies here or later."""
-        return max(0, self.settings.warmup_frames - self.chunk_frames)
+    def _check_budget(self, plan: CachePlan, ends: Ends) -> None:
+        """ValueError if even the shortest warm-up of a video of known length takes more than the budget."""
+        settings = self.settings
+        if settings.switch != "memory" or plan.frames is None or ends.never or ends.latest > settings.warmup_frames:
+            return
+        if (taken := cache_bytes(plan)) > settings.budget_gib * GIB:
+            raise ValueError(
+                f"the budget is {settings.budget_gib:g} GiB, and with the least warm-up, {settings.warmup_frames} latent frames, "
+                f"cache and statistics take {taken / GIB:.4g} GiB: give a larger budget_gib or ratio, or a smaller window_frames"
+            )
 
     @property
     def first_frames(self) -> int:
@@ -119,9 +157,9 @@ class Absorbed:
         newest = set(ring[max(0, len(ring) - self.settings.local_window_frames) :])
         return any(f not in newest and f >= self.first_frames for f in ring)
 
-    def pinned_of(self, plan: CachePlan) -> int:
-        """How many frames of its window a switched layer pins, if the warm-up ends as early as it can."""
-        return sum(f < self.first_frames for f in self._window(plan, self.settings.warmup_frames))
+    def pinned_of(self, plan: CachePlan, frames: int) -> int:
+        """How many frames of its window a layer pins that is switched when `frames` have been made."""
+        return sum(f < self.first_frames for f in self._window(plan, frames))
 
     def _cheapest(self, plan: CachePlan, pinned: int) -> tuple[int, ...]:
         """The layers that give back least, as many as are switched."""
@@ -135,7 +173,7 @@ class Absorbed:
         return tuple(sorted(every[: self.settings.layers(len(plan.layers))]))
 
     def _statistics(self, plan: CachePlan) -> int:
-        """Bytes of one layer's statistics of one item. There are those seen, held out, and of the chunk under way."""
+        """Bytes of one layer's statistics of one item."""
         return Moments.nbytes_of(plan.width, blocks_of(self.settings, plan.heads))
 
     def _after(self, plan: CachePlan, chosen: tuple[int, ...], given: bool) -> int:
@@ -147,4 +185,4 @@ class Absorbed:
         numbers = plan.width + (2 * size * settings.rank if low else blocks * size * size)
         same = plan.dtype.itemsize == 4  # then both are one tensor
         each = numbers * ((0 if given or same else 4) + plan.dtype.itemsize)
-        return len(chosen) * each + 3 * len(watched_of(chosen, settings)) * self._statistics(plan)
+        return len(chosen) * each + sets_of(settings) * len(watched_of(chosen, settings)) * self._statistics(plan)

@@ -16,21 +16,25 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from ..anchors import Anchor
 from ..cache.host_copies import HostCopies, frame_block_bytes
 from ..cache.kv_cache import KVCache
 from ..cache.phases import Phase
 from ..cache.slots import LayerSlots
 from ..rope import Rope
-from .absorbed_phases import NOTHING, SWITCHED, WARMING, switched_layers, watched_of
+from .absorbed_phases import NOTHING, SWITCHED, WARMING, Absorbed, switched_layers, watched_of
 from .collector import Collector
 from .corrections import Corrections
 from .host_history import HostHistory
 from .items import Collectors, apart, together
-from .moments import Moments
+from .prior import Prior, check_named
 from .sensitivity import Again, changes_without
 from .settings import AbsorptionSettings, blocks_of
 from .solve import Correction, Fit, Solution, fit, residual
+from .told import how_chosen, residuals_told, switch_told
+from .warm_up import Learning, why_switched
 
 # how many measurements are kept; when there are more, those of every second instant are forgotten
 MOST_WATCHED = 2048
@@ -56,13 +60,24 @@ class Absorber:
     """Mutable, private to one run, like the cache that it shrinks."""
 
     def __init__(
-        self, settings: AbsorptionSettings, cache: KVCache, anchor: Anchor, rope: Rope, solution: Solution | None = None
+        self,
+        settings: AbsorptionSettings,
+        cache: KVCache,
+        anchor: Anchor,
+        rope: Rope,
+        solution: Solution | None = None,
+        prior: Prior | None = None,
     ) -> None:
-        """`solution`: one that was made before for the same model, prompt and seed. Nothing is collected if it is given."""
+        """`solution`: one that was made before for the same model, prompt and seed. Nothing is collected if it is given. `prior`:
+        the one that the settings name; ValueError for another, or none where something is solved."""
+        if solution is None or settings.refresh != "never" or prior is not None:
+            check_named(settings, prior)
         self.settings, self.cache, self.anchor = settings, cache, anchor
         pinned = settings.pinned(anchor.frames) if anchor.state_frames else settings.sink_frames
         self.corrections = Corrections(settings, cache, pinned, rope)
-        self.phase = WARMING if settings.layers(len(cache.layers)) else NOTHING
+        self.prior, self.learning = prior, Learning()
+        self.ends = Absorbed(settings, anchor, cache.plan.chunk_frames).ends(cache.plan)
+        self.phase = WARMING if settings.layers(len(cache.layers)) and not self.ends.never else NOTHING
         # copied, because solving anew changes the fits, and the given ones belong to the caller
         self.solution = None if solution is None else replace(solution, fits=dict(solution.fits))
         self._given = solution is not None
@@ -79,14 +94,17 @@ class Absorber:
         # the prompt and seed of this run, and those of the run that solved
         self.origin: dict[str, Any] = {}
         self.solved_for: dict[str, Any] = {}
+        # for the report: the first frame after the switch, why then, and how the ridges were chosen
+        self.switched_at: int | None = None
+        self.why = self.how = ""
         self.chunks_since = 0
         # whether the chunks collected wait to be measured
         self.due = False
 
     def _collector(self, layers: Iterable[int]) -> Collectors:
         blocks, layers = blocks_of(self.settings, self.cache.heads), tuple(layers)
-        width, device = self.cache.plan.width, self.cache.device
-        return Collectors([Collector(layers, width, blocks, device) for _ in range(self.items)])
+        width, device, apart = self.cache.plan.width, self.cache.device, self.settings.apart
+        return Collectors([Collector(layers, width, blocks, device, apart) for _ in range(self.items)])
 
     def resume_collecting(self, items: int, state: dict[str, Any]) -> None:
         """Go on with the statistics of `state`, of so many items: its batch, or one for all of them."""
@@ -102,6 +120,15 @@ class Absorber:
     @property
     def _rank(self) -> int | None:
         return self.settings.rank if self.settings.scope == "lowrank" else None
+
+    def _prior_of(self, layer: int) -> torch.Tensor | None:
+        return None if self.prior is None else self.prior.matrix(layer, self.cache.device)
+
+    def _fit(self, collector: Collector, layer: int) -> Fit:
+        """A layer's fit on what one item, or all of them, collected."""
+        parts = (sums[layer] for sums in (collector.seen, collector.held_out))
+        ridges = self.settings.ridges(collector.chunks)
+        return fit(*parts, ridges, self._rank, collector.between[layer], self._prior_of(layer))
 
     def start_chunk(self) -> None:
         """Decide what this chunk collects, and forget what an unfinished one left."""
@@ -148,12 +175,20 @@ class Absorber:
     def catch_up(self, next_frame: int, look: object = None) -> None:
         """Solve, switch or measure if that is due. `next_frame` is the index of the next chunk's first frame. `look` is not used:
         everything that is needed was collected while the chunks were made."""
-        if self.phase == WARMING and next_frame >= self.settings.warmup_frames:
-            self._solve()
+        if self.phase == WARMING and self._over(next_frame):
+            self._solve(next_frame)
         elif self.due:
             self._measure(next_frame)
 
-    def _solve(self) -> None:
+    def _over(self, next_frame: int) -> bool:
+        """Whether the warm-up ends here."""
+        stopped = False
+        if self.settings.switch == "learned" and not self._given:
+            self.learning.measure(next_frame, self.collector, self.settings, self._rank, self._prior_of)
+            stopped = self.learning.stopped and next_frame >= self.ends.earliest
+        return stopped or next_frame >= self.ends.latest
+
+    def _solve(self, next_frame: int) -> None:
         """Fit every layer, choose, and switch the chosen ones at one instant."""
         start = time.perf_counter()
         if self.solution is None and not self.collector.chunks:
@@ -163,6 +198,8 @@ class Absorber:
         pinned = len(self.cache.layers[0].first_of(self.corrections.pinned))
         switch = self._switch(solution, pinned, moved=True)
         collector = self._collecting_on(switch.histories)
+        self.switched_at, self.why = next_frame, why_switched(self.settings, self.ends, self.learning)
+        self.how = how_chosen(self.settings, 0 if self._given else self.collector.chunks)
         self.collector, self.solved_for = collector, dict(self.origin)
         self._take(solution, switch)
         self.seconds = time.perf_counter() - start
@@ -176,10 +213,6 @@ class Absorber:
         fits = {i: f if i in chosen else replace(f, correction=None) for i, f in fits.items()}
         return Solution(chosen, fits, changes)
 
-    def _fit(self, collector: Collector, layer: int) -> Fit:
-        """A layer's fit on what one item, or all of them, collected."""
-        return fit(collector.seen[layer], collector.held_out[layer], self.settings.ridges, self._rank)
-
     @property
     def asks_passes(self) -> bool:
         """Whether the choice of layers asks for passes: it is made by what they change, and there is something to choose."""
@@ -191,7 +224,7 @@ class Absorber:
         """How many passes the choice of layers will take once `frames` latent frames are made; 0 if it is made already, or nothing
         is collected until then."""
         ends = any(phase.name == SWITCHED for phase in self.cache.plan.phases)
-        due = self.phase == WARMING and ends and frames >= self.settings.warmup_frames
+        due = self.phase == WARMING and ends and frames >= self.ends.earliest
         return len(self.cache.layers) + 1 if due and self.asks_passes else 0
 
     def find_nothing(self) -> None:
@@ -279,7 +312,7 @@ class Absorber:
         discrepancy = float(whole.missing_energy) / max(float(whole.full_energy), 1e-30)
         wanted = self.settings.refresh == "always" or now > self.settings.drift * first
         asked = self.settings.refresh != "never" and wanted
-        return now, discrepancy, self._refresh(layer, seen, newest, old) if asked else None
+        return now, discrepancy, self._refresh(layer, parts, old) if asked else None
 
     def _collecting_on(self, layers: Iterable[int]) -> Collectors:
         """The collector for later measurements. If corrections are solved anew, it has all rows collected so far, else none."""
@@ -287,10 +320,10 @@ class Absorber:
             return self.collector.of(layers)
         return self._collector(layers)
 
-    def _refresh(self, layer: int, seen: Moments, held_out: Moments, old: Fit) -> Fit | None:
+    def _refresh(self, layer: int, parts: Collector, old: Fit) -> Fit | None:
         """A layer solved anew for one item; None if the `old` fit does as well on the rows held out."""
-        new = fit(seen, held_out, self.settings.ridges, self._rank)
-        return None if residual(held_out, old.correction) <= new.residual else new
+        new = self._fit(parts, layer)
+        return None if residual(parts.held_out[layer], old.correction) <= new.residual else new
 
     def _bytes(self) -> dict[str, Any]:
         """Keys and values on the device without absorption, now, and at most; the shares of the cache that absorption gave back now
@@ -320,16 +353,10 @@ class Absorber:
             "solve_seconds": round(self.seconds, 4),
             "select": self.settings.select,
             "selection_passes": len(self.cache.layers) + 1 if changes else 0,
-            "residuals": [
-                {"layer": i, "before": one.discrepancy, "after": one.residual, "ridge": str(one.ridge)}
-                | ({"change": changes[i]} if i in changes else {})
-                | (
-                    {"items": [{"before": d, "after": r, "ridge": str(lam)} for lam, r, d in one.items]}
-                    if one.items
-                    else {}
-                )
-                for i, one in sorted(fits.items())
-            ],
+            "residuals": residuals_told(fits, changes),
+            "switch": switch_told(self),
+            "ridge_chosen": self.how,
+            "prior": self.settings.prior or None,
             "monitor": list(self.watched),
         }
 

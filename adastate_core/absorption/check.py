@@ -12,12 +12,13 @@ from ..anchors import Anchor
 from ..cache.byte_plan import CachePlan
 from ..files.header_check import Damage, Fields, Tensors, number, shown, whole
 from .absorbed_phases import small_layer, watched_of
+from .collector import KINDS
 from .moments import FIELDS
-from .settings import PHASES, AbsorptionSettings, blocks_of
+from .settings import BEFORE, PHASES, AbsorptionSettings, blocks_of
 
 PARTS = ("constant", "matrix", "left", "right")
 # what a solution holds beside them
-NUMBERS = ("chosen", "fits", "items", "changes")
+NUMBERS = ("chosen", "fits", "items", "changes", "towards")
 
 
 def settings_of(described: Fields) -> AbsorptionSettings:
@@ -27,6 +28,9 @@ def settings_of(described: Fields) -> AbsorptionSettings:
     takes |= {"str": described.text, "float | None": lambda n: _ridge_of(described, n)}
     found = {f.name: takes[str(f.type)](f.name) for f in fields(AbsorptionSettings) if described.has(f.name)}
     described.done()
+    found = BEFORE | found
+    if found["switch"] == "memory" and not found["budget_gib"]:
+        raise Damage(f"{described.path('budget_gib')} is missing, and memory asks by it")
     try:
         return AbsorptionSettings(**found)
     except ValueError as error:
@@ -77,18 +81,40 @@ def check_absorption(
         state.inner("solved_for")
         if state.has("due"):
             state.yes_no("due")
+        if state.has("switched_at"):
+            state.whole("switched_at")
+        for text in ("why", "how"):
+            if state.has(text):
+                state.text(text)
         _check_watched(state, count, items)
         for i in collected:
             _check_history(state, tensors, i, settings, plan, pinned)
     elif pinned:
         raise Damage(f"{state.path('pinned')} is {pinned}, although no layer is switched")
+    _check_warm_up(state, phase)
     if phase != PHASES[2] and (phase == PHASES[0] or state.has("collector.chunks")):
         chunks, blocks = state.whole("collector.chunks"), blocks_of(settings, plan.heads)
-        for kind in ("seen", "held_out") if chunks else ():
-            for i in collected:
+        lies_between = settings.apart and chunks > 2
+        for kind in KINDS if chunks else ():
+            for i in collected if kind != "between" or lies_between else ():
                 _check_moments(tensors, f"{state.where}.collector.{kind}.{i}", plan.width, blocks, items)
     state.done()
     return chosen, pinned
+
+
+def _check_warm_up(state: Fields, phase: str) -> None:
+    """How a warm-up learns, and while it lasts whose run it is."""
+    for i, pair in enumerate(state.listed("learned")) if phase != PHASES[2] and state.has("learned") else ():
+        path = f"{state.path('learned')}[{i}]"
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise Damage(f"{path} is {shown(pair)}, not a frame and the share that is left")
+        whole(f"{path}[0]", pair[0])
+        number(f"{path}[1]", pair[1], 0)
+    if phase == PHASES[0] and state.has("origin"):
+        origin = state.inner("origin")
+        origin.text("prompt")
+        origin.whole("seed", 0, 2**64 - 1)
+        origin.done()
 
 
 def check_solution(
@@ -130,6 +156,9 @@ def check_numbers(state: Fields, prefix: str = "") -> tuple[int, ...]:
         _ridge(f"{name}[{i}][1]", one[1])
         for j in (2, 3):
             number(f"{name}[{i}][{j}]", one[j], 0)
+    towards = state.wholes(f"{prefix}towards") if state.has(f"{prefix}towards") else []
+    if not set(towards) <= set(seen):
+        raise Damage(f"{state.path(prefix)}towards is {shown(towards)}, not some of the layers of {name}")
     if len(seen) != len(set(seen)) or not set(chosen) <= set(seen):
         raise Damage(f"{name} are of layers {shown(seen)}, not each once and all of chosen, {shown(list(chosen))}")
     for i, pair in enumerate(state.listed(f"{prefix}changes")) if state.has(f"{prefix}changes") else ():

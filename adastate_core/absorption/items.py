@@ -80,7 +80,7 @@ def together(fits: Sequence[Fit]) -> Fit:
     corrections = [fit.correction for fit in fits]
     stacked = None if corrections[0] is None else stack(corrections)
     mean = [sum(getattr(fit, name) for fit in fits) / len(fits) for name in ("residual", "discrepancy")]
-    return Fit(stacked, max(fit.ridge for fit in fits), *mean, items=figures(fits))
+    return Fit(stacked, max(fit.ridge for fit in fits), *mean, figures(fits), any(fit.towards for fit in fits))
 
 
 def figures(fits: Sequence[Fit]) -> tuple[tuple[float, float, float], ...]:
@@ -92,7 +92,9 @@ def apart(fit: Fit, items: int) -> list[Fit]:
     """The fits of a layer's single items. If there is one for all, each of them has that one."""
     if not fit.items:
         return [fit] * items
-    return [Fit(fit.correction and of_item(fit.correction, i), *one) for i, one in enumerate(fit.items)]
+    return [
+        Fit(fit.correction and of_item(fit.correction, i), *one, towards=fit.towards) for i, one in enumerate(fit.items)
+    ]
 
 
 def stack(corrections: Sequence[Correction]) -> Correction:

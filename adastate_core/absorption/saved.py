@@ -32,6 +32,8 @@ def solution_state(solution: Solution) -> dict[str, Any]:
         state["items"] = items
     if solution.changes:
         state["changes"] = sorted(solution.changes.items())
+    towards = sorted(i for i, f in solution.fits.items() if f.towards)
+    state |= {"towards": towards} if towards else {}
     for i in solution.chosen:
         for name, tensor in zip(PARTS, solution.fits[i].correction.parts(), strict=True):
             if tensor is not None:
@@ -47,7 +49,11 @@ def solution_from(
     fields, tensors = _parts(state)
     chosen = check_solution(fields, "", tensors, settings, layers, width, heads, batch)
     items = {i: tuple((float(ridge), float(a), float(b)) for ridge, a, b in each) for i, each in state.get("items", ())}
-    fits = {i: Fit(None, float(ridge), float(a), float(b), items.get(i, ())) for i, ridge, a, b in state["fits"]}
+    towards = set(state.get("towards", ()))
+    fits = {
+        i: Fit(None, float(ridge), float(a), float(b), items.get(i, ()), i in towards)
+        for i, ridge, a, b in state["fits"]
+    }
     for i in chosen:
         parts = {name: state.get(f"fit.{i}.{name}") for name in PARTS}
         fits[i] = replace(fits[i], correction=Correction(**parts))
@@ -66,12 +72,17 @@ def absorber_state(absorber: Absorber) -> dict[str, Any]:
     state: dict[str, Any] = {"phase": absorber.phase, "pinned": 0}
     state |= {"items": absorber.items} if absorber.items > 1 else {}
     if absorber.phase == PHASES[0]:
+        state |= {"learned": [list(one) for one in absorber.learning.curve]} if absorber.learning.curve else {}
+        state |= {"origin": dict(absorber.origin)} if absorber.origin else {}
         return state | {f"collector.{k}": v for k, v in absorber.collector.state().items()}
     if absorber.phase == PHASES[1]:
         first = absorber.solution.chosen[0]
         state["pinned"] = absorber.cache.phase.layers[first].pinned_frames
         state |= {"chunks_since": absorber.chunks_since, "watched": [dict(entry) for entry in absorber.watched]}
         state |= {"seconds": absorber.seconds, "solved_for": dict(absorber.solved_for), "due": absorber.due}
+        state |= {"switched_at": absorber.switched_at} if absorber.switched_at is not None else {}
+        state |= {"why": absorber.why, "how": absorber.how} if absorber.why else {}
+        state |= {"learned": [list(one) for one in absorber.learning.curve]} if absorber.learning.curve else {}
         firsts = sorted(absorber.first_residuals.items())
         state["first_residuals"] = [(i, each[0] if absorber.items == 1 else list(each)) for i, each in firsts]
         state |= {f"collector.{k}": v for k, v in absorber.collector.state().items()}
@@ -93,6 +104,7 @@ def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
         tensors.done()
     except Damage as error:
         raise ValueError(f"the state's absorption is damaged: {error}; use another state, or make it again") from error
+    absorber.learning.curve = [(frame, float(left)) for frame, left in state.get("learned", [])]
     items = state.get("items", 1)
     if state["phase"] == PHASES[0]:
         absorber.resume_collecting(items, under("collector.", state))
@@ -106,6 +118,8 @@ def restore_absorber(absorber: Absorber, state: dict[str, Any]) -> None:
         absorber.resume_switched(state.get("pinned", 0), state["chunks_since"], watched)
         absorber.seconds, absorber.solved_for = float(state["seconds"]), dict(state["solved_for"])
         absorber.due = state.get("due", False)
+        absorber.switched_at = state.get("switched_at")
+        absorber.why, absorber.how = state.get("why", ""), state.get("how", "")
         firsts = state.get("first_residuals", [])
         absorber.first_residuals = {
             i: tuple(one) if isinstance(one, list | tuple) else (float(one),) for i, one in firsts

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 PHASES = ("warming", "switched", "nothing to absorb")
 SCOPES = ("head", "layer", "lowrank")
 REFRESHES = ("never", "drift", "always")
 SELECTIONS = ("sensitivity", "residual", "discrepancy", "explained", "saved")
-# tried from right to left, so that doing nothing wins ties (measured: small ridges overfit badly)
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
+# when the warm-up ends: at its length, when the cache would outgrow its budget, or when more of it no longer helps
+SWITCHES = ("fixed", "memory", "learned")
+# how an automatic ridge is chosen: on a chunk apart from those that it was fitted on; in states of before on the one next to them
+JUDGES = ("apart", "next")
+# tried from right to left, so that doing nothing wins ties (measured: smaller ridges overfit what is near in time)
+RIDGES = (0.3, 1.0, 3.0, 10.0, math.inf)
+RIDGES_BEFORE = (0.03, 0.1, *RIDGES)
+# where too few chunks are collected to choose on one apart from the others
+SHORT = (1.0, math.inf)
+# so many have to be collected: two to fit on, one between, one to judge on
+LEAST_APART = 4
 # how many of the newest chunks a new solve gets, in addition to all that were collected before
 REFRESH_CHUNKS = 4
 
@@ -22,8 +31,8 @@ class AbsorptionSettings:
 
     After `warmup_frames`, floor(`ratio` * layers) layers are switched: those whose history is best absorbed. A switched layer keeps
     only the first `sink_frames` frames (less those that the anchor holds), the newest `local_window_frames`, and the chunk
-    being made. `ridge`: a number, or None to choose from RIDGES on held-out rows. `absorb` off is the paper's No Absorb: the same
-    as an infinite ridge.
+    being made. `ridge`: a number, or None to choose from RIDGES on held-out rows, as `judge` says. `absorb` off is the paper's No
+    Absorb: the same as an infinite ridge.
 
     `monitor_layers` of the switched layers (-1: all) keep their history in host memory. Every `monitor_chunks` chunks their
     residual is measured again. They may then be solved anew: with `refresh` "always" each time, with "drift" only if the
@@ -34,6 +43,12 @@ class AbsorptionSettings:
     `select`, one of SELECTIONS, says which layers absorb best: those without whose history the picture changes least
     ("sensitivity", sensitivity.py), those with the least error left, with the least to absorb, with most of it explained, or
     (of "saved") those that come first in `saved_layers`.
+
+    `prior`: the fingerprint of the prior that corrections are drawn towards (prior.py), "" without one.
+
+    `switch` says when the warm-up ends: "fixed" after `warmup_frames`; "memory" as late as cache and statistics stay within
+    `budget_gib` GiB of the device (0: not known yet); "learned" when the held-out error no longer falls, at the latest after
+    `most_warmup_frames` (0: twice `warmup_frames`). It never ends before `warmup_frames`.
     """
 
     ratio: float = 0.5
@@ -50,6 +65,11 @@ class AbsorptionSettings:
     refresh: str = "never"
     drift: float = 1.5
     saved_layers: tuple[int, ...] = ()
+    judge: str = "apart"
+    prior: str = ""
+    switch: str = "fixed"
+    budget_gib: float = 0.0
+    most_warmup_frames: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
@@ -61,6 +81,7 @@ class AbsorptionSettings:
             "rank": (self.rank, 1),
             "monitor_layers": (self.monitor_layers, -1),
             "monitor_chunks": (self.monitor_chunks, 1),
+            "most_warmup_frames": (self.most_warmup_frames, 0),
         }
         for name, (value, low) in least.items():
             if value < low:
@@ -69,7 +90,13 @@ class AbsorptionSettings:
             raise ValueError(f"ridge is {self.ridge}; it must be a number of at least 0, or auto")
         if not self.drift >= 0:
             raise ValueError(f"drift is {self.drift}; it must be at least 0")
-        choices = (("scope", SCOPES), ("select", SELECTIONS), ("refresh", REFRESHES))
+        choices = (
+            ("scope", SCOPES),
+            ("select", SELECTIONS),
+            ("refresh", REFRESHES),
+            ("judge", JUDGES),
+            ("switch", SWITCHES),
+        )
         for name, value, known in ((name, getattr(self, name), known) for name, known in choices):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
@@ -84,6 +111,25 @@ class AbsorptionSettings:
         if self.refresh != "never" and not self.monitor_layers:
             raise ValueError(
                 f"refresh {self.refresh} needs layers that keep their history: give monitor_layers, -1 for all"
+            )
+        self._check_prior_and_switch()
+
+    def _check_prior_and_switch(self) -> None:
+        if self.prior and not self.absorb:
+            raise ValueError("a prior does nothing with absorb off: turn absorb on, or leave the prior out")
+        if not 0 <= self.budget_gib < math.inf:
+            raise ValueError(f"budget_gib is {self.budget_gib}; it must be a number of GiB, or 0 for what is free")
+        if self.switch != "learned":
+            return
+        if not self.absorb or (self.ridge is not None and math.isinf(self.ridge) and not self.prior):
+            raise ValueError(
+                "switch when it stopped learning needs something that learns: turn absorb on and give a finite ridge, or switch "
+                "after the warm-up"
+            )
+        if 0 < self.most_warmup_frames < self.warmup_frames:
+            raise ValueError(
+                f"most_warmup_frames is {self.most_warmup_frames}; it must be at least warmup_frames, {self.warmup_frames}, or 0 "
+                "for twice that"
             )
 
     def pinned(self, anchor_frames: int) -> int:
@@ -112,26 +158,58 @@ class AbsorptionSettings:
         return 1 if self.refresh == "never" else min(REFRESH_CHUNKS, self.monitor_chunks)
 
     @property
-    def ridges(self) -> tuple[float, ...]:
-        """Candidates, from the largest down."""
+    def longest_frames(self) -> int:
+        """Latent frames after which a warm-up of "learned" ends at the latest."""
+        return self.most_warmup_frames or 2 * self.warmup_frames
+
+    @property
+    def apart(self) -> bool:
+        """Whether a chunk lies between those to fit on and the one to judge on: where a ridge is chosen, or learning is watched."""
+        choosing = self.absorb and self.ridge is None and self.judge == "apart"
+        return choosing or self.switch == "learned"
+
+    def ridges(self, chunks: int) -> tuple[float, ...]:
+        """Candidates, from the largest down, where so many `chunks` are collected."""
         if not self.absorb:
             return (math.inf,)
-        return tuple(reversed(RIDGES)) if self.ridge is None else (self.ridge,)
+        if self.ridge is not None:
+            return (self.ridge,)
+        if self.judge == "next":
+            return tuple(reversed(RIDGES_BEFORE))
+        return tuple(reversed(RIDGES if chunks >= LEAST_APART else SHORT))
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; equal descriptions mean equal behaviour. Descriptions of before have no saved layers."""
+        """JSON-able; equal descriptions mean equal behaviour. What settings of before do not name is left out where it is as
+        theirs."""
         told = asdict(self) | {"ridge": None if self.ridge is None else str(self.ridge)}
-        saved = told.pop("saved_layers")
-        return told | ({"saved_layers": list(saved)} if saved else {})
+        told = {name: value for name, value in told.items() if name not in BEFORE or BEFORE[name] != value}
+        return told | ({"saved_layers": list(self.saved_layers)} if self.saved_layers else {})
+
+
+# the settings that descriptions of before do not name, as they were then
+BEFORE = {
+    "saved_layers": (), "judge": "next", "prior": "", "switch": "fixed", "budget_gib": 0.0, "most_warmup_frames": 0,
+}  # fmt: skip
 
 
 def settings_from(description: dict[str, Any]) -> AbsorptionSettings:
     """The settings that `describe` described. ValueError or TypeError for anything else."""
     ridge = description.get("ridge")
-    saved = tuple(description.get("saved_layers", ()))
-    return AbsorptionSettings(
-        **(description | {"ridge": None if ridge is None else float(ridge), "saved_layers": saved})
-    )
+    there = BEFORE | description
+    numbers = {"ridge": None if ridge is None else float(ridge), "saved_layers": tuple(there["saved_layers"])}
+    return AbsorptionSettings(**(there | numbers))
+
+
+def as_in_state(settings: AbsorptionSettings, state: Any) -> AbsorptionSettings:
+    """The same settings for a run that goes on from one that `state` describes: what no input says is as it was there, and so is a
+    budget that is not known yet."""
+    if not isinstance(state, dict):
+        return settings
+    there = BEFORE | state
+    settings = replace(settings, judge=there["judge"]) if there["judge"] in JUDGES else settings
+    budget = there["budget_gib"]
+    open_budget = settings.switch == there["switch"] == "memory" and not settings.budget_gib
+    return replace(settings, budget_gib=budget) if open_budget and isinstance(budget, float) else settings
 
 
 def blocks_of(settings: AbsorptionSettings, heads: int) -> int:

@@ -3,6 +3,9 @@
 r = full - local is fitted on local by least squares with a constant: M = (G + lambda I)^-1 C from centred G and C,
 beta = mean(r) - mean(local) M, lambda = ridge * tr(G) / width of a block. The layer then computes o(local (I + M) + beta), where o
 is its output projection. Fitting a change of o's weight instead would give the same (shared notes on ISPA, section 4.2).
+
+With a prior M0 (prior.py) M = (G + lambda I)^-1 (C + lambda M0): the ridge draws M towards M0 and not towards 0, and an infinite
+ridge is M0 itself. beta is the video's own in both.
 """
 
 from __future__ import annotations
@@ -83,30 +86,22 @@ def nothing(moments: Moments) -> Correction:
     return Correction(torch.zeros_like(moments.local), torch.zeros_like(moments.gram))
 
 
-def solve(moments: Moments, ridge: float, rank: int | None = None) -> Correction:
-    """The fit at one ridge; infinity gives `nothing`. `rank` truncates M of a single block by its singular values.
+def solve(moments: Moments, ridge: float, rank: int | None = None, prior: torch.Tensor | None = None) -> Correction:
+    """The fit at one ridge, drawn towards `prior` M0 [blocks, c, c] or towards 0; an infinite ridge gives M0 with the constant that
+    goes with it, or `nothing`. `rank` truncates M of a single block by its singular values.
 
     The solve is a float64 Cholesky on the moments' device if that can do it, else on the CPU; the correction lies where it was
     solved. With hardly any ridge it is the least-norm solution, because float32 sums leave directions that are only rounding.
     """
     moments = moments.to(solving_device(moments.rows.device))
     m = float(moments.rows)
-    if math.isinf(ridge) or m < 2:
+    if m < 2 or (math.isinf(ridge) and prior is None):
         return nothing(moments)
-    gram, cross = moments.gram.double(), moments.cross.double()
-    blocks, size = gram.shape[:2]
-    mean_local, mean_missing = (t.double().view(blocks, 1, size) / m for t in (moments.local, moments.missing))
-    gram = gram - m * mean_local.mT @ mean_local
-    cross = cross - m * mean_local.mT @ mean_missing
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    regular = gram + (ridge * trace / size)[:, None, None] * torch.eye(size, dtype=torch.float64, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(regular)
-    if ridge < FLOOR or bool(failed.any()):
-        matrix = torch.linalg.pinv(regular, rtol=FLOOR, hermitian=True) @ cross
-    else:
-        matrix = torch.cholesky_solve(cross, factor)
+    gram, cross, mean_local, mean_missing = centred(moments)
+    target = None if prior is None else prior.to(gram.device, torch.float64)
+    matrix = target if math.isinf(ridge) else ridged(gram, cross, ridge, target)
     pair = None
-    if rank is not None and rank < size:
+    if rank is not None and rank < matrix.shape[-1]:
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         root = s[:, None, :rank].sqrt()
         pair = u[:, :, :rank] * root, root.mT * v[:, :rank]
@@ -115,6 +110,25 @@ def solve(moments: Moments, ridge: float, rank: int | None = None) -> Correction
     if pair is not None:
         return Correction(constant, None, *(t.float().contiguous() for t in pair))
     return Correction(constant, matrix.float().contiguous())
+
+
+def centred(moments: Moments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """G and C [blocks, c, c] about the means, and the means of local and missing rows [blocks, 1, c], all float64."""
+    m, (blocks, size) = float(moments.rows), moments.gram.shape[:2]
+    local, missing = (t.double().view(blocks, 1, size) / m for t in (moments.local, moments.missing))
+    return moments.gram.double() - m * local.mT @ local, moments.cross.double() - m * local.mT @ missing, local, missing
+
+
+def ridged(gram: torch.Tensor, cross: torch.Tensor, ridge: float, prior: torch.Tensor | None = None) -> torch.Tensor:
+    """(G + lambda I)^-1 (C + lambda M0) of centred G and C [blocks, c, c], float64; without a `prior` M0 is 0."""
+    size = gram.shape[-1]
+    weight = (ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / size)[:, None, None]
+    regular = gram + weight * torch.eye(size, dtype=torch.float64, device=gram.device)
+    known = cross if prior is None else cross + weight * prior
+    factor, failed = torch.linalg.cholesky_ex(regular)
+    if ridge < FLOOR or bool(failed.any()):
+        return torch.linalg.pinv(regular, rtol=FLOOR, hermitian=True) @ known
+    return torch.cholesky_solve(known, factor)
 
 
 def residual(moments: Moments, correction: Correction) -> float:
@@ -137,13 +151,14 @@ def residual(moments: Moments, correction: Correction) -> float:
 class Fit:
     """A layer's correction with the chosen `ridge` (None if the layer was not chosen). `residual` is the held-out error with the
     correction, and `discrepancy` the one without. `items`: (ridge, residual, discrepancy) of each item of a batch where each has
-    its own (items.py)."""
+    its own (items.py). `towards`: whether the ridge drew it towards a prior."""
 
     correction: Correction | None
     ridge: float
     residual: float
     discrepancy: float
     items: tuple[tuple[float, float, float], ...] = ()
+    towards: bool = False
 
     @property
     def explained(self) -> float:
@@ -161,13 +176,27 @@ class Solution:
     changes: dict[int, float] = field(default_factory=dict, repr=False)
 
 
-def fit(seen: Moments, held_out: Moments, ridges: Sequence[float], rank: int | None = None) -> Fit:
-    """Choose the ridge with the least residual on `held_out`; the first in order wins ties. Then solve on all rows."""
+def fit(
+    seen: Moments,
+    held_out: Moments,
+    ridges: Sequence[float],
+    rank: int | None = None,
+    between: Moments | None = None,
+    prior: torch.Tensor | None = None,
+) -> Fit:
+    """Choose the ridge with the least residual on `held_out`; the first in order wins ties. Then solve on all rows, those that lie
+    `between` the two among them. With a `prior` M0 all ridges draw towards it; where several are tried, nothing is tried first."""
     place = solving_device(seen.rows.device)
     seen, held_out = seen.to(place), held_out.to(place)
-    best, least = ridges[0], math.inf
-    for ridge in ridges:
-        error = residual(held_out, solve(seen, ridge, rank))
+    target = None if prior is None else prior.to(place)
+    tried = [(ridge, target) for ridge in ridges]
+    if target is not None and len(tried) > 1:
+        tried.insert(0, (math.inf, None))
+    best, least = tried[0], math.inf
+    for one in tried:
+        error = residual(held_out, solve(seen, one[0], rank, one[1]))
         if error < least:
-            best, least = ridge, error
-    return Fit(solve(seen.merged(held_out), best, rank), best, least, residual(held_out, nothing(held_out)))
+            best, least = one, error
+    whole = (seen if between is None else seen.merged(between.to(place))).merged(held_out)
+    found = solve(whole, best[0], rank, best[1])
+    return Fit(found, best[0], least, residual(held_out, nothing(held_out)), towards=best[1] is not None)

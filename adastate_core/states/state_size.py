@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..absorption.absorbed_phases import sets_of
 from ..absorption.moments import Moments
 from ..absorption.settings import blocks_of
 from ..cache.byte_plan import HOST, CachePlan, LayerSpec
@@ -43,12 +44,14 @@ def _layer_bytes(plan: CachePlan, room: LayerSpec) -> int:
 
 
 def _absorption_bytes(spec: RolloutSpec, plan: CachePlan) -> int:
-    """During the warm-up the statistics of all layers, seen and held out; later the corrections in float32, and of the watched
-    layers statistics and histories. Each item of a batch has its own."""
+    """During the warm-up the statistics of all layers but those of the chunk under way; later the corrections in float32, and of
+    the watched layers statistics and histories. Each item of a batch has its own."""
     if spec.absorption is None or not plan.phases:
         return 0
     settings, count, width = spec.absorption, len(plan.layers), plan.width
-    statistics = 2 * plan.batch * Moments.nbytes_of(width, blocks := blocks_of(settings, plan.heads))
+    statistics = (
+        (sets_of(settings) - 1) * plan.batch * Moments.nbytes_of(width, blocks := blocks_of(settings, plan.heads))
+    )
     switched = settings.layers(count)
     correction = 4 * plan.batch * (width + width * width // blocks)
     watched = switched if settings.monitor_layers < 0 else min(settings.monitor_layers, switched)

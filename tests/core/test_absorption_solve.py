@@ -129,7 +129,7 @@ def test_a_low_rank_of_full_rank_changes_nothing_and_a_lower_one_is_the_nearest(
 
 
 def test_the_ridge_is_chosen_on_held_out_rows_and_doing_nothing_wins_where_nothing_helps():
-    ridges = AbsorptionSettings().ridges
+    ridges = AbsorptionSettings().ridges(4)
     assert ridges[0] == math.inf and list(ridges) == sorted(ridges, reverse=True)
     seen, held = (moments_of(*activations(n, 16, seed=s), 1) for n, s in ((500, 0), (200, 70)))
     found = fit(seen, held, ridges)

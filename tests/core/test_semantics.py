@@ -172,4 +172,5 @@ def test_the_ridges():
     """semantics: Absorption: the solve."""
     from adastate_core.absorption.settings import AbsorptionSettings
 
-    assert sorted(AbsorptionSettings().ridges) == [0.03, 0.1, 0.3, 1, 3, 10, math.inf]
+    assert sorted(AbsorptionSettings().ridges(4)) == [0.3, 1, 3, 10, math.inf]
+    assert sorted(AbsorptionSettings().ridges(3)) == [1, math.inf]
