@@ -109,7 +109,7 @@ class Recall:
             return None
         asked = self.config["absorption"] | (row.absorption or {})
         # what decides after the warm-up is left out, so that rows which differ in it share one
-        given = {k: v for k, v in asked.items() if k not in ("ratio", "select", "absorb", "ridge")}
+        given = {k: v for k, v in asked.items() if k not in ("ratio", "select")}
         settings = AbsorptionSettings(**given, ratio=1.0, select="residual")
         key = json.dumps([row.shown, row.eight_bits, settings.describe()])
         if self._warm[0] != stream:
@@ -133,7 +133,8 @@ class Recall:
         if rollout.absorber is not None:
             report = rollout.absorber.report()
             found |= {"layers": report["layers"], "fits": report["residuals"]}
-            self.keep_tensors(row, stream, "solution", solution_state(rollout.absorber.solution))
+            if rollout.absorber.solution is not None:
+                self.keep_tensors(row, stream, "solution", solution_state(rollout.absorber.solution))
         if donor is not None:
             found["donor"] = self.kept[row.donor].streams[str(donor)]["own"]
         found["kv_bytes"] = rollout.cache.nbytes

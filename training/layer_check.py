@@ -62,7 +62,7 @@ class LayerCheck:
         full = self.roller.gone_on(Row(""), scene, stream, None, warm)[0]
         found = {"chosen": chosen["layers"], "sensitivity": sensitivities(chosen), "recall": self.recall(full, full)}
         for name, absorb in (("dropped", False), ("corrected", True)):
-            alone = self.alone(scene, stream, replace(settings, absorb=absorb), warm)
+            alone = self.alone(scene, stream, replace(settings, absorb=absorb))
             first = self.first * CHUNK_LATENTS
             found[name] = [(one - full)[:, first:].square().mean().item() for one in alone]
             found[f"{name}, recall"] = [self.recall(one, full) for one in alone]
@@ -74,8 +74,9 @@ class LayerCheck:
         collected(rollout, settings.warmup_frames, [])
         return rollout.absorber.report()
 
-    def alone(self, scene: Scene, stream: int, settings: AbsorptionSettings, warm: Warm) -> list[torch.Tensor]:
+    def alone(self, scene: Scene, stream: int, settings: AbsorptionSettings) -> list[torch.Tensor]:
         """By layer, latents [16, T, h, w] of the stream with it alone switched, by the correction that the stream itself gives."""
+        warm = self.roller.warmed(Row(""), scene, stream, settings)
         every = self.roller.rollout(Row(""), scene, stream, replace(settings, ratio=1.0), warm.state)
         collected(every, settings.warmup_frames, [])
         solved, one = every.absorber.solution.fits, replace(settings, ratio=1 / self.layers)

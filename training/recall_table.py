@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -170,26 +171,28 @@ def check_lines(name: str, streams: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def opening(config: dict[str, Any]) -> list[str]:
+    """What was done, in a paragraph, and the command."""
+    base, steps, window = config["absorption"], config["sampler_steps"], config["window_frames"]
+    text = (
+        f"The causal teacher (version 1 of the shipped weights), {steps} steps, window {window}, no anchor. The lantern is up in "
+        "every third chunk, its colour is in no condition, and the switch is after "
+        f"{base['warmup_frames']} latent frames. Rows differ in what their name says from: {base['select']}, "
+        f"ratio {base['ratio']}, warm-up {base['warmup_frames']}, sink {base['sink_frames']}, "
+        f"local window {base['local_window_frames']}. *Recall* is the share of returns in the colour that the lantern last had "
+        "before the switch; chance is about a quarter. *Dropped* layers lose their history and get no correction. Means with "
+        "95 % bootstrap intervals over streams; differences are taken stream by stream, with equal noise. *KV bytes* are those "
+        "after the switch. W8A8: weights and activations of all matrices of the blocks in int8, emulated exactly in float; the "
+        "correction stays in float."
+    )
+    command = "python3 run.py train absorption_recall --config training/configs/absorption_recall.toml"
+    return [*textwrap.wrap(text, 130), "", f"`{command} --streams {config['streams']}` makes this page."]
+
+
 def page(recall: Recall, checks: dict[str, list[dict[str, Any]]]) -> list[str]:
     """The whole page."""
-    config = recall.config
-    base = config["absorption"]
-    command = f"python3 run.py train absorption_recall --config training/configs/absorption_recall.toml --streams {config['streams']}"
-    lines = [
-        f"# Absorption: does the lantern come back in its colour? {config['streams']} streams",
-        "",
-        f"The causal teacher (version 1 of the shipped weights), {config['sampler_steps']} steps, window {config['window_frames']}, "
-        "no anchor. The lantern is up in every",
-        f"third chunk, its colour is in no condition, and the switch is after {base['warmup_frames']} latent frames. Rows differ in one "
-        f"thing from: {base['select']}, ratio {base['ratio']},",
-        f"warm-up {base['warmup_frames']}, sink {base['sink_frames']}, local window {base['local_window_frames']}. *Recall* is the "
-        "share of returns in the colour that the stream's own warm-up showed; chance is",
-        "about a quarter. Means with 95 % bootstrap intervals over streams; differences stream by stream, with equal noise.",
-        "",
-        f"`{command}`",
-        "",
-        *recall_lines(recall), "", *verdicts(recall), "",
-    ]  # fmt: skip
+    lines = [f"# Absorption: does the lantern come back in its colour? {recall.config['streams']} streams", ""]
+    lines += [*opening(recall.config), "", *recall_lines(recall), "", *verdicts(recall), ""]
     if any(row.donor and streams_of(recall, row) for row in recall.rows):
         lines += ["## Control: another stream's correction put in", "", *donor_lines(recall), ""]
     if any("pictures" in f for row in recall.rows for f in streams_of(recall, row).values()):
