@@ -109,7 +109,7 @@ class Recall:
             return None
         asked = self.config["absorption"] | (row.absorption or {})
         # what decides after the warm-up is left out, so that rows which differ in it share one
-        given = {k: v for k, v in asked.items() if k not in ("ratio", "select")}
+        given = {k: v for k, v in asked.items() if k not in ("ratio", "select", "saved_layers")}
         settings = AbsorptionSettings(**given, ratio=1.0, select="residual")
         key = json.dumps([row.shown, row.eight_bits, settings.describe()])
         if self._warm[0] != stream:
@@ -208,16 +208,17 @@ class Recall:
         self.kept[row.name].keep(stream, {"pictures": pictures})
 
     def run(self) -> None:
-        """Measure what is still to be measured: streams in groups, within which corrections are exchanged at the end."""
+        """Measure what is still to be measured: streams in groups, within which corrections are exchanged. Rows of few streams come
+        last."""
         size, count = self.config["together"], self.config["streams"]
         for first in range(0, count, size):
             group = range(first, min(first + size, count))
-            for exchanged in (False, True):
-                rows = [row for row in self.rows if bool(row.donor) == exchanged]
+            for few, exchanged in ((False, False), (False, True), (True, False), (True, True)):
+                rows = [row for row in self.rows if (bool(row.streams), bool(row.donor)) == (few, exchanged)]
                 for stream in group:
                     for row in (row for row in rows if self.wants(row, stream)):
                         self.measure(row, stream)
-                    log.info("stream %d%s", stream, ", exchanged" if exchanged else "")
+                        log.info("stream %d, %s", stream, row.name)
         for stream in range(min(count, self.config["pictured"])):
             for row in (row for row in self.rows if not row.donor):
                 if "pictures" not in self.kept[row.name].streams.get(str(stream), {"pictures": ""}):
