@@ -321,7 +321,7 @@ def faults(arguments: list[str]) -> int:
     if not arguments:
         row.parent.mkdir(parents=True, exist_ok=True)
         row.unlink(missing_ok=True)
-        os.environ |= {"ADASTATE_FAULTS": "all", "ADASTATE_FAULTS_ROW": str(row)}
+        os.environ |= {"ADASTATE_FAULTS": "all", "ADASTATE_CASES": "all", "ADASTATE_FAULTS_ROW": str(row)}
         ended.append(not run_layer(Layer("host", "host"), host, ["test_faults.py"])[0])
         arguments = ["--row", str(row)]
     ended.append(run_child([str(host.python), "-m", "faults", *arguments], host, ROOT / "tests" / "core"))

@@ -293,8 +293,8 @@ class AnchorReplay(Anchor):
 class AnchorAdaptive(Anchor):
     """A hidden state, denoised with every chunk and never shown, replaces slots 0..S-1 (AdaState, arXiv 2605.30349).
 
-    While it is denoised it has the positions of its slots, or with `state_after_past` those behind the past: the
-    paper leaves it open, and weights want what they were trained with. Beyond the paper: `strength` below 1 moves the
+    While it is denoised it has the positions of its slots, or with `state_after_past` those behind the past: neither is
+    said where we could read it, and weights want what they were trained with. This pack's own: `strength` below 1 moves the
     slot only that far towards the new state, `freeze_frame` keeps it as it is from that latent frame on, and every
     `reset_frames` latent frames it is emptied (0: never, for both).
     """

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import host
 import torch
@@ -27,9 +26,8 @@ sys.path[:0] = [str(ROOT / "tests" / "core"), str(ROOT / "tests" / "host")]
 import comfy.ops  # noqa: E402
 import comfy.text_encoders.t5  # noqa: E402
 import comfyui_version  # noqa: E402
-from adastate_pack.adastate_core.geometry import WAN22  # noqa: E402
+from adastate_pack.adastate_core.geometry import WAN21, WAN22, LatentSpace  # noqa: E402
 from adastate_pack.adastate_core.weights.presets import PRESETS  # noqa: E402
-from adastate_pack.nodes.host import fast_vae  # noqa: E402
 from adastate_pack.nodes.models import ModelPresetNode, PlanNode  # noqa: E402
 from real_geometry import on_any_card, patcher_of, tiny_vae_of, vae_2_2_of, vae_of  # noqa: E402
 
@@ -37,7 +35,7 @@ GIB = 2**30
 SIZES = ((832, 480), (1280, 720))
 SIZES_5B = ((832, 480), (1280, 704))  # multiples of 32
 LENGTH = 961  # a minute; the caches are the same at any length from some seconds on
-FIRST = ("self_forcing", "longlive", "krea_14b", "adastate")
+FIRST = ("self_forcing", "longlive", "longlive2_5b", "krea_14b", "adastate")
 MODELS = ("1.3B", "5B", "14B")
 # rows of the table of choices: a preset, and inputs of the node that plans
 CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -76,8 +74,16 @@ def model_of(preset: str) -> str:
     return "14B" if preset.endswith("14b") else "1.3B"
 
 
+def space_of(model: str) -> LatentSpace:
+    return WAN22 if model == "5B" else WAN21
+
+
+def sizes_of(model: str) -> tuple[tuple[int, int], ...]:
+    return SIZES_5B if model == "5B" else SIZES
+
+
 def shown(model: str) -> str:
-    return f"Wan {'2.2' if model == '5B' else '2.1'} {model}"
+    return f"{space_of(model).name} {model}"
 
 
 @dataclass
@@ -86,14 +92,16 @@ class Card:
 
     device: torch.device
     models: dict[str, Any] = field(default_factory=dict)
-    vaes: dict[str, Any] = field(default_factory=dict)
-    vae_5b: Any = None
-    decodings: dict[tuple[str, tuple[int, int]], dict[str, int]] = field(default_factory=dict)
+    # by the latent space's name, then full and tiny
+    vaes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    decodings: dict[tuple[str, str, tuple[int, int]], dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.models = {name: patcher_of(name, self.device) for name in MODELS}
-        self.vaes = {"full": vae_of(self.device), "tiny": tiny_vae_of(self.device)}
-        self.vae_5b = vae_2_2_of(self.device)
+        self.vaes = {
+            WAN21.name: {"full": vae_of(self.device), "tiny": tiny_vae_of(self.device)},
+            WAN22.name: {"full": vae_2_2_of(self.device), "tiny": tiny_vae_of(self.device, WAN22)},
+        }
 
     def weights(self, model: str) -> int:
         return self.models[model].model_size()
@@ -105,21 +113,19 @@ class Card:
     def plan(self, preset: str, model: str, size: tuple[int, int], vae: str = "full", **inputs: Any) -> dict[str, Any]:
         """The node's JSON."""
         given = ModelPresetNode.execute(self.models[model], preset).args[0]
-        if model != "5B":
-            return json.loads(PlanNode.execute(given, *size, LENGTH, vae=self.vaes[vae], **inputs).args[1])
-        # making this VAE's fast way compares numbers, which shapes have not; no table has the bytes of its decode
-        with mock.patch.object(fast_vae, "compiler_for", lambda device: (None, "shapes alone go the plain way")):
-            return json.loads(PlanNode.execute(given, *size, LENGTH, vae=self.vae_5b, **inputs).args[1])
+        decoder = self.vaes[space_of(model).name][vae]
+        return json.loads(PlanNode.execute(given, *size, LENGTH, vae=decoder, **inputs).args[1])
 
-    def decoding(self, vae: str, size: tuple[int, int]) -> dict[str, int]:
-        """Bytes of the VAE: its weights, its cache and what a decode takes; none of it depends on the preset."""
-        if (vae, size) not in self.decodings:
-            device = self.plan("adastate", "1.3B", size, vae)["memory"]["device"]
-            weights = self.vaes[vae].patcher.model_size()
-            self.decodings[vae, size] = {
+    def decoding(self, vae: str, size: tuple[int, int], space: LatentSpace = WAN21) -> dict[str, int]:
+        """Bytes of a latent space's VAE: its weights, its cache and what a decode takes; none of it depends on the preset."""
+        if (space.name, vae, size) not in self.decodings:
+            preset, model = ("adastate", "1.3B") if space == WAN21 else ("longlive2_5b", "5B")
+            device = self.plan(preset, model, size, vae)["memory"]["device"]
+            weights = self.vaes[space.name][vae].patcher.model_size()
+            self.decodings[space.name, vae, size] = {
                 "weights": weights, "cache": device["vae_cache"], "decode": device["decoder"],
             }  # fmt: skip
-        return self.decodings[vae, size]
+        return self.decodings[space.name, vae, size]
 
 
 def cache_bytes(plan: dict[str, Any]) -> int:
@@ -134,10 +140,10 @@ def computing_bytes(plan: dict[str, Any]) -> int:
 
 def first_rows(card: Card) -> Iterator[list[str]]:
     for preset in FIRST:
-        for size in SIZES:
+        for size in sizes_of(model_of(preset)):
             model, plan = model_of(preset), card.plan(preset, model_of(preset), size)
             rollout = cache_bytes(plan) + computing_bytes(plan)
-            full, tiny = (sum(card.decoding(vae, size).values()) for vae in card.vaes)
+            full, tiny = (sum(card.decoding(vae, size, space_of(model)).values()) for vae in ("full", "tiny"))
             yield [
                 preset, shown(model), "x".join(map(str, size)), gib(card.weights(model)), gib(cache_bytes(plan)),
                 gib(computing_bytes(plan)), gib(full), f"**{gib(card.weights(model) + rollout + full)}**",
@@ -147,7 +153,7 @@ def first_rows(card: Card) -> Iterator[list[str]]:
 
 def preset_rows(card: Card) -> Iterator[list[str]]:
     for preset in PRESETS:
-        for size in SIZES_5B if model_of(preset) == "5B" else SIZES:
+        for size in sizes_of(model_of(preset)):
             plan = card.plan(preset, model_of(preset), size)
             memory = plan["memory"]
             yield [
@@ -164,16 +170,17 @@ def weight_rows(card: Card) -> Iterator[list[str]]:
     encoder = comfy.text_encoders.t5.T5(numbers, torch.float16, "meta", comfy.ops.disable_weight_init)
     count = sum(weight.numel() for weight in encoder.parameters())
     yield ["umt5-xxl, the text encoder", gib(2 * count), gib(count)]
-    for name, vae in card.vaes.items():
-        yield [f"the {name} VAE", gib(vae.patcher.model_size()), ""]
-    yield ["the full VAE of Wan 2.2", gib(card.vae_5b.patcher.model_size()), ""]
+    for space, vaes in card.vaes.items():
+        for name, vae in vaes.items():
+            yield [f"the {name} VAE of {space}", gib(vae.patcher.model_size()), ""]
 
 
 def decoding_rows(card: Card) -> Iterator[list[str]]:
-    for vae in card.vaes:
-        for size in SIZES:
-            taken = card.decoding(vae, size)
-            yield [vae, "x".join(map(str, size)), gib(taken["cache"]), gib(taken["decode"])]
+    for space, sizes in ((WAN21, SIZES), (WAN22, SIZES_5B)):
+        for vae in card.vaes[space.name]:
+            for size in sizes:
+                taken = card.decoding(vae, size, space)
+                yield [f"{vae}, {space.name}", "x".join(map(str, size)), gib(taken["cache"]), gib(taken["decode"])]
 
 
 def choice_rows(card: Card) -> Iterator[list[str]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
+from ..adastate_core.absorption.prior import is_prior, load_prior
 from ..adastate_core.absorption.saved import load_solution, save_solution, solution_from, under
 from ..adastate_core.absorption.settings import SCOPES, SELECTIONS, AbsorptionSettings, settings_from
-from ..adastate_core.absorption.solve import Solution
-from ..adastate_core.rollout import RolloutSpec, RolloutState
+from ..adastate_core.rollout import RolloutState
+from . import absorption_prior
+from .absorption_request import BELONGS, AbsorptionRequest
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.node import Node, shown
@@ -27,75 +29,12 @@ from .host.output_files import (
 from .plots import absorption_plot
 
 CATEGORY = "AdaState/absorption"
+# when the warm-up ends, as the node says it
+SWITCHES = {"after the warm-up": "fixed", "when memory asks": "memory", "when it stopped learning": "learned"}
 SCHEDULES = {"once": "never", "when it drifts": "drift", "every few chunks": "always"}
 _RIDGE = re.compile(r"(?:[0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(?:e[+-]?[0-9]{1,4})?|inf(?:inity)?", re.I | re.A)
 # what reading and drawing raise of any JSON that is something else
 _NO_REPORT = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, MemoryError)
-# what a solved correction has to share with the rollout that takes it
-BELONGS = ("model", "geometry", "height", "width", "chunk_frames", "window_frames", "anchor", "positions")
-
-
-@dataclass(frozen=True)
-class AbsorptionRequest:
-    """ADASTATE_ABSORPTION: settings, and a correction solved before with what it belongs to."""
-
-    settings: AbsorptionSettings
-    name: str = ""
-    belongs_to: dict[str, Any] | None = None
-    state: dict[str, Any] | None = None
-    # the saved one whose layers are to be switched, if the settings' layers are its
-    layers_of: AbsorptionRequest | None = None
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers of a saved correction, those that the picture needs least first where that was measured. Empty without one."""
-        if self.state is None:
-            return ()
-        changes = dict(self.state.get("changes", ()))
-        return tuple(sorted(changes, key=lambda i: (changes[i], i))) if changes else tuple(self.state["chosen"])
-
-    def solution(self, spec: RolloutSpec) -> Solution | None:
-        """The saved correction for a rollout of `spec`; ValueError with every reason why it is another's."""
-        mine = spec.describe()
-        if self.layers_of is not None and (self.layers_of.belongs_to or {}).get("model") != mine["model"]:
-            raise ValueError(
-                f"the layers of the absorption {self.layers_of.name} are another checkpoint's: choose another select, or load one "
-                "that was saved with this checkpoint"
-            )
-        if self.belongs_to is None or self.state is None:
-            return None
-        if self.state.get("items") and self.belongs_to.get("batch") != spec.batch:
-            raise ValueError(
-                f"the absorption {self.name} has a correction for each of {self.belongs_to.get('batch')} videos, and batch_size is "
-                f"{spec.batch}: give {self.belongs_to.get('batch')}, or load one that was saved with batch_size 1, which is for all"
-            )
-        wrong = [
-            "model is another checkpoint"
-            if name == "model"
-            else f"{name} was {self.belongs_to.get(name)} and is {mine[name]}"
-            for name in BELONGS
-            if self.belongs_to.get(name) != mine[name]
-        ]
-        if wrong:
-            raise ValueError(f"the absorption {self.name} belongs to another rollout: {'; '.join(wrong)}")
-        geometry = spec.geometry
-        width = geometry.heads * geometry.head_dim
-        try:
-            return solution_from(self.state, self.settings, geometry.layers, width, geometry.heads, spec.batch)
-        except ValueError as error:
-            raise ValueError(f"the absorption {self.name} cannot be used: {error}") from error
-
-    @property
-    def solved_for(self) -> dict[str, Any] | None:
-        """Prompt and seed of a saved correction."""
-        return None if self.belongs_to is None else self.belongs_to.get("solved_for", {})
-
-    def differences(self, origin: dict[str, Any]) -> list[str]:
-        """What does not rule a saved correction out, but makes it a guess: another prompt or seed."""
-        solved_for = self.solved_for
-        return [] if solved_for is None else [name for name in origin if solved_for.get(name) != origin[name]]
-
-
 _SOME_LAYERS = AbsorptionRequest(AbsorptionSettings(), state={"chosen": [0]})
 
 
@@ -127,11 +66,12 @@ class AbsorptionNode(Node):
                 widget(
                     io.Float, "ratio", default=0.5, min=0.0, max=1.0, step=0.05,
                     tooltip="Share of the layers that forget, not of the cache: the plan and the report say how much of that is "
-                    "freed. The paper goes to 0.5.",
+                    "freed. The paper's half of the cache is read as half of the layers.",
                 ),
                 widget(
                     io.Int, "warmup_frames", default=24, min=1, max=4096,
-                    tooltip="Latent frames with full attention, while statistics are collected (the paper: at least 12).",
+                    tooltip="Latent frames with full attention, while statistics are collected. The paper's \"at least 12\" is "
+                    "read as latent frames.",
                 ),
                 widget(
                     io.Int, "local_window_frames", default=6, min=0, max=4096,
@@ -152,8 +92,9 @@ class AbsorptionNode(Node):
                 widget(io.Int, "rank", default=64, min=1, max=4096, tooltip="Rank of a low-rank correction."),
                 widget(
                     io.Combo, "select", options=list(SELECTIONS), default="sensitivity",
-                    tooltip="Which layers: those without whose history the picture changes least (a pass a layer, once: of 30 layers "
-                    "about six chunks' work), least error left, least to absorb, most of it explained, or a saved absorption's.",
+                    tooltip="Which layers: those without whose history the picture changes least (a pass a layer, once: of 30 "
+                    "layers about six chunks' work), least error left, least to absorb, most of it explained, or a saved "
+                    "absorption's.",
                 ),
                 widget(
                     io.Boolean, "absorb", default=True,
@@ -179,21 +120,48 @@ class AbsorptionNode(Node):
                     "saved_layers", optional=True,
                     tooltip="For select saved: Load Absorption, whose layers are switched here. Their corrections are solved anew.",
                 ),
+                api.Absorption.Input(
+                    "prior", optional=True,
+                    tooltip="Load Absorption with a saved prior of this checkpoint: corrections are drawn towards it, not towards "
+                    "nothing.",
+                ),
+                widget(
+                    io.Combo, "switch", options=list(SWITCHES), default=next(iter(SWITCHES)), optional=True,
+                    tooltip="When the layers forget: after warmup_frames, or later, when memory asks or it stopped learning.",
+                ),
+                widget(
+                    io.Float, "budget_gib", default=0.0, min=0.0, max=4096.0, step=0.1, optional=True,
+                    tooltip="When memory asks: GiB on the device for keys, values and statistics; 0 what is free when it begins.",
+                ),
+                widget(
+                    io.Int, "most_warmup_frames", default=0, min=0, max=4096, optional=True,
+                    tooltip="When it stopped learning: latent frames after which it switches at the latest; 0 twice warmup_frames.",
+                ),
             ],
             outputs=[api.Absorption.Output("absorption", display_name="ABSORPTION", tooltip="For a rollout.")],
         )  # fmt: skip
 
     @staticmethod
     def _settings(
-        ridge: str, schedule: str, saved_layers: AbsorptionRequest | None = None, **numbers: Any
+        ridge: str,
+        schedule: str,
+        saved_layers: AbsorptionRequest | None = None,
+        prior: AbsorptionRequest | None = None,
+        switch: str = "after the warm-up",
+        **numbers: Any,
     ) -> AbsorptionSettings:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+        if switch not in SWITCHES:
+            raise ValueError(f"switch is {switch!r}; it must be one of {', '.join(SWITCHES)}")
         if SCHEDULES[schedule] != "never" and not numbers.get("monitor_layers"):
             numbers["monitor_layers"] = -1
         if saved_layers is not None:
             numbers["saved_layers"] = saved_layers.layers
-        return AbsorptionSettings(ridge=parse_ridge(ridge), refresh=SCHEDULES[schedule], **numbers)
+        if prior is not None:
+            numbers["prior"] = absorption_prior.linked(prior).fingerprint
+        numbers |= {"refresh": SCHEDULES[schedule], "switch": SWITCHES[switch]}
+        return AbsorptionSettings(ridge=parse_ridge(ridge), **numbers)
 
     @classmethod
     def check(
@@ -207,11 +175,16 @@ class AbsorptionNode(Node):
         rank: int | None = None,
         select: str | None = None,
         schedule: str | None = None,
+        absorb: bool | None = None,
+        switch: str | None = None,
+        budget_gib: float | None = None,
+        most_warmup_frames: int | None = None,
     ) -> str | None:
         given = {
             "ratio": ratio, "warmup_frames": warmup_frames, "local_window_frames": local_window_frames,
             "sink_frames": sink_frames, "ridge": ridge, "scope": scope, "rank": rank, "select": select,
-            "schedule": schedule,
+            "schedule": schedule, "absorb": absorb, "switch": switch, "budget_gib": budget_gib,
+            "most_warmup_frames": most_warmup_frames,
         }  # fmt: skip
         known = {name: value for name, value in given.items() if value is not None}
         if select == "saved":
@@ -227,7 +200,8 @@ class AbsorptionNode(Node):
         saved = inputs.get("saved_layers")
         if saved is not None and not saved.layers:
             raise ValueError("saved_layers holds no layers: connect Load Absorption to it, not ISPA Cache Absorption")
-        return io.NodeOutput(AbsorptionRequest(cls._settings(**inputs), layers_of=saved))
+        prior = absorption_prior.linked(inputs.get("prior"))
+        return io.NodeOutput(AbsorptionRequest(cls._settings(**inputs), layers_of=saved, prior=prior))
 
 
 class SaveAbsorptionNode(Node):
@@ -237,12 +211,24 @@ class SaveAbsorptionNode(Node):
             node_id="AdaStateSaveAbsorption",
             display_name="Save Absorption",
             category=CATEGORY,
-            description="Writes the correction that a rollout solved, to be used again with the same model, prompt and seed.",
+            description="Writes the correction that a rollout solved, to be used again with the same model, prompt and seed; or, "
+            "of a rollout that has not switched, a prior for other videos of the model.",
             is_output_node=True,
             inputs=[
                 api.State.Input("state", tooltip="STATE of a rollout with absorption, after its warm-up."),
                 widget(
                     io.String, "filename_prefix", default="adastate/absorption", tooltip="Where in the output folder."
+                ),
+                widget(
+                    io.Combo,
+                    "save_as",
+                    options=[absorption_prior.CORRECTION, absorption_prior.PRIOR],
+                    default=absorption_prior.CORRECTION,
+                    optional=True,
+                    tooltip="The correction of this video, or a prior for others: of a rollout whose warm-up outlasts its video.",
+                ),
+                api.Absorption.Input(
+                    "prior", optional=True, tooltip="As prior: Load Absorption with the prior that this video joins."
                 ),
             ],
             outputs=[io.String.Output("file", display_name="FILE", tooltip="Name to give Load Absorption.")],
@@ -253,7 +239,20 @@ class SaveAbsorptionNode(Node):
         return check_prefix(filename_prefix, ABSORPTION_SUFFIX) if filename_prefix is not None else None
 
     @classmethod
-    def execute(cls, state: RolloutState, filename_prefix: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        state: RolloutState,
+        filename_prefix: str,
+        save_as: str = absorption_prior.CORRECTION,
+        prior: AbsorptionRequest | None = None,
+    ) -> io.NodeOutput:
+        if save_as == absorption_prior.PRIOR:
+            made = absorption_prior.made_of(state, absorption_prior.linked(prior))
+            name = write_new(filename_prefix, ABSORPTION_SUFFIX, lambda path: made.save(path, new=True))
+            videos = "1 video" if len(made.runs) == 1 else f"{len(made.runs)} videos"
+            return io.NodeOutput(name, ui=ui.PreviewText(f"{name}\na prior of {videos}"))
+        if prior is not None:
+            raise ValueError("a prior is connected and save_as is correction: choose prior, or leave it out")
         described = state.spec.get("absorption")
         if described is None or state.absorption.get("phase") != "switched":
             reason = "ran without absorption" if described is None else f"stands at {state.absorption.get('phase')!r}"
@@ -262,6 +261,9 @@ class SaveAbsorptionNode(Node):
                 "warm-up"
             )
         settings, geometry = settings_from(described), state.spec["geometry"]
+        if settings.switch != "fixed":  # what the saved correction is used by switches where this rollout did
+            at = state.absorption.get("switched_at", settings.warmup_frames)
+            settings = replace(settings, switch="fixed", warmup_frames=at, budget_gib=0.0, most_warmup_frames=0)
         width = geometry["heads"] * geometry["head_dim"]
         solved = under("solution.", state.absorption)
         solution = solution_from(solved, settings, geometry["layers"], width, geometry["heads"], state.spec["batch"])
@@ -306,6 +308,8 @@ class LoadAbsorptionNode(Node):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         path = saved_path(file, "absorption file")
+        if is_prior(path):
+            return io.NodeOutput(AbsorptionRequest(AbsorptionSettings(), path.name, prior=load_prior(path)))
         settings, belongs_to, state = load_solution(path)
         return io.NodeOutput(AbsorptionRequest(settings, path.name, belongs_to, state))
 

@@ -79,7 +79,7 @@ class AttentionShareNode(Node):
                     optional=True,
                     advanced=True,
                     tooltip="all = of everything a new frame attends to, itself included; past = of what is cached alone, as in "
-                    "the figure of AdaState's paper.",
+                    "the figure on AdaState's project page.",
                 ),
                 widget(
                     io.Int,

@@ -262,7 +262,7 @@ class AnchorAdaptiveNode(Node):
                     default=1,
                     min=1,
                     max=16,
-                    tooltip="Latent frames of hidden state; the paper's choice is 1.",
+                    tooltip="Latent frames of hidden state; the paper's page has 1.",
                 ),
                 widget(
                     io.Boolean,
@@ -276,7 +276,7 @@ class AnchorAdaptiveNode(Node):
                 _share(
                     "strength",
                     1.0,
-                    "How far the slot moves to each chunk's new state: 1 replaces it, as in the paper; less keeps some of the old.",
+                    "How far the slot moves to each chunk's new state: 1 replaces it, as on the paper's page; less keeps some.",
                     min=0.01,
                     step=0.01,
                     optional=True,

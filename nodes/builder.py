@@ -23,7 +23,8 @@ from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.given import BEFORE, INSIDE
 from ..adastate_core.rollout import RolloutSpec, RolloutState
 from ..adastate_core.schedules.schedule import Schedule
-from .absorption_nodes import AbsorptionRequest
+from .absorption_advice import beforehand
+from .absorption_request import AbsorptionRequest
 from .anchor_nodes import anchor_at
 from .defaults import Resolved, as_before, cached_instead, model_fps, resolve
 from .host import model as host_model
@@ -288,4 +289,4 @@ def build(subject: Subject, asked: Asked) -> Built:
         **options,
     )
     sigmas_warnings = resolved.sigmas_warnings(schedule) if given else []
-    return Built(resolved, schedule, spec, told, sigmas_warnings, fps)
+    return Built(resolved, schedule, spec, [*told, *beforehand(spec)], sigmas_warnings, fps)

@@ -11,7 +11,7 @@ from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedules.solvers import SAMPLERS
 from ..adastate_core.spec import ENDINGS
 from ..adastate_core.weights.presets import PRESETS
-from .absorption_nodes import AbsorptionRequest
+from .absorption_request import AbsorptionRequest
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.checkpoint_wishes import (

@@ -16,6 +16,7 @@ import torch
 
 from ..adastate_core.files.whole_file import whole_file
 from ..adastate_core.rollout import Chunk, Rollout, RolloutState
+from .absorption_advice import afterwards
 from .builder import ON_DEMAND
 from .host.error_types import describe_error
 from .host.output_files import Target, new_files
@@ -218,6 +219,7 @@ def _absorption(job: Prepared, rollout: Rollout) -> dict[str, Any] | None:
             "nothing was absorbed: within the warm-up no layer held more than the sink and the local window; give a larger "
             "window_frames or warmup_frames, or a smaller local_window_frames"
         )
+    job.warnings.extend(afterwards(job.spec, report))
     if others := job.request.absorption.differences(job.origin):
         job.warnings.append(f"the loaded absorption was solved for another {' and '.join(others)}")
     return report

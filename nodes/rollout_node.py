@@ -10,7 +10,7 @@ from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedules.schedule import Schedule
 from ..adastate_core.video.encoder import CODECS
 from . import endless
-from .absorption_nodes import AbsorptionRequest
+from .absorption_request import AbsorptionRequest
 from .builder import ON_DEMAND, START_MODES, Request
 from .host import api, links, rerun
 from .host.api import ExecutionBlocker, io, schema, ui, widget

@@ -354,7 +354,7 @@ class Absorber:
             "select": self.settings.select,
             "selection_passes": len(self.cache.layers) + 1 if changes else 0,
             "residuals": residuals_told(fits, changes),
-            "switch": switch_told(self),
+            "switch": switch_told(self.settings, self.ends, self.cache.plan, self.switched_at, self.why, self.learning),
             "ridge_chosen": self.how,
             "prior": self.settings.prior or None,
             "monitor": list(self.watched),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..cache.byte_plan import CachePlan
 from .settings import LEAST_APART, AbsorptionSettings
 from .solve import Fit
-from .warm_up import GIB, cache_bytes
-
-if TYPE_CHECKING:
-    from .absorber import Absorber
+from .warm_up import GIB, Ends, Learning, cache_bytes
 
 
 def how_chosen(settings: AbsorptionSettings, chunks: int) -> str:
@@ -40,14 +38,14 @@ def residuals_told(fits: dict[int, Fit], changes: dict[int, float]) -> list[dict
     return told
 
 
-def switch_told(absorber: Absorber) -> dict[str, Any]:
-    """How the switch was asked for, after which latent frame it was, and why then. "left": while a warm-up that may stop learning
-    lasts, the share of the missing energy that is left, chunk by chunk."""
-    settings, ends = absorber.settings, absorber.ends
-    why = absorber.why
+def switch_told(
+    settings: AbsorptionSettings, ends: Ends, plan: CachePlan, at: int | None, why: str, learning: Learning
+) -> dict[str, Any]:
+    """How the switch was asked for, the first frame after it, and why then. "left": of a warm-up that may stop learning the share
+    of the missing energy that is left, chunk by chunk."""
     if ends.never:
-        taken = cache_bytes(absorber.cache.plan.plain) / GIB
+        taken = cache_bytes(plan.plain) / GIB
         why = f"memory never asks: whole windows take {taken:.4g} GiB of the budget of {settings.budget_gib:g} GiB"
-    told = {"asked": settings.switch, "at_frame": absorber.switched_at, "why": why, "latest_frame": ends.latest}
+    told = {"asked": settings.switch, "at_frame": at, "why": why, "latest_frame": ends.latest}
     told |= {"budget_gib": settings.budget_gib} if settings.switch == "memory" else {}
-    return told | ({"left": [list(one) for one in absorber.learning.curve]} if settings.switch == "learned" else {})
+    return told | ({"left": [list(one) for one in learning.curve]} if settings.switch == "learned" else {})

@@ -66,10 +66,11 @@ class OnePassLayer:
         made = range(one_pass.first + one_pass.anchored, one_pass.end)
         # the frames that stay, by ring slot
         self.staying = staying(made, layer.room.ring_frames, one_pass.pin)
+        stays = set(self.staying)
         seen, window = itertools.count(layer.current_start), itertools.count(layer.window_start)
         # the buffer slot of each of the pass's frames
         self.slots = [layer.anchor_index(slot) for slot in range(one_pass.anchored)]
-        self.slots += [next(window if frame in self.staying else seen) for frame in made]
+        self.slots += [next(window if frame in stays else seen) for frame in made]
 
     def write_current(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stage the pass's own rotated keys and values [B, frames * P, width]."""

@@ -215,11 +215,10 @@ class UpBlock:
 def _places(beside: nn.Module) -> Iterator[tuple[tuple[int, int, int], torch.Tensor | None]]:
     """Of a DupUp3D, whose output channels by time, row and column are the input's, each `repeats` times."""
     times, side, wide = beside.factor_t, beside.factor_s, beside.out_channels
-    sources = (torch.arange(wide * times * side**2) // beside.repeats).view(wide, times, side, side)
-    same = torch.arange(wide) if wide == beside.in_channels else None
-    for place in product(range(times), range(side), range(side)):
-        channels = sources[(slice(None), *place)].contiguous()
-        yield place, None if same is not None and torch.equal(channels, same) else channels
+    places = list(product(range(times), range(side), range(side)))
+    for number, place in enumerate(places):
+        channels = [(output * len(places) + number) // beside.repeats for output in range(wide)]
+        yield place, None if channels == list(range(beside.in_channels)) else torch.tensor(channels)
 
 
 def _newest(x: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Where attention goes: the share of each cached and current frame, measured while a rollout runs.
 
-The figure that AdaState's paper (arXiv 2605.30349) uses to show that a first frame keeps much of the attention, and more of
-it the longer the window. Shares are exact softmax masses of evenly spaced content queries, averaged over heads.
+The figure on the project page of AdaState (arXiv 2605.30349), which shows that a first frame keeps much of the attention. The page
+says of it "preserved across n": it does not fade as the window grows. Shares are exact softmax masses of evenly spaced content
+queries, averaged over heads.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class AttentionShare:
 
     @property
     def past(self) -> AttentionShare:
-        """Of what is cached alone, without the frames that are being made, as the paper's figure has it: shares sum to 1. Empty
+        """Of what is cached alone, without the frames that are being made, as that figure has it: shares sum to 1. Empty
         where nothing is cached."""
         cached = [i for i, name in enumerate(self.labels) if name.split()[0] in CACHED]
         sums = [sum(layer[i] for i in cached) for layer in self.layers] if cached else []

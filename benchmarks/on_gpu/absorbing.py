@@ -56,7 +56,7 @@ def absorption(bench: Bench) -> Section:
             cells = [ms(chunk), faster[0], ms(took), ms(operator), faster[1], f"{size / 2**20:.1f}"]
             section.rows.append([weights, name, *cells])
     section.notes.append(
-        "The paper (arXiv 2607.00712, figure 7b) says 1.89 times in the operator and 1.86 in all, with weights and activations in "
+        "The paper's figure 7b (arXiv 2607.00712) says 1.89 times in the operator and 1.86 in all, with weights and activations in "
         "8 bits. Here half of the layers are switched, weights are in 8 bits as the host loads them, and activations are if the "
         "host was started with --fast fp8_matrix_mult."
     )

@@ -12,7 +12,7 @@ import torch
 from ...adastate_core.absorption.settings import AbsorptionSettings
 from ...adastate_core.rollout import RolloutState
 from ...adastate_core.states.state_file import load_state, save_state
-from ..absorption_nodes import AbsorptionRequest
+from ..absorption_request import AbsorptionRequest
 from ..builder import Request
 from ..host import made_models as made
 from ..host.model import compute_dtype

@@ -27,7 +27,7 @@ import torch
 from adastate_pack.adastate_core import fused
 from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive
 from adastate_pack.adastate_core.attention.cached import CachedAttention
-from adastate_pack.adastate_core.geometry import WAN21, WAN22
+from adastate_pack.adastate_core.geometry import WAN21, WAN22, LatentSpace
 from adastate_pack.adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_pack.adastate_core.schedules.schedule import Schedule
 from adastate_pack.nodes.host import fast_vae, fusing
@@ -89,10 +89,10 @@ def vae_2_2_of(device: torch.device) -> Any:
     return _vae({name: torch.empty(value.shape, dtype=torch.bfloat16) for name, value in shapes.items()}, device)
 
 
-def tiny_vae_of(device: torch.device) -> Any:
-    """The tiny one, in the same way."""
+def tiny_vae_of(device: torch.device, space: LatentSpace = WAN21) -> Any:
+    """The tiny one of a latent space, in the same way."""
     with torch.device("meta"):
-        shapes = comfy.taesd.taehv.TAEHV(latent_channels=16).state_dict()
+        shapes = comfy.taesd.taehv.TAEHV(latent_channels=space.channels).state_dict()
     return _vae({name: torch.empty(value.shape, dtype=torch.bfloat16) for name, value in shapes.items()}, device)
 
 

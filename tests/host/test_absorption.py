@@ -107,6 +107,33 @@ def test_a_window_with_nothing_to_absorb_says_so(rollout, absorption):
     assert any("nothing was absorbed" in warning for warning in report["warnings"])
 
 
+LITTLE = "there was little to absorb: without its history no layer loses more than 0.00"
+
+
+@pytest.mark.parametrize(("local", "absorb", "told"), [(12, True, True), (9, True, False), (12, False, False)], ids=str)
+def test_a_history_that_hardly_counts_is_told_of(rollout, absorption, local, absorb, told):
+    """At a local window of 9 one of the two layers loses more than .02."""
+    wish = absorption(warmup_frames=local + 6, local_window_frames=local, absorb=absorb)
+    report = report_of(rollout(window_frames=40, length=81, absorption=wish))
+    lost = [one["before"] for one in report["absorption"]["residuals"]]
+    assert report["absorption"]["phase"] == "switched" and min(lost) < 0.02
+    assert (max(lost) < 0.02) == (local == 12)
+    assert any(warning.startswith(LITTLE) for warning in report["warnings"]) == told
+
+
+def test_with_an_adaptive_state_it_is_said_before_and_after(rollout, absorption, model, node):
+    anchor = node("AdaStateAnchorAdaptive")(state_frames=1).args[0]
+
+    def warned(**wishes):
+        inputs = {"anchor": anchor, "absorption": absorption(**wishes), "window_frames": 30, "length": 45}
+        plan = node("AdaStatePlan")(model=model, width=32, height=32, chunk_frames=3, **inputs).args[1]
+        told = [json.loads(text)["warnings"] for text in (plan, rollout(**inputs, positions="auto").args[2])]
+        return [any("the adaptive state carries what has to last" in one for one in warnings) for warnings in told]
+
+    assert warned() == [True, True]
+    assert warned(absorb=False) == warned(ratio=0.0) == warned(ridge="inf") == [False, False]
+
+
 @pytest.mark.parametrize("length", [33, 69])
 def test_a_state_goes_on_bit_for_bit(rollout, absorption, tmp_path, length):
     wish = absorption(schedule="every few chunks", monitor_chunks=2)

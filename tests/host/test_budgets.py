@@ -117,7 +117,7 @@ def test_in_a_pass_of_either_way_nothing_waits_for_the_device(way, pass_):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_within_a_pass_nothing_waits_for_the_device_and_nothing_is_copied_to_it(case):
     changed, fill = CASES[case]
     with on_fake_cuda("1.3B", layers=2) as (host, counted):

@@ -27,7 +27,7 @@ def frames_of(path) -> numpy.ndarray:
 
 
 @pytest.mark.parametrize("codec", OTHERS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_resume_join_and_names(rollout, stream, folders, codec, node):
     """A run that is gone on from, joined, is the video of one run; its files lie under one name whatever the ending."""
     out, suffix = folders / "output" / "video", CODECS[codec].suffix

@@ -149,7 +149,9 @@ def test_nothing_grows_while_it_rolls(until, stream, monkeypatch):
     monkeypatch.setattr(Rollout, "chunks", watched)
     out = until(51, steps=1, anchor=AnchorAdaptive(1), stream=stream(), keep_latents=True)
     report = report_of(out)
-    assert report["chunks"] == 51 and alive[5] == alive[50]
+    assert report["chunks"] == 51 and alive[5][2:] == alive[50][2:]
+    # what a chunk leaves would be there 45 times; a thread that is about to let one go may hold it at one of the two moments
+    assert abs(alive[50][0] - alive[5][0]) < 3 and abs(alive[50][1] - alive[5][1]) < 10 * 4096
     assert report["kv_bytes_used"] == report["kv_bytes_planned"] == alive[5][3]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import av
 import pytest
+import tiny_5b
 import torch
 from adastate_pack.adastate_core.anchors import AnchorAdaptive
 from adastate_pack.adastate_core.states.state_file import load_state
@@ -71,16 +72,31 @@ def frames_of(path: Path) -> torch.Tensor:
     return torch.stack(frames) if frames else torch.zeros(0, 32, 32, 3, dtype=torch.uint8)
 
 
-@pytest.fixture
-def run(rollout, vae, node, folders, monkeypatch):
-    def stream(**inputs):
-        defaults = {
-            "vae": vae, "fps": 16.0, "codec": "h264", "quality": 18, "preview": True, "autosave_seconds": 1e-6,
-            "join": False, "history_chunks": 1, "history_states": 2,
-        }  # fmt: skip
-        return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
+# whose model, decoder and latents a run has
+FAMILIES = ("Wan 2.1", "Wan 2.2 5B")
 
-    return Run(rollout, stream, folders, monkeypatch)
+
+@pytest.fixture
+def run_of(rollout, vae, node, folders, monkeypatch):
+    """Makes the runs of a family."""
+
+    def make(family: str) -> Run:
+        small = family == "Wan 2.2 5B"
+        decoder = tiny_5b.loaded_vae() if small else vae
+
+        def stream(**inputs):
+            defaults = {
+                "vae": decoder, "fps": 16.0, "codec": "h264", "quality": 18, "preview": True, "autosave_seconds": 1e-6,
+                "join": False, "history_chunks": 1, "history_states": 2,
+            }  # fmt: skip
+            return node("AdaStateStreamOutput")(**(defaults | inputs)).args[0]
+
+        if not small:
+            return Run(rollout, stream, folders, monkeypatch)
+        model = tiny_5b.loaded_model()
+        return Run(lambda **inputs: rollout(**({"model": model} | inputs)), stream, folders, monkeypatch)
+
+    return make
 
 
 def check(run: Run, n: int, whole: dict) -> list[str]:
@@ -203,29 +219,40 @@ def picked_of(names: list[str]) -> tuple[dict[str, list[int]], list[int]]:
     return kinds, sorted(luck.choice(numbers) for numbers in kinds.values())
 
 
-def test_what_fails_loses_nothing(run):
-    found, total, bad = {}, 0, []
-    only = os.environ.get("ADASTATE_FAULT", "")
-    for how in WAYS:
-        whole = whole_run(run, how)
-        kinds, picked = picked_of(whole["names"])
-        assert {
-            "decode",
-            "encode, beside",
-            "write video, beside",
-            "open video w",
-            "close video",
-            "thread start",
-        } <= set(kinds)
-        if only:
-            picked = [int(only.removeprefix(how))] if only.startswith(how) else []
-        new = {f"{how}{n}": check(run, n, whole) for n in picked}
-        found, total = found | new, total + len(whole["names"])
-        bad += [f"{how}{sentence}" for sentences in new.values() for sentence in sentences]
-        lines = [f"{name}: {len(numbers)}" for name, numbers in kinds.items()]
-        print(f"{how}: {len(picked)} of {len(whole['names'])} failed ({'; '.join(lines)})")  # noqa: T201
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.sampled(3)  # the first and the last: each family and each way once
+def test_what_fails_loses_nothing(run_of, how, family):
+    run, only = run_of(family), os.environ.get("ADASTATE_FAULT", "")
+    whole = whole_run(run, how)
+    kinds, picked = picked_of(whole["names"])
+    needed = {"decode", "encode, beside", "write video, beside", "open video w", "close video", "thread start"}
+    assert needed <= set(kinds)
+    if only:
+        picked = [int(only.removeprefix(how))] if only.startswith(how) else []
+    found = {f"{how}{n}": check(run, n, whole) for n in picked}
+    bad = [f"{how}{sentence}" for sentences in found.values() for sentence in sentences]
+    lines = [f"{name}: {len(numbers)}" for name, numbers in kinds.items()]
+    print(f"{family}, {how}: {len(picked)} of {len(whole['names'])} failed ({'; '.join(lines)})")  # noqa: T201
     if row := os.environ.get("ADASTATE_FAULTS_ROW"):
-        counts = {"wrong": sum(map(bool, found.values())), "good": sum(not one for one in found.values())}
-        text = {"name": "files, video, decode, encode and threads of a streamed run", "operations": total}
-        Path(row).write_text(json.dumps(text | {"counts": {"once": counts}, "bad": [], "said": bad}), encoding="utf-8")
+        add_to_row(Path(row), len(whole["names"]), found, [f"{family}, {sentence}" for sentence in bad])
     assert not bad, f"{len(bad)} with seed {SEED}; one alone: ADASTATE_FAULT=saved7\n" + "\n".join(bad)
+
+
+def add_to_row(row: Path, operations: int, found: dict[str, list[str]], bad: list[str]) -> None:
+    """What failed, for the table of `run.py faults`, with what the cases before counted."""
+    text = {
+        "name": "files, video, decode, encode and threads of a streamed run",
+        "operations": 0,
+        "bad": [],
+        "said": [],
+    }
+    text = json.loads(row.read_text(encoding="utf-8")) if row.is_file() else text | {"counts": {"once": {}}}
+    once = text["counts"]["once"]
+    for verdict, count in {
+        "wrong": sum(map(bool, found.values())),
+        "good": sum(not one for one in found.values()),
+    }.items():
+        once[verdict] = once.get(verdict, 0) + count
+    text |= {"operations": text["operations"] + operations, "said": text["said"] + bad}
+    row.write_text(json.dumps(text), encoding="utf-8")

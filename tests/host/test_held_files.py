@@ -264,11 +264,11 @@ def test_a_full_disk_in_the_middle_names_what_was_written(rollout, stream, node,
 
 def test_an_absorption_that_cannot_be_written_is_named(node, folders, monkeypatch):
     monkeypatch.setattr(absorption_nodes, "solution_from", lambda *_: SimpleNamespace(chosen=(0,)))
-    monkeypatch.setattr(absorption_nodes, "settings_from", lambda *_: None)
+    monkeypatch.setattr(absorption_nodes, "settings_from", lambda *_: SimpleNamespace(switch="fixed"))
     monkeypatch.setattr(saved, "solution_state", lambda *_: {"x": torch.zeros(4000), "chosen": [0]})
     monkeypatch.setattr(absorption_nodes, "BELONGS", ())
     absorption = {"phase": "switched"}
-    spec = {"absorption": {}, "geometry": {"heads": 1, "head_dim": 8, "layers": 1}}
+    spec = {"absorption": {}, "geometry": {"heads": 1, "head_dim": 8, "layers": 1}, "batch": 1}
     monkeypatch.setattr(
         absorption_nodes, "save_solution",
         lambda solution, settings, belongs, path, new: saved.write_tensors(path, {"x": torch.zeros(4000)}, {}, new),

@@ -8,7 +8,7 @@ from adastate_pack.adastate_core.absorption.settings import AbsorptionSettings
 from adastate_pack.adastate_core.anchors import Anchor, AnchorStatic
 from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.adastate_core.weights.presets import PRESETS
-from adastate_pack.nodes.absorption_nodes import AbsorptionRequest
+from adastate_pack.nodes.absorption_request import AbsorptionRequest
 from adastate_pack.nodes.host import codec
 from adastate_pack.nodes.host import model as adapter
 from adastate_pack.nodes.host.output_files import output_file

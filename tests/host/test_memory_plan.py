@@ -16,7 +16,7 @@ from adastate_pack.adastate_core.absorption.settings import AbsorptionSettings
 from adastate_pack.adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
 from adastate_pack.adastate_core.states.state_file import load_state, save_state
 from adastate_pack.nodes import preflight
-from adastate_pack.nodes.absorption_nodes import AbsorptionRequest
+from adastate_pack.nodes.absorption_request import AbsorptionRequest
 from adastate_pack.nodes.host import model as adapter
 from conftest import PACK
 from torch._subclasses.fake_tensor import FakeTensorMode

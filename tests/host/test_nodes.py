@@ -79,11 +79,12 @@ CONTRACT = {
     "AdaStateAbsorption": (
         [
             "ratio", "warmup_frames", "local_window_frames", "sink_frames", "ridge", "scope", "rank", "select", "absorb",
-            "schedule", "monitor_layers?", "monitor_chunks?", "drift?",
+            "schedule", "monitor_layers?", "monitor_chunks?", "drift?", "saved_layers?", "prior?", "switch?",
+            "budget_gib?", "most_warmup_frames?",
         ],
         ["ADASTATE_ABSORPTION"],
     ),
-    "AdaStateSaveAbsorption": (["state", "filename_prefix"], ["STRING"]),
+    "AdaStateSaveAbsorption": (["state", "filename_prefix", "save_as?", "prior?"], ["STRING"]),
     "AdaStateLoadAbsorption": (["file"], ["ADASTATE_ABSORPTION"]),
     "AdaStateAbsorptionReport": (["report"], ["IMAGE", "STRING"]),
     "AdaStateDemoPrompt": (["terrain", "pace", "balloon", "lantern"], ["CONDITIONING"]),

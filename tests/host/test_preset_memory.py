@@ -16,7 +16,10 @@ MEMORY = (PACK / "docs" / "memory.md").read_text(encoding="utf-8")
 # the host's estimates are one version's
 SAME_HOST = f"those of ComfyUI {comfyui_version.__version__}." in README
 # latent frames whose keys and values a layer has: anchor, window, state and chunk, by the systems' own words
-FRAMES = {"self_forcing": 21, "longlive": 3 + 6 + 3, "krea_14b": 3 + 3, "adastate": 1 + 3 + 1 + 3}
+FRAMES = {
+    "self_forcing": 21, "longlive": 3 + 6 + 3, "longlive2_5b": 8 + 16 + 8, "krea_14b": 3 + 3, "adastate": 1 + 3 + 1 + 3,
+}  # fmt: skip
+SIZES = {"longlive2_5b": ("832x480", "1280x704")}
 
 
 def rows(text: str, name: str) -> list[list[str]]:
@@ -32,13 +35,14 @@ def says(cell: str, size: float) -> bool:
 
 
 def parameters(model: str) -> int:
-    """Of a Wan 2.1 transformer, counted by hand."""
+    """Of a Wan transformer, counted by hand."""
     width, feed_forward, layers = MODELS[model]
     attention = 4 * (width * width + width) + 2 * width  # q, k, v, o and the norms of q and k
     ffn = 2 * width * feed_forward + width + feed_forward
     block = 2 * attention + ffn + 2 * width + 6 * width  # the norm before the text's attention; the modulation
     text, time = 4096 * width + width + width * width + width, 256 * width + width + width * width + width
-    ends = 16 * 4 * width + width + 64 * width + 64 + 2 * width
+    channels = 48 if model == "5B" else 16
+    ends = channels * 4 * width + width + channels * 4 * width + channels * 4 + 2 * width
     return layers * block + text + time + width * 6 * width + 6 * width + ends
 
 
@@ -52,25 +56,28 @@ def command(monkeypatch):
 
 def test_the_tables_are_the_plans(command):
     found = rows(README, "first")
-    assert [(row[0], row[2]) for row in found] == [(p, s) for p in FRAMES for s in ("832x480", "1280x720")]
+    assert [(row[0], row[2]) for row in found] == [
+        (p, s) for p in FRAMES for s in SIZES.get(p, ("832x480", "1280x720"))
+    ]
     with on_any_card() as device:
         card = command.Card(device)
         for preset, shown, size, *cells in found:
-            model, (width, height) = shown.removeprefix("Wan 2.1 "), map(int, size.split("x"))
+            (space, model), (width, height) = shown.rsplit(" ", 1), map(int, size.split("x"))
+            vaes, pixels = card.vaes[space], 32 if model == "5B" else 16
             weights, cache, _, vae, whole, small = cells
             given = HostNode("AdaStateModelPreset")(model=card.models[model], preset=preset).args[0]
             inputs = dict(model=given, width=width, height=height, length=961)
             plans = {
                 name: json.loads(HostNode("AdaStatePlan")(**inputs, vae=one).args[1])["memory"]["device"]
-                for name, one in card.vaes.items()
+                for name, one in vaes.items()
             }
             size_by_hand, _, layers = MODELS[model]
-            tokens = (width // 16) * (height // 16)
+            tokens = (width // pixels) * (height // pixels)
             frames = FRAMES[preset] * tokens + 512  # and the prompt's tokens
             assert says(weights, 2 * parameters(model)), (preset, weights)
             assert says(cache, 2 * 2 * layers * frames * size_by_hand), (preset, size, cache)
             if SAME_HOST:
-                sums = {name: sum(plan.values()) + card.vaes[name].patcher.model_size() for name, plan in plans.items()}
+                sums = {name: sum(plan.values()) + vaes[name].patcher.model_size() for name, plan in plans.items()}
                 assert says(whole, 2 * parameters(model) + sums["full"]), (preset, size, whole)
                 assert says(small, parameters(model) + sums["tiny"]), (preset, size, small)
                 assert says(

@@ -95,7 +95,7 @@ def test_a_shots_opening_holds_for_its_first_chunk(rollout, monkeypatch):
         PromptAt(0.0, [[context(1), {}]]),
         PromptAt(1.0, [[context(2), {}]], "shot", opening=[[context(3, 9), {}]]),
     )
-    report = report_of(rollout(positive=Prompts(entries), length=33))
+    report = report_of(rollout(positive=Prompts(entries), length=33, window_frames=6))
     order = [
         next(i for i, tokens in ((1, 5), (2, 5), (3, 9)) if torch.equal(words, context(i, tokens))) for words in seen
     ]
@@ -106,7 +106,7 @@ def test_a_shots_opening_holds_for_its_first_chunk(rollout, monkeypatch):
         (entries[0], PromptAt(1.0, [[context(2), {}]], "shot", opening=[[context(3), {"area": (1, 1, 0, 0)}]]))
     )
     with pytest.raises(ValueError, match="the prompt at 1 s: positive carries an area"):
-        rollout(positive=carried)
+        rollout(positive=carried, window_frames=6)
 
 
 def test_seconds_count_at_the_streams_frames_a_second(rollout, node, vae):

@@ -152,7 +152,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 def test_a_fault_is_named_by_its_lines_alone(verdicts, monkeypatch, fault):
     fault(monkeypatch)
     found = verdicts()

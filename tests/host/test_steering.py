@@ -308,15 +308,19 @@ def test_a_shot_that_is_asked_for_is_that_of_the_timeline(rollout, node, script)
     """Its two texts are encoded on the way, and those of the shot that the timeline has later, under the new words."""
     clip, text = Encoder(), "0s a meadow\n3s {shot}"
     script.at(1, Wish(prompt="a desert", transition="shot"))
-    steered = rollout(length=69, positive=timeline(node, clip, text)).args
+    steered = rollout(length=69, window_frames=6, positive=timeline(node, clip, text)).args
     told = report_of(steered)["steering"]
     assert told["timeline"] == "0s a meadow\n0.75s {shot} a desert\n3s {shot}"
     assert told["done"][0]["transition"] == "shot" and "error" not in told["done"][0]
     sentences = [f"The scene transitions. film of a {place}" for place in ("meadow", "desert")]
     assert [word in clip.threads for word in (*sentences, "film of a desert")] == [True] * 3
-    whole = rollout(length=69, positive=timeline(node, clip, told["timeline"], live=False)).args[0]["samples"]
+    whole = rollout(length=69, window_frames=6, positive=timeline(node, clip, told["timeline"], live=False)).args[0][
+        "samples"
+    ]
     assert whole.equal(steered[0]["samples"])
-    cut = rollout(length=69, positive=timeline(node, clip, told["timeline"].replace("{shot} a", "{cut} a"))).args[0]
+    cut = rollout(
+        length=69, window_frames=6, positive=timeline(node, clip, told["timeline"].replace("{shot} a", "{cut} a"))
+    ).args[0]
     assert not whole[:, :, 3:6].equal(cut["samples"][:, :, 3:6])
 
 

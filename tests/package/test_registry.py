@@ -97,14 +97,33 @@ def test_a_speed_is_measured_here_or_has_its_source():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     part = readme.partition("## Which model, how much memory, how fast")[2].partition("\n## ")[0]
     memory, speed = (re.findall(r"(?m)^\| (\w+) \|(.*)\|$", half) for half in part.split("| preset | speed "))
-    assert {name for name, _ in memory} - {"preset"} == {name for name, _ in speed} and len(speed) == 4
+    assert {name for name, _ in memory} - {"preset"} == {name for name, _ in speed} and len(speed) == 5
     for name, row in speed:
         here, elsewhere = (cell.strip() for cell in row.split("|"))
         found = re.findall(r"\(([\w./-]+\.md)\)", here)
         assert all((ROOT / file).is_file() for file in found) and (found or here == "not measured"), name
         assert "frames a second" not in elsewhere or re.search(
-            r"on one \w+ \((.*arXiv \d{4}\.\d{5}|\[.+\]\(https://)", elsewhere
+            r"on (one \w+|a card that is not named) \((.*arXiv \d{4}\.\d{5}|\[.+\]\(https://)", elsewhere
         )
+
+
+def test_every_table_and_picture_is_in_a_document():
+    """A result that nobody is led to, or a picture that nothing shows, is to be linked or to go."""
+    documents = [
+        *ROOT.glob("*.md"),
+        *(one for name in ("docs", "web/docs", "models") for one in (ROOT / name).glob("*.md")),
+    ]
+    documents += [ROOT / "training" / "README.md", ROOT / "pyproject.toml"]
+    texts = {one: one.read_text(encoding="utf-8") for one in documents}
+    shown = {(one.parent / link).resolve() for one, text in texts.items() for link in re.findall(r"\]\(([^)#]+)", text)}
+    found = [*(ROOT / "docs" / "images").iterdir(), *(ROOT / "web" / "docs" / "images").iterdir()]
+    found += [*(ROOT / "benchmarks" / "results").glob("*.md")]
+    found += [one for kind in ("md", "png") for one in (ROOT / "training" / "results").rglob(f"*.{kind}")]
+    names = {one: one.relative_to(ROOT).as_posix() for one in found}
+    assert len(found) > 60
+    assert [
+        name for one, name in names.items() if one not in shown and not any(name in text for text in texts.values())
+    ] == []
 
 
 def test_addresses_are_those_of_the_one_setting():

@@ -77,6 +77,7 @@ def run(stage: str, folder: Path, data: Path, processes: int) -> tuple[list[dict
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.sampled(2)
 def test_two_processes_are_one(stage, data, tmp_path):
     alone, weights = run(stage, tmp_path / "one", data, 1)
     together, others = run(stage, tmp_path / "two", data, 2)

@@ -64,6 +64,7 @@ def model():
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.sampled(3)
 def test_the_rollout_with_gradient_is_the_products(model, anchor, window, positions):
     bare = BareModel(copy.deepcopy(model), prompt(WORDS))
     spec = RolloutSpec(bare.geometry, 1, 4, 4, 3, window, anchor, positions, torch.float32)

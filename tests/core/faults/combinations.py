@@ -177,6 +177,8 @@ class Combination:
 
     def settings(self) -> Settings:
         schedule = Schedule.shifted(BLOCKS if self.blocks == "several" else 2, 5.0)
+        if self.starting or self.behind:  # LongLive 2.0's are with a solver that remembers its last step
+            schedule = replace(schedule, sampler="unipc")
         return Settings(7, replace(schedule, kept=(1,)) if self.levels else schedule)
 
     def start_latents(self, model: TinyModel) -> torch.Tensor | None:
