@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from adastate_core.absorption.saved import solution_from, solution_state
-from adastate_core.absorption.settings import AbsorptionSettings
+from adastate_core.absorption.settings import RIDGES, AbsorptionSettings
 from adastate_core.absorption.solve import Solution
 from adastate_core.decode.wan_vae import pictures_of
 from adastate_core.files.whole_file import whole_file
@@ -90,7 +90,7 @@ class Recall:
             "anchor": row.anchor,
             "window": row.window_frames,
             "eight_bits": row.eight_bits,
-            "absorption": None if settings is None else settings.describe() | {"ridges": str(settings.ridges)},
+            "absorption": None if settings is None else settings.describe() | {"ridges": list(map(str, RIDGES))},
             "donor": None if donor is None else self.rules(donor),
         }
 
@@ -220,7 +220,7 @@ class Recall:
                         self.measure(row, stream)
                         log.info("stream %d, %s", stream, row.name)
         for stream in range(min(count, self.config["pictured"])):
-            for row in (row for row in self.rows if not row.donor):
+            for row in (row for row in self.rows if not row.donor and not row.streams):
                 if "pictures" not in self.kept[row.name].streams.get(str(stream), {"pictures": ""}):
                     self.look(row, stream)
 
@@ -242,7 +242,7 @@ def checked(recall: Recall) -> dict[str, list[dict[str, Any]]]:
         rules = {k: config[k] for k in ("sampler_steps", "shift", "window_frames", "judge_streams", "scenes_seed")} | {
             "check": {k: check[k] for k in ("scenes_seed", "seed", "chunks")},
             "model": recall.digest if name == "the teacher" else check["random"]["seed"],
-            "absorption": settings.describe() | {"ridges": str(settings.ridges)},
+            "absorption": settings.describe() | {"ridges": list(map(str, RIDGES))},
         }
         kept = Kept(recall.folder / f"check_{name.replace(' ', '_')}.json", rules)
         model = plain if name == "the teacher" else random_like(plain, check["random"]["seed"])

@@ -55,7 +55,7 @@ class LayerCheck:
         self.layers = bare.geometry.layers
 
     def measured(self, stream: int) -> dict[str, Any]:
-        """JSON-able: the layers that were chosen, by what figures, and by layer the errors and recalls with it alone local."""
+        """JSON-able: the layers that were chosen, by what figures, and by layer with it alone local errors by chunk, and recall."""
         scene, settings = self.scenes[stream], AbsorptionSettings(**self.config["absorption"])
         warm = self.roller.warmed(Row(""), scene, stream, settings)
         chosen = self._switched(scene, stream, settings, warm)
@@ -63,8 +63,7 @@ class LayerCheck:
         found = {"chosen": chosen["layers"], "sensitivity": sensitivities(chosen), "recall": self.recall(full, full)}
         for name, absorb in (("dropped", False), ("corrected", True)):
             alone = self.alone(scene, stream, replace(settings, absorb=absorb))
-            first = self.first * CHUNK_LATENTS
-            found[name] = [(one - full)[:, first:].square().mean().item() for one in alone]
+            found[name] = [self.errors(one, full) for one in alone]
             found[f"{name}, recall"] = [self.recall(one, full) for one in alone]
         return found
 
@@ -82,6 +81,11 @@ class LayerCheck:
         solved, one = every.absorber.solution.fits, replace(settings, ratio=1 / self.layers)
         solutions = [Solution((layer,), solved) for layer in range(self.layers)]
         return [self.roller.gone_on(Row(""), scene, stream, one, warm, each)[0] for each in solutions]
+
+    def errors(self, latents: torch.Tensor, full: torch.Tensor) -> list[float]:
+        """The mean squared difference of each chunk behind the switch."""
+        after = (latents - full)[:, self.first * CHUNK_LATENTS :]
+        return after.square().unflatten(1, (-1, CHUNK_LATENTS)).mean((0, 2, 3, 4)).tolist()
 
     def recall(self, latents: torch.Tensor, full: torch.Tensor) -> float | None:
         """The share of returns behind the switch in the colour that the stream had before it."""

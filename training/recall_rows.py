@@ -38,7 +38,10 @@ class Row:
     streams: int = 0
 
     def settings(self, config: dict[str, Any]) -> AbsorptionSettings | None:
-        return None if self.absorption is None else AbsorptionSettings(**(config["absorption"] | self.absorption))
+        if self.absorption is None:
+            return None
+        asked = config["absorption"] | self.absorption
+        return AbsorptionSettings(**(asked | {"saved_layers": tuple(asked.get("saved_layers", ()))}))
 
     def warmup(self, config: dict[str, Any]) -> int:
         """Latent frames until the switch; of rows without one, until the others'."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,33 +142,51 @@ def verdicts(recall: Recall) -> list[str]:
     return lines
 
 
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# over which chunks behind the switch errors are taken
+SPANS = {"next chunk": slice(0, 1), "all chunks": slice(None)}
+
+
 def check_lines(name: str, streams: list[dict[str, Any]]) -> list[str]:
     """One model's layers alone without their history, and how the choice agrees with that."""
-    layers, told = len(streams[0]["sensitivity"]), streams[0]["recall"] is not None
-    head = [f"{name}, {len(streams)} streams: layer", *map(str, range(layers))]
+    layers, told = range(len(streams[0]["sensitivity"])), streams[0]["recall"] is not None
+    head = [f"{name}, {len(streams)} streams: layer", *map(str, layers)]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    for what, form in (("sensitivity", "{:.3g}"), ("dropped", "{:.3g}"), ("corrected", "{:.3g}")):
-        title = what if what == "sensitivity" else f"latents' error, alone {what}"
-        means = [sum(s[what][i] for s in streams) / len(streams) for i in range(layers)]
-        lines.append(f"| {title} | " + " | ".join(form.format(mean) for mean in means) + " |")
+    rows = {"sensitivity": [[s["sensitivity"][i] for s in streams] for i in layers]}
+    for what in ("dropped", "corrected"):
+        for span, part in SPANS.items():
+            rows[f"latents' error, alone {what}, {span}"] = [[mean(s[what][i][part]) for s in streams] for i in layers]
+    for title, by_layer in rows.items():
+        lines.append(f"| {title} | " + " | ".join(f"{mean(each):.3g}" for each in by_layer) + " |")
     for what in ("dropped", "corrected") if told else ():
-        means = [cell([s[f"{what}, recall"][i] for s in streams]) for i in range(layers)]
-        lines.append(f"| recall, alone {what} | " + " | ".join(means) + " |")
-    share = [sum(i in s["chosen"] for s in streams) / len(streams) for i in range(layers)]
+        cells = [cell([s[f"{what}, recall"][i] for s in streams]) for i in layers]
+        lines.append(f"| recall, alone {what} | " + " | ".join(cells) + " |")
+    share = [mean([float(i in s["chosen"]) for s in streams]) for i in layers]
     lines += ["| share of streams that switch it | " + " | ".join(f"{one:.2f}" for one in share) + " |", ""]
     if told:
-        worst = min(range(layers), key=lambda i: sum(s["dropped, recall"][i] for s in streams))
+        worst = min(layers, key=lambda i: sum(s["dropped, recall"][i] for s in streams))
+        full = cell([s["recall"] for s in streams])
+        kept = 1 - share[worst]
         lines.append(
-            f"- Layer {worst} carries the lantern (full history: {cell([s['recall'] for s in streams])}); it is left alone in "
-            f"{1 - share[worst]:.0%} of the streams."
+            f"- Layer {worst} carries the lantern (recall with full history {full}); {kept:.0%} of the streams keep it."
         )
+    return [*lines, *agreement(streams), ""]
+
+
+def agreement(streams: list[dict[str, Any]]) -> list[str]:
+    """How the order of the layers by sensitivity agrees with that of their errors, stream by stream."""
+    lines = []
     for what in ("dropped", "corrected"):
-        correlations = [rank_correlation(s["sensitivity"], s[what]) for s in streams]
-        same = [float(smallest(s[what], len(s["chosen"])) == sorted(s["chosen"])) for s in streams]
-        lines.append(
-            f"- Against alone {what}: rank correlation {cell(correlations)}, the same layers in {cell(same)} of streams."
-        )
-    return [*lines, ""]
+        for span, part in SPANS.items():
+            errors = [[mean(one[part]) for one in s[what]] for s in streams]
+            correlations = [rank_correlation(s["sensitivity"], e) for s, e in zip(streams, errors, strict=True)]
+            same = [smallest(e, len(s["chosen"])) == sorted(s["chosen"]) for s, e in zip(streams, errors, strict=True)]
+            told = f"rank correlation {cell(correlations)}; the same layers in {sum(same)} of {len(same)}"
+            lines.append(f"- Sensitivity against the error alone {what}, {span}: {told}.")
+    return lines
 
 
 def opening(config: dict[str, Any]) -> list[str]:

@@ -157,6 +157,10 @@ def test_a_figure_is_what_the_latents_say(measured, recall):
     assert kept["to_full"][5] == pytest.approx((made - full)[:, 15:18].square().mean().item(), rel=1e-5)
     assert max(kept["to_full"][:4]) < 1e-10
     assert list(streams(measured, "8_bits")) == ["0"]
+    with torch.no_grad():
+        recall.look(recall.rows[0], 0)
+    pictures = streams(measured, "full_history")["0"]["pictures"]
+    assert len(pictures["sharpness"]) == 2 and 0 < pictures["temporal flickering"] < 1
 
 
 def test_measurements_of_other_rules_are_refused(measured):
