@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from adastate_core.absorption.saved import solution_from, solution_state
 from adastate_core.absorption.settings import RIDGES, AbsorptionSettings
@@ -31,6 +33,7 @@ from .bare_model import BareModel, load_codec, load_denoiser
 from .eight_bits import in_eight_bits
 from .evaluate import LEAD
 from .layer_check import LayerCheck, random_like
+from .recall import ColourJudge
 from .recall_rows import Roller, Row, Warm
 from .recall_table import draw, page
 from .returning_lantern import colours_of, judge_of, returning_scenes, teacher_file
@@ -69,9 +72,7 @@ class Recall:
         self.rows = [Row(**entry) for entry in self.config["rows"]]
         self.weights = teacher_file(Path(self.config["weights"]))
         self.digest = hashlib.sha256(self.weights.read_bytes()).hexdigest()
-        self.codec = load_codec(self.config["codec"])
         config, seed = self.config, self.config["scenes_seed"]
-        self.judge = judge_of(self.codec, config["judge_streams"], seed + 1_000_000)
         shown = config["shown"]
         self.scenes = {
             name: returning_scenes(config["streams"], seed, config["chunks"], [*each["before"], *each["asked"]])
@@ -80,6 +81,14 @@ class Recall:
         self.kept = {row.name: Kept(self.folder / f"{file_name(row)}.json", self.rules(row)) for row in self.rows}
         self._rollers: dict[bool, Roller] = {}
         self._warm: tuple[int, dict[str, Warm]] = -1, {}
+
+    @cached_property
+    def codec(self) -> nn.Module:
+        return load_codec(self.config["codec"])
+
+    @cached_property
+    def judge(self) -> ColourJudge:
+        return judge_of(self.codec, self.config["judge_streams"], self.config["scenes_seed"] + 1_000_000)
 
     def rules(self, row: Row) -> dict[str, Any]:
         """By what a row is measured, JSON-able: what the config does not say is of the core's settings, and belongs to it."""

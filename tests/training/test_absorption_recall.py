@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +11,7 @@ from tiny_denoiser import tiny_denoiser
 from torch import nn
 
 from training import absorption_recall
-from training.absorption_recall import Recall
+from training.absorption_recall import Kept, Recall
 from training.eight_bits import EightBitLinear
 from training.layer_check import rank_correlation, smallest
 from training.returning_lantern import colours_of, teacher_file
@@ -105,18 +100,21 @@ def latents(folder: Path, name: str, stream: int) -> torch.Tensor:
     return torch.load(folder / "scratch" / f"{name}_{stream}_latents.pt", weights_only=True)["values"]["latents"]
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_page(measured, weights, tmp_path):
-    config = configured(tmp_path, weights)
-    command = [sys.executable, "-m", "training.absorption_recall", "--config", str(config), "--threads", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
-    last = tmp_path / "results" / "nothing_switched.json"
-    while not last.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "results" / "recall.md").exists()
+def test_a_run_that_was_cut_goes_on_to_the_same_page(measured, weights, tmp_path, monkeypatch):
+    config, keep, times = configured(tmp_path, weights), Kept.keep, []
+
+    def cut(self: Kept, stream: int, found: dict) -> None:
+        times.append(stream)
+        if len(times) == 4:
+            raise KeyboardInterrupt
+        keep(self, stream, found)
+
+    monkeypatch.setattr(Kept, "keep", cut)
+    with pytest.raises(KeyboardInterrupt):
+        measure(config)
+    assert times == [0, 0, 0, 0] and not (tmp_path / "results" / "recall.md").exists()
     measure(config)
-    for name in ("recall.md", "absorbed_every_layer.json", "check_the_teacher.json"):
+    for name in ("recall.md", "absorbed_every_layer.json", "put_in.json", "check_the_teacher.json"):
         assert (tmp_path / "results" / name).read_bytes() == (measured / "results" / name).read_bytes()
 
 
