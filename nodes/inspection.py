@@ -156,6 +156,7 @@ def plan_text(
         f"keys and values in all: {_size(plan.kv_bytes)} on the device, "
         + _at_any_length(built.plan(TEXT_TOKENS, vae_bytes).kv_bytes, plan.kv_bytes),
         *_freed(plan),
+        *_chosen(built),
         *_switches(built.spec, plan),
         f"in host memory, with keep_latents: {_size(kept)} for {latents} latent frames"
         if latents
@@ -259,6 +260,16 @@ def _freed(plan: CachePlan) -> list[str]:
         f"without absorption: {_size(before)}; absorption takes {max(0.0, 1 - after / max(before, 1)):.0%} of it off the peak, and "
         f"{max(0.0, 1 - _cache_bytes(last) / max(before, 1)):.0%} once layers are switched"
     ]
+
+
+def _chosen(built: Built) -> list[str]:
+    """What it takes to choose the layers of an absorption."""
+    absorption = built.spec.absorption
+    passes = absorption.selection_passes(built.spec.geometry.layers) if absorption else 0
+    if not passes:
+        return []
+    chunks = passes / (len(built.schedule.sigmas) + 1)
+    return [f"the layers that forget are chosen by {passes} passes, once: as long as {chunks:.0f} chunks take"]
 
 
 def _switches(spec: RolloutSpec, plan: CachePlan) -> list[str]:

@@ -45,17 +45,21 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
 
     @staticmethod
-    def from_arguments(description: str) -> Run:
-        """Read `--config FILE [--fresh] [--threads N]`; outputs go to the config's `folder`."""
+    def from_arguments(description: str, options: dict[str, type] | None = None) -> Run:
+        """Read `--config FILE [--fresh] [--threads N]`; outputs go to the config's `folder`. `options`: those of the config's
+        entries that may be given as arguments too."""
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument("--config", type=Path, required=True)
         resuming = parser.add_mutually_exclusive_group()
         resuming.add_argument("--resume", action="store_true", help="go on from the last checkpoint (the default)")
         resuming.add_argument("--fresh", action="store_true", help="start anew instead")
         parser.add_argument("--threads", type=int, default=os.cpu_count())
+        for name, kind in (options or {}).items():
+            parser.add_argument(f"--{name}", type=kind, help=f"instead of the config's {name}")
         arguments = parser.parse_args()
         torch.set_num_threads(arguments.threads)
         config = read_config(arguments.config)
+        config |= {name: given for name in options or {} if (given := getattr(arguments, name)) is not None}
         torch.manual_seed(config["seed"])
         run = Run(config, Path(config["folder"]), arguments.fresh)
         level = logging.INFO if run.workers.first else logging.WARNING

@@ -208,24 +208,21 @@ class Absorber:
     def _solved(self) -> Solution:
         """The fits of all layers, and which are chosen."""
         fits = {i: together([self._fit(one, i) for one in self.collector.each]) for i in self.collector.layers}
-        changes = changes_without(self, fits) if self.asks_passes else {}
+        changes = (
+            changes_without(self.corrections, self.again, fits, self._on_device)
+            if self.settings.selection_passes(len(self.cache.layers))
+            else {}
+        )
         chosen = choose(fits, self.settings, len(self.cache.layers), changes)
         fits = {i: f if i in chosen else replace(f, correction=None) for i, f in fits.items()}
         return Solution(chosen, fits, changes)
-
-    @property
-    def asks_passes(self) -> bool:
-        """Whether the choice of layers asks for passes: it is made by what they change, and there is something to choose."""
-        count = len(self.cache.layers)
-        some = 0 < self.settings.layers(count) < count
-        return self.settings.select == "sensitivity" and not self._given and some
 
     def passes_due(self, frames: int) -> int:
         """How many passes the choice of layers will take once `frames` latent frames are made; 0 if it is made already, or nothing
         is collected until then."""
         ends = any(phase.name == SWITCHED for phase in self.cache.plan.phases)
-        due = self.phase == WARMING and ends and frames >= self.ends.earliest
-        return len(self.cache.layers) + 1 if due and self.asks_passes else 0
+        due = self.phase == WARMING and ends and frames >= self.ends.earliest and not self._given
+        return self.settings.selection_passes(len(self.cache.layers)) if due else 0
 
     def find_nothing(self) -> None:
         """There is nothing to absorb: every layer has its whole window from now on."""
@@ -240,7 +237,7 @@ class Absorber:
         layers = switched_layers(self.cache.plan.layers, chosen, self.settings, pinned)
         made = _Switch(Phase(SWITCHED, layers))
         for i in chosen:
-            made.standing[i] = self.on_device(solution.fits[i].correction)
+            made.standing[i] = self._on_device(solution.fits[i].correction)
         copies = HostCopies(self.cache.device, frame_block_bytes(self.cache.plan))
         for i in watched_of(chosen, self.settings):
             made.histories[i] = HostHistory(max(0, self.full_window - layers[i].ring_frames), copies)
@@ -264,7 +261,7 @@ class Absorber:
         self.collector = self._collector(self.histories)
         self.chunks_since, self.watched = chunks_since, watched
 
-    def on_device(self, correction: Correction) -> Correction | None:
+    def _on_device(self, correction: Correction) -> Correction | None:
         """As attention applies it; None for one that does nothing."""
         if not bool(correction.whole().any()) and not bool(correction.constant.any()):
             return None
@@ -286,7 +283,7 @@ class Absorber:
             better = [new for _, _, new in found]
             if any(new is not None for new in better):
                 taken = together([new or old for new, old in zip(better, before, strict=True)])
-                anew[i] = taken, self.on_device(taken.correction)
+                anew[i] = taken, self._on_device(taken.correction)
             now, discrepancy = (sum(one[k] for one in found) / len(found) for k in (0, 1))
             entry = {"frame": next_frame, "layer": i, "residual": now, "solved_at": self.solution.fits[i].residual}
             entry |= {"refreshed": i in anew, "discrepancy": discrepancy}
@@ -352,7 +349,7 @@ class Absorber:
             "history_bytes_in_host_memory": sum(history.nbytes for history in self.histories.values()),
             "solve_seconds": round(self.seconds, 4),
             "select": self.settings.select,
-            "selection_passes": len(self.cache.layers) + 1 if changes else 0,
+            "selection_passes": self.settings.selection_passes(len(self.cache.layers)) if changes else 0,
             "residuals": residuals_told(fits, changes),
             "switch": switch_told(self.settings, self.ends, self.cache.plan, self.switched_at, self.why, self.learning),
             "ridge_chosen": self.how,

@@ -6,6 +6,7 @@ committed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -16,9 +17,17 @@ from ..rope import Layout, Rope
 from .host_history import HostHistory
 from .items import Collectors
 from .lse import Part, attend_part, merge, rows
-from .sensitivity import Trial
 from .settings import AbsorptionSettings
 from .solve import Correction
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What attention does while layers are tried: every layer has its whole past, but for `layer`, which has the local part with
+    its `correction` (None: nothing stands in)."""
+
+    layer: int | None = None
+    correction: Correction | None = None
 
 
 class Corrections:

@@ -11,15 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from .corrections import Corrections, Trial
 from .solve import Correction, Fit
-
-if TYPE_CHECKING:
-    from .absorber import Absorber
 
 # makes pass `number` of `count`, and returns the x0 [B, C, F, h, w] of its content
 Pass = Callable[[int, int], torch.Tensor]
@@ -27,28 +23,25 @@ Pass = Callable[[int, int], torch.Tensor]
 Again = Callable[[int], AbstractContextManager[Pass]]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What attention does while layers are tried: every layer has its whole past, but for `layer`, which has the local part with
-    its `correction` (None: nothing stands in)."""
-
-    layer: int | None = None
-    correction: Correction | None = None
-
-
-def changes_without(absorber: Absorber, fits: Mapping[int, Fit]) -> dict[int, float]:
-    """By layer, the mean square change of x0 without that layer's history, over all items of the batch."""
-    corrections, cache = absorber.corrections, absorber.cache
+def changes_without(
+    corrections: Corrections,
+    again: Again,
+    fits: Mapping[int, Fit],
+    on_device: Callable[[Correction], Correction | None],
+) -> dict[int, float]:
+    """By layer, the mean square change of x0 without that layer's history, over all items of the batch. `on_device` gives a
+    correction as attention applies it, or None for one that does nothing."""
+    cache = corrections.cache
     frames = cache.plan.chunk_frames
     if not corrections.parts(cache.layers[0], 0, frames)[1]:
         frames = 0  # what was there before the newest frames is all local, so those that follow are asked
     count, changes = len(fits) + 1, {}
     try:
-        with absorber.again(frames) as made:
+        with again(frames) as made:
             corrections.trial = Trial()
             whole = made(0, count)
             for number, (layer, one) in enumerate(fits.items(), 1):
-                corrections.trial = Trial(layer, absorber.on_device(one.correction))
+                corrections.trial = Trial(layer, on_device(one.correction))
                 changes[layer] = float((made(number, count) - whole).square().mean())
     finally:
         corrections.trial = None

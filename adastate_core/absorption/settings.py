@@ -99,7 +99,7 @@ class AbsorptionSettings:
         )
         for name, value, known in ((name, getattr(self, name), known) for name, known in choices):
             if value not in known:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+                raise ValueError(f"{name} is {value!r:.60}; it must be one of {', '.join(known)}")
         if (self.select == "saved") != bool(self.saved_layers):
             raise ValueError(
                 "select saved takes the layers of a saved absorption: connect one to saved_layers"
@@ -139,6 +139,11 @@ class AbsorptionSettings:
     def layers(self, count: int) -> int:
         """K, how many of `count` layers are switched."""
         return math.floor(self.ratio * count + 1e-9)
+
+    def selection_passes(self, count: int) -> int:
+        """How many passes of the model it takes, once, to choose among `count` layers: one without a change, and one a layer. None
+        where the choice asks for none."""
+        return count + 1 if self.select == "sensitivity" and 0 < self.layers(count) < count else 0
 
     def check_layers(self, count: int) -> None:
         """ValueError, in a sentence, if `saved_layers` cannot be those of a model of `count` layers."""

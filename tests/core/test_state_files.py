@@ -398,6 +398,9 @@ def test_unknown_and_missing_fields_are_named(tmp_path, where):
         "first_residuals",
         "solved_for",
         "due",
+        "switched_at",
+        "why",
+        "how",
     }
     for key in set(at(json.loads(texts["state"]))) - optional:
         assert key.split(".")[0] in refusal(changed(path, lambda _, header, key=key: at(header).pop(key)))

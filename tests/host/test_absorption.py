@@ -183,6 +183,41 @@ def test_statistics_that_do_not_fit_are_refused_with_the_scope_that_would(rollou
         rollout(**LONG, absorption=absorption(scope="layer"))
 
 
+def test_a_batch_that_does_not_fit_is_refused_with_the_batch_that_would(rollout, absorption, monkeypatch):
+    from adastate_pack.nodes.host import model as host_model
+
+    wish, small = absorption(), {"window_frames": 14, "length": 21}
+    for scope in ("head", "layer"):
+        wish = absorption(scope=scope)
+        three = sum(report_of(rollout(**small, absorption=wish, batch_size=3))["plan_bytes"].values())
+        monkeypatch.setattr(host_model, "available_bytes", lambda patcher, most=three: most)
+        with pytest.raises(ValueError, match=r"(window_frames \d+ or )?batch_size 3 would fit"):
+            rollout(**small, absorption=wish, batch_size=4)
+        monkeypatch.undo()
+
+
+def test_layers_are_chosen_by_the_picture_or_taken_of_a_saved_absorption(rollout, absorption, node, folders):
+    chosen = rollout(**LONG, absorption=absorption(select="sensitivity"), batch_size=2)
+    told = report_of(chosen)["absorption"]
+    assert (told["select"], told["selection_passes"]) == ("sensitivity", 3) and "change" in told["residuals"][0]
+    assert node("AdaStateAbsorption").validate(**(DEFAULTS | {"select": "saved"})) is True
+    with pytest.raises(ValueError, match="select saved takes the layers of a saved absorption"):
+        absorption(select="saved")
+    saved = node("AdaStateSaveAbsorption")(state=chosen.args[1], filename_prefix="adastate/pair").args[0]
+    loaded = node("AdaStateLoadAbsorption")(file=saved).args[0]
+    again = rollout(**LONG, absorption=absorption(select="saved", saved_layers=loaded), batch_size=2)
+    assert torch.equal(again.args[0]["samples"], chosen.args[0]["samples"])
+    with pytest.raises(ValueError, match="has a correction for each of 2 videos, and batch_size is 1: give 2, or load"):
+        rollout(**LONG, absorption=loaded)
+    loaded.belongs_to["model"] = "other"
+    with pytest.raises(
+        ValueError, match="the layers of the absorption pair.* are another checkpoint's: choose another"
+    ):
+        rollout(**LONG, absorption=absorption(select="saved", saved_layers=loaded))
+    with pytest.raises(ValueError, match="saved_layers holds no layers: connect Load Absorption"):
+        absorption(select="saved", saved_layers=absorption())
+
+
 ODD_REPORTS = [
     "5", "[]", "null", "", "{", '{"absorption": 5}', '{"absorption": {}}', '{"absorption": null}', '{"absorption": []}',
     "[" * 100_000,

@@ -1,0 +1,268 @@
+"""The pages and the figure of what absorption_recall measured: means with 95 % bootstrap intervals over streams."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adastate_core.files.whole_file import whole_file
+
+from .evaluate import interval
+from .layer_check import rank_correlation, smallest
+from .recall_rows import Row
+
+if TYPE_CHECKING:
+    from .absorption_recall import Recall
+
+# "near-lossless" is said only of a row whose loss of recall lies below this, the whole interval of it
+NEAR = 0.05
+PICTURES = {
+    "balloon": "balloon off its colour, dE",
+    "seam": "seam",
+    "chunk flicker": "flicker at the chunk's rate",
+    "temporal flickering": "temporal flickering",
+}
+
+
+def cell(values: Iterable[float], form: str = "{:.2f}") -> str:
+    """Mean and interval of what could be told; a dash where there is nothing."""
+    values = list(values)
+    if not [v for v in values if not math.isnan(v)]:
+        return "-"
+    mean, low, high = (form.format(v) for v in interval(values))
+    return f"{mean} ({low} to {high})"
+
+
+def streams_of(recall: Recall, row: Row) -> dict[int, dict[str, Any]]:
+    """What a row's streams gave, those of the run that were not left out."""
+    kept = recall.kept[row.name].streams
+    numbers = range(recall.config["streams"])
+    return {n: kept[str(n)] for n in numbers if str(n) in kept and "left_out" not in kept[str(n)]}
+
+
+def paired(recall: Recall, one: Row, other: Row, figure: Callable[[dict[str, Any]], float]) -> list[float]:
+    """`figure` of one row less that of the other, stream by stream."""
+    a, b = streams_of(recall, one), streams_of(recall, other)
+    return [figure(a[n]) - figure(b[n]) for n in a if n in b]
+
+
+def reference_of(recall: Recall, row: Row) -> Row:
+    """The full history of the same lantern, by the same weights."""
+    return next(
+        r for r in recall.rows if r.absorption is None and (r.shown, r.eight_bits) == (row.shown, row.eight_bits)
+    )
+
+
+def recall_lines(recall: Recall) -> list[str]:
+    """A line a row: its recall, less the full history's and less that of the same layers dropped, and what it costs."""
+    head = ["what", "streams", "KV bytes", "layers", "recall", "at each return", "minus full history",
+            "minus dropped", "latents' error at the returns"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    named = {row.name: row for row in recall.rows}
+    for row in recall.rows:
+        found = streams_of(recall, row)
+        if not found:
+            continue
+        each = [cell([float(f["came"][i] == f["own"]) for f in found.values()]).partition(" ")[0]
+                for i in range(len(recall.config["shown"][row.shown]["asked"]))]  # fmt: skip
+        full, dropped = reference_of(recall, row), named.get(row.name.replace("absorbed", "dropped"))
+        own = dropped is None or dropped is row
+        cells = [
+            row.name, str(len(found)), f"{max(f['kv_bytes'] for f in found.values()):,}", _layers(found.values()),
+            cell([f["recall"] for f in found.values()]), " ".join(each),
+            "" if full is row else cell(paired(recall, row, full, _recall), "{:+.2f}"),
+            "" if own else cell(paired(recall, row, dropped, _recall), "{:+.2f}"),
+            cell([_error(f, recall.config["shown"][row.shown]["asked"]) for f in found.values()], "{:.3f}"),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _recall(found: dict[str, Any]) -> float:
+    return found["recall"]
+
+
+def _error(found: dict[str, Any], asked: list[int]) -> float:
+    return sum(found["to_full"][chunk] for chunk in asked) / len(asked)
+
+
+def _layers(found: Iterable[dict[str, Any]]) -> str:
+    """The layers that were switched, those of most streams first."""
+    counts = Counter(" ".join(map(str, f["layers"])) for f in found if "layers" in f)
+    return ", ".join(f"{layers} ({n})" if len(counts) > 1 else layers for layers, n in counts.most_common(3))
+
+
+def donor_lines(recall: Recall) -> list[str]:
+    """Where another stream's correction was put in: whose colour came."""
+    lines = ["| what | streams | the donor's colour | the stream's own colour | neither |", "| --- " * 5 + "|"]
+    for row in (row for row in recall.rows if row.donor):
+        found = list(streams_of(recall, row).values())
+        shares = [[sum(c == f[who] for c in f["came"]) / len(f["came"]) for f in found] for who in ("donor", "own")]
+        neither = [1 - donor - own for donor, own in zip(*shares, strict=True)]
+        lines.append(f"| {row.name} | {len(found)} | " + " | ".join(cell(s) for s in (*shares, neither)) + " |")
+    return lines
+
+
+def picture_lines(recall: Recall) -> list[str]:
+    """Measures of the pictures from the switch on; sharpness in the first and in the last third, of the full history's."""
+    head = ["what", "streams", *PICTURES.values(), "sharpness, first third", "sharpness, last third"]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for row in recall.rows:
+        found = {n: f for n, f in streams_of(recall, row).items() if "pictures" in f}
+        if not found:
+            continue
+        full = streams_of(recall, reference_of(recall, row))
+        cells = [cell([f["pictures"][name] for f in found.values()]) for name in PICTURES]
+        for part in (slice(None, 3), slice(-3, None)):
+            ratios = [
+                sum(f["pictures"]["sharpness"][part]) / sum(full[n]["pictures"]["sharpness"][part])
+                for n, f in found.items()
+            ]
+            cells.append(cell(ratios))
+        lines.append(f"| {row.name} | {len(found)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def verdicts(recall: Recall) -> list[str]:
+    """Of which rows the loss of recall may be called near-lossless, and why not of the others."""
+    lines, named = [], {row.name: row for row in recall.rows}
+    for one, other in recall.config["near"]:
+        losses = paired(recall, named[one], named[other], _recall)
+        if not losses:
+            continue
+        mean, low, high = interval(losses)
+        word = "near-lossless" if high < NEAR else f"not shown to be near-lossless (the interval is not below {NEAR})"
+        lines.append(f"- {one} minus {other}: {mean:+.3f} ({low:+.3f} to {high:+.3f}), {len(losses)} streams: {word}.")
+    return lines
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# over which chunks behind the switch errors are taken
+SPANS = {"next chunk": slice(0, 1), "all chunks": slice(None)}
+
+
+def check_lines(name: str, streams: list[dict[str, Any]]) -> list[str]:
+    """One model's layers alone without their history, and how the choice agrees with that."""
+    layers, told = range(len(streams[0]["sensitivity"])), streams[0]["recall"] is not None
+    head = [f"{name}, {len(streams)} streams: layer", *map(str, layers)]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    rows = {"sensitivity": [[s["sensitivity"][i] for s in streams] for i in layers]}
+    for what in ("dropped", "corrected"):
+        for span, part in SPANS.items():
+            rows[f"latents' error, alone {what}, {span}"] = [[mean(s[what][i][part]) for s in streams] for i in layers]
+    for title, by_layer in rows.items():
+        lines.append(f"| {title} | " + " | ".join(f"{mean(each):.3g}" for each in by_layer) + " |")
+    for what in ("dropped", "corrected") if told else ():
+        cells = [cell([s[f"{what}, recall"][i] for s in streams]) for i in layers]
+        lines.append(f"| recall, alone {what} | " + " | ".join(cells) + " |")
+    share = [mean([float(i in s["chosen"]) for s in streams]) for i in layers]
+    lines += ["| share of streams that switch it | " + " | ".join(f"{one:.2f}" for one in share) + " |", ""]
+    if told:
+        worst = min(layers, key=lambda i: sum(s["dropped, recall"][i] for s in streams))
+        full = cell([s["recall"] for s in streams])
+        kept = 1 - share[worst]
+        lines.append(
+            f"- Layer {worst} carries the lantern (recall with full history {full}); {kept:.0%} of the streams keep it."
+        )
+    return [*lines, *agreement(streams), ""]
+
+
+def agreement(streams: list[dict[str, Any]]) -> list[str]:
+    """How the order of the layers by sensitivity agrees with that of their errors, stream by stream."""
+    lines = []
+    for what in ("dropped", "corrected"):
+        for span, part in SPANS.items():
+            errors = [[mean(one[part]) for one in s[what]] for s in streams]
+            correlations = [rank_correlation(s["sensitivity"], e) for s, e in zip(streams, errors, strict=True)]
+            same = [smallest(e, len(s["chosen"])) == sorted(s["chosen"]) for s, e in zip(streams, errors, strict=True)]
+            told = f"rank correlation {cell(correlations)}; the same layers in {sum(same)} of {len(same)}"
+            lines.append(f"- Sensitivity against the error alone {what}, {span}: {told}.")
+    return lines
+
+
+def opening(config: dict[str, Any]) -> list[str]:
+    """What was done, in a paragraph, and the command."""
+    base, steps, window = config["absorption"], config["sampler_steps"], config["window_frames"]
+    text = (
+        f"The causal teacher (version 1 of the shipped weights), {steps} steps, window {window}, no anchor. The lantern is up in "
+        "every third chunk, its colour is in no condition, and the switch is after "
+        f"{base['warmup_frames']} latent frames. Rows differ in what their name says from: {base['select']}, "
+        f"ratio {base['ratio']}, warm-up {base['warmup_frames']}, sink {base['sink_frames']}, "
+        f"local window {base['local_window_frames']}. *Recall* is the share of returns in the colour that the lantern last had "
+        "before the switch; chance is about a quarter. *Dropped* layers lose their history and get no correction. Means with "
+        "95 % bootstrap intervals over streams; differences are taken stream by stream, with equal noise. *KV bytes* are those "
+        "after the switch. W8A8: weights and activations of all matrices of the blocks in int8, emulated exactly in float; the "
+        "correction stays in float."
+    )
+    command = "python3 run.py train absorption_recall --config training/configs/absorption_recall.toml"
+    return [*textwrap.wrap(text, 130), "", f"`{command} --streams {config['streams']}` makes this page."]
+
+
+def page(recall: Recall, checks: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The whole page."""
+    lines = [f"# Absorption: does the lantern come back in its colour? {recall.config['streams']} streams", ""]
+    lines += [*opening(recall.config), "", *recall_lines(recall), "", *verdicts(recall), ""]
+    if any(row.donor and streams_of(recall, row) for row in recall.rows):
+        lines += ["## Control: another stream's correction put in", "", *donor_lines(recall), ""]
+    if any("pictures" in f for row in recall.rows for f in streams_of(recall, row).values()):
+        lines += ["## Pictures from the switch on", "", *picture_lines(recall), ""]
+    if checks:
+        lines += ["## The choice of layers, against leaving each alone without its history", ""]
+    for name, streams in checks.items():
+        lines += check_lines(name, streams)
+    return lines
+
+
+def draw(recall: Recall, path: Path) -> None:
+    """Recall by row with its interval, and how far latents come from the full history's, chunk by chunk."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in recall.rows if streams_of(recall, row)]
+    figure, panels = pyplot.subplots(1, 3, figsize=(16, 0.28 * len(rows) + 1.5), layout="constrained")
+    for place, row in enumerate(reversed(rows)):
+        mean, low, high = interval([f["recall"] for f in streams_of(recall, row).values()])
+        panels[0].errorbar(
+            mean,
+            place,
+            xerr=[[mean - low], [high - mean]],
+            fmt="o",
+            color="C0" if row.absorption else "C7",
+            markersize=4,
+        )
+    panels[0].set_yticks(range(len(rows)), [row.name for row in reversed(rows)], fontsize=8)
+    panels[0].set_title("returns in the stream's own colour", fontsize=9, loc="left")
+    panels[0].axvline(0.25, color="C7", linewidth=0.6)
+    shown = [
+        row
+        for row in rows
+        if row.absorption is not None and row.shown == "returning" and not row.donor and not row.eight_bits
+    ]
+    for number, row in enumerate(shown):
+        found = streams_of(recall, row).values()
+        style = {"color": f"C{number // 2 % 10}", "linestyle": "--" if "dropped" in row.name else "-", "linewidth": 1.1}
+        errors = torch.tensor([f["to_full"] for f in found]).mean(0)
+        panels[1].plot(errors.where(errors > 1e-6, torch.nan), label=row.name, **style)
+        sharp = [f["pictures"]["sharpness"] for f in found if "pictures" in f]
+        if sharp:
+            first = len(errors) - len(sharp[0])
+            panels[2].plot(range(first, len(errors)), torch.tensor(sharp).mean(0), **style)
+    panels[1].set_yscale("log")
+    panels[1].set_title("latents' squared difference to full history, by chunk", fontsize=9, loc="left")
+    panels[2].set_title("sharpness, by chunk", fontsize=9, loc="left")
+    handles, names = panels[1].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", fontsize=7, frameon=False)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=90, format="png")
+    pyplot.close(figure)
