@@ -108,8 +108,3 @@ def stack(corrections: Sequence[Correction]) -> Correction:
 def of_item(correction: Correction, item: int) -> Correction:
     """One item's part of a correction that each item has its own of."""
     return Correction(*(None if part is None else part[item] for part in correction.parts()))
-
-
-def own_items(correction: Correction) -> int:
-    """How many items have one of their own in it; 1 if it is the same for all."""
-    return len(correction.constant) if correction.constant.dim() == 2 else 1
