@@ -193,7 +193,7 @@ def test_two_pages_steer_a_redo_and_a_change_in_its_last_chunk_is_answered(rende
 def test_scenes_are_marked_where_they_begin(open_front_end, artefacts):
     """One that is asked for on the way and one of the timeline: on the axis, on the prompt, and at the chunk's own button."""
     page = open_front_end("classic")
-    wheel = Wheel(page)
+    wheel = Wheel(page, window_frames=6)  # the demo's window of one chunk has no room for a shot's first one
     page.tab.evaluate(SET, [*TIMELINE, "0s meadow, slow, crimson balloon\n3.75s {shot}"])
     planned = wheel.marks.nth(1)
     planned.wait_for()
