@@ -125,6 +125,8 @@ class Pair(Combination):
         return AbsorptionSettings(
             ratio=luck.choice((0.5, 1.0)), local_window_frames=2, sink_frames=1, ridge=0.3, monitor_layers=-1,
             monitor_chunks=2, scope=luck.choice(("head", "layer")),
+            # the passes of a choice are counted like a chunk's, in which an interrupt is to come
+            select="sensitivity" if self.interrupt == "none" else "residual",
             warmup_frames={
                 "warming": self.start + FRAMES + 1,
                 "switching": self.start + luck.choice((0, 1)),

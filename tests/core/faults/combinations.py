@@ -136,7 +136,7 @@ class Combination:
         if self.absorption == "none or warming" and not warming:
             return None
         ridge = None if self.variant % 4 == 0 else 0.3  # each of seven that are tried is a solve of every layer
-        common = dict(local_window_frames=2, sink_frames=1, ratio=0.5, ridge=ridge)
+        common = dict(local_window_frames=2, sink_frames=1, ratio=0.5, ridge=ridge, select="residual")
         if self.absorption == "switched":
             return AbsorptionSettings(warmup_frames=12, monitor_layers=-1, monitor_chunks=2, refresh="always", **common)
         return AbsorptionSettings(
