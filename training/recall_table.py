@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # "near-lossless" is said only of a row whose loss of recall lies below this, the whole interval of it
 NEAR = 0.05
+# an interval of fewer streams says nothing
+FEWEST = 6
 PICTURES = {
     "balloon": "balloon off its colour, dE",
     "seam": "seam",
@@ -31,12 +33,12 @@ PICTURES = {
 
 
 def cell(values: Iterable[float], form: str = "{:.2f}") -> str:
-    """Mean and interval of what could be told; a dash where there is nothing."""
-    values = list(values)
-    if not [v for v in values if not math.isnan(v)]:
+    """Mean and interval of what could be told; a dash where there is nothing, and no interval of fewer than FEWEST."""
+    known = [v for v in values if not math.isnan(v)]
+    if not known:
         return "-"
-    mean, low, high = (form.format(v) for v in interval(values))
-    return f"{mean} ({low} to {high})"
+    mean, low, high = (form.format(v) for v in interval(known))
+    return mean if len(known) < FEWEST else f"{mean} ({low} to {high})"
 
 
 def streams_of(recall: Recall, row: Row) -> dict[int, dict[str, Any]]:
@@ -129,6 +131,14 @@ def picture_lines(recall: Recall) -> list[str]:
     return lines
 
 
+def unseen(streams: int) -> float:
+    """The share of streams that may behave in a way that none of `streams` did: the end of the exact 95 % interval, of two sides.
+
+    A bootstrap of equal values has no width, so it cannot tell.
+    """
+    return 1 - 0.025 ** (1 / streams)
+
+
 def verdicts(recall: Recall) -> list[str]:
     """Of which rows the loss of recall may be called near-lossless, and why not of the others."""
     lines, named = [], {row.name: row for row in recall.rows}
@@ -137,7 +147,13 @@ def verdicts(recall: Recall) -> list[str]:
         if not losses:
             continue
         mean, low, high = interval(losses)
-        word = "near-lossless" if high < NEAR else f"not shown to be near-lossless (the interval is not below {NEAR})"
+        rare = unseen(len(losses))
+        if high >= NEAR:
+            word = f"not shown to be near-lossless (the interval is not below {NEAR})"
+        elif rare >= NEAR:
+            word = f"not shown to be near-lossless (so few streams cannot rule out a loss in {rare:.0%} of all)"
+        else:
+            word = "near-lossless"
         lines.append(f"- {one} minus {other}: {mean:+.3f} ({low:+.3f} to {high:+.3f}), {len(losses)} streams: {word}.")
     return lines
 
@@ -147,7 +163,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 # over which chunks behind the switch errors are taken
-SPANS = {"next chunk": slice(0, 1), "all chunks": slice(None)}
+SPANS = {"next chunk": slice(0, 1), "3 chunks": slice(0, 3), "all chunks": slice(None)}
 
 
 def check_lines(name: str, streams: list[dict[str, Any]]) -> list[str]:
@@ -201,7 +217,8 @@ def opening(config: dict[str, Any]) -> list[str]:
         "before the switch; chance is about a quarter. *Dropped* layers lose their history and get no correction. Means with "
         "95 % bootstrap intervals over streams; differences are taken stream by stream, with equal noise. *KV bytes* are those "
         "after the switch. W8A8: weights and activations of all matrices of the blocks in int8, emulated exactly in float; the "
-        "correction stays in float."
+        "correction stays in float. "
+        f"Rows of fewer than {FEWEST} streams are a first look, without intervals."
     )
     command = "python3 run.py train absorption_recall --config training/configs/absorption_recall.toml"
     return [*textwrap.wrap(text, 130), "", f"`{command} --streams {config['streams']}` makes this page."]

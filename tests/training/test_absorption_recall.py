@@ -10,7 +10,7 @@ import torch
 from tiny_denoiser import tiny_denoiser
 from torch import nn
 
-from training import absorption_recall
+from training import absorption_recall, recall_table
 from training.absorption_recall import Kept, Recall
 from training.eight_bits import EightBitLinear
 from training.layer_check import rank_correlation, smallest
@@ -192,3 +192,14 @@ def test_agreement_of_orders():
     assert rank_correlation([1.0, 5.0, 3.0], [10.0, 30.0, 20.0]) == pytest.approx(1)
     assert rank_correlation([1.0, 5.0, 3.0], [30.0, 10.0, 20.0]) == pytest.approx(-1)
     assert smallest([3.0, 0.5, 9.0, 1.0], 2) == [1, 3]
+
+
+def test_few_streams_without_a_loss_are_not_called_near_lossless(recall, monkeypatch):
+    """Equal values have a bootstrap interval without width; what so few streams cannot rule out is told instead."""
+    told = {}
+    for count in (12, 100):
+        monkeypatch.setattr(recall_table, "paired", lambda *_, count=count: [0.0] * count)
+        told[count] = recall_table.verdicts(recall)[0]
+    assert "a loss in 26% of all" in told[12] and told[100].endswith("100 streams: near-lossless.")
+    monkeypatch.setattr(recall_table, "paired", lambda *_: [0.0, 0.0, 0.2] * 40)
+    assert "the interval is not below" in recall_table.verdicts(recall)[0]
