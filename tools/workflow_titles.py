@@ -38,7 +38,7 @@ TITLES = {
     "system_infinity_rope": "System Infinity-RoPE",
     "system_krea_14b": "System Krea Realtime 14B",
     "system_longlive": "System LongLive",
-    "system_longlive2": "System LongLive 2.0",
+    "system_longlive2": "System LongLive 2",
     "system_memrope": "System MemRoPE",
     "system_reward_forcing": "System Reward Forcing",
     "system_rolling_forcing": "System Rolling Forcing",

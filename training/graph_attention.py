@@ -57,8 +57,9 @@ class LayerGraph:
     window: list[Frame] = field(default_factory=list)
     # the video's first frames, of a policy that puts them into the window again
     first: list[Frame] = field(default_factory=list)
-    # what the commit under way has just cached
+    # what the commit under way has just cached, and the frame that left the window first for it
     newest: list[Frame] = field(default_factory=list)
+    first_left: int | None = None
 
     def frame_in(self, slot: int) -> int | None:
         return self.anchor[slot].index if slot in self.anchor else None
@@ -216,6 +217,7 @@ class GraphAttention:
         slots = {frame.index: self.anchor.slot_of(frame.index) for frame in layer.newest}
         entering = sum(slot is None for slot in slots.values())
         leaving, left = max(0, len(layer.window) + entering - self.window_frames), 0
+        layer.first_left = None
         for frame in layer.newest:
             if (slot := slots[frame.index]) is not None:
                 layer.set_anchor(slot, frame.index, partial(_pair, frame))
@@ -223,6 +225,7 @@ class GraphAttention:
             layer.window.append(frame)
             if len(layer.window) > self.window_frames:
                 oldest = layer.window.pop(0)
+                layer.first_left = oldest.index if left == 0 else layer.first_left
                 self.anchor.evicted(layer, oldest.index, partial(_pair, oldest), (left, leaving))
                 left += 1
 

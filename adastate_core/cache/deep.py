@@ -469,6 +469,11 @@ class DeepDraft:
         held = self.anchor.get(slot)
         return None if held is None else held.frame
 
+    @property
+    def first_left(self) -> int | None:
+        """None: no policy is told of a frame that leaves here."""
+        return None
+
     def set_anchor(self, slot: int, frame: int, source: Source) -> None:
         """Put a raw key and value [B, P, width] into a sink slot."""
         self.writes.append(partial(write_frame, self.cache.write_anchor, slot, source))

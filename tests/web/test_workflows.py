@@ -122,7 +122,8 @@ def test_systems_name_the_files_to_download_and_only_safe_ones():
         note = next(node for node in nodes if node["type"] == "MarkdownNote")["widgets_values"][0]
         assert "models/diffusion_models" in note and "https://huggingface.co/" in note
         offered = [(LOADERS[node["type"]], file) for node in nodes for file in node["properties"].get("models", ())]
-        assert "wan_2.1_vae.safetensors" in [file["name"] for _, file in offered]
+        vae = "wan2.2_vae.safetensors" if name == "system_longlive2" else "wan_2.1_vae.safetensors"
+        assert vae in [file["name"] for _, file in offered]
         for directory, file in offered:
             assert file["directory"] == directory and file["url"].endswith(f"/{file['name']}")
             assert file["name"].endswith(".safetensors") and "/resolve/" in file["url"] and file["name"] in note
