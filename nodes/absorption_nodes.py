@@ -196,12 +196,36 @@ class AbsorptionNode(Node):
         return None
 
     @classmethod
-    def execute(cls, **inputs: Any) -> io.NodeOutput:
-        saved = inputs.get("saved_layers")
-        if saved is not None and not saved.layers:
+    def execute(
+        cls,
+        ratio: float,
+        warmup_frames: int,
+        local_window_frames: int,
+        sink_frames: int,
+        ridge: str,
+        scope: str,
+        rank: int,
+        select: str,
+        absorb: bool,
+        schedule: str,
+        monitor_layers: int = 0,
+        monitor_chunks: int = 8,
+        drift: float = 1.5,
+        saved_layers: AbsorptionRequest | None = None,
+        prior: AbsorptionRequest | None = None,
+        switch: str = next(iter(SWITCHES)),
+        budget_gib: float = 0.0,
+        most_warmup_frames: int = 0,
+    ) -> io.NodeOutput:
+        if saved_layers is not None and not saved_layers.layers:
             raise ValueError("saved_layers holds no layers: connect Load Absorption to it, not ISPA Cache Absorption")
-        prior = absorption_prior.linked(inputs.get("prior"))
-        return io.NodeOutput(AbsorptionRequest(cls._settings(**inputs), layers_of=saved, prior=prior))
+        settings = cls._settings(
+            ratio=ratio, warmup_frames=warmup_frames, local_window_frames=local_window_frames, sink_frames=sink_frames,
+            ridge=ridge, scope=scope, rank=rank, select=select, absorb=absorb, schedule=schedule,
+            monitor_layers=monitor_layers, monitor_chunks=monitor_chunks, drift=drift, saved_layers=saved_layers, prior=prior,
+            switch=switch, budget_gib=budget_gib, most_warmup_frames=most_warmup_frames,
+        )  # fmt: skip
+        return io.NodeOutput(AbsorptionRequest(settings, layers_of=saved_layers, prior=absorption_prior.linked(prior)))
 
 
 class SaveAbsorptionNode(Node):
