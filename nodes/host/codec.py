@@ -221,7 +221,8 @@ class HostDecoder:
             behind = self.stream.latents_seen - 1 - frame
             if 0 <= behind < latents:
                 last = pictures[:, pictures.shape[1] - 1 - self.space.temporal_stride * behind]
-                output = self._output(last.to(self.vae.output_device)[:, None])[:, 0]
+                # a copy: newer hosts make pictures of the decoder's output in place
+                output = self._output(last.to(self.vae.output_device, copy=True)[:, None])[:, 0]
                 self.kept_pictures[frame] = output.float().to("cpu", copy=True)
 
     def encoding_bytes(self, height: int, width: int) -> int:

@@ -147,7 +147,10 @@ def test_the_sampler_is_the_rollout(rollout, model, positive, node, vae):
 def test_attention_and_absorption_take_it(rollout, model, positive, node):
     shares = node("AdaStateAttentionShare")(model=model, positive=positive, width=32, height=32, windows="3", seed=1)
     assert json.loads(shares.args[1])[0]["window_frames"] == 3
-    settings = {"ratio": 0.5, "warmup_frames": 12, "local_window_frames": 3, "ridge": "auto", "schedule": "once"}
+    settings = {
+        "ratio": 0.5, "warmup_frames": 12, "local_window_frames": 3, "sink_frames": 1, "ridge": "auto", "scope": "head", "rank": 64,
+        "select": "sensitivity", "absorb": True, "schedule": "once",
+    }  # fmt: skip
     absorption = node("AdaStateAbsorption")(**settings).args[0]
     found = report_of(rollout(window_frames=12, length=73, absorption=absorption))["absorption"]
     assert found["phase"] == "switched" and found["kv_bytes_after"] < found["kv_bytes_before"]

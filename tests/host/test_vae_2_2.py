@@ -93,13 +93,18 @@ def test_a_decoder_that_begins_anew_stands_where_the_whole_one_does(vae):
 
 
 @torch.no_grad()
-def test_pictures_are_encoded_and_kept_as_the_host_does(vae):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_pictures_are_encoded_and_kept_as_the_host_does(vae, monkeypatch, in_place):
+    """Newer hosts make pictures of the decoder's output in its own place."""
+    if in_place:
+        monkeypatch.setattr(vae, "process_output", lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0))
     pictures = torch.rand(5, 32, 64, 3, generator=torch.Generator().manual_seed(1))
     assert codec.encode(vae, pictures).shape == (1, 48, 2, 2, 4)
     assert torch.equal(codec.encode_alone(vae, pictures[:1]), vae.encode(pictures[:1]))
     decoder, z = HostDecoder(vae), latents(3)
     decoder.keep_pictures_of([1, 2])
     made = decoder.step(z)
+    assert torch.equal(made, HostDecoder(vae).step(z))
     assert torch.equal(decoder.kept_pictures[1], made[:, 4]) and torch.equal(decoder.kept_pictures[2], made[:, 8])
     assert decoder.working_bytes(1, 4, 4) > vae.memory_used_decode((1, 48, 1, 4, 4), torch.float32)
     assert decoder.encoding_bytes(4, 4) == vae.memory_used_encode((1, 3, 1, 64, 64), torch.float32)
