@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,9 +16,6 @@ from adastate_core.files.whole_file import whole_file
 from .evaluate import interval
 from .layer_check import rank_correlation, smallest
 from .recall_rows import Row
-
-if TYPE_CHECKING:
-    from .absorption_recall import Recall
 
 # "near-lossless" is said only of a row whose loss of recall lies below this, the whole interval of it
 NEAR = 0.05
@@ -32,6 +29,20 @@ PICTURES = {
 }
 
 
+class KeptStreams(Protocol):
+    """What has been measured of one row, by stream."""
+
+    streams: dict[str, dict[str, Any]]
+
+
+class Measured(Protocol):
+    """What a page is made of (absorption_recall.Recall): the config, the rows, and what was measured of each by its name."""
+
+    config: dict[str, Any]
+    rows: list[Row]
+    kept: Mapping[str, KeptStreams]
+
+
 def cell(values: Iterable[float], form: str = "{:.2f}") -> str:
     """Mean and interval of what could be told; a dash where there is nothing, and no interval of fewer than FEWEST."""
     known = [v for v in values if not math.isnan(v)]
@@ -41,27 +52,27 @@ def cell(values: Iterable[float], form: str = "{:.2f}") -> str:
     return mean if len(known) < FEWEST else f"{mean} ({low} to {high})"
 
 
-def streams_of(recall: Recall, row: Row) -> dict[int, dict[str, Any]]:
+def streams_of(recall: Measured, row: Row) -> dict[int, dict[str, Any]]:
     """What a row's streams gave, those of the run that were not left out."""
     kept = recall.kept[row.name].streams
     numbers = range(recall.config["streams"])
     return {n: kept[str(n)] for n in numbers if str(n) in kept and "left_out" not in kept[str(n)]}
 
 
-def paired(recall: Recall, one: Row, other: Row, figure: Callable[[dict[str, Any]], float]) -> list[float]:
+def paired(recall: Measured, one: Row, other: Row, figure: Callable[[dict[str, Any]], float]) -> list[float]:
     """`figure` of one row less that of the other, stream by stream."""
     a, b = streams_of(recall, one), streams_of(recall, other)
     return [figure(a[n]) - figure(b[n]) for n in a if n in b]
 
 
-def reference_of(recall: Recall, row: Row) -> Row:
+def reference_of(recall: Measured, row: Row) -> Row:
     """The full history of the same lantern, by the same weights."""
     return next(
         r for r in recall.rows if r.absorption is None and (r.shown, r.eight_bits) == (row.shown, row.eight_bits)
     )
 
 
-def recall_lines(recall: Recall) -> list[str]:
+def recall_lines(recall: Measured) -> list[str]:
     """A line a row: its recall, less the full history's and less that of the same layers dropped, and what it costs."""
     head = ["what", "streams", "KV bytes", "layers", "recall", "at each return", "minus full history",
             "minus dropped", "latents' error at the returns"]  # fmt: skip
@@ -100,7 +111,7 @@ def _layers(found: Iterable[dict[str, Any]]) -> str:
     return ", ".join(f"{layers} ({n})" if len(counts) > 1 else layers for layers, n in counts.most_common(3))
 
 
-def donor_lines(recall: Recall) -> list[str]:
+def donor_lines(recall: Measured) -> list[str]:
     """Where another stream's correction was put in: whose colour came."""
     lines = ["| what | streams | the donor's colour | the stream's own colour | neither |", "| --- " * 5 + "|"]
     for row in (row for row in recall.rows if row.donor):
@@ -111,7 +122,7 @@ def donor_lines(recall: Recall) -> list[str]:
     return lines
 
 
-def picture_lines(recall: Recall) -> list[str]:
+def picture_lines(recall: Measured) -> list[str]:
     """Measures of the pictures from the switch on; sharpness in the first and in the last third, of the full history's."""
     head = ["what", "streams", *PICTURES.values(), "sharpness, first third", "sharpness, last third"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
@@ -139,7 +150,7 @@ def unseen(streams: int) -> float:
     return 1 - 0.025 ** (1 / streams)
 
 
-def verdicts(recall: Recall) -> list[str]:
+def verdicts(recall: Measured) -> list[str]:
     """Of which rows the loss of recall may be called near-lossless, and why not of the others."""
     lines, named = [], {row.name: row for row in recall.rows}
     for one, other in recall.config["near"]:
@@ -224,7 +235,7 @@ def opening(config: dict[str, Any]) -> list[str]:
     return [*textwrap.wrap(text, 130), "", f"`{command} --streams {config['streams']}` makes this page."]
 
 
-def page(recall: Recall, checks: dict[str, list[dict[str, Any]]]) -> list[str]:
+def page(recall: Measured, checks: dict[str, list[dict[str, Any]]]) -> list[str]:
     """The whole page."""
     lines = [f"# Absorption: does the lantern come back in its colour? {recall.config['streams']} streams", ""]
     lines += [*opening(recall.config), "", *recall_lines(recall), "", *verdicts(recall), ""]
@@ -239,7 +250,7 @@ def page(recall: Recall, checks: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def draw(recall: Recall, path: Path) -> None:
+def draw(recall: Measured, path: Path) -> None:
     """Recall by row with its interval, and how far latents come from the full history's, chunk by chunk."""
     import matplotlib
 
