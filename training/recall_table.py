@@ -251,24 +251,23 @@ def page(recall: Measured, checks: dict[str, list[dict[str, Any]]]) -> list[str]
 
 
 def draw(recall: Measured, path: Path) -> None:
-    """Recall by row with its interval, and how far latents come from the full history's, chunk by chunk."""
+    """Recall by row, with its interval where there are streams enough for one, how far latents come from the full history's, chunk
+    by chunk, and, where pictures were measured, their sharpness."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [row for row in recall.rows if streams_of(recall, row)]
-    figure, panels = pyplot.subplots(1, 3, figsize=(16, 0.28 * len(rows) + 1.5), layout="constrained")
+    pictured = any("pictures" in found for row in rows for found in streams_of(recall, row).values())
+    size = (16 if pictured else 12, 0.28 * len(rows) + 1.5)
+    figure, panels = pyplot.subplots(1, 3 if pictured else 2, figsize=size, layout="constrained")
     for place, row in enumerate(reversed(rows)):
-        mean, low, high = interval([f["recall"] for f in streams_of(recall, row).values()])
-        panels[0].errorbar(
-            mean,
-            place,
-            xerr=[[mean - low], [high - mean]],
-            fmt="o",
-            color="C0" if row.absorption else "C7",
-            markersize=4,
-        )
+        recalls = [f["recall"] for f in streams_of(recall, row).values()]
+        mean, low, high = interval(recalls)
+        reach = None if len(recalls) < FEWEST else [[mean - low], [high - mean]]
+        colour = "C7" if row.absorption is None else "C0"
+        panels[0].errorbar(mean, place, xerr=reach, fmt="o", color=colour, markersize=4)
     panels[0].set_yticks(range(len(rows)), [row.name for row in reversed(rows)], fontsize=8)
     panels[0].set_title("returns in the stream's own colour", fontsize=9, loc="left")
     panels[0].axvline(0.25, color="C7", linewidth=0.6)
@@ -288,7 +287,8 @@ def draw(recall: Measured, path: Path) -> None:
             panels[2].plot(range(first, len(errors)), torch.tensor(sharp).mean(0), **style)
     panels[1].set_yscale("log")
     panels[1].set_title("latents' squared difference to full history, by chunk", fontsize=9, loc="left")
-    panels[2].set_title("sharpness, by chunk", fontsize=9, loc="left")
+    if pictured:
+        panels[2].set_title("sharpness, by chunk", fontsize=9, loc="left")
     handles, names = panels[1].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=7, frameon=False)
     with whole_file(path) as file:
