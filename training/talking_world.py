@@ -1,4 +1,4 @@
-"""The world that speaks: the balloon is as large as the sound is loud, and the lantern hangs as low as its pitch is.
+"""The world that speaks: the balloon is as large as the sound is loud, and the lantern hangs as high as its pitch is.
 
 Terrain, pace, colours and the lantern's coming and going are in the words (world.py); what the sound decides is in no word.
 """

@@ -130,7 +130,7 @@ class Scene:
         }
 
     def _lantern_y(self, frames: torch.Tensor, height: float | torch.Tensor) -> torch.Tensor:
-        """Where the lantern is that hangs at `height`: it slides in, or out over the upper edge, in the first 4 frames of a chunk."""
+        """Where the lantern is that hangs at `height`: it slides in, or out over the upper edge, in a chunk's first 4 frames."""
         chunks = chunk_of_frame(frames)
         last = len(self.lantern) - 1
         up = torch.tensor([word == LANTERN_STATES[0] for word in self.lantern], dtype=torch.float32)

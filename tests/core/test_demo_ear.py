@@ -51,7 +51,7 @@ def test_features_are_sums_of_the_levels_vectors():
     torch.testing.assert_close(weights[..., :6].sum(-1), torch.ones(2, 49))
     # loudness .6 and pitch .5: level 3 of loudness, and both middle ones of pitch
     assert weights[0, 5, :6].argmax() == 3 and abs(weights[0, 5, 8] - weights[0, 5, 9]) < 0.03
-    assert weights[0, -1, 0] > 0.8 and weights[0, -1, 6:].abs().max() == 0  # silence has no pitch
+    assert weights[0, -1, 0] > 0.75 and weights[0, -1, 6:].abs().max() == 0  # silence has no pitch
     table = vectors().double()
     torch.testing.assert_close(
         features[1, 5].double(), (weights[1, 5].double()[:, None] * table).sum(0), atol=1e-4, rtol=1e-4
