@@ -88,7 +88,6 @@ class VideoSink:
         self._converter, self._placed = VideoReformatter(), sound
         joined = prefix_frames / self._encoding.rate
         self._sound = None if sound is None else SoundTrack(self._container, sound, earlier, joined)
-        self._replaced = earlier if earlier and earlier.told and earlier.form is None else None
         if before is not None:
             try:
                 self._container.start_encoding()
@@ -208,11 +207,6 @@ class VideoSink:
                 self._rewrite_with_others()
             elif self.frames and self._encoding.kind.container != "matroska":
                 remux(self.path, end=self._sound_end)
-            if self._replaced is not None and self.frames:
-                source, told = self._replaced.source.name, self._replaced.told
-                self._warn(
-                    f"the sound of {source} ({told}) cannot be gone on with, so the given sound begins with the video"
-                )
         except Exception as error:  # noqa: BLE001  the file is whole and plays without it
             if self.path.exists():
                 left = "it is left as it grew, in fragments, and plays"
