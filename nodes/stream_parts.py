@@ -161,10 +161,12 @@ class VideoPart(_Files):
 class FramesPart(_Files):
     """A folder of frames an item. ValueError if those that are to be joined are not there."""
 
-    def __init__(self, request: Request, settings: FrameSettings, form: FileForm, first: int) -> None:
+    def __init__(
+        self, request: Request, stream: StreamSettings, settings: FrameSettings, form: FileForm, first: int
+    ) -> None:
         """`first`: the place, among the video's file frames, of the first one that this run makes."""
         super().__init__(request, video_endings(request.batch_size, FRAMES_SUFFIX), form)
-        self.settings, self._first = settings, first
+        self._stream, self.settings, self._first = stream, settings, first
         joins = settings.join and first
         self._sources = self._joined() if joins else [(None, self._first)] * request.batch_size
 
@@ -187,7 +189,8 @@ class FramesPart(_Files):
 
         def sink(item: int, path: Path) -> FrameFolder:
             source, begin = self._sources[item]
-            return FrameFolder(path, self._sequence(run_id, begin), request.metadata, source, self._first, copied)
+            sound, about = sound_from(self._stream, begin, self.form), self._sequence(run_id, begin)
+            return FrameFolder(path, about, request.metadata, source, self._first, copied, sound)
 
         self._open(sink)
 
@@ -227,7 +230,7 @@ def parts_of(request: Request, settings: StreamSettings, first: int) -> list[Vid
     its report."""
     form = settings.form(request.width, request.height)
     video = [VideoPart(request, settings, form, first)] if settings.video else []
-    return [*video, *(FramesPart(request, frames, form, first) for frames in settings.frames)]
+    return [*video, *(FramesPart(request, settings, frames, form, first) for frames in settings.frames)]
 
 
 def sound_from(settings: StreamSettings, frame: int, form: FileForm) -> PlacedSound | None:

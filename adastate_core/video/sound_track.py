@@ -1,9 +1,9 @@
 """The sound of a growing video, packet by packet beside its pictures.
 
-All packets stand on one grid of 1024 samples that begins with the file, so that a track is gone on with wherever it was left:
-whole packets are copied, and those behind them are made of the sound at the same places. AAC's packet k is heard as samples
-(k - 1) * 1024 .. k * 1024, since its encoder is a packet late, and half of it overlaps its neighbours: an encoder that begins
-in the middle is given some packets more in front, which are not written.
+All packets stand on one grid that begins with the file, of 1024 samples in AAC and of 10 ms else, so that a track is gone on
+with wherever it was left: whole packets are copied, and those behind them are made of the sound at the same places. AAC's packet
+k is heard as samples (k - 1) * 1024 .. k * 1024, since its encoder is a packet late, and half of it overlaps its neighbours: an
+encoder that begins in the middle is given some packets more in front, which are not written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from ..audio.placed import PlacedSound
 
-PACKET = 1024
+_AAC_PACKET = 1024
 _WARM_UP = 16  # packets
 _AAC_RATES = (48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000)
 _PCM_RATES = (192_000, 176_400, 96_000, 88_200, 64_000, *_AAC_RATES)
@@ -47,13 +47,18 @@ class SoundForm:
         return SoundForm(encoder, rate if known else _OTHERWISE, min(2, placed.sound.waveform.shape[0]))
 
     @property
+    def size(self) -> int:
+        """Samples of a packet."""
+        return _AAC_PACKET if self.encoder == "aac" else max(1, self.rate // 100)
+
+    @property
     def late(self) -> int:
         """Samples that its encoder is late."""
-        return PACKET if self.encoder == "aac" else 0
+        return _AAC_PACKET if self.encoder == "aac" else 0
 
     def begin(self, packet: int) -> Fraction:
         """Where a packet stands in the file, in seconds."""
-        return Fraction(packet * PACKET - self.late, self.rate)
+        return Fraction(packet * self.size - self.late, self.rate)
 
     def end(self, packet: int) -> Fraction:
         """Where it ends."""
@@ -66,6 +71,12 @@ class SoundForm:
         if self.encoder == "aac":
             stream.bit_rate = self.channels * min(_BITS, self.rate * _BITS_A_SAMPLE)
         return stream
+
+
+def in_24_bits(samples: torch.Tensor) -> bytes:
+    """float32 [C, n] in -1..1 as whole numbers of three bytes, lowest first, channels side by side; beyond that it is cut off."""
+    steps = (samples.double() * _STEPS).round().clamp(-_STEPS, _STEPS - 1).to(torch.int32).T.contiguous()
+    return steps.numpy().astype("<i4").view(numpy.uint8).reshape(-1, 4)[:, :3].tobytes()
 
 
 class EarlierSound:
@@ -107,7 +118,7 @@ class EarlierSound:
 
     def _cut(self, found: Iterator[av.Packet]) -> Iterator[bytes]:
         """Samples as they follow each other, in packets of the grid: a container joins and parts them."""
-        size, held = PACKET * self.form.channels * 3, b""
+        size, held = self.form.size * self.form.channels * 3, b""
         for packet in found:
             held += bytes(packet)
             while len(held) >= size:
@@ -166,8 +177,8 @@ class SoundTrack:
     def _mux(self, data: bytes) -> None:
         packet = av.Packet(data)
         packet.stream, packet.time_base = self.stream, Fraction(1, self.form.rate)
-        packet.pts = packet.dts = self._number * PACKET - self.form.late
-        packet.duration, packet.is_keyframe = PACKET, True
+        packet.pts = packet.dts = self._number * self.form.size - self.form.late
+        packet.duration, packet.is_keyframe = self.form.size, True
         self._container.mux(packet)
         self._number += 1
 
@@ -182,9 +193,10 @@ class SoundTrack:
     def _encoded(self, first: int) -> Iterator[bytes]:
         begin = made = max(0, first - _WARM_UP)
         for number in itertools.count(begin):
-            samples = self._placed.samples(number * PACKET, PACKET).numpy()
+            samples = self._placed.samples(number * self.form.size, self.form.size).numpy()
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=_LAYOUTS[self.form.channels])
-            frame.sample_rate, frame.pts, frame.time_base = self.form.rate, number * PACKET, Fraction(1, self.form.rate)
+            frame.sample_rate, frame.pts = self.form.rate, number * self.form.size
+            frame.time_base = Fraction(1, self.form.rate)
             for packet in self.stream.encode(frame):
                 if made >= first:
                     yield bytes(packet)
@@ -192,6 +204,4 @@ class SoundTrack:
 
     def _plain(self, first: int) -> Iterator[bytes]:
         for number in itertools.count(first):
-            samples = self._placed.samples(number * PACKET, PACKET).double()
-            steps = (samples * _STEPS).round().clamp(-_STEPS, _STEPS - 1).to(torch.int32).T.contiguous()
-            yield steps.numpy().astype("<i4").view(numpy.uint8).reshape(-1, 4)[:, :3].tobytes()
+            yield in_24_bits(self._placed.samples(number * self.form.size, self.form.size))
