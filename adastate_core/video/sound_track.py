@@ -161,17 +161,17 @@ class SoundTrack:
         self.form = copied.form if copied else SoundForm.of(container.format.name, placed)
         self._placed = placed.in_form(self.form.rate, self.form.channels)
         self._container, self.stream, self._number = container, self.form.add_to(container), 0
-        self._coming = self._packets(copied, joined)
+        self._coming, self._broken = self._packets(copied, joined), False
 
     def after(self, seconds: Fraction) -> None:
         """A picture that stands at `seconds` is written: what begins until then, and a packet that begins later, since until one
-        comes the container holds the picture back."""
-        while not self._number or self.form.begin(self._number - 1) <= seconds:
+        comes the container holds the picture back. Once the container has refused a packet nothing more is written."""
+        while not self._broken and (not self._number or self.form.begin(self._number - 1) <= seconds):
             self._mux(next(self._coming))
 
     def finish(self, end: Fraction) -> None:
         """What begins before `end` seconds, where the last picture ends."""
-        while self.form.begin(self._number) < end:
+        while not self._broken and self.form.begin(self._number) < end:
             self._mux(next(self._coming))
 
     def _mux(self, data: bytes) -> None:
@@ -179,7 +179,9 @@ class SoundTrack:
         packet.stream, packet.time_base = self.stream, Fraction(1, self.form.rate)
         packet.pts = packet.dts = self._number * self.form.size - self.form.late
         packet.duration, packet.is_keyframe = self.form.size, True
+        self._broken = True
         self._container.mux(packet)
+        self._broken = False
         self._number += 1
 
     def _packets(self, earlier: EarlierSound | None, joined: Fraction) -> Iterator[bytes]:

@@ -101,22 +101,26 @@ def test_an_interrupted_run_is_gone_on_with(rollout, stream, folders, monkeypatc
     require_in_step(folders / "output" / "take_00002_.mp4", heard, 45)
 
 
-def test_every_file_of_a_batch_and_the_frames_beside_carry_it(rollout, stream, node, folders):
-    heard, out = audio(), folders / "output"
-    video = stream(audio=heard, codec="ffv1")
-    both = node("AdaStateStreamFrames")(
-        stream=video, filename_prefix="stills", format="png", fps=FPS, preview=False, join=False
-    ).args[0]
-    first = rollout(length=21, batch_size=2, stream=both)
-    rollout(length=33, batch_size=2, resume=first.args[1], stream=both.joined())
+def test_every_file_of_a_batch_carries_it(rollout, stream, folders):
+    heard = audio()
+    first = rollout(length=21, batch_size=2, stream=stream(audio=heard, codec="ffv1"))
+    rollout(length=33, batch_size=2, resume=first.args[1], stream=stream(audio=heard, codec="ffv1", join=True))
     for item in ("b0", "b1"):
         for number, frames in ((1, 21), (2, 33)):
-            require_in_step(out / f"take_0000{number}_{item}.mkv", heard, frames)
-            found, rate = played(out / f"stills_0000{number}_{item}.frames" / "sound.wav")
-            assert found.shape[1] == round(frames / FPS * rate)
-            assert (
-                numpy.abs(found - around(heard["waveform"][0].double().numpy(), rate, 0, found.shape[1])).max() <= STEP
-            )
+            require_in_step(folders / "output" / f"take_0000{number}_{item}.mkv", heard, frames)
+
+
+def test_the_frames_of_the_same_run_have_it_beside_them(rollout, stream, node, folders):
+    heard, out = audio(channels=2), folders / "output"
+    inputs = {"filename_prefix": "stills", "format": "png", "fps": FPS, "preview": False}
+    both = node("AdaStateStreamFrames")(stream=stream(audio=heard), **inputs).args[0]
+    first = rollout(length=21, stream=both)
+    rollout(length=33, resume=first.args[1], stream=both.joined())
+    for number, frames in ((1, 21), (2, 33)):
+        require_in_step(out / f"take_0000{number}_.mp4", heard, frames)
+        found, rate = played(out / f"stills_0000{number}_.frames" / "sound.wav")
+        assert found.shape == (2, round(frames / FPS * rate))
+        assert numpy.abs(found - around(heard["waveform"][0].double().numpy(), rate, 0, found.shape[1])).max() <= STEP
 
 
 def test_enlarged_files_keep_step(rollout, stream, folders):
