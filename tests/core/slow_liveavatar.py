@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
+from slow_rollout import SlowAttention, slow_rollout
 from slow_s2v import MOTION_FRAMES, SlowS2V, Sound, at_pictures, attention, grid, turned
 
 FAR, LEAST, MOST = 30, 4, 30  # where the reference stands at least; how far it is from a chunk
@@ -136,9 +138,9 @@ class LiveAvatar(S2VLoop):
     """
 
     ring, steps, rolls_at = 12, 4, 12
-    # mistakes: the last step's history for all of them; the picture stands still, or 30 away; sound with what was before, or as
-    # the host aligns it; no end of the ring
-    one_history, still, thirty_away, true_context, host_aligned, endless = False, False, False, False, False, False
+    one_history = False  # all steps read what the last one made: the cheaper kind, of one window
+    # mistakes: the picture stands still, or 30 away; sound with what was before, or as the host aligns it; no end of the ring
+    still, thirty_away, true_context, host_aligned, endless = False, False, False, False, False
 
     def __init__(self, *args, **numbers) -> None:
         super().__init__(*args, **numbers)
@@ -147,7 +149,7 @@ class LiveAvatar(S2VLoop):
 
     def distance(self, chunk: int, step: int) -> int:
         """rd, 4 .. 30."""
-        digest = hashlib.sha256(f"{self.seed}/{chunk}/{step}/distance".encode("ascii")).digest()
+        digest = hashlib.sha256(f"{self.seed}/{chunk}/{step}/reference".encode("ascii")).digest()
         return LEAST + int.from_bytes(digest[:8], "big") % (MOST - LEAST + 1)
 
     def sound(self) -> Sound | None:
@@ -194,3 +196,54 @@ class LiveAvatar(S2VLoop):
             self.out.append(self.chunk())
             self.f, self.number = self.f + self.F, self.number + 1
         return torch.cat(self.out, 2)
+
+
+class BesidePicture(SlowAttention):
+    """The plain rollout's attention (slow_rollout.py), and the condition tokens behind what it reads."""
+
+    beside: tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor] | None = None
+
+    def read_beside(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.beside is None:
+            return None
+        key, value = self.beside[0][layer]
+        return turned(key, self.beside[1], self.heads), value
+
+
+class Plain(S2VLoop):
+    """A CausalModel for slow_rollout.py: the pack's own way, with sound and a picture.
+
+    Latent frame f hears pictures 4f - 8 .. 4f of all the sound. The picture stands at max(30, p + 4), p being the position of the
+    pass's first frame. `states` frames stand in front of a chunk, and hear what its first frame hears.
+    """
+
+    fps, states = 16.0, 0
+
+    def __init__(self, *args, **numbers) -> None:
+        super().__init__(*args, **numbers)
+        self.geometry = SimpleNamespace(channels=16, layers=self.model.layers, heads=self.model.heads)
+        self._all: Sound | None = None
+        self.show(self.reference)
+
+    def sound_of(self, f: int, frames: int) -> Sound | None:
+        """What `frames` frames from f on hear, the states first."""
+        if self.heard is None:
+            return None
+        if self._all is None or len(self._all[0]) < f + frames:
+            self._all = self.model.hears(at_pictures(self.heard, self.fps, 4 * (f + frames + 12)))
+        places = [f] * self.states + list(range(f, f + frames))
+        return self._all[0][places], self._all[1][places]
+
+    def velocity(self, x: torch.Tensor, timestep, attention: BesidePicture) -> torch.Tensor:
+        first = attention.positions[self.states]
+        attention.beside = (self.conditions, self.standing(max(FAR, first + LEAST))) if self.conditions else None
+        sound = self.sound_of(attention.frame, x.shape[2] - self.states)
+        return self.model.velocity(x, timestep, self.context, attention.attend, sound)
+
+    def roll(self, length: int, sigmas: Sequence[float], **more) -> dict:
+        """What `slow_rollout` returns of it."""
+        batch, _, _, h, w = self.shape
+        return slow_rollout(
+            self, batch=batch, h=h, w=w, F=self.F, S=self.states, seed=self.seed, sigmas=list(sigmas), length=length,
+            attention=BesidePicture, **more,
+        )  # fmt: skip
