@@ -139,6 +139,9 @@ class LiveAvatar(S2VLoop):
 
     ring, steps, rolls_at = 12, 4, 12
     one_history = False  # all steps read what the last one made: the cheaper kind, of one window
+    hold = staticmethod(
+        lambda x: x
+    )  # what becomes of a frame's raw keys or values [B, P, D] once a later chunk reads them
     # mistakes: the picture stands still, or 30 away; sound with what was before, or as the host aligns it; no end of the ring
     still, thirty_away, true_context, host_aligned, endless = False, False, False, False, False
 
@@ -186,7 +189,7 @@ class LiveAvatar(S2VLoop):
 
             v = self.model.velocity(x, 1000 * sigma, self.context, attend, sound)
             for held, frames in zip(self.history[step], made, strict=True):
-                held.extend(frames)
+                held.extend((self.hold(k), self.hold(v)) for k, v in frames)
             x = x + (self.levels[step + 1] - sigma) * v
         return x
 
