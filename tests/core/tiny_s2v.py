@@ -87,7 +87,7 @@ def tiny_s2v(
     for name, shape in shapes(dim, layers, ffn, injectors).items():
         drawn = torch.randn(shape, generator=generator)
         if "norm" in name and name.endswith("weight"):
-            sharp = 2.0 if name.endswith(("norm_q.weight", "norm_k.weight")) else 1.0
+            sharp = 1.5 if name.endswith(("norm_q.weight", "norm_k.weight")) else 1.0
             state[name] = sharp * (1 + 0.1 * drawn)
         elif name == "casual_audio_encoder.weights":  # the sum of their silu is what the encoder divides by
             state[name] = 1 + 0.5 * drawn
