@@ -15,7 +15,7 @@ from torch import nn
 
 from adastate_core.rope import Rope, Turn
 
-from .talking_model import Sound, condition_tokens, through_blocks, tokens_of, velocity_of
+from .talking_model import Sound, attended, condition_tokens, projected, through_blocks, tokens_of, velocity_of
 from .teacher_forcing import ClipAttention, ClipText
 from .world import CHUNK_LATENTS
 
@@ -40,17 +40,6 @@ def condition_turn(rope: Rope, shift: float) -> Turn:
     return rope.turn_tokens([time + shift for time in times], torch.cat(which), torch.cat(tokens))
 
 
-def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """[B, N, heads, head_dim] each to [B, N, width]."""
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
-
-
-def _projected(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Queries and keys, normed and not rotated, and values [B, N, heads, head_dim]."""
-    parts = (module.norm_q(module.q(x)), module.norm_k(module.k(x)), module.v(x))
-    return tuple(t.unflatten(-1, (module.num_heads, -1)) for t in parts)
-
-
 @dataclass
 class TalkingClip(ClipAttention):
     """ClipAttention over [condition | clean | noisy], the condition being `condition` tokens (0: none is given)."""
@@ -67,12 +56,12 @@ class TalkingClip(ClipAttention):
         return first - min(first, self.window_frames)
 
     def self_attention(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        q, raw, v = _projected(module, x)
+        q, raw, v = projected(module, x, x)
         n = self.condition
         if not n:
             return module.o(self.attend(q, raw, v))
         turn = condition_turn(self.rope, 0)
-        own = _attended(self.rope.rotate(q[:, :n], turn), self.rope.rotate(raw[:, :n], turn), v[:, :n])
+        own = attended(self.rope.rotate(q[:, :n], turn), self.rope.rotate(raw[:, :n], turn), v[:, :n])
 
         def beside(chunk: int) -> Pair:
             return self.rope.rotate(raw[:, :n], condition_turn(self.rope, self.shift(chunk))), v[:, :n]
@@ -129,11 +118,11 @@ class TalkingRollout(ClipText):
         return made
 
     def self_attention(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        q, raw, v = _projected(module, x)
+        q, raw, v = projected(module, x, x)
         self.staged[module] = raw, v
         if self._conditions:
             turn = condition_turn(self.rope, 0)
-            return module.o(_attended(self.rope.rotate(q, turn), self.rope.rotate(raw, turn), v))
+            return module.o(attended(self.rope.rotate(q, turn), self.rope.rotate(raw, turn), v))
         frames = x.shape[1] // self.tokens
         keys, values, first = [], [], 0
         if module in self.past:
@@ -146,7 +135,7 @@ class TalkingRollout(ClipText):
             keys.append(self.rope.rotate(key, condition_turn(self.rope, 0)))
             values.append(value)
         q = self.rope.rotate(q, self.rope.turn(None, range(first, first + frames)))
-        return module.o(_attended(q, torch.cat(keys, 1), torch.cat(values, 1)))
+        return module.o(attended(q, torch.cat(keys, 1), torch.cat(values, 1)))
 
     def commit(self) -> None:
         """The last pass was a clean one: its frames are the newest of the past."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from adastate_core.audio.demo_ear import vectors
@@ -159,7 +160,20 @@ def injected(model: nn.Module, block: int, x: torch.Tensor, sound: Sound) -> tor
         return x
     tokens = x.unflatten(1, (sound.local.shape[1], -1))
     toned = injector.injector_adain_layers[number](tokens.flatten(0, 1), temb=sound.whole.flatten(0, 1))
-    return x + injector.injector[number](x=toned, context=sound.local.flatten(0, 1)).view_as(x)
+    attention = injector.injector[number]
+    heard = attention.o(attended(*projected(attention, toned, sound.local.flatten(0, 1))))
+    return x + heard.view_as(x)
+
+
+def projected(module: nn.Module, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """An attention module's queries of x and keys, normed both, and values of the context, [B, N, heads, head_dim] each."""
+    parts = (module.norm_q(module.q(x)), module.norm_k(module.k(context)), module.v(context))
+    return tuple(t.unflatten(-1, (module.num_heads, -1)) for t in parts)
+
+
+def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[B, N, heads, head_dim] each to [B, N, width]."""
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
 
 
 def velocity_of(model: nn.Module, x: torch.Tensor, e: torch.Tensor, shape: torch.Size) -> torch.Tensor:
