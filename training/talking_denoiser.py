@@ -14,31 +14,19 @@ import torch
 from torch import nn
 
 from adastate_core.rope import Rope
-from adastate_core.weights.checkpoints import geometry_of
 
-from .bare_model import read_weights
 from .denoiser import blurred_past, draw_sigmas
 from .loop import drawn_clips, train
 from .run import Run
 from .talking_attention import TalkingClip, clip_velocity
 from .talking_latents import load
-from .talking_model import build_talking, condition_tokens, sound_of
-from .teacher_forcing import install
+from .talking_model import condition_tokens, load_talking, sound_of
 from .texts import Texts
 from .world import CHUNK_LATENTS
 
 Clips = dict[str, torch.Tensor]
 # latent rows and columns (8 pixels each) in which balloon and lantern are: what the sound moves
 SUBJECTS = (slice(0, 5), slice(0, 8))
-
-
-def load_talking(path: str) -> nn.Module:
-    """The S2V model of a stage or of an exported file, or a text model with what S2V adds; float32."""
-    weights = read_weights(path)
-    sizes = geometry_of({name: tuple(value.shape) for name, value in weights.items()}, path)
-    model = build_talking(weights, sizes.layers, sizes.width, sizes.feed_forward)
-    install(model)
-    return model
 
 
 @dataclass(frozen=True)
@@ -61,6 +49,11 @@ class Given:
         # a picture's latent as a video's first frame or as one that stands: a rollout may be given either
         kinds = torch.randint(2, (2, len(stills)), generator=generator)
         return Given(context, mask, tuple(stills[torch.arange(len(stills)), kind, :, None] for kind in kinds))
+
+    def some(self, index: torch.Tensor) -> Given:
+        """What the clips of these numbers are given."""
+        pictures = None if self.pictures is None else tuple(picture[index] for picture in self.pictures)
+        return Given(self.context, self.mask[index], pictures)
 
 
 class TalkingLoss(nn.Module):

@@ -28,9 +28,9 @@ from .evaluate import LEAD, interval, true_segment
 from .latents import word_numbers
 from .run import Run, log
 from .sheets import decoded, draw_sheet
-from .talking_denoiser import load_talking
 from .talking_latents import still_latents
 from .talking_measures import balloon_radius, follows, lantern_height, lantern_right
+from .talking_model import load_talking
 from .talking_rollout import rolled_out, seeded_noise
 from .talking_world import TalkingScene
 from .texts import Texts

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from adastate_core.audio.demo_ear import vectors
 from adastate_core.audio.resampling import frame_features
 
 from .host_models import use_host
-from .teacher_forcing import KEY
+from .teacher_forcing import KEY, install
 from .world import FPS
 
 # blocks after which the host's class injects sound, as far as a model has them
@@ -26,6 +27,12 @@ INJECTED = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
 AUDIO_PARTS = ("casual_audio_encoder.", "audio_injector.", "trainable_cond_mask.", "cond_encoder.", "frame_packer.")
 # what stays as it begins: the pack gives no control video, and the far motion tokens of a still picture tell nothing new
 _UNTRAINED = ("cond_encoder.", "frame_packer.proj_4x.weight", "casual_audio_encoder.weights")
+
+
+def sizes_of(weights: dict[str, torch.Tensor]) -> tuple[int, int, int]:
+    """Layers, width and feed-forward width of a Wan transformer."""
+    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    return layers, weights["patch_embedding.weight"].shape[0], weights["blocks.0.ffn.0.weight"].shape[0]
 
 
 def build_talking(weights: dict[str, torch.Tensor], layers: int, dim: int, ffn_dim: int) -> nn.Module:
@@ -48,6 +55,24 @@ def build_talking(weights: dict[str, torch.Tensor], layers: int, dim: int, ffn_d
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(_UNTRAINED))
     return model
+
+
+def load_talking(path: str) -> nn.Module:
+    """The S2V model of a stage's `model.pt` or of an exported file, or a text model with what S2V adds to it; float32."""
+    weights = torch.load(path, weights_only=True) if path.endswith(".pt") else _plain(load_file(path))
+    model = build_talking({name: value.float() for name, value in weights.items()}, *sizes_of(weights))
+    install(model)
+    return model
+
+
+def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a file with or without scaled linears, in float32."""
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".scale_weight")}
+    tensors.pop("scaled_fp8", None)
+    weights = {name: value.float() for name, value in tensors.items()}
+    for name, scale in scales.items():
+        weights[name.removesuffix("scale_weight") + "weight"] *= scale
+    return weights
 
 
 @torch.no_grad()
