@@ -179,13 +179,13 @@ def test_the_host_reads_the_exported_file(tmp_path, ears):
     wanted, read = (
         rolled_out(m, contexts, ears, stills, noise, schedule, WINDOW) for m in (trained, load_talking(path))
     )
-    torch.testing.assert_close(read, wanted, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(read, wanted, atol=1e-4, rtol=1e-4)
     x, context = latents(1, 3), contexts[0]
     sigma = torch.full((2,), 0.7)
     features = torch.stack([frame_features(heard(tones(2.0, seed)[0], RATE)[0], 16, 12) for seed in (5, 6)])
     audio = {"audio_embed": features.transpose(1, 2)[:, None].expand(-1, 25, -1, -1)}
     wanted, found = (m(x.clone(), 1000 * sigma, context, **audio) for m in (trained, loaded.model.diffusion_model))
-    torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_the_demos_file_stays_within_twelve_megabytes():
