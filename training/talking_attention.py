@@ -15,8 +15,8 @@ from torch import nn
 
 from adastate_core.rope import Rope, Turn
 
-from .talking_model import Sound, attended, condition_tokens, projected, through_blocks, tokens_of, velocity_of
-from .teacher_forcing import ClipAttention, ClipText
+from .talking_model import Sound, condition_tokens, projected, through_blocks, tokens_of, velocity_of
+from .teacher_forcing import ClipAttention, ClipText, attended
 from .world import CHUNK_LATENTS
 
 REFERENCE_TIME = 30.0

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,7 +17,7 @@ from adastate_core.audio.demo_ear import vectors
 from adastate_core.audio.resampling import frame_features
 
 from .host_models import use_host
-from .teacher_forcing import KEY, install
+from .teacher_forcing import KEY, attended, install
 from .world import FPS
 
 # blocks after which the host's class injects sound, as far as a model has them
@@ -194,11 +193,6 @@ def projected(module: nn.Module, x: torch.Tensor, context: torch.Tensor) -> tupl
     """An attention module's queries of x and keys, normed both, and values of the context, [B, N, heads, head_dim] each."""
     parts = (module.norm_q(module.q(x)), module.norm_k(module.k(context)), module.v(context))
     return tuple(t.unflatten(-1, (module.num_heads, -1)) for t in parts)
-
-
-def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """[B, N, heads, head_dim] each to [B, N, width]."""
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
 
 
 def velocity_of(model: nn.Module, x: torch.Tensor, e: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -22,6 +22,20 @@ from adastate_core.rope import Rope
 KEY = "adastate_clip"
 
 
+# queries times keys up to which two matrix products are faster on a CPU than torch's kernel, by half with its backward
+_FEW = 2**14
+
+
+def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of [B, N, heads, head_dim] each, to [B, N, width]."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= _FEW:
+        out = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)
+
+
 @dataclass
 class ClipText:
     """The words of a clip's chunks: every chunk's tokens, in each of `copies` of the clip, see their own."""
@@ -123,8 +137,7 @@ class ClipAttention(ClipText):
             chunk_k = torch.cat([past_k, k[:, :, own].flatten(2, 3)], 2).flatten(0, 1)
             chunk_v = torch.cat([past_v, v[:, :, own].flatten(2, 3)], 2).flatten(0, 1)
             chunk_q = q[:, :, own].flatten(2, 3).flatten(0, 1)
-            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (chunk_q, chunk_k, chunk_v)))
-            outs.append(out.transpose(1, 2).flatten(2).unflatten(0, (batch, 2)))
+            outs.append(attended(chunk_q, chunk_k, chunk_v).unflatten(0, (batch, 2)))
         return torch.cat(outs, 2).flatten(1, 2)
 
 
