@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
+from slow_liveavatar import Plain
+from slow_rollout import gaussian
 
 from adastate_core.audio.demo_ear import RATE, codes, heard
 from adastate_core.audio.demo_tones import tones
@@ -127,6 +129,23 @@ def test_a_whole_clip_is_the_rollout_chunk_by_chunk(model, ears, referred):
         torch.testing.assert_close(found, whole[:, :, part], atol=1e-4, rtol=1e-4)
         cache.velocity(model, clean[:, :, part], 0.0, context, own)
         cache.commit()
+
+
+@torch.no_grad()
+def test_a_rollout_is_the_slow_loops():
+    """By whole histories in float64, which the pack's own rollout equals, too (tests/host/test_s2v.py)."""
+    trained = tiny_talking(5)
+    trained.cond_encoder.bias.zero_()  # what training leaves at its beginning
+    wave, picture, context = tones(2.0, 9)[0], latents(9, 1)[:1], Texts().context(words()[:1, 0])
+    schedule = Schedule.shifted(2, 5.0)
+    slow = Plain(trained.state_dict(), context, seed=7, h=8, w=8, reference=picture, heard=heard(wave, RATE)[0])
+    wanted = slow.roll(12, schedule.sigmas, W=WINDOW, mode="packed")["latents"]
+    stills = picture.transpose(1, 2).expand(-1, 2, -1, -1, -1)
+    ours = rolled_out(
+        trained, [context] * 4, codes(wave, RATE), stills, lambda chunk, step: gaussian(7, chunk, step, (1, 16, 3, 8, 8)),
+        schedule, WINDOW,
+    )  # fmt: skip
+    assert float((ours - wanted[:, :, :12]).abs().max()) < 1e-4
 
 
 def test_gradients_reach_everything_that_is_trained(model, ears):
