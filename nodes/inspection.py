@@ -146,6 +146,7 @@ def plan_text(
     encodes = Renewal(model, built.spec, decoder).encodes
     decoding = decoder.working_bytes(*size.values(), encodes=encodes) if decoder else 0
     files, streamed = _streamed(stream, (width, height), batch, resolved.numbers["chunk_frames"], space, decoding)
+    warnings += stream.sound_notes(space.pictures(latents) if latents else None) if stream is not None else []
     rest = Beside(
         host_model.forward_bytes(model, plan), latents or 0, states=True, **{"decoder_bytes": decoding} | streamed
     )
