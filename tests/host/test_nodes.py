@@ -96,6 +96,9 @@ CONTRACT = {
         ["positive", "seconds", "transition", "prompts?", "blend_chunks?", "blend?"],
         ["ADASTATE_PROMPTS"],
     ),
+    "AdaStateAudio": (["audio?", "encoded?", "fps", "offset"], ["ADASTATE_AUDIO"]),
+    "AdaStateDemoEar": (["audio"], ["AUDIO_ENCODER_OUTPUT"]),
+    "AdaStateDemoSound": (["seconds", "seed"], ["AUDIO"]),
     "AdaStateDemoTimeline": (["text", "transition?", "blend_chunks?", "blend?"], ["ADASTATE_PROMPTS", "STRING"]),
 }  # fmt: skip
 
