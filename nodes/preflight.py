@@ -28,6 +28,7 @@ from .host import refusals as checks
 from .host.codec import HostDecoder
 from .host.frame_folders import output_room
 from .host.output_files import check_video_prefix
+from .host.speech_model import model_for
 from .host.vae_family import check_spaces
 from .memory_plan import Beside, host_shortage, memory_plan
 from .renewal import Renewal
@@ -75,7 +76,7 @@ class Prepared:
         asked = None if request.endless else self.latent_length
         self.warnings = [*self.resolved.warnings(asked), *self._ignored(), *self.built.told]
         self.warnings += [endless.LATENTS_OFF] if request.endless and request.keep_latents else []
-        self.model = host_model.HostModel(request.model, context, request.batch_size)
+        self.model = model_for(request.model, context, request.batch_size)
         check_cache_dtype(request.cache_dtype, self.model.device)
         self.prompts = self._prompt_plan(contexts)
         self.solution = request.absorption.solution(self.spec) if request.absorption else None
