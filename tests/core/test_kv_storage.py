@@ -28,14 +28,14 @@ def e4m3_values() -> torch.Tensor:
 GRIDS = {"fp8": e4m3_values(), "int8": torch.arange(-127.0, 128.0)}
 
 
-def held_as(cache_dtype: str):
+def held_as(cache_dtype: str, heads: int = HEADS):
     """Head by head: the nearest numbers of the grid whose end is the head's largest magnitude. [B, P, width]."""
     grid = GRIDS[cache_dtype]
 
     def hold(x: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
         for item, kept in zip(x, out, strict=True):
-            for part, rounded in zip(item.chunk(HEADS, -1), kept.chunk(HEADS, -1), strict=True):
+            for part, rounded in zip(item.chunk(heads, -1), kept.chunk(heads, -1), strict=True):
                 step = part.abs().max() / grid[-1]
                 rounded.copy_(grid[(part[..., None] / step - grid).abs().argmin(-1)] * step)
         return out

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from tiny_model import TinyModel
+from tiny_talking import TinyTalking
 
 from adastate_core.given import INSIDE
 from adastate_core.rollout import Rollout, RolloutState
@@ -86,10 +87,13 @@ class Trial:
         """ValueError if the combination is refused."""
         self.combination, self.seed = combination, seed
         self.spec, self.settings = combination.spec(TinyModel()), combination.settings()
-        self.model = TinyModel()
+        self.model = TinyTalking()
         start = combination.chunk * FRAMES
         self.length = start + 2 * FRAMES
-        whole = Rollout(self.model, self.spec, self.settings, keep_latents=True, prompts=combination.prompts())
+        whole = Rollout(
+            self.model, self.spec, self.settings, keep_latents=True, prompts=combination.prompts(),
+            reference=combination.picture(self.model),
+        )  # fmt: skip
         given = combination.start_latents(self.model)
         latents = [chunk.latents for chunk in self._until(whole, start)] if given is None else waiting(whole, given)
         self.before = whole.snapshot()
