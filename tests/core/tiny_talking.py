@@ -34,6 +34,10 @@ class TinyTalking(TinyModel):
         self.ear.requires_grad_(False)
         self.kinds.requires_grad_(False)
 
+    def forget(self) -> None:
+        """Read no text, and hear anew what comes next."""
+        self.context = self._heard = None
+
     def hear(self, sound: DrivingSound, first: int, frames: int, states: int) -> None:
         """Latent frames `first` .. `first + frames`, behind `states` ones that hear what the first of them hears."""
         key = (sound, first, frames, states)
