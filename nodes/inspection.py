@@ -12,6 +12,7 @@ import torch
 from ..adastate_core.absorption.absorbed_phases import Absorbed
 from ..adastate_core.anchors import Anchor
 from ..adastate_core.cache.byte_plan import CachePlan
+from ..adastate_core.families.wan22_s2v import WAN22_S2V
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.given import INSIDE
 from ..adastate_core.spec import RolloutSpec
@@ -53,7 +54,7 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
     require_multiples(space, width, height)
     defaults = wished(file, checkpoint, "auto")
     dtypes = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
-    family = family_of_space(space)
+    family = WAN22_S2V if geometry.driven_by_sound else family_of_space(space)
     shape = ModelGeometry(
         space.channels, geometry.layers, geometry.heads, geometry.width // geometry.heads, space=space
     )
@@ -145,6 +146,7 @@ def plan_text(
     encodes = Renewal(model, built.spec, decoder).encodes
     decoding = decoder.working_bytes(*size.values(), encodes=encodes) if decoder else 0
     files, streamed = _streamed(stream, (width, height), batch, resolved.numbers["chunk_frames"], space, decoding)
+    warnings += stream.sound_notes(space.pictures(latents) if latents else None) if stream is not None else []
     rest = Beside(
         host_model.forward_bytes(model, plan), latents or 0, states=True, **{"decoder_bytes": decoding} | streamed
     )

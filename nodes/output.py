@@ -55,6 +55,7 @@ class StreamOutput:
         request, self.run_id = job.request, uuid.uuid4().hex
         before = 0 if request.resume is None else job.space.pictures(request.resume.emitted)
         self._parts = parts_of(request, settings, job.form.first(before, job.looks_back))
+        job.warnings += [told for part in self._parts for told in part.told]
         self._enlarged = FilePictures(job.enlarger) if job.enlarger is not None else None
         self.stream: VideoStream | None = None
         self.states: SavedStates | None = None

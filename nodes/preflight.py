@@ -32,6 +32,7 @@ from .host.speech_model import model_for
 from .host.vae_family import check_spaces
 from .memory_plan import Beside, host_shortage, memory_plan
 from .renewal import Renewal
+from .sound import told_at_once
 from .stream_settings import check_streamable
 
 NO_LATENT = "The frames went to a stream and keep_latents is off, so there is no LATENT; turn keep_latents on."
@@ -213,6 +214,8 @@ class Prepared:
                 check_video_prefix(prefix, request.batch_size, form.width, form.height)
             self.warnings += self._room_for_frames()
             request.stream.check_files(form)
+            pictures = None if request.endless else self.space.pictures(self.latent_length)
+            self.warnings += told_at_once(request.stream.sound_notes(pictures))
         if self.given is not None and self.given.shape[2] >= self.latent_length:
             frames = self.space.pictures(self.given.shape[2])
             raise ValueError(f"start_latent holds {frames} frames of length {request.length}; length must be longer")

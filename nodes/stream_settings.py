@@ -13,6 +13,7 @@ from ..adastate_core.video.frame_formats import check_format
 from ..adastate_core.video.picture_forms import deepest
 from .enlarged_stream import Enlarging, FileForm
 from .host.codec import HostDecoder
+from .sound import sound_notes
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,14 @@ class StreamSettings:
     def carrying(self, sound: Sound, offset: float = 0.0) -> StreamSettings:
         """The same with a sound in its files, `offset` seconds of it before the first picture, unless it has one of its own."""
         return self if self.sound is not None else replace(self, sound=sound, sound_offset=offset)
+
+    def sound_notes(self, pictures: int | None) -> list[str]:
+        """What may surprise about its sound beside a video of so many decoded pictures, None without an end; ValueError where
+        nothing of it is left."""
+        if self.sound is None:
+            return []
+        seconds = None if pictures is None else pictures / self.fps
+        return sound_notes(self.sound, self.sound_offset, seconds, 1 / self.fps)
 
     @property
     def keeps_state(self) -> bool:

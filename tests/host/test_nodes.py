@@ -48,17 +48,17 @@ CONTRACT = {
     "AdaStateStreamOutput": (
         ["vae", "filename_prefix", "fps", "codec", "quality", "preview", "autosave_seconds?", "join?", "latent_space?",
          "history_chunks?", "history_states?", "keep_state?", "upscale_model?", "interp_model?", "frame_multiplier?",
-         "upscale_by?"],
+         "upscale_by?", "audio?"],
         ["ADASTATE_STREAM"],
     ),
     "AdaStateStreamFrames": (
         ["filename_prefix", "format", "fps", "preview", "vae?", "stream?", "join?", "autosave_seconds?", "latent_space?",
          "history_chunks?", "history_states?", "keep_state?", "upscale_model?", "interp_model?", "frame_multiplier?",
-         "upscale_by?"],
+         "upscale_by?", "audio?"],
         ["ADASTATE_STREAM"],
     ),
     "AdaStateDecode": (["latent", "vae", "frames_per_call?", "latent_space?"], ["IMAGE"]),
-    "AdaStateRenderVideo": (["latent", "vae", "filename_prefix", "fps", "codec", "quality", "latent_space?"], ["VIDEO"]),
+    "AdaStateRenderVideo": (["latent", "vae", "filename_prefix", "fps", "codec", "quality", "latent_space?", "audio?"], ["VIDEO"]),
     "AdaStateSaveState": (["state", "filename_prefix"], ["STRING"]),
     "AdaStateLoadState": (["file", "chunk?"], ["ADASTATE_STATE"]),
     "AdaStateContinueVideo": (
