@@ -43,7 +43,8 @@ class TinyTalking(TinyModel):
         key = (sound, first, frames, states)
         if self._heard is not None and self._heard[0] == key:
             return
-        heard = sound.of(F.silu(self.ear) / F.silu(self.ear).sum(), first, frames, SOUND)
+        weights = F.silu(self.ear)
+        heard = sound.of((weights / weights.sum()).cpu(), first, frames, SOUND)
         x = F.pad(heard.features.T[None].to(self.device), (8, 0), mode="replicate")
         out = self.listen(x)[0].T[heard.dropped :]
         assert len(out) == frames
