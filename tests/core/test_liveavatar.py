@@ -10,10 +10,11 @@ from functools import cache
 
 import pytest
 import torch
+from rounded import error, held_as
 from slow_liveavatar import LiveAvatar, Plain, levels_of
 from slow_s2v import SlowS2V
 from slow_talking import TalkingS2V
-from test_kv_storage import STORED, error, held_as
+from test_kv_storage import STORED
 from tiny_s2v import features, tiny_s2v
 
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
