@@ -41,6 +41,7 @@ class S2VLoop:
     [1 or B, 16, 1, h, w] is the latent of the picture, `context` [1, n, 4096] the words.
     """
 
+    first_picture = 0  # of the sound, where the video begins
     F, fps, motion_rolls, motion_shown, uncut_places, host_motion_times = 3, 25.0, False, True, False, False
 
     def __init__(self, state, context, *, seed, h, w, batch=1, heard=None, reference=None, **numbers) -> None:
@@ -137,7 +138,8 @@ class LiveAvatar(S2VLoop):
     first frame that was made (None: never). It stands at max(30, f0 + rd); rd is drawn for every pass.
     """
 
-    ring, steps, rolls_at = 12, 4, 12
+    ring, steps, rolls_at, sink = 12, 4, 12, 0  # the ring without the sink, which the published code has none of
+    before_chunk = None  # called with the loop before each chunk
     one_history = False  # all steps read what the last one made: the cheaper kind, of one window
     hold = staticmethod(
         lambda x: x
@@ -162,9 +164,9 @@ class LiveAvatar(S2VLoop):
         if self.true_context:
             first, count = 0, first + count
         if self.host_aligned:
-            tokens, whole = self.model.hears(at_pictures(self.heard, self.fps, count, first))
+            tokens, whole = self.model.hears(at_pictures(self.heard, self.fps, count, first + self.first_picture))
             return tokens[-self.F :], whole[-self.F :]
-        own = at_pictures(self.heard, self.fps, count, first)
+        own = at_pictures(self.heard, self.fps, count, first + self.first_picture)
         tokens, whole = self.model.hears(torch.cat([own[:1].expand(PADDED, -1), own])[: 4 * DROPPED + count])
         return tokens[DROPPED:][-self.F :], whole[DROPPED:][-self.F :]
 
@@ -184,7 +186,7 @@ class LiveAvatar(S2VLoop):
             def attend(layer, q, k, v, left=left, made=made, step=step, at=at):
                 made.append(self.frames_of(k, v))
                 held = self.history[-1 if self.one_history else step][layer]
-                past = [(time, *held[time]) for time in range(left, self.f)]
+                past = [(time, *held[time]) for time in range(self.f) if time < self.sink or time >= left]
                 return self.read(past, times, layer, q, k, v, at)
 
             v = self.model.velocity(x, 1000 * sigma, self.context, attend, sound)
@@ -196,6 +198,8 @@ class LiveAvatar(S2VLoop):
     def roll(self, chunks: int) -> torch.Tensor:
         """[B, 16, chunks * F, h, w], from where it is."""
         for _ in range(chunks):
+            if self.before_chunk is not None:
+                self.before_chunk(self)
             self.out.append(self.chunk())
             self.f, self.number = self.f + self.F, self.number + 1
         return torch.cat(self.out, 2)
