@@ -72,8 +72,8 @@ def light_of(video: torch.Tensor) -> torch.Tensor:
 
 
 def ground_reading(video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """([T] kind of region at the middle of the picture, int64; [T] how far the ground's colour there is from that kind's in the light
-    of the hour, in Lab). On a border the colours mix, and the distance grows."""
+    """([T] kind of region at the middle of the picture, int64; [T] how far the ground's colour there is from that kind's in the
+    light of the hour, in Lab). On a border the colours mix, and the distance grows."""
     seen = lab(video[:, _GROUND, _MIDDLE].mean((1, 2)))
     known = torch.tensor([TERRAIN_COLOURS[kind][1] for kind in KINDS])
     distance = (seen[:, None] - lab(known * light_of(video)[:, None, None])).norm(dim=-1)
@@ -103,8 +103,8 @@ def days(video: torch.Tensor, hop: int = HOP) -> torch.Tensor:
 
 
 def likeness(video: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
-    """[T] correlation of each picture's landscape with that of `picture` [64, 64, 3], place by place, the day's light left out: 1 for
-    the same view, about 0 for another one. Each colour's own mean is left out, so a ground of the same colour is not alike yet."""
+    """[T] correlation of each picture's landscape with that of `picture` [64, 64, 3], place by place, the day's light left out: 1
+    for the same view, about 0 for another one. Each colour's mean is left out, so a ground of the same colour is not alike yet."""
 
     def evened(rows: torch.Tensor) -> torch.Tensor:
         centred = rows - rows.mean((1, 2), keepdim=True)

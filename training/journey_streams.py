@@ -24,21 +24,22 @@ from .measures import balloon_colour_error, sky_reading
 from .sheets import decoded
 from .world import CHUNK_LATENTS
 
-# what is measured of a stretch of a stream, in the order of the table; the first three from the given start to the stretch's end, the
-# others in its last training horizon
+# what is measured of a stretch of a stream, in the order of the table; the first three from the given start to the stretch's end,
+# the others in its last training horizon
 DISTANCE, BORDERS, DAYS = "distance, of the true", "borders passed", "day, of the true"
 STILL, LIKE, ANCHOR = "still in the first region", "like the first picture", "anchor's picture to the present, dE"
 COLUMNS = (
     DISTANCE, BORDERS, DAYS, STILL, LIKE, ANCHOR, "motion, of the true", "sharpness, of the true",
     "sky off its colours, dE", "ground off its colours, dE", "balloon off its colour, dE",
 )  # fmt: skip
-CHUNK_PICTURES = WAN21.temporal_stride * CHUNK_LATENTS
+# of every chunk
+CONTENT_ERROR, STATE_ERROR, ANCHOR_SERIES = "content's error, dE", "state's error, dE", "anchor's picture, dE"
 
 
 @dataclass(frozen=True)
 class Rolled:
-    """Streams that begin with true latents: content [N, 16, T, h, w], and the hidden states [N, 16, chunks, h, w] (the first frame of
-    each; None without). The chunks that were given have none, and count as zero."""
+    """Streams that begin with true latents: content [N, 16, T, h, w] and the first frame of the state after each chunk
+    [N, 16, chunks, h, w]; None without a state. After a given chunk that is the chunk's last frame, as the product has it."""
 
     latents: torch.Tensor
     hidden: torch.Tensor | None
@@ -59,12 +60,11 @@ def true_start(codec: nn.Module, scenes: list[Scene], latents: int) -> torch.Ten
 
 @torch.no_grad()
 def rolled(contender: Contender, scenes: list[Scene], seed: int, start: torch.Tensor, length: int) -> Rolled:
-    """The product's rollout of `length` latent frames, of which the first are `start`."""
+    """The product's rollout of `length` latent frames, of which the first are `start` (whole chunks)."""
     latents, hidden = [], []
     for chunk in contender.rollout(scenes, seed).chunks(length, given=start):
         latents.append(chunk.latents)
-        none = torch.zeros_like(chunk.latents[:, :, :1])
-        hidden.append(none if chunk.hidden is None else chunk.hidden[:, :, :1])
+        hidden.append(chunk.latents[:, :, -1:] if chunk.hidden is None else chunk.hidden[:, :, :1])
     has_state = contender.anchor["kind"] == "adaptive"
     return Rolled(torch.cat(latents, 2), torch.cat(hidden, 2) if has_state else None)
 
@@ -74,19 +74,17 @@ def last_of_chunks(latents: int) -> list[int]:
     return [WAN21.pictures(n) - 1 for n in range(CHUNK_LATENTS, latents + 1, CHUNK_LATENTS)]
 
 
+def true_pictures(scene: Scene, count: int) -> torch.Tensor:
+    """The world's own first `count` pictures, without a codec."""
+    return torch.cat([render(scene, part) for part in torch.arange(count).split(512)])
+
+
 @torch.no_grad()
-def anchor_pictures(
-    codec: nn.Module, contender: Contender | None, one: Rolled, video: torch.Tensor
-) -> torch.Tensor | None:
-    """[chunks, 64, 64, 3] what the anchor shows while each chunk is made: the state, decoded as a picture of its own, or the first
-    picture. None where an anchor has no picture, or there is none."""
-    kind = "none" if contender is None else contender.anchor["kind"]
-    if kind == "static":
-        return video[:1].expand(one.latents.shape[2] // CHUNK_LATENTS, -1, -1, -1)
+def state_pictures(codec: nn.Module, one: Rolled) -> torch.Tensor | None:
+    """[chunks, 64, 64, 3] what the state shows after each chunk, decoded as a picture of its own; None without a state."""
     if one.hidden is None:
         return None
-    alone = one.hidden[0].unbind(1)
-    return torch.cat([decoded(codec, latent[:, None]) for latent in alone])
+    return torch.cat([decoded(codec, latent[:, None]) for latent in one.hidden[0].unbind(1)])
 
 
 def stretch(video: torch.Tensor, true: torch.Tensor, scene: Scene, start: int, last: range) -> dict[str, float]:
@@ -133,50 +131,54 @@ class Streams:
         return true_segment(self.codec, self.scenes[stream], segment, render)
 
     @torch.no_grad()
-    def measured(
-        self, contender: Contender | None, one: Rolled | None, stream: int
-    ) -> tuple[dict[str, Any], torch.Tensor]:
-        """({"stretches": length -> columns, "series": name -> a value a chunk}, the pictures) of a stream; without a rollout: of the
-        world's own pictures, whose last horizon alone goes through the codec."""
+    def measured(self, one: Rolled | None, has_first: bool, stream: int) -> tuple[dict[str, Any], torch.Tensor]:
+        """({"stretches": length -> columns, "series": name -> a value a chunk}, the pictures) of a stream, whose anchor is the
+        first picture or not; without a rollout of the world's own pictures, whose last horizon alone goes through the codec."""
         scene, start = self.scenes[stream], WAN21.pictures(self.given) - 1
-        video = render(scene, torch.arange(WAN21.pictures(self.latents)))
-        if one is not None:
-            video = decoded(self.codec, one.latents[0])
-        anchors = None if one is None else anchor_pictures(self.codec, contender, one, video)
-        series = self._series(scene, video, anchors)
-        stretches = {}
+        if one is None:
+            video, states = true_pictures(scene, WAN21.pictures(self.latents)), None
+        else:
+            video, states = decoded(self.codec, one.latents[0]), state_pictures(self.codec, one)
+        series, stretches = self._series(scene, video, states, has_first), {}
         for length in self.lengths:
             last = range(pictures_of((length - 1) * self.horizon), pictures_of(length * self.horizon))
             true = self.true(stream, length)
-            shown = video if one is not None else torch.cat([video[: last.start], true])
-            chunks = range((length - 1) * self.horizon // CHUNK_LATENTS, length * self.horizon // CHUNK_LATENTS)
-            far = torch.tensor([series["anchor to present"][i] for i in chunks if i >= self.given // CHUNK_LATENTS])
-            stretches[f"{length}x"] = stretch(shown, true, scene, start, last) | {ANCHOR: far.mean().item()}
+            shown = torch.cat([video[: last.start], true]) if one is None else video
+            first, end = (n * self.horizon // CHUNK_LATENTS for n in (length - 1, length))
+            far = series[ANCHOR_SERIES][max(first, self.given // CHUNK_LATENTS) : end]
+            stretches[f"{length}x"] = stretch(shown, true, scene, start, last) | {ANCHOR: sum(far) / len(far)}
         return {"stretches": stretches, "series": series}, video
 
-    def _series(self, scene: Scene, video: torch.Tensor, anchors: torch.Tensor | None) -> dict[str, list[float]]:
-        """A value at every chunk's last picture."""
+    def _series(
+        self, scene: Scene, video: torch.Tensor, states: torch.Tensor | None, has_first: bool
+    ) -> dict[str, list[float]]:
+        """A value at every chunk's last picture. The anchor that a chunk has seen is the state after the chunk before."""
         numbers, start = torch.tensor(last_of_chunks(self.latents)), WAN21.pictures(self.given) - 1
         present, truth = video[numbers], render(scene, numbers)
         columns = measures.in_view_since(scene, start, numbers)
-        nothing = torch.full((len(numbers),), torch.nan)
-        # 4 pictures a step, so that every chunk's last one is there
-        way = measures.travelled(video[: int(numbers[-1]) + 1], WAN21.temporal_stride)[numbers // WAN21.temporal_stride]
+        anchor = state_error = torch.full((len(numbers),), torch.nan)
+        if has_first:
+            anchor = measures.picture_distance(present, video[0])
+        elif states is not None:
+            anchor = measures.picture_distance(present, torch.cat([states[:1], states[:-1]]))
+        if states is not None:
+            state_error = measures.error(states, truth, columns)
+        stride = WAN21.temporal_stride  # every chunk's last picture is one of every `stride`-th
         found = {
-            "distance": way,
-            "like the first picture": measures.likeness(present, video[0]),
-            "to the first picture": measures.picture_distance(present, video[0]),
-            "anchor to present": nothing if anchors is None else measures.picture_distance(present, anchors),
-            "content's error": measures.error(present, truth, columns),
-            "anchor's error": nothing if anchors is None else measures.error(anchors, truth, columns),
+            "distance": measures.travelled(video[: int(numbers[-1]) + 1], stride)[numbers // stride],
+            LIKE: measures.likeness(present, video[0]),
+            "to the first picture, dE": measures.picture_distance(present, video[0]),
+            ANCHOR_SERIES: anchor,
+            CONTENT_ERROR: measures.error(present, truth, columns),
+            STATE_ERROR: state_error,
         }
         return {name: values.tolist() for name, values in found.items()}
 
 
 @torch.no_grad()
 def shares(contender: Contender, scene: Scene, seed: int, chunks: int) -> dict[str, list[dict[str, float]]]:
-    """Of a free stream's attention, chunk by chunk: the share of every frame among all (`of all`) and of every cached one among those
-    (`of the context`, as the paper's figure counts), by its place, a mean over layers."""
+    """Of a free stream's attention, chunk by chunk and by the frame's place: its share among all frames (`of all`), and of a cached
+    one among those (`of the context`, as the paper's figure counts); means over layers."""
     found = measure_shares(contender.rollout([scene], seed), chunks)
     return {
         "of all": [dict(zip(one.labels, one.mean, strict=True)) for one in found],
