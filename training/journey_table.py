@@ -83,7 +83,7 @@ class Table:
     """All contenders of a config, and what is to be measured of them."""
 
     def __init__(self, run: Run) -> None:
-        self.folder, self.config = run.folder, run.config
+        self.run, self.folder, self.config = run, run.folder, run.config
         self.count, self.lengths = self.config["streams"], self.config["lengths"]
         self.scratch = Path(self.config["scratch"])
         self.scratch.mkdir(parents=True, exist_ok=True)
@@ -125,6 +125,7 @@ class Table:
             first = contender is not None and contender.anchor["kind"] == "static"
             measured, video = self.streams.measured(one, first, stream)
             kept.add(stream, **measured)
+            self.run.stop_if_asked()
             if stream < self.config["drawn"]:
                 draw_sheet([video], self.scratch / f"{name}_{max(self.lengths)}x_{stream}.png".replace(" ", "_"))
             log.info(
@@ -199,7 +200,8 @@ def error_lines(table: Table) -> list[str]:
             errors = table.series(name, what)[:, :most]
             if not errors.isnan().all():
                 rows.append([name, what, *(cell(errors[:, i], 1) for i in range(most))])
-    return rows_of(["contender", "what", *(f"chunk {i}" for i in range(most))], rows)
+    told = "Chunk 0 is given: its error is the codec's, and the state's there that of the chunk's last latent, decoded alone."
+    return [told, "", *rows_of(["contender", "what", *(f"chunk {i}" for i in range(most))], rows)]
 
 
 def opening(table: Table) -> list[str]:

@@ -81,6 +81,7 @@ def clips_of(run: Run, encoder: Callable[[torch.Tensor], tuple], name: str, coun
             write_tensors(part, {"latents": torch.stack(latents), "words": torch.stack(words)}, {})
             took = (time.monotonic() - start) / (i + 1 - first)
             log.info("%s: %d of %d clips, %.3f s a clip", name, i + 1, count, took)
+            run.stop_if_asked()
     return {"latents": torch.stack(latents), "words": torch.stack(words)}
 
 

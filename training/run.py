@@ -141,12 +141,20 @@ class Run:
         self.step += 1
         if self.step % self.config.get("log_every", 25) == 0 or self.step == self.steps:
             self.record(**self.workers.mean(figures))
-        asked = self.workers.world == 1 and self.step < self.steps and self.stop_file.exists()
-        if now - self._saved > 120 or self.step == self.steps or asked:
+        if now - self._saved > 120 or self.step == self.steps or self._asked_to_stop:
             self.save()
-        if asked:
+        if self.step < self.steps:
+            self.stop_if_asked()
+
+    @property
+    def _asked_to_stop(self) -> bool:
+        return self.workers.world == 1 and self.stop_file.exists()
+
+    def stop_if_asked(self) -> None:
+        """SystemExit with `STOPPED` if there is a file `folder/stop`, which is removed. Call it where all is saved."""
+        if self._asked_to_stop:
             self.stop_file.unlink(missing_ok=True)
-            log.info("stopped as asked at step %d of %d; the same command goes on from there", self.step, self.steps)
+            log.info("stopped as asked; the same command goes on from here")
             raise SystemExit(STOPPED)
 
     def record(self, **figures: float) -> None:

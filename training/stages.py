@@ -2,10 +2,11 @@
 
     python3 run.py train stages --config training/configs/journey/plan.toml --threads 1 --minutes 90
 
-A plan names stages, their configs and the minutes that each is thought to take. What is done is not done again, unless something
-that is still to be done needs what it made and that is gone: another machine takes a plan up with what `training.handover` brings.
-Every stage goes on from its own checkpoint, so the same command goes on after a kill. `--minutes`: a stage under way then is asked
-to save and stop; 0 only writes the table of the plan, with planned and spent minutes, which is written after every stage too.
+A plan names stages, their configs and the core minutes that each is thought to take. What is done is not done again, unless
+something that is still to be done needs what it made and that is gone: another machine takes a plan up with what
+`training.handover` brings. Every stage goes on from its own checkpoint, so the same command goes on after a kill. `--minutes`: a
+stage under way then is asked to save and stop; 0 only writes the table of the plan, with what was planned and spent, which is
+written after every stage too.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from .run import STOPPED, Run, log, read_config
 
 try:
     import fcntl
-except ImportError:  # Windows: nobody watches over two runs of one plan there
-    fcntl = None  # type: ignore[assignment]
+    import resource
+except ImportError:  # Windows: nobody watches over two runs of one plan there, nor counts what a core has worked
+    fcntl = resource = None  # type: ignore[assignment]
 
 # seconds between looks at a stage under way, and those that it has to save itself
 _LOOK, _GRACE = 1.0, 180.0
@@ -65,7 +67,8 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 class Plan:
-    """A plan's stages and, in `folder/stages.json`, the seconds spent on each and whether it is done."""
+    """A plan's stages and, in `folder/stages.json`, what was spent on each, in seconds by the clock and of a core's work, and
+    whether it is done."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         """ValueError for two stages of one name."""
@@ -80,10 +83,14 @@ class Plan:
     def done(self, entry: Entry) -> bool:
         return self.spent.get(entry.name, {}).get("done", False)
 
-    def note(self, entry: Entry, seconds: float, done: bool) -> None:
+    def note(self, entry: Entry, seconds: float, core_seconds: float = 0.0, done: bool = False) -> None:
         """Add what was spent on a stage."""
-        before = self.spent.get(entry.name, {"seconds": 0.0, "done": False})
-        self.spent[entry.name] = {"seconds": round(before["seconds"] + seconds, 1), "done": before["done"] or done}
+        before = self.spent.get(entry.name, {"seconds": 0.0, "core_seconds": 0.0, "done": False})
+        self.spent[entry.name] = {
+            "seconds": round(before["seconds"] + seconds, 1),
+            "core_seconds": round(before["core_seconds"] + core_seconds, 1),
+            "done": before["done"] or done,
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self._file) as file:
             file.write(json.dumps(self.spent, indent=1).encode())
@@ -104,16 +111,24 @@ class Plan:
 
     def table(self) -> list[str]:
         """The plan, and what of it is done."""
-        lines = ["| stage | config | steps | minutes planned | minutes spent | |", "| --- " * 6 + "|"]
+        titles = ("stage", "config", "steps", "core minutes planned", "core minutes spent", "minutes by the clock", "")
+        lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
         for entry in self.entries:
-            spent = self.spent.get(entry.name, {"seconds": 0.0})["seconds"] / 60
-            state = "done" if self.done(entry) else "begun" if spent else ""
+            spent, clock = self._minutes(entry)
+            state = "done" if self.done(entry) else "begun" if clock else ""
             steps = entry.settings.get("steps") or ""
             where = f"`{entry.config.removeprefix('training/configs/')}`"
-            lines.append(f"| {entry.name} | {where} | {steps} | {entry.minutes:g} | {spent:.1f} | {state} |")
-        planned, spent = sum(e.minutes for e in self.entries), sum(s["seconds"] for s in self.spent.values()) / 60
-        lines.append(f"| all | | | {planned:g} | {spent:.1f} | |")
-        return lines
+            lines.append(
+                f"| {entry.name} | {where} | {steps} | {entry.minutes:g} | {spent:.1f} | {clock:.1f} | {state} |"
+            )
+        planned = sum(entry.minutes for entry in self.entries)
+        spent, clock = (sum(both) for both in zip(*map(self._minutes, self.entries), strict=True))
+        return [*lines, f"| all | | | {planned:g} | {spent:.1f} | {clock:.1f} | |"]
+
+    def _minutes(self, entry: Entry) -> tuple[float, float]:
+        """Minutes of a core's work, and by the clock, spent on a stage."""
+        spent = self.spent.get(entry.name, {"core_seconds": 0.0, "seconds": 0.0})
+        return spent["core_seconds"] / 60, spent["seconds"] / 60
 
     def write_table(self) -> None:
         path = Path(self.config["table"])
@@ -139,13 +154,21 @@ def alone(folder: Path) -> Iterator[tuple[int, ...]]:
         yield (file.fileno(),) if fcntl is not None else ()
 
 
+def children_worked() -> float:
+    """Seconds of a core's work of the processes that this one started and that have ended; 0 where the system does not tell."""
+    if resource is None:
+        return 0.0
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run_stage(plan: Plan, entry: Entry, until: float, inherited: tuple[int, ...]) -> int:
     """Run one stage to its end or, from the time `until` (monotonic) on, to its next step; the exit status."""
     stop = entry.folder / "stop"
     stop.unlink(missing_ok=True)
     threads = str(torch.get_num_threads())
     command = [sys.executable, "-m", f"training.{entry.stage}", "--config", entry.config, "--threads", threads]
-    noted = time.monotonic()
+    noted, worked = time.monotonic(), children_worked()
     with subprocess.Popen(command, pass_fds=inherited) as process:
         try:
             while process.poll() is None:
@@ -155,13 +178,13 @@ def run_stage(plan: Plan, entry: Entry, until: float, inherited: tuple[int, ...]
                 elif now > until and entry.folder.exists():
                     stop.touch()
                 if now - noted > 60:
-                    plan.note(entry, now - noted, False)
+                    plan.note(entry, now - noted)
                     noted = now
                 time.sleep(_LOOK)
         except BaseException:
             process.terminate()
             raise
-    plan.note(entry, time.monotonic() - noted, process.returncode == 0)
+    plan.note(entry, time.monotonic() - noted, children_worked() - worked, process.returncode == 0)
     stop.unlink(missing_ok=True)
     return process.returncode
 
