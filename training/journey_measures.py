@@ -27,8 +27,8 @@ _STAYS = 16
 
 
 def _evened(rows: torch.Tensor) -> torch.Tensor:
-    """[N, h, w, 3] with mean 0 and deviation 1 in every picture: without the light of the day."""
-    centred = rows - rows.mean((1, 2, 3), keepdim=True)
+    """[N, h, w, 3] with each colour's mean 0 and all their deviation 1 in every picture: without the light of the day."""
+    centred = rows - rows.mean((1, 2), keepdim=True)
     return centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-4)
 
 
@@ -44,14 +44,14 @@ def _shifted(rows: torch.Tensor, shift: float) -> tuple[torch.Tensor, slice]:
 def shifts(video: torch.Tensor, hop: int = HOP) -> torch.Tensor:
     """[(T - 1) // hop] pixels that the landscape moved to the left within each `hop` pictures, between -6 and 10.
 
-    The shift whose overlap differs least in the mean, to a fraction of a step by a parabola through its neighbours.
+    The shift whose overlap correlates best, to a fraction of a step by a parabola through its neighbours.
     """
-    rows = _evened(video[::hop, _TRACKED])
+    rows = video[::hop, _TRACKED]
     now, later = rows[:-1], rows[1:]
     costs = []
     for shift in _SHIFTS.tolist():
         moved, columns = _shifted(now, shift)
-        costs.append((later[:, :, columns] - moved).square().mean((1, 2, 3)))
+        costs.append((_evened(later[:, :, columns]) - _evened(moved)).square().mean((1, 2, 3)))
     cost = torch.stack(costs, -1)
     best = cost.argmin(-1)
     inner = best.clamp(1, len(_SHIFTS) - 2)
@@ -105,12 +105,7 @@ def days(video: torch.Tensor, hop: int = HOP) -> torch.Tensor:
 def likeness(video: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
     """[T] correlation of each picture's landscape with that of `picture` [64, 64, 3], place by place, the day's light left out: 1
     for the same view, about 0 for another one. Each colour's mean is left out, so a ground of the same colour is not alike yet."""
-
-    def evened(rows: torch.Tensor) -> torch.Tensor:
-        centred = rows - rows.mean((1, 2), keepdim=True)
-        return centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-4)
-
-    rows, first = evened(video[:, _LANDSCAPE]), evened(picture[None, _LANDSCAPE])
+    rows, first = _evened(video[:, _LANDSCAPE]), _evened(picture[None, _LANDSCAPE])
     return (rows * first).mean((1, 2, 3))
 
 

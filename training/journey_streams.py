@@ -120,15 +120,19 @@ class Streams:
         self.scenes = scenes_of(count, config["scenes_seed"])
         self.given, self.horizon = config["given_latents"], config["horizon_latents"]
         self.latents = max(lengths) * self.horizon
+        self._true: dict[tuple[int, int], torch.Tensor] = {}
 
     def rolled(self, contender: Contender) -> Rolled:
         start = true_start(self.codec, self.scenes, self.given)
         return rolled(contender, self.scenes, self.config["seed"], start, self.latents)
 
     def true(self, stream: int, length: int) -> torch.Tensor:
-        """The world's own pictures of the last horizon before `length` horizons, through the codec."""
-        segment = range((length - 1) * self.horizon, length * self.horizon)
-        return true_segment(self.codec, self.scenes[stream], segment, render)
+        """The world's own pictures of the last horizon before `length` horizons, through the codec; made once."""
+        if (stream, length) not in self._true:
+            segment = range((length - 1) * self.horizon, length * self.horizon)
+            made = true_segment(self.codec, self.scenes[stream], segment, render)
+            self._true[stream, length] = made.half()
+        return self._true[stream, length].float()
 
     @torch.no_grad()
     def measured(self, one: Rolled | None, has_first: bool, stream: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -163,9 +167,10 @@ class Streams:
             anchor = measures.picture_distance(present, torch.cat([states[:1], states[:-1]]))
         if states is not None:
             state_error = measures.error(states, truth, columns)
-        stride = WAN21.temporal_stride  # every chunk's last picture is one of every `stride`-th
+        hop = WAN21.temporal_stride * CHUNK_LATENTS
+        way = measures.travelled(video[start : int(numbers[-1]) + 1], hop)
         found = {
-            "distance": measures.travelled(video[: int(numbers[-1]) + 1], stride)[numbers // stride],
+            "distance": torch.cat([torch.full((len(numbers) - len(way),), torch.nan), way]),
             LIKE: measures.likeness(present, video[0]),
             "to the first picture, dE": measures.picture_distance(present, video[0]),
             ANCHOR_SERIES: anchor,
