@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from training import handover, stages
+from training.loop import train
 from training.optim import Average, Optimiser
 from training.run import STOPPED, Run, read_config
 from training.stages import Plan, alone
@@ -136,6 +137,30 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(tmp_path
     assert stopped.value.code == STOPPED and not (tmp_path / "asked" / "stop").exists()
     assert torch.load(tmp_path / "asked" / "last.pt", weights_only=True)["step"] == 4
     assert torch.equal(trained(tmp_path / "asked", None), whole)
+
+
+def test_a_kill_between_the_last_step_and_the_weights_loses_none(tmp_path):
+    config = {
+        "steps": 3, "seed": 0, "lr": 1e-2, "decay_from": 0.5, "ema": 0.9, "evaluate_every": 3, "log_every": 1,
+    }  # fmt: skip
+    seen = []
+
+    def start() -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+
+        def step(seed: int) -> tuple[torch.Tensor, dict[str, float]]:
+            seen.append(seed)
+            return model(torch.ones(1, 4)).square().mean(), {}
+
+        train(Run(config, tmp_path, False), model, step, lambda: {"held_out": 1.0})
+
+    start()
+    weights = torch.load(tmp_path / "model.pt", weights_only=True)
+    (tmp_path / "model.pt").unlink()
+    start()
+    assert len(seen) == 3, "no step is made twice"
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=True)["weight"], weights["weight"])
 
 
 def test_another_machine_goes_on_with_what_is_needed(tmp_path, monkeypatch):
