@@ -123,7 +123,10 @@ def fleet(options: argparse.Namespace) -> int:
 def make(options: argparse.Namespace, books: Books, left: list, folder: Path) -> int:
     """Start workers, run the rows that are left; how many were not finished."""
     settings = Settings(
-        same_device=options.same_device, tries=options.tries, prefix=folder.name if options.host else ""
+        same_device=options.same_device,
+        tries=options.tries,
+        prefix=folder.name if options.host else "",
+        output=str(options.host_output or "") if options.host else VIDEOS,
     )
     machines = cluster.Cluster(options.address, options.runtime_env, options.dashboard)
     with machines:
