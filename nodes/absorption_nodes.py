@@ -240,7 +240,8 @@ class SaveAbsorptionNode(Node):
             is_output_node=True,
             inputs=[
                 api.State.Input(
-                    "state", tooltip="STATE of a rollout with absorption: for a correction after its warm-up, for a prior before it ends."
+                    "state",
+                    tooltip="STATE of a rollout with absorption: for a correction after its warm-up, for a prior before it ends.",
                 ),
                 widget(
                     io.String, "filename_prefix", default="adastate/absorption", tooltip="Where in the output folder."

@@ -27,11 +27,13 @@ SPREAD = 0.03
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """An entry of `check.models` in the config. Without `weights` it is the teacher; with `sharpened` a random model of the same
-    sizes by `seed`. `config`: what differs from the config's own. `lanterns`: whether it makes some, so that colours tell."""
+    """An entry of `check.models` in the config. Of the first `closed_streams` the closed loop is made too. Without `weights` it is
+    the teacher; with `sharpened` a random model of the same sizes by `seed`. `config`: what differs from the config's own.
+    `lanterns`: whether it makes some, so that colours tell."""
 
     name: str
     streams: int
+    closed_streams: int
     weights: str = ""
     seed: int = 0
     sharpened: dict[str, float] = field(default_factory=dict)
@@ -94,7 +96,8 @@ def check(
     config = config | one.config
     kept = Kept(folder / f"check_{one.name.replace(' ', '_')}.json", rules_of(one, config, digest))
     numbers = [str(stream) for stream in range(one.streams)]
-    missing = [(p, n) for p in LayerCheck.PARTS for n in numbers if p not in kept.streams.get(n, {})]
+    wanted = {part: numbers for part in LayerCheck.PARTS} | {LayerCheck.CLOSED: numbers[: one.closed_streams]}
+    missing = [(p, n) for p, each in wanted.items() for n in each if p not in kept.streams.get(n, {})]
     layers = None
     if missing:
         row = Row("", anchor=one.anchor)

@@ -40,8 +40,9 @@ def sensitivities(report: dict[str, Any]) -> list[float]:
 class LayerCheck:
     """One model's streams. `row`: its anchor. `judge`: of a model that makes lanterns; None: colours are not looked at."""
 
-    # what is measured, each part by an entry that it gives
+    # what is measured, each part by an entry that it gives; the last is the closed loop
     PARTS = ("moved", "open dropped", "dropped")
+    CLOSED = PARTS[-1]
 
     def __init__(
         self, model: nn.Module, config: dict[str, Any], streams: int, judge: ColourJudge | None, row: Row | None = None

@@ -122,7 +122,7 @@ def donor_lines(recall: Measured) -> list[str]:
 
 
 def picture_lines(recall: Measured) -> list[str]:
-    """Measures of the pictures from the switch on; what changes from the first chunks to the last; sharpness of both, of the full
+    """Measures of the pictures; what changes from the first chunks to the last; sharpness of both, of the full
     history's at the same chunks, whose weights are whole."""
     head = ["what", "streams", *PICTURES.values(), "balloon, last less first", "sky, last less first",
             "sharpness, first", "sharpness, last"]  # fmt: skip
@@ -212,7 +212,15 @@ def page(recall: Measured, checks: dict[str, list[dict[str, Any]]]) -> list[str]
     if any(row.donor and streams_of(recall, row) for row in recall.rows):
         lines += ["## Control: another stream's correction put in", "", *donor_lines(recall), ""]
     if any(recall.pictures_of(row) for row in recall.rows):
-        lines += ["## Pictures from the switch on", "", *textwrap.wrap(PICTURED, 130), "", *picture_lines(recall), ""]
+        first = recall.config.get("pictured_from", recall.config["absorption"]["warmup_frames"])
+        lines += [
+            f"## Pictures from latent frame {first} on",
+            "",
+            *textwrap.wrap(PICTURED, 130),
+            "",
+            *picture_lines(recall),
+            "",
+        ]
     if checks:
         lines += ["## The choice of layers, against leaving each alone without its history", ""]
         lines += [*textwrap.wrap(EXPLAINED, 130), ""]
