@@ -31,7 +31,7 @@ from .eight_bits import in_eight_bits
 from .kept_streams import Kept
 from .recall import ColourJudge
 from .recall_over_time import draw_over_time
-from .recall_pictures import picture_figures
+from .recall_pictures import picture_figures, videos_of
 from .recall_rows import Roller, Row, Warm
 from .recall_table import draw, page
 from .returning_lantern import colours_of, judge_of, returning_scenes, teacher_file
@@ -40,6 +40,8 @@ from .world import CHUNK_LATENTS
 
 # of these entries of the config a measurement is a function, together with its row
 RULES = ("seed", "scenes_seed", "together", "sampler_steps", "shift", "window_frames", "chunks", "judge_streams")
+# so many videos are decoded side by side
+AT_ONCE = 12
 
 
 class Recall:
@@ -183,14 +185,14 @@ class Recall:
         """Whether a row has the stream, and it is not measured yet."""
         return (not row.streams or stream < row.streams) and str(stream) not in self.kept[row.name].streams
 
-    def look(self, row: Row, stream: int) -> None:
-        """Measure a stream's pictures, of all rows from the same chunk on, and keep that."""
+    def look(self, rows: list[Row], stream: int) -> None:
+        """Measure the pictures of a stream of these rows, of all from the same chunk on, and keep that."""
         config = self.config
         first = config.get("pictured_from", config["absorption"]["warmup_frames"])
-        latents = self.tensors(row, stream, "latents")["latents"]
-        self.pictures[row.name].keep(
-            stream, picture_figures(self.codec, latents, first, self.scenes[row.shown][stream])
-        )
+        latents = [self.tensors(row, stream, "latents")["latents"] for row in rows]
+        for row, video in zip(rows, videos_of(self.codec, latents, first), strict=True):
+            found = picture_figures(video, first, self.scenes[row.shown][stream])
+            self.pictures[row.name].keep(stream, found)
 
     def pictures_of(self, row: Row) -> dict[int, dict[str, Any]]:
         """What the pictures of a row's streams gave, those of the run."""
@@ -210,10 +212,11 @@ class Recall:
                         self.measure(row, stream)
                         log.info("stream %d, %s", stream, row.name)
         for stream in range(min(count, self.config["pictured"])):
-            for row in (row for row in self.rows if not row.donor and (not row.streams or stream < row.streams)):
-                if str(stream) not in self.pictures[row.name].streams:
-                    self.look(row, stream)
-                    log.info("pictures of stream %d, %s", stream, row.name)
+            rows = [row for row in self.rows if not row.donor and (not row.streams or stream < row.streams)]
+            rows = [row for row in rows if str(stream) not in self.pictures[row.name].streams]
+            for some in range(0, len(rows), AT_ONCE):
+                self.look(rows[some : some + AT_ONCE], stream)
+                log.info("pictures of stream %d, %d of %d rows", stream, some + AT_ONCE, len(rows))
 
 
 def file_name(row: Row) -> str:

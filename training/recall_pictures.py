@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,9 +26,13 @@ OVER_TIME = {
 }
 
 
-def picture_figures(codec: nn.Module, latents: torch.Tensor, first: int, scene: Scene) -> dict[str, Any]:
-    """Of latents [16, T, h, w], from latent frame `first` on, JSON-able; NaN where it cannot be told."""
-    video = decoded(codec, latents[:, first - LEAD :])[pictures_of(LEAD) :]
+def videos_of(codec: nn.Module, latents: Sequence[torch.Tensor], first: int) -> torch.Tensor:
+    """Pictures [B, t, H, W, 3] from latent frame `first` on, of streams [16, T, h, w], decoded side by side."""
+    return decoded(codec, torch.stack([one[:, first - LEAD :] for one in latents]))[:, pictures_of(LEAD) :]
+
+
+def picture_figures(video: torch.Tensor, first: int, scene: Scene) -> dict[str, Any]:
+    """Of a video [t, H, W, 3] that begins with latent frame `first`, JSON-able; NaN where it cannot be told."""
     levels = (video * 255).round().byte().numpy()
     steps = [mean_difference(now, before) for before, now in zip(levels, levels[1:], strict=False)]
     series = {
