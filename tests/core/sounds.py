@@ -72,6 +72,7 @@ def lag(found: numpy.ndarray, wanted: numpy.ndarray, most: int = 6000) -> int:
     size = min(len(found), len(wanted))
     spectrum = numpy.fft.rfft(found[:size], 2 * size) * numpy.conj(numpy.fft.rfft(wanted[:size], 2 * size))
     likeness = numpy.fft.irfft(spectrum, 2 * size)
+    most = min(most, size)
     lags = numpy.r_[0:most, -most:0]
     return int(lags[likeness[lags].argmax()])
 

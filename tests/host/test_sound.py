@@ -123,6 +123,15 @@ def test_the_frames_of_the_same_run_have_it_beside_them(rollout, stream, node, f
         assert numpy.abs(found - around(heard["waveform"][0].double().numpy(), rate, 0, found.shape[1])).max() <= STEP
 
 
+def test_frames_alone_have_it_beside_them_too(rollout, vae, node, folders):
+    heard = audio()
+    inputs = {"filename_prefix": "moving", "format": "webp", "fps": FPS, "preview": False, "autosave_seconds": 0.0}
+    rollout(length=21, stream=node("AdaStateStreamFrames")(vae=vae, audio=heard, **inputs).args[0])
+    found, rate = played(folders / "output" / "moving_00001_.frames" / "sound.wav")
+    assert found.shape == (1, 21 * rate // 16)
+    assert numpy.abs(found - around(heard["waveform"][0].double().numpy(), rate, 0, found.shape[1])).max() <= STEP
+
+
 def test_enlarged_files_keep_step(rollout, stream, folders):
     heard = audio()
     with torch.no_grad():
