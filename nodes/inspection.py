@@ -214,7 +214,8 @@ def plan_text(
 def _taken(plan: CachePlan) -> str:
     """Keys and values of a plan, in words."""
     on_host = f" and {_size(plan.host_bytes)} in host memory" if plan.host_bytes else ""
-    return f"keys and values {_size(plan.kv_bytes)} on the device{on_host}"
+    later = f", {_size(plan.held(plan.phases[-1]).kv_bytes)} once layers are switched" if plan.phases else ""
+    return f"keys and values {_size(plan.kv_bytes)} on the device{on_host}{later}"
 
 
 def _not_inside(built: Built, samples: torch.Tensor) -> list[str]:
