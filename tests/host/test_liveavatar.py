@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import av
 import comfy.sd
@@ -13,7 +12,7 @@ import pytest
 import torch
 from adastate_pack.adastate_core.anchors import AnchorAdaptive, AnchorStatic
 from adastate_pack.nodes.host import model as adapter
-from conftest import HostNode, random_wan
+from conftest import HostNode
 from rounded import error, held_as
 from slow_liveavatar import LiveAvatar, Plain
 from slow_s2v import SlowS2V
@@ -232,12 +231,11 @@ def test_a_picture_is_encoded_and_the_stream_shows_it_from_a_still_on(
         whole = vae.decode(torch.cat([still.expand(-1, -1, 7, -1, -1), latents_of(out)], 2))[0]
     shown = torch.cat([one.reshape(-1, SIDE, SIDE, 3) for one in written])
     assert len(shown) == 53 and torch.allclose(shown / 255, whole[28:], atol=1.01 / 255)
-    file = Path(report_of(out)["files"][0])
-    assert heard_click(file) == pytest.approx(0.6 - 3 / 25, abs=0.005)
+    assert heard_click(folders / "output" / report_of(out)["files"][0]) == pytest.approx(0.6 - 3 / 25, abs=0.005)
     written.clear()
     first = made(stream=stream(fps=0.0, filename_prefix="part"), **(given | {"length": 29}))
     rest = made(
         stream=stream(fps=0.0, filename_prefix="rest", join=True), resume=first.args[1], **(given | {"reference": None})
     )
     assert torch.equal(torch.cat([one.reshape(-1, SIDE, SIDE, 3) for one in written]), shown)
-    assert heard_click(report_of(rest)["files"][0]) == pytest.approx(0.6 - 3 / 25, abs=0.005)
+    assert heard_click(folders / "output" / report_of(rest)["files"][0]) == pytest.approx(0.6 - 3 / 25, abs=0.005)
