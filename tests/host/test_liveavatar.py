@@ -97,6 +97,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled(3)
 def test_the_preset_through_the_nodes_is_its_loop(made, state, talker, positive, mode):
     """Until the ring has rolled over and the picture has been replaced; in one go, and stopped and gone on with twice."""
     asked, numbers = MODES[mode]
@@ -148,6 +149,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.sampled(2)
 def test_the_plain_way_is_its_loop(made, state, talker, positive, name):
     """The pack's ordinary rollout with sound and a picture, in one go and in pieces."""
     asked, numbers = PLAIN[name]
@@ -171,6 +173,7 @@ def test_the_plain_way_is_its_loop(made, state, talker, positive, name):
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp8", "int8"])
+@pytest.mark.sampled(2)
 def test_eight_bits_are_the_loop_that_rounds(made, state, talker, positive, cache_dtype):
     """By the bound of tests/core/test_kv_storage.py, over three videos at once."""
     out = made(cache_dtype=cache_dtype, batch_size=3)
