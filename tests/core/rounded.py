@@ -1,4 +1,4 @@
-"""What 8 bits keep of keys and values, written out: the nearest number of the format's own list. Shares nothing with the core."""
+"""What 8 bits keep of keys and values, written out: the nearest number of the format's own list. Has no code of adastate_core."""
 
 from __future__ import annotations
 

@@ -514,8 +514,7 @@ OTHER_KINDS = {
     "sound": ({"audio_proj.audio_proj_glob_1.layer.weight": (4,)}, "is a Wan model that is driven by sound in another way"),
     "the rest of S2V": ({"audio_injector.injector.0.q.weight": (4,)}, "is what is left of a Wan 2.2 S2V model: .*1 of its"),
     "S2V without its mask": (
-        {"casual_audio_encoder.encoder.final_linear.weight": (128, 128)},
-        "does not fit together: trainable_cond_mask.weight is mis",
+        {"casual_audio_encoder.encoder.final_linear.weight": (128, 128)}, "does not fit together: trainable_cond_mask.weight is",
     ),
     "faces": ({"face_adapter.fuser_blocks.0.k_norm.weight": (4,)}, "is a Wan Animate model"),
     "poses": ({"patch_embedding_pose.weight": (4,)}, "is a Wan model that is driven by poses"),
