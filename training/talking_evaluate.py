@@ -78,7 +78,7 @@ def seen(video: torch.Tensor, scene: TalkingScene, other: TalkingScene, segment:
         "terrain right": measures.terrain_right(video, scene).float().mean().item(),
         "flow error, px a frame": measures.flow_error(video, scene).mean().item(),
         "day's speed": measures.clock_rate(video),
-        "sharpness": sharpness(video).mean().item(),
+        "sharpness, 1000 x": 1000 * sharpness(video).mean().item(),
     }
 
 
