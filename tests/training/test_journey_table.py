@@ -10,6 +10,7 @@ import torch
 from tiny_denoiser import tiny_denoiser
 
 from training import journey_table
+from training.handover import rewritten
 from training.journey_streams import Streams
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +99,8 @@ def test_nothing_is_measured_twice_nor_by_other_weights(folder, monkeypatch):
         patch.setattr(Streams, "measured", never)
         assert make(patch, folder) == text
         weights = (folder / "model.pt").read_bytes()
+        rewritten(folder / "model.pt", folder / "model.pt", torch.bfloat16)
+        assert make(patch, folder) == text, "handed on, they are the same weights"
         (folder / "model.pt").unlink()
         assert make(patch, folder) == text, "the weights may be gone"
         torch.save(tiny_denoiser(4).state_dict(), folder / "model.pt")
