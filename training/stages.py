@@ -4,9 +4,9 @@
 
 A plan names stages, their configs and the core minutes that each is thought to take. What is done is not done again, unless
 something that is still to be done needs what it made and that is gone: another machine takes a plan up with what
-`training.handover` brings. Every stage goes on from its own checkpoint, so the same command goes on after a kill. After `--minutes`,
-or when this process is asked to end, the stage under way is asked to save and stop; 0 minutes only write the table of the plan,
-with what was planned and spent, which is written after every stage too.
+`training.handover` brings. Every stage goes on from its own checkpoint, so the same command goes on after a kill. After
+`--minutes`, or when this process is asked to end, the stage under way is asked to save and stop; 0 minutes only write the table
+of the plan, with what was planned and spent, which is written after every stage too.
 """
 
 from __future__ import annotations
