@@ -22,7 +22,7 @@ import torch
 from adastate_core.files.whole_file import whole_file
 from adastate_core.geometry import WAN21
 
-from .bare_model import load_codec
+from .bare_model import load_codec, read_weights
 from .contenders import Contender
 from .evaluate import differences, interval, rolled_table
 from .journey_streams import (
@@ -72,11 +72,15 @@ class Kept:
 
 
 def digest_of(contender: Contender | None) -> str | None:
-    """Of the file of weights, None if there is none; the world's own pictures have an empty one."""
+    """Of the weights in bf16, as they are handed on; None if they are gone. The world's own pictures have an empty one."""
     if contender is None:
         return ""
-    path = Path(contender.weights)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
+    if not Path(contender.weights).exists():
+        return None
+    digest = hashlib.sha256()
+    for name, value in sorted(read_weights(contender.weights).items()):
+        digest.update(name.encode() + value.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Table:

@@ -4,14 +4,15 @@
 
 A plan names stages, their configs and the core minutes that each is thought to take. What is done is not done again, unless
 something that is still to be done needs what it made and that is gone: another machine takes a plan up with what
-`training.handover` brings. Every stage goes on from its own checkpoint, so the same command goes on after a kill. `--minutes`: a
-stage under way then is asked to save and stop; 0 only writes the table of the plan, with what was planned and spent, which is
-written after every stage too.
+`training.handover` brings. Every stage goes on from its own checkpoint, so the same command goes on after a kill. After
+`--minutes`, or when this process is asked to end, the stage under way is asked to save and stop; 0 minutes only write the table
+of the plan, with what was planned and spent, which is written after every stage too.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -162,8 +163,33 @@ def children_worked() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def run_stage(plan: Plan, entry: Entry, until: float, inherited: tuple[int, ...]) -> int:
-    """Run one stage to its end or, from the time `until` (monotonic) on, to its next step; the exit status."""
+class Deadline:
+    """When stages are asked to stop: after some minutes, or when somebody ends this process."""
+
+    def __init__(self, minutes: float) -> None:
+        self.at = time.monotonic() + 60 * minutes
+
+    @contextmanager
+    def at_signal(self) -> Iterator[None]:
+        """Within, SIGTERM brings the deadline to now."""
+
+        def now(*_: Any) -> None:
+            self.at = min(self.at, time.monotonic())
+
+        before = signal.signal(signal.SIGTERM, now)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @property
+    def past(self) -> float:
+        """Seconds since then; below 0 before."""
+        return time.monotonic() - self.at
+
+
+def run_stage(plan: Plan, entry: Entry, deadline: Deadline, inherited: tuple[int, ...]) -> int:
+    """Run one stage to its end or, from the deadline on, to its next step; the exit status."""
     stop = entry.folder / "stop"
     stop.unlink(missing_ok=True)
     threads = str(torch.get_num_threads())
@@ -173,9 +199,9 @@ def run_stage(plan: Plan, entry: Entry, until: float, inherited: tuple[int, ...]
         try:
             while process.poll() is None:
                 now = time.monotonic()
-                if now > until + _GRACE:
+                if deadline.past > _GRACE:
                     process.terminate()
-                elif now > until and entry.folder.exists():
+                elif deadline.past > 0 and entry.folder.exists():
                     stop.touch()
                 if now - noted > 60:
                     plan.note(entry, now - noted)
@@ -192,16 +218,16 @@ def run_stage(plan: Plan, entry: Entry, until: float, inherited: tuple[int, ...]
 def main() -> None:
     run = Run.from_arguments("Run the stages of a plan.", {"minutes": float})
     plan, minutes = Plan(run.config), run.config.get("minutes", float("inf"))
-    until = time.monotonic() + 60 * minutes
+    deadline = Deadline(minutes)
     plan.write_table()
-    with alone(plan.folder) as inherited:
+    with alone(plan.folder) as inherited, deadline.at_signal():
         for entry in plan.to_do() if minutes else ():
-            if time.monotonic() > until:
+            if deadline.past > 0:
                 break
             log.info("%s: training.%s, about %g minutes on one core", entry.name, entry.stage, entry.minutes)
-            status = run_stage(plan, entry, until, inherited)
+            status = run_stage(plan, entry, deadline, inherited)
             plan.write_table()
-            if status and time.monotonic() < until:
+            if status and deadline.past < 0:
                 raise SystemExit(
                     f"{entry.name} ended with status {status}; the same command goes on from its checkpoint"
                 )

@@ -19,22 +19,30 @@ ROOT = Path(__file__).resolve().parents[2]
 PLAN = ROOT / "training" / "configs" / "journey" / "plan.toml"
 
 
+def toml(value) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {toml(v)}" for k, v in value.items()) + " }"
+    return json.dumps(value)
+
+
 def entry(tmp_path: Path, name: str, **config) -> dict:
-    """A stage of the plan that exports tiny weights, with a config of its own."""
-    path = tmp_path / f"{name}.json"
-    lines = [
-        f"{key} = {json.dumps(value)}"
-        for key, value in ({"folder": str(tmp_path / "runs" / name), "seed": 0} | config).items()
-    ]
+    """A stage of a plan, an export, with a config of its own."""
     path = tmp_path / f"{name}.toml"
-    path.write_text("\n".join(lines).replace(": ", " = "))
+    values = {"folder": str(tmp_path / "runs" / name), "seed": 0} | config
+    path.write_text("\n".join(f"{key} = {toml(value)}" for key, value in values.items()))
     return {"name": name, "stage": "export", "config": str(path), "minutes": 1.5}
 
 
 def configured(tmp_path: Path, entries: list[dict]) -> dict:
-    return {
-        "folder": str(tmp_path / "runs"), "table": str(tmp_path / "plan.md"), "title": "T", "about": "A", "stages": entries
+    """A plan's config, which `plan.toml` says as well."""
+    config = {
+        "folder": str(tmp_path / "runs"), "table": str(tmp_path / "plan.md"), "title": "T", "about": "A", "seed": 0,
+        "stages": entries,
     }  # fmt: skip
+    lines = [f"{key} = {toml(value)}" for key, value in config.items() if key != "stages"]
+    lines.append(f"stages = [{', '.join(map(toml, entries))}]")
+    (tmp_path / "plan.toml").write_text("\n".join(lines))
+    return config
 
 
 def test_what_is_gone_is_made_again_only_if_it_is_needed(tmp_path):
@@ -86,10 +94,7 @@ def test_a_plan_goes_on_behind_what_is_done(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(2)}, tmp_path / "one.pt")
     first = entry(tmp_path, "first", vae={"weights": str(tmp_path / "one.pt"), "file": "a.safetensors"})
     second = entry(tmp_path, "second", vae={"weights": str(tmp_path / "two.pt"), "file": "b.safetensors"})
-    lines = [f"{k} = {json.dumps(v)}" for k, v in configured(tmp_path, []).items() if k != "stages"]
-    for one in (first, second):
-        lines += ["[[stages]]"] + [f"{k} = {json.dumps(v)}" for k, v in one.items()]
-    (tmp_path / "plan.toml").write_text("\n".join(["seed = 0", "steps = 0", *lines]))
+    configured(tmp_path, [first, second])
     monkeypatch.chdir(ROOT)
 
     def start(*more: str) -> None:
@@ -183,11 +188,6 @@ def test_another_machine_goes_on_with_what_is_needed(tmp_path, monkeypatch):
     names = [str(path.relative_to(runs)) for path in handover.files_of(plan)]
     assert names == ["other/last.pt", "student/model.pt", "teacher/model.pt"]
     assert [p.parent.name for p in handover.files_of(plan, weights_only=True)] == ["student", "teacher"]
-
-    lines = [f"{k} = {json.dumps(v)}" for k, v in configured(tmp_path, []).items() if k != "stages"]
-    for one in entries:
-        lines += ["[[stages]]"] + [f"{k} = {json.dumps(v)}" for k, v in one.items()]
-    (tmp_path / "plan.toml").write_text("\n".join(["seed = 0", *lines]))
 
     def start(*more: str) -> None:
         monkeypatch.setattr(sys, "argv", ["handover", "--config", str(tmp_path / "plan.toml"), *more])
