@@ -130,7 +130,8 @@ class StartedHost:
             host = ensure_ready()
             base = _base(spec.base)
             port = local.free_port()
-            command = local.server_command(host, base, spec.output, port, linked=False)
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # Ray gave this worker no GPU
+            command = local.server_command(host, base, spec.output, port, linked=False, cuda=False if hidden else None)
         except SetupError as error:
             raise FleetError(str(error)) from error
         self.url, self.machine = f"http://127.0.0.1:{port}", processor()
