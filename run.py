@@ -10,6 +10,8 @@
   python3 run.py test quick [...]       style and, in under a minute, some tests of every layer that needs no browser
   python3 run.py faults [--sample N] [--seed S] [--only NAME] [--at "MODE N"]
                                         fail everything that a chunk does, in turn: nothing may be lost; writes a table
+  python3 run.py fleet TABLE --into FOLDER
+                                        make a table of videos on all GPUs of this machine or of a Ray cluster; --help has more
   python3 run.py bench [NAME ...]       run all of benchmarks/, or those named
   python3 run.py train STAGE [...]      run one stage of training/ with its arguments
   python3 run.py setup                  only set up
@@ -39,7 +41,8 @@ from typing import IO
 
 from tools import lower_bounds
 from tools.host_client import Server, run_prompt, server_command
-from tools.setup_host import CACHE, ROOT, Host, SetupError, duration, ensure_ready, say, versions_line
+from tools.setup_fleet import DASHBOARD, TESTED, ensure_fleet
+from tools.setup_host import CACHE, ROOT, Host, SetupError, child_env, duration, ensure_ready, say, versions_line
 
 DEMO = ROOT / "workflows" / "api" / "long_video.json"
 BASE = CACHE / "base"  # the server's models, custom_nodes, input, temp and user folders
@@ -328,6 +331,20 @@ def faults(arguments: list[str]) -> int:
     return int(any(ended))
 
 
+def fleet(arguments: list[str]) -> int:
+    """Run a table of videos: fleet/, in an environment of its own. It gets Ctrl-C itself: the first one is not an end."""
+    far = any(each.partition("=")[0] in ("--address", "--host") for each in arguments)
+    env = child_env()
+    if not (far or {"-h", "--help", "--check"} & {*arguments}):  # else the hosts are none of this machine's business
+        host = ensure_ready()
+        env |= host.env() | {"COMFYUI_PYTHON": str(host.python)}
+    python = ensure_fleet(*([DASHBOARD] if "--dashboard" in arguments else []))
+    process = subprocess.Popen([python, "-m", "fleet", *arguments], env=env | {"PYTHONPATH": str(ROOT)})
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, _: number == signal.SIGTERM and process.send_signal(number))
+    return process.wait()
+
+
 def choose(kind: str, folder: Path, names: list[str]) -> list[str]:
     """`names`, or all scripts of this folder if none is named; a sentence that lists them if one is unknown."""
     known = sorted(path.stem for path in folder.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
@@ -367,6 +384,7 @@ COMMANDS = {
     "selftest": selftest,
     "test": test,
     "faults": faults,
+    "fleet": fleet,
     "bench": bench,
     "train": train,
     "setup": setup,

@@ -1,0 +1,188 @@
+"""The ComfyUI of a worker: one that is started with the pack, or one that runs already."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import requests
+
+from tools import host_client as local
+from tools.setup_host import Host as Installed
+from tools.setup_host import SetupError, ensure_ready
+
+from .errors import FleetError, HostLost
+
+SHARED = ("models", "input", "custom_nodes")  # of a base folder; user (the database) and temp are each worker's own
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class RunningHost(Protocol):
+    """What a worker needs to know of its host."""
+
+    url: str
+    machine: str  # the kind of processor, where it is known
+
+    def alive(self) -> bool:
+        """Whether its process is there, as far as one can tell."""
+
+    def end(self) -> None:
+        """Give it up; ends the process if it is one's own."""
+
+    def last_words(self) -> str:
+        """The end of its log, or empty."""
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """How hosts are started: `base` has the models, input and custom_nodes that all share, `output` is the folder that all write
+    to, `own` the folder in which each has its own. `threads` of 0 leaves processors to the host; `pin` gives worker N processors
+    of its own."""
+
+    base: Path
+    output: Path
+    own: Path
+    logs: Path
+    threads: int = 0
+    pin: bool = False
+
+    def start(self, number: int) -> RunningHost:
+        """The host of worker `number`, once it answers. FleetError if it does not start."""
+        return StartedHost(self, number)
+
+
+@dataclass(frozen=True)
+class GivenHosts:
+    """Hosts that run already, a worker each."""
+
+    urls: tuple[str, ...]
+
+    def start(self, number: int) -> RunningHost:
+        """The one of worker `number`, once it answers."""
+        return GivenHost(self.urls[number])
+
+
+class GivenHost:
+    """A host that somebody else started."""
+
+    machine = ""
+
+    def __init__(self, url: str, patience: float = 60.0) -> None:
+        self.url = url.rstrip("/")
+        _wait(self, time.monotonic() + patience)
+
+    def alive(self) -> bool:
+        return True
+
+    def end(self) -> None:
+        pass
+
+    def last_words(self) -> str:
+        return ""
+
+
+class StartedHost:
+    """A ComfyUI with the pack on a free port of this machine, with a base folder and database of its own. It ends with this
+    process, however that ends."""
+
+    def __init__(self, spec: HostSpec, number: int) -> None:
+        try:
+            host = ensure_ready()
+            base = _base(spec, number)
+            port = local.free_port()
+            command = local.server_command(host, base, spec.output, port, linked=False)
+        except SetupError as error:
+            raise FleetError(str(error)) from error
+        self.url, self.machine = f"http://127.0.0.1:{port}", processor()
+        spec.logs.mkdir(parents=True, exist_ok=True)
+        self.log = spec.logs / f"worker-{number}.log"
+        with self.log.open("a") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("keeper.py")), cores_of(spec, number), *command],
+                stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, cwd=host.path, env=_env(host, spec.threads),
+                start_new_session=True,
+            )  # fmt: skip
+        try:
+            _wait(self, time.monotonic() + 600)
+        except BaseException:
+            self.end()
+            raise
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def last_words(self) -> str:
+        try:
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-8:])
+        except OSError:
+            return ""
+
+
+def _wait(host: RunningHost, end: float) -> None:
+    """Return when the host answers."""
+    session = requests.Session()
+    session.trust_env = False
+    while time.monotonic() < end:
+        if not host.alive():
+            raise HostLost(f"ComfyUI ended by itself while it started:\n{host.last_words()}")
+        with contextlib.suppress(requests.RequestException):
+            if session.get(f"{host.url}/system_stats", timeout=10).ok:
+                return
+        time.sleep(0.3)
+    raise HostLost(f"{host.url} did not answer:\n{host.last_words()}".rstrip(":\n"))
+
+
+def _env(host: Installed, threads: int) -> dict[str, str]:
+    """The host's environment: that of this process without what Ray put there for itself."""
+    env = host.env() | ({name: str(threads) for name in THREADS} if threads else {})
+    if not threads:
+        env.pop("OMP_NUM_THREADS", None)  # Ray sets it to the processors that it counts for the actor
+    return env
+
+
+def _base(spec: HostSpec, number: int) -> Path:
+    """A worker's base folder: links to what all share, and room for its own."""
+    local.link_pack(spec.base)
+    base = spec.own / f"worker-{number}"
+    base.mkdir(parents=True, exist_ok=True)
+    for name in SHARED:
+        (spec.base / name).mkdir(parents=True, exist_ok=True)
+        link = base / name
+        if link.is_symlink() and link.resolve() != (spec.base / name).resolve():
+            link.unlink()
+        if not link.is_symlink():
+            link.symlink_to((spec.base / name).resolve(), target_is_directory=True)
+    return base
+
+
+def cores_of(spec: HostSpec, number: int) -> str:
+    """The processors of worker `number`: `threads` of them, no two workers the same ones while there are enough."""
+    if not (spec.pin and spec.threads and hasattr(os, "sched_getaffinity")):
+        return "all"
+    cores = sorted(os.sched_getaffinity(0))
+    first = number * spec.threads
+    return ",".join(str(cores[(first + i) % len(cores)]) for i in range(min(spec.threads, len(cores))))
+
+
+def processor() -> str:
+    """The name of this machine's processor, or empty."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return ""

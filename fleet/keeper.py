@@ -1,0 +1,44 @@
+"""Runs a program and ends it when whoever started this is gone, be it by kill -9: its standard input then ends.
+
+  python keeper.py CORES PROGRAM [ARGUMENT ...]
+
+CORES are the numbers of the processors that the program may use, with commas; `all` leaves it as it is. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+
+def main(cores: str, command: list[str]) -> int:
+    """Run the program; its exit status."""
+    if cores != "all" and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    # a session of its own, so that a Ctrl-C at the terminal does not reach it, and all that it starts ends with it
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def kill() -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        kill()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        return process.wait()
+    finally:
+        kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
