@@ -173,7 +173,7 @@ def run_child(
 
     `front`: a folder of packages that come before the environment's.
     """
-    env = host.env() | ({"PYTHONPATH": str(front)} if front else {})
+    env = host.env() | {"COMFYUI_PYTHON": str(host.python)} | ({"PYTHONPATH": str(front)} if front else {})
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=said, stderr=said and subprocess.STDOUT)
     try:
         return process.wait()
@@ -246,7 +246,8 @@ def run_layer(
         say(f"== tests: {layer.name}")
     # From inside the folder: pytest puts the current folder on sys.path, and the checkout must never be there
     # together with the host, whose `nodes` and `tests` have the same names.
-    command = [str(host.python), "-m", "pytest", f"--junitxml={report}", *layer.files, *arguments]
+    python = ensure_fleet(TESTED) if layer.folder == "fleet" else host.python
+    command = [str(python), "-m", "pytest", f"--junitxml={report}", *layer.files, *arguments]
     folder = ROOT / "tests" / layer.folder
     if aside:
         with tempfile.TemporaryFile() as said:
@@ -287,6 +288,8 @@ def test(arguments: list[str]) -> int:
     host = ensure_ready(TEST_MODULES)
     CACHE.mkdir(exist_ok=True)
     layers = [Layer(name, name) for name in names if name != "bounds"]
+    if any(layer.folder == "fleet" for layer in layers):  # before two layers run at a time
+        ensure_fleet(TESTED)
     layers += bounds_layers(host) if "bounds" in names else []
     say(f"== {versions_line(host)}")
     say("== style")

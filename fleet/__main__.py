@@ -123,7 +123,10 @@ def fleet(options: argparse.Namespace) -> int:
 def make(options: argparse.Namespace, books: Books, left: list, folder: Path) -> int:
     """Start workers, run the rows that are left; how many were not finished."""
     settings = Settings(
-        same_device=options.same_device, tries=options.tries, prefix=folder.name if options.host else ""
+        same_device=options.same_device,
+        tries=options.tries,
+        prefix=folder.name if options.host else "",
+        output=str(options.host_output or "") if options.host else VIDEOS,
     )
     machines = cluster.Cluster(options.address, options.runtime_env, options.dashboard)
     with machines:
@@ -134,15 +137,8 @@ def make(options: argparse.Namespace, books: Books, left: list, folder: Path) ->
         else:
             count, share = machines.workers(options.workers, options.threads)
             count, output = min(count, len(left)), folder / VIDEOS
-            own = CACHE / "fleet" / hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-            hosts = HostSpec(
-                options.base.expanduser().resolve(),
-                output,
-                own,
-                folder / "logs",
-                share.threads,
-                pin=not options.address,
-            )
+            base = options.base.expanduser().resolve()
+            hosts = HostSpec(base, output, folder / "logs", share.threads, pin=not options.address)
         actors = machines.start(count, share, hosts, output, options.into if is_address(options.into) else "")
         driver = Driver(books, left, actors, settings=settings)
         with cluster.two_signals(driver.stop):

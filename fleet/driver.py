@@ -24,13 +24,14 @@ MOST_STARTS = 3  # a worker whose host does not start so often in a row is given
 @dataclass(frozen=True)
 class Settings:
     """`tries`: how often in a row a row may lose its worker, or fail in a way that another try can help, without having come any
-    further. `plan_memory`: ask for a row's memory before it is placed. `prefix`: folder of the rows' folders in the output
-    folder."""
+    further. `plan_memory`: ask for a row's memory before it is placed. `prefix`: folder of the rows' folders in the output folder,
+    and `output`: that folder as results name it."""
 
     same_device: bool = False
     tries: int = 2
     plan_memory: bool = True
     prefix: str = ""
+    output: str = ""
 
 
 @dataclass
@@ -42,6 +43,7 @@ class _Member:
     slots: int
     device: str = ""
     memory: int = 0
+    place: str = ""  # machine and process
     up: bool = False
     failed_starts: int = 0
     given_up: str = ""
@@ -194,7 +196,7 @@ class Driver:
                 f"goes on on {member.device}, and was begun on {before}: its frames may differ in their last bits"
             )
         folder = self.books.folder_of(row)
-        self.books.begin(row, member.name, member.device, story.tries)
+        self.books.begin(row, member.name, member.device, story.tries, member.place)
         folder = f"{self.settings.prefix}/{folder}" if self.settings.prefix else folder
         task = Task(row.name, row.graph, folder, row.frames, tuple(row.values), row.digest)
         self._call("run", member, row, member.actor.run.remote(task))
@@ -228,6 +230,7 @@ class Driver:
     def _after_ready(self, member: _Member, row: None, told: dict[str, Any]) -> None:
         member.up, member.failed_starts = True, 0
         member.device, member.memory = told["device"], told["memory"]
+        member.place = f"{told['machine']}, process {told['pid']}"
         self.seen.waits[member.name] = f"waits ({member.device})"
 
     def _after_plan(self, member: _Member, row: Row, told: dict[str, Any]) -> None:
@@ -294,10 +297,10 @@ class Driver:
     def _end(self, row: Row, told: dict[str, Any], member: _Member) -> None:
         """Write down what became of a row."""
         story = self._stories.setdefault(row.name, _Story())
-        files = told.get("files") or []
+        files = [self._shown(name) for name in told.get("files") or []]
         line = {
             "name": row.name, "outcome": told["outcome"], "file": files[0] if files else None, "files": files,
-            "report": told.get("report"), "reason": told.get("reason"), "tries": story.tries,
+            "report": told.get("report") and self._shown(told["report"]), "reason": told.get("reason"), "tries": story.tries,
             "seconds": round(story.seconds, 3), "worker": member.name, "device": member.device,
             "went_on": [*story.told, *([told["note"]] if told.get("note") else [])],
             "warnings": told.get("warnings", []), "digest": row.digest,
@@ -311,6 +314,10 @@ class Driver:
             self.seen.bad += 1
             self.seen.frames -= row.frames
             self.shown.say(f"{row.name} (line {row.line}): {told['outcome']}: {told.get('reason')}")
+
+    def _shown(self, name: str) -> str:
+        """A file as results name it: an address as it is, else counted from the batch's folder."""
+        return name if "://" in name or not self.settings.output else f"{self.settings.output}/{name}"
 
     # ---- looking
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,11 @@ class RunningHost(Protocol):
 @dataclass(frozen=True)
 class HostSpec:
     """How hosts are started: `base` has the models, input and custom_nodes that all share, `output` is the folder that all write
-    to, `own` the folder in which each has its own. `threads` of 0 leaves processors to the host; `pin` gives worker N processors
-    of its own."""
+    to. Each has a base folder of its own on its machine. `threads` of 0 leaves processors to the host; `pin` gives worker N
+    processors of its own."""
 
     base: Path
     output: Path
-    own: Path
     logs: Path
     threads: int = 0
     pin: bool = False
@@ -94,7 +94,7 @@ class StartedHost:
     def __init__(self, spec: HostSpec, number: int) -> None:
         try:
             host = ensure_ready()
-            base = _base(spec, number)
+            base = _base(spec.base)
             port = local.free_port()
             command = local.server_command(host, base, spec.output, port, linked=False)
         except SetupError as error:
@@ -104,7 +104,7 @@ class StartedHost:
         self.log = spec.logs / f"worker-{number}.log"
         with self.log.open("a") as out:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("keeper.py")), cores_of(spec, number), *command],
+                [sys.executable, str(Path(__file__).with_name("keeper.py")), cores_of(spec, number), str(base), *command],
                 stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, cwd=host.path, env=_env(host, spec.threads),
                 start_new_session=True,
             )  # fmt: skip
@@ -155,18 +155,14 @@ def _env(host: Installed, threads: int) -> dict[str, str]:
     return env
 
 
-def _base(spec: HostSpec, number: int) -> Path:
-    """A worker's base folder: links to what all share, and room for its own."""
-    local.link_pack(spec.base)
-    base = spec.own / f"worker-{number}"
-    base.mkdir(parents=True, exist_ok=True)
+def _base(shared: Path) -> Path:
+    """A base folder of one's own: links to what all share, and room for the rest. It is on this machine, since a database is none
+    for a network's disk."""
+    local.link_pack(shared)
+    base = Path(tempfile.mkdtemp(prefix="adastate-fleet-"))
     for name in SHARED:
-        (spec.base / name).mkdir(parents=True, exist_ok=True)
-        link = base / name
-        if link.is_symlink() and link.resolve() != (spec.base / name).resolve():
-            link.unlink()
-        if not link.is_symlink():
-            link.symlink_to((spec.base / name).resolve(), target_is_directory=True)
+        (shared / name).mkdir(parents=True, exist_ok=True)
+        (base / name).symlink_to((shared / name).resolve(), target_is_directory=True)
     return base
 
 

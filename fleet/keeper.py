@@ -1,21 +1,23 @@
 """Runs a program and ends it when whoever started this is gone, be it by kill -9: its standard input then ends.
 
-  python keeper.py CORES PROGRAM [ARGUMENT ...]
+  python keeper.py CORES FOLDER PROGRAM [ARGUMENT ...]
 
-CORES are the numbers of the processors that the program may use, with commas; `all` leaves it as it is. Standard library only.
+CORES are the numbers of the processors that the program may use, with commas; `all` leaves it as it is. FOLDER is the program's
+own, and goes with it. Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 
 
-def main(cores: str, command: list[str]) -> int:
+def main(cores: str, folder: str, command: list[str]) -> int:
     """Run the program; its exit status."""
     if cores != "all" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
@@ -38,7 +40,8 @@ def main(cores: str, command: list[str]) -> int:
         return process.wait()
     finally:
         kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))

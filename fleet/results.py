@@ -100,12 +100,12 @@ class Books:
         """The folder of a row's files: its name, and for other values than the first ones under that name more."""
         return row.name if self._begun.get(row.name, row.digest) == row.digest else f"{row.name}-{row.digest[:6]}"
 
-    def begin(self, row: Row, worker: str, device: str, number: int) -> None:
+    def begin(self, row: Row, worker: str, device: str, number: int, place: str = "") -> None:
         """A row is given to a worker; known before the worker is."""
         self._begun.setdefault(row.name, row.digest)
         self.devices[row.name, row.digest] = device
         told = {"name": row.name, "digest": row.digest, "try": number, "worker": worker, "device": device}
-        self._tries.append(told | {"at": _now()}, sync=False)
+        self._tries.append(told | {"place": place, "at": _now()}, sync=False)
 
     def result(self, told: dict[str, Any]) -> None:
         """What became of a row."""

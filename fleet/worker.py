@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -99,7 +101,8 @@ class Worker:
         kind = kind.partition(" ")[2] or kind if kind.startswith("cuda:") else kind
         if kind == "cpu" and self._host.machine:
             kind = f"cpu, {self._host.machine}"
-        return {"url": self._host.url, "device": kind, "memory": int(device.get("vram_total") or 0)}
+        where = {"machine": socket.gethostname(), "pid": os.getpid(), "url": self._host.url}
+        return where | {"device": kind, "memory": int(device.get("vram_total") or 0)}
 
     def run(self, task: Task) -> dict[str, Any]:
         """Run a row to its end; what became of it. `outcome` is finished, stopped (a state is kept), refused or failed (for a
