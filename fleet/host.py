@@ -62,10 +62,11 @@ class GivenHosts:
     """Hosts that run already, a worker each."""
 
     urls: tuple[str, ...]
+    patience: float = 60.0  # seconds in which one has to answer
 
     def start(self, number: int) -> RunningHost:
         """The one of worker `number`, once it answers."""
-        return GivenHost(self.urls[number])
+        return GivenHost(self.urls[number], self.patience)
 
 
 class GivenHost:
@@ -73,7 +74,7 @@ class GivenHost:
 
     machine = ""
 
-    def __init__(self, url: str, patience: float = 60.0) -> None:
+    def __init__(self, url: str, patience: float) -> None:
         self.url = url.rstrip("/")
         _wait(self, time.monotonic() + patience)
 
