@@ -140,7 +140,7 @@ def make(options: argparse.Namespace, books: Books, left: list, folder: Path) ->
             base = options.base.expanduser().resolve()
             hosts = HostSpec(base, output, folder / "logs", share.threads, pin=not options.address)
         actors = machines.start(count, share, hosts, output, options.into if is_address(options.into) else "")
-        driver = Driver(books, left, actors, settings=settings)
+        driver = Driver(books, left, actors, settings=settings, output=output)
         with cluster.two_signals(driver.stop):
             try:
                 return driver.run()

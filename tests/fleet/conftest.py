@@ -53,7 +53,7 @@ class Fleet:
         """How many rows were not finished."""
         actors = self.machines.start(workers, Share(), hosts, self.output, into, kind=kind)
         books = Books(self.folder)
-        self.driver = Driver(books, books.unfinished(rows), actors, settings=Settings(**settings))
+        self.driver = Driver(books, books.unfinished(rows), actors, settings=Settings(**settings), output=self.output)
         try:
             if meanwhile is not None:
                 meanwhile(self.driver)

@@ -27,13 +27,16 @@ def test_every_way_that_a_row_can_end(fleet, tmp_path, capsys):
         "node": ["kill 33", "whole"],
         "poison": ["die", "die", "whole"],
         "further": ["die 9", "die 21", "die 33", "whole"],
+        "preempted": ["kill 9", "kill 21", "kill 33", "whole"],
+        "stuck": ["kill 9", "kill", "kill", "whole"],
     }
     rows = rows_of(tmp_path, *({"name": name, "5.length": 97} for name in acts))
-    assert fleet.run(rows, Script(fleet.output, acts)) == 4
+    assert fleet.run(rows, Script(fleet.output, acts)) == 5
     found = fleet.results()
     assert {name: told["outcome"] for name, told in found.items()} == {
         "good": "finished", "bad": "refused", "broken": "failed", "nan": "failed", "short": "finished",
-        "host": "finished", "node": "finished", "poison": "given up", "further": "finished",
+        "host": "finished", "node": "finished", "poison": "given up", "further": "finished", "preempted": "finished",
+        "stuck": "given up",
     }  # fmt: skip
     assert found["bad"]["reason"] == "node 5 (AdaStateRollout): width is 100; try 96" and found["bad"]["tries"] == 1
     assert found["broken"]["reason"] == "SaveImage (node 9): no picture" and found["broken"]["tries"] == 1
@@ -42,7 +45,9 @@ def test_every_way_that_a_row_can_end(fleet, tmp_path, capsys):
         "2 tries ended on worker 0, worker 1: ComfyUI ended by itself"
     ) or found["poison"]["reason"].startswith("2 tries ended on worker 1, worker 0: ComfyUI ended by itself")
     assert made(fleet, found["host"]) == [[0, 21], [21, 97]] and made(fleet, found["node"]) == [[0, 33], [33, 97]]
-    assert made(fleet, found["further"]) == [[0, 9], [9, 21], [21, 33], [33, 97]]
+    for name in ("further", "preempted"):
+        assert made(fleet, found[name]) == [[0, 9], [9, 21], [21, 33], [33, 97]]
+    assert found["stuck"]["tries"] == 3, "the first one came further"
     assert found["node"]["went_on"] == [f"went on from frame 33 on {found['node']['worker']}"]
     tries = lines_of(fleet.folder / "tries.jsonl")
     for name in ("host", "node", "poison", "short"):  # never where it was lost
