@@ -89,7 +89,9 @@ class _Prompt:
     @property
     def done(self) -> int:
         """Frames that the video has now."""
-        return min(self.length, self.first + int((time.monotonic() - self.began) / self.frame + 1e-6)) if self.began else 0
+        return (
+            min(self.length, self.first + int((time.monotonic() - self.began) / self.frame + 1e-6)) if self.began else 0
+        )
 
 
 class PlayedHost:
@@ -271,7 +273,9 @@ class PlayedHost:
         while (done := prompt.done) < prompt.length and not prompt.ending:
             await asyncio.sleep(min(pace.beat, (prompt.length - done) * prompt.frame))
             done = prompt.done
-            self._say(prompt, "progress_state", nodes={rollout: {"state": "running", "value": done, "max": prompt.length}})
+            self._say(
+                prompt, "progress_state", nodes={rollout: {"state": "running", "value": done, "max": prompt.length}}
+            )
             if every and time.monotonic() - saved > every and done < prompt.length:
                 saved = time.monotonic()
                 self._save(video, [*made, (prompt.first, done)])
@@ -313,7 +317,9 @@ class PlayedHost:
     def _note(self, what: str, prompt: _Prompt, done: int, **more: Any) -> None:
         if self._log.closed:
             return
-        prefix = next((n["inputs"]["filename_prefix"] for n in prompt.graph.values() if "filename_prefix" in n["inputs"]), "")
+        prefix = next(
+            (n["inputs"]["filename_prefix"] for n in prompt.graph.values() if "filename_prefix" in n["inputs"]), ""
+        )
         told = {"what": what, "at": time.time(), "row": prefix.rpartition("/")[2], "prompt": prompt.prompt_id}
         self._log.write(json.dumps(told | {"first": prompt.first, "done": done} | more) + "\n")
 

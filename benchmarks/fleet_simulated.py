@@ -92,7 +92,7 @@ def drive(spec: dict[str, Any]) -> int:
         with cluster.Cluster(None) as machines:
             share = cluster.Share()
             actors = machines.start(spec["workers"], share, hosts, hosts.output, "", slots=spec["slots"])
-            driver = Driver(books, left, actors, slots=spec["slots"], quiet=not spec.get("shown"))
+            driver = Driver(books, left, actors, slots=spec["slots"], quiet=True, output=hosts.output)
             with cluster.two_signals(driver.stop):
                 try:
                     return driver.run()
