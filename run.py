@@ -342,10 +342,12 @@ def fleet(arguments: list[str]) -> int:
         host = ensure_ready()
         env |= host.env() | {"COMFYUI_PYTHON": str(host.python)}
     python = ensure_fleet(*([DASHBOARD] if "--dashboard" in arguments else []))
-    process = subprocess.Popen([python, "-m", "fleet", *arguments], env=env | {"PYTHONPATH": str(ROOT)})
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, _: number == signal.SIGTERM and process.send_signal(number))
-    return process.wait()
+    command, env = [str(python), "-m", "fleet", *arguments], env | {"PYTHONPATH": str(ROOT)}
+    if os.name == "nt":
+        return subprocess.run(command, env=env).returncode
+    sys.stdout.flush()
+    os.execve(command[0], command, env)  # noqa: S606  in this process' place, so that every signal is its own
+    raise AssertionError("execve returns only by an error")
 
 
 def choose(kind: str, folder: Path, names: list[str]) -> list[str]:

@@ -163,14 +163,14 @@ class PlayedHost:
         self._loop.run_until_complete(self._listen())
         self._ready.set()
         ills = self.hosts.ills
-        tasks = [
-            self._loop.create_task(self._befall(mean, kill))
-            for mean, kill in ((ills.host_dies, False), (ills.process_dies, True))
-            if mean
-        ]
+        befalls = [(ills.host_dies, False), (ills.process_dies, True)]
+        fates = [self._loop.create_task(self._befall(mean, kill)) for mean, kill in befalls if mean]
         self._loop.run_forever()
-        for task in [*tasks, *asyncio.all_tasks(self._loop)]:
+        left = {*fates, *asyncio.all_tasks(self._loop)}
+        for task in left:
             task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        self._loop.close()
         self._log.close()
 
     async def _listen(self) -> None:
@@ -279,6 +279,7 @@ class PlayedHost:
             if every and time.monotonic() - saved > every and done < prompt.length:
                 saved = time.monotonic()
                 self._save(video, [*made, (prompt.first, done)])
+                self._note("saved", prompt, done)
         whole = [*made, (prompt.first, done)]
         if prompt.ending or stream.get("keep_state"):
             self._save(video, whole)

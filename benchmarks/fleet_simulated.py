@@ -44,8 +44,8 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a scenario. Seconds are real ones, not compressed; `idle` and `twice` are shares, `twice` of the frames that were
-    needed."""
+    """What came of a scenario. Seconds are real ones, not compressed; `idle` and `twice` are shares, `twice` of the frames that
+    were needed."""
 
     rows: int
     seconds: float
@@ -174,22 +174,21 @@ class _Try:
 
 
 def tries(log: Path, killed: list[float], lengths: dict[str, int]) -> list[_Try]:
-    """Everything that the hosts did. What a killed driver took with it went on until then."""
-    begun: dict[str, dict[str, Any]] = {}
-    ended: dict[str, dict[str, Any]] = {}
+    """Everything that the hosts did. What a killed driver took with it went on until then, or until it last saved a state."""
+    told: dict[str, dict[str, dict[str, Any]]] = {}
     for path in log.glob("*.jsonl"):
-        for told in lines(path):
-            (begun if told["what"] == "begun" else ended)[told["prompt"]] = told
+        for line in lines(path):
+            told.setdefault(line["prompt"], {})[line["what"]] = line
     found = []
-    for prompt, start in begun.items():
-        end = ended.get(prompt)
+    for each in told.values():
+        start, saved = each["begun"], each.get("saved", each["begun"])
+        end = each.get("ended") or each.get("lost")
         if end is None:
-            at = min((each for each in killed if each >= start["at"]), default=start["at"])
-            made = min(lengths[start["row"]] - start["first"], int((at - start["at"]) / start["seconds_a_frame"]))
-            found.append(_Try(start["row"], start["at"], at, max(0, made), True))
-        else:
-            died = end["what"] == "lost"
-            found.append(_Try(start["row"], start["at"], end["at"], end["done"] - start["first"], died))
+            at = max(saved["at"], min((when for when in killed if when >= start["at"]), default=0.0))
+            made = start["first"] + int((at - start["at"]) / start["seconds_a_frame"])
+            end = {"at": at, "done": max(saved["done"], min(lengths[start["row"]], made))}
+        frames = end["done"] - start["first"]
+        found.append(_Try(start["row"], start["at"], end["at"], frames, "ended" not in each))
     return found
 
 

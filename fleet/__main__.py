@@ -21,9 +21,10 @@ from . import cluster
 from .driver import Driver, Settings
 from .errors import FleetError
 from .host import GivenHosts, HostSpec
-from .manifest import read_manifest
+from .manifest import Row, read_manifest
 from .results import RESULTS, Books, OneDriver
 from .store import Store, is_address
+from .worker import Hosts
 
 VIDEOS = "videos"  # the hosts' output folder, in the batch's folder
 
@@ -68,8 +69,13 @@ def check(options: argparse.Namespace) -> None:
     """FleetError for arguments that do not go together."""
     if options.host_output and not options.host:
         raise FleetError("--host-output goes with --host; workers that are started here write to the folder of --into")
-    if options.host and options.workers:
-        raise FleetError("--host is a worker each, so leave --workers out")
+    if options.host and (options.workers or options.threads):
+        raise FleetError("--host is a worker each, with its own processors, so leave --workers and --threads out")
+    if len({each.rstrip("/") for each in options.host}) < len(options.host):
+        raise FleetError("--host names one host twice; it runs one row at a time, so give each once")
+    for each in options.host:
+        if not each.startswith(("http://", "https://")):
+            raise FleetError(f"--host is {each}; it must be an address such as http://gpu1:8188")
     if options.host and is_address(options.into) and not options.host_output:
         raise FleetError(
             f"--into {options.into} needs --host-output, the folder from which finished videos are copied there"
@@ -120,7 +126,7 @@ def fleet(options: argparse.Namespace) -> int:
     return int(bad > 0)
 
 
-def make(options: argparse.Namespace, books: Books, left: list, folder: Path) -> int:
+def make(options: argparse.Namespace, books: Books, left: list[Row], folder: Path) -> int:
     """Start workers, run the rows that are left; how many were not finished."""
     settings = Settings(
         same_device=options.same_device,
@@ -131,21 +137,25 @@ def make(options: argparse.Namespace, books: Books, left: list, folder: Path) ->
     machines = cluster.Cluster(options.address, options.runtime_env, options.dashboard)
     with machines:
         if options.host:
-            count, share = len(options.host), cluster.Share()
+            names, share = [each.rstrip("/") for each in options.host], cluster.Share()
+            count = len(names)
             output = options.host_output.expanduser().resolve() if options.host_output else None
-            hosts = GivenHosts(tuple(options.host))
+            hosts: Hosts = GivenHosts(tuple(names), prefix=settings.prefix)
         else:
             count, share = machines.workers(options.workers, options.threads)
-            count, output = min(count, len(left)), folder / VIDEOS
+            names, count, output = None, min(count, len(left)), folder / VIDEOS
             base = options.base.expanduser().resolve()
             hosts = HostSpec(base, output, folder / "logs", share.threads, pin=not options.address)
-        actors = machines.start(count, share, hosts, output, options.into if is_address(options.into) else "")
-        driver = Driver(books, left, actors, settings=settings, output=output)
-        with cluster.two_signals(driver.stop):
-            try:
-                return driver.run()
-            finally:
-                machines.end(actors, at_once=not driver.stopping)
+        into = options.into if is_address(options.into) else ""
+        actors = machines.start(count, share, hosts, output, into, names=names)
+        driver, ended = Driver(books, left, actors, settings=settings, output=output), False
+        try:
+            with cluster.two_signals(driver.stop):
+                bad = driver.run()
+            ended = True
+        finally:
+            machines.end(actors, at_once=ended)
+    return bad
 
 
 def say(text: str) -> None:

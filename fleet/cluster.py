@@ -49,7 +49,7 @@ class Cluster:
             named.setdefault("PYTHONPATH", str(ROOT))
 
     def __enter__(self) -> Cluster:
-        asked: dict[str, Any] = {"runtime_env": self._env, "logging_level": "warning", "log_to_driver": False}
+        asked: dict[str, Any] = {"runtime_env": self._env, "logging_level": "error", "log_to_driver": False}
         if self.address:
             asked["address"] = self.address
         else:
@@ -82,21 +82,24 @@ class Cluster:
         share: Share,
         hosts: Hosts,
         output: Path | None,
-        into: str,
+        into: str = "",
         slots: int = 1,
         kind: type = Worker,
+        names: list[str] | None = None,
     ) -> dict[str, Any]:
         """Handles of the workers' actors by name. Ray starts one that dies again, on another machine if it has to."""
         actor = ray.remote(kind).options(
             num_gpus=share.gpus, num_cpus=share.cpus, max_restarts=-1, max_task_retries=0, max_concurrency=slots + 3
         )
-        return {f"worker {number}": actor.remote(number, hosts, output, into) for number in range(count)}
+        names = names or [f"worker {number}" for number in range(count)]
+        return {name: actor.remote(number, hosts, output, into) for number, name in enumerate(names)}
 
-    def end(self, actors: dict[str, Any], at_once: bool) -> None:
-        """End the workers and their hosts."""
+    def end(self, actors: dict[str, Any], at_once: bool = True) -> None:
+        """End the workers, and with them the hosts that they started. Not `at_once`: prompts that still run on other hosts
+        first."""
         if not at_once:
             with contextlib.suppress(Exception):
-                ray.wait([actor.end.remote() for actor in actors.values()], num_returns=len(actors), timeout=20)
+                ray.wait([actor.interrupt.remote() for actor in actors.values()], num_returns=len(actors), timeout=5)
         for actor in actors.values():
             with contextlib.suppress(Exception):
                 ray.kill(actor)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,8 @@ from tools.setup_host import Host as Installed
 from tools.setup_host import SetupError, ensure_ready
 
 from .errors import FleetError, HostLost
+from .graph import Graph
+from .host_client import HostClient
 
 SHARED = ("models", "input", "custom_nodes")  # of a base folder; user (the database) and temp are each worker's own
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -59,14 +62,40 @@ class HostSpec:
 
 @dataclass(frozen=True)
 class GivenHosts:
-    """Hosts that run already, a worker each."""
+    """Hosts that run already, a worker each. Prompts whose files go to the folder `prefix` are those of a driver that is gone, and
+    are ended first: what they have made is gone on from."""
 
     urls: tuple[str, ...]
     patience: float = 60.0  # seconds in which one has to answer
+    prefix: str = ""
 
     def start(self, number: int) -> RunningHost:
         """The one of worker `number`, once it answers."""
-        return GivenHost(self.urls[number], self.patience)
+        host = GivenHost(self.urls[number], self.patience)
+        if self.prefix:
+            _end_prompts(host.url, self.prefix, self.patience)
+        return host
+
+
+def _end_prompts(url: str, prefix: str, patience: float) -> None:
+    """End the prompts that write to a folder, and wait until they have."""
+    client, end = HostClient(url, patience=patience), time.monotonic() + patience
+    with contextlib.closing(client):
+        while time.monotonic() < end:
+            found = [name for name, graph in client.queued().items() if any(_prefixes(graph, f"{prefix}/"))]
+            if not found:
+                return
+            for name in found:
+                client.interrupt(name)
+            time.sleep(0.5)
+    raise HostLost(f"{url} is still at work on prompts of an earlier batch")
+
+
+def _prefixes(graph: Graph, folder: str) -> Iterator[bool]:
+    """Of each file name in a prompt, whether it is in a folder."""
+    for node in graph.values():
+        name = node.get("inputs", {}).get("filename_prefix")
+        yield isinstance(name, str) and name.startswith(folder)
 
 
 class GivenHost:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import requests
@@ -65,9 +66,10 @@ class HostClient:
         """A prompt's entry in the history; None until it has ended."""
         return self._json("GET", f"/history/{prompt_id}").get(prompt_id)
 
-    def queued(self) -> set[str]:
-        """The ids that run or wait."""
-        return {item[1] for items in self._json("GET", "/queue").values() for item in items}
+    def queued(self) -> dict[str, dict[str, Any]]:
+        """The prompts that run or wait, by id."""
+        listed = [item for items in self._json("GET", "/queue").values() for item in items]
+        return {item[1]: item[2] if len(item) > 2 else {} for item in listed}
 
     def stop(self, prompt_id: str, node_id: str) -> bool:
         """End a rollout after the chunk under way, with a state kept; False while it does not run."""
@@ -120,12 +122,24 @@ class HostClient:
         end, wait = time.monotonic() + self.patience, 0.1
         while True:
             try:
-                return self._session.request(method, self.url + path, json=body, timeout=(5, 30))
+                with self._connection(path) as session:
+                    return session.request(method, self.url + path, json=body, timeout=(5, 30))
             except requests.RequestException as error:
                 if time.monotonic() > end or path == "/prompt" or not self.alive():
                     raise HostLost(f"{self.url} does not answer ({type(error).__name__})") from error
             time.sleep(wait)
             wait = min(wait * 2, 5.0)
+
+    @contextlib.contextmanager
+    def _connection(self, path: str) -> Iterator[requests.Session]:
+        """The connection that is kept; for a prompt a new one, since one that the host has just closed could not be told from one
+        that has taken it."""
+        if path != "/prompt":
+            yield self._session
+            return
+        with requests.Session() as session:
+            session.trust_env = False
+            yield session
 
     def alive(self) -> bool:
         """Whether it is worth asking again; a worker that knows the host's process puts its own question here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -142,10 +143,12 @@ class Worker:
         """Have every rollout finish its chunk and keep a state; no further row is begun."""
         self._stopping.set()
 
-    def end(self) -> None:
-        """Give the host up."""
-        if self._host is not None:
-            self._host.end()
+    def interrupt(self) -> None:
+        """End every prompt at once, for hosts that go on without this worker."""
+        for run in list(self._runs.values()):
+            if run.prompt_id:
+                with contextlib.suppress(HostLost):
+                    self._client().interrupt(run.prompt_id)
 
     # ---- how
 

@@ -59,7 +59,7 @@ class Fleet:
                 meanwhile(self.driver)
             return self.driver.run()
         finally:
-            self.machines.end(actors, at_once=True)
+            self.machines.end(actors)
 
     def results(self) -> dict[str, dict]:
         return Books(self.folder).results

@@ -49,6 +49,7 @@ class ScriptedHost:
         self.script, self.number = script, number
         self.history: dict[str, Any] = {}
         self.stopped: dict[str, threading.Event] = {}
+        self.graphs: dict[str, Any] = {}
         self._alive = True
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -81,7 +82,12 @@ class ScriptedHost:
         if kind == "history":
             return 200, {name: self.history[name]} if name in self.history else {}
         if kind == "queue":
-            return 200, {"queue_running": [[0, each] for each in self.stopped], "queue_pending": []}
+            return 200, {
+                "queue_running": [[0, each, graph] for each, graph in self.graphs.items()],
+                "queue_pending": [],
+            }
+        if kind == "interrupt" and body["prompt_id"] in self.stopped:
+            self.stopped[body["prompt_id"]].set()
         if (kind, name) == ("adastate", "stop") and body["prompt_id"] in self.stopped:
             self.stopped[body["prompt_id"]].set()
             return 200, {"stopping": True}
@@ -102,7 +108,7 @@ class ScriptedHost:
         if act == "refuse":
             error = {"message": "Custom validation failed", "details": "width - width is 100; try 96"}
             return 400, {"error": {}, "node_errors": {ROLLOUT: {"class_type": "AdaStateRollout", "errors": [error]}}}
-        self.stopped[prompt_id] = threading.Event()
+        self.stopped[prompt_id], self.graphs[prompt_id] = threading.Event(), graph
         threading.Thread(
             target=self._act, args=(act, prompt_id, graph, f"{prefix}_{tries + 1:05}_"), daemon=True
         ).start()
@@ -143,7 +149,8 @@ class ScriptedHost:
         else:
             (self.script.output / f"{video}.mp4").write_text(json.dumps([*made, [first, length]]))
             self._end(prompt_id, video, "whole", {})
-        self.stopped.pop(prompt_id, None)
+        self.stopped.pop(prompt_id)
+        self.graphs.pop(prompt_id)
 
     def _end(self, prompt_id: str, video: str, ended: str, more: dict[str, Any]) -> None:
         told = {
