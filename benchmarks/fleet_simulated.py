@@ -24,7 +24,7 @@ from benchmarks.fleet_host import MEASURED_FRAMES, MEASURED_SECONDS, Ills, Pace,
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOW = ROOT / "workflows" / "api" / "long_video.json"
 MODELS = ("adastate_demo.safetensors", "another.safetensors")
-FOLDER, LOG, RESULTS = "batch", "played", "results.jsonl"
+FOLDER, VIDEOS, LOG, RESULTS = "batch", "videos", "played", "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ def manifest(scenario: Scenario, folder: Path) -> Path:
 def drive(spec: dict[str, Any]) -> int:
     """Run the batch in a folder to its end; how many rows were not finished."""
     from fleet import cluster
-    from fleet.driver import Driver
+    from fleet.driver import Driver, Settings
     from fleet.manifest import read_manifest
     from fleet.results import Books, OneDriver
 
     folder = Path(spec["folder"])
     hosts = PlayedHosts(
-        folder / FOLDER / "videos", folder / LOG, WORKFLOW, spec["slots"], Pace(**spec["pace"]), Ills(**spec["ills"])
+        folder / FOLDER / VIDEOS, folder / LOG, WORKFLOW, spec["slots"], Pace(**spec["pace"]), Ills(**spec["ills"])
     )
     rows, books = read_manifest(folder / "batch.jsonl"), Books(folder / FOLDER)
     with OneDriver(folder / FOLDER):
@@ -92,7 +92,8 @@ def drive(spec: dict[str, Any]) -> int:
         with cluster.Cluster(None) as machines:
             share = cluster.Share()
             actors = machines.start(spec["workers"], share, hosts, hosts.output, "", slots=spec["slots"])
-            driver = Driver(books, left, actors, slots=spec["slots"], quiet=True, output=hosts.output)
+            settings = Settings(output=VIDEOS)
+            driver = Driver(books, left, actors, spec["slots"], settings, quiet=True, output=hosts.output)
             with cluster.two_signals(driver.stop):
                 try:
                     return driver.run()
@@ -207,7 +208,7 @@ def outcome(scenario: Scenario, folder: Path, killed: list[float]) -> Outcome:
     lengths = {row["name"]: row["5.length"] for row in lines(folder / "batch.jsonl")}
     results = {told["name"]: told for told in lines(folder / FOLDER / RESULTS)}
     finished = {name: told for name, told in results.items() if told["outcome"] == "finished"}
-    good = {name for name, told in finished.items() if whole(folder / FOLDER / "videos" / told["file"], lengths[name])}
+    good = {name for name, told in finished.items() if whole(folder / FOLDER / told["file"], lengths[name])}
     made = tries(folder / LOG, killed, lengths)
     slots = scenario.workers * scenario.slots
     first, last, end = min(t.began for t in made), max(t.began for t in made), max(t.ended for t in made)
