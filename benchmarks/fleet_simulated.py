@@ -98,7 +98,7 @@ def drive(spec: dict[str, Any]) -> int:
                 try:
                     return driver.run()
                 finally:
-                    machines.end(actors, at_once=True)
+                    machines.end(actors)
 
 
 # ---- from outside

@@ -54,7 +54,7 @@ def life(machines, folder, kind) -> int:
     try:
         return driver.run()
     finally:
-        machines.end(actors, at_once=True)
+        machines.end(actors)
 
 
 def test_no_row_is_lost_and_little_is_made_twice(ray_here, tmp_path):
