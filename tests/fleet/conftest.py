@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import thread_ray
 
+import fleet.driver as driver_module
 from fleet.cluster import Cluster, Share
 from fleet.driver import Driver, Settings
 from fleet.host_client import HostClient
@@ -41,25 +45,27 @@ def ray_here():
 
 
 class Fleet:
-    """A batch in a folder, run by as many drivers as a test asks for."""
+    """A batch in a folder, run by as many drivers as a test asks for; `start` makes so many workers on the given hosts."""
 
-    def __init__(self, machines: Cluster, folder: Path) -> None:
-        self.machines, self.folder, self.output = machines, folder, folder / "videos"
-        self.driver: Driver | None = None
+    def __init__(
+        self, start: Callable[..., dict[str, Any]], end: Callable[[dict[str, Any]], None], folder: Path
+    ) -> None:
+        self._start, self._end = start, end
+        self.folder, self.output = folder, folder / "videos"
 
     def run(
         self, rows: list[Row], hosts, workers: int = 2, into: str = "", meanwhile=None, kind=QuickWorker, **settings
     ) -> int:
         """How many rows were not finished."""
-        actors = self.machines.start(workers, Share(), hosts, self.output, into, kind=kind)
+        actors = self._start(workers, Share(), hosts, self.output, into, kind=kind)
         books = Books(self.folder)
-        self.driver = Driver(books, books.unfinished(rows), actors, settings=Settings(**settings), output=self.output)
+        driver = Driver(books, books.unfinished(rows), actors, settings=Settings(**settings), output=self.output)
         try:
             if meanwhile is not None:
-                meanwhile(self.driver)
-            return self.driver.run()
+                meanwhile(driver)
+            return driver.run()
         finally:
-            self.machines.end(actors)
+            self._end(actors)
 
     def results(self) -> dict[str, dict]:
         return Books(self.folder).results
@@ -67,4 +73,16 @@ class Fleet:
 
 @pytest.fixture
 def fleet(ray_here, tmp_path) -> Fleet:
-    return Fleet(ray_here, tmp_path / "into")
+    """Workers are processes, by Ray."""
+    return Fleet(ray_here.start, ray_here.end, tmp_path / "into")
+
+
+@pytest.fixture
+def threads(tmp_path, monkeypatch) -> Fleet:
+    """Workers are objects of this process, called in threads."""
+    monkeypatch.setattr(driver_module, "ray", thread_ray)
+
+    def start(count, share, hosts, output, into, kind):
+        return {f"worker {number}": thread_ray.Actor(kind(number, hosts, output, into)) for number in range(count)}
+
+    return Fleet(start, lambda actors: None, tmp_path / "into")

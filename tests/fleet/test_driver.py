@@ -1,4 +1,5 @@
-"""The driver on real Ray, with workers whose hosts are scripted: nothing made twice, nothing lost, everything told."""
+"""The driver with workers whose hosts are scripted, on real Ray where processes die: nothing made twice, nothing lost,
+everything told."""
 
 from __future__ import annotations
 
@@ -58,111 +59,111 @@ def test_every_way_that_a_row_can_end(fleet, tmp_path, capsys):
     assert "poison (line 8): given up: 2 tries ended on" in said
 
 
-def test_a_batch_that_is_run_again_makes_only_what_is_not_finished(fleet, tmp_path):
+def test_a_batch_that_is_run_again_makes_only_what_is_not_finished(threads, tmp_path):
     acts = {"v2": ["refuse", "whole"], "v3": ["die 21", "die", "die", "whole"]}
     rows = rows_of(tmp_path, {}, {}, {})
-    assert fleet.run(rows, Script(fleet.output, acts)) == 2
-    begun = (fleet.output / "v1" / "v1_00001_.mp4").stat().st_mtime_ns
-    assert fleet.run(rows, Script(fleet.output, acts)) == 0
-    assert (fleet.output / "v1" / "v1_00001_.mp4").stat().st_mtime_ns == begun
-    assert [told["name"] for told in lines_of(fleet.folder / "results.jsonl")].count("v1") == 1
-    assert made(fleet, fleet.results()["v3"]) == [[0, 21], [21, 513]]
+    assert threads.run(rows, Script(threads.output, acts)) == 2
+    begun = (threads.output / "v1" / "v1_00001_.mp4").stat().st_mtime_ns
+    assert threads.run(rows, Script(threads.output, acts)) == 0
+    assert (threads.output / "v1" / "v1_00001_.mp4").stat().st_mtime_ns == begun
+    assert [told["name"] for told in lines_of(threads.folder / "results.jsonl")].count("v1") == 1
+    assert made(threads, threads.results()["v3"]) == [[0, 21], [21, 513]]
 
 
-def test_a_whole_video_whose_driver_was_killed_is_not_made_again(fleet, tmp_path):
+def test_a_whole_video_whose_driver_was_killed_is_not_made_again(threads, tmp_path):
     rows = rows_of(tmp_path, {})
-    assert fleet.run(rows, Script(fleet.output)) == 0
-    (fleet.folder / "results.jsonl").unlink()  # as a driver leaves it that was killed before it wrote its line
-    assert fleet.run(rows, Script(fleet.output)) == 0
-    told = fleet.results()["v1"]
+    assert threads.run(rows, Script(threads.output)) == 0
+    (threads.folder / "results.jsonl").unlink()  # as a driver leaves it that was killed before it wrote its line
+    assert threads.run(rows, Script(threads.output)) == 0
+    told = threads.results()["v1"]
     assert told["file"] == "v1/v1_00001_.mp4" and told["went_on"] == ["it was whole already"]
-    assert len(list((fleet.output / "v1").glob("*.try"))) == 1
+    assert len(list((threads.output / "v1").glob("*.try"))) == 1
 
 
-def test_a_stop_keeps_states_and_the_next_run_goes_on_from_them(fleet, tmp_path):
+def test_a_stop_keeps_states_and_the_next_run_goes_on_from_them(threads, tmp_path):
     rows = rows_of(tmp_path, {}, {}, {})
     waits = {row.name: ["wait", "whole"] for row in rows}
 
     def stop(driver) -> None:
         def when_two_run() -> None:
-            while len(list(fleet.output.glob("*/*.try"))) < 2:
+            while len(list(threads.output.glob("*/*.try"))) < 2:
                 time.sleep(0.02)
             driver.stop()
 
         threading.Thread(target=when_two_run, daemon=True).start()
 
-    assert fleet.run(rows, Script(fleet.output, waits), meanwhile=stop) == 3
-    assert len(list(fleet.output.glob("*/*.state.safetensors"))) == 2 and fleet.results() == {}
-    waits = {name: ["wait", "whole"] for name in waits if (fleet.output / name).exists()}
-    assert fleet.run(rows, Script(fleet.output, waits)) == 0
-    parts = sorted(len(made(fleet, told)) for told in fleet.results().values())
+    assert threads.run(rows, Script(threads.output, waits), meanwhile=stop) == 3
+    assert len(list(threads.output.glob("*/*.state.safetensors"))) == 2 and threads.results() == {}
+    waits = {name: ["wait", "whole"] for name in waits if (threads.output / name).exists()}
+    assert threads.run(rows, Script(threads.output, waits)) == 0
+    parts = sorted(len(made(threads, told)) for told in threads.results().values())
     assert parts == [1, 2, 2]
 
 
-def test_on_another_kind_of_device_it_says_so(fleet, tmp_path):
+def test_on_another_kind_of_device_it_says_so(threads, tmp_path):
     rows = rows_of(tmp_path, {})
     devices = {0: ("cuda:0 A", 10), 1: ("cuda:0 B", 10)}
-    assert fleet.run(rows, Script(fleet.output, {"v1": ["die 21", "whole"]}, devices)) == 0
-    told = fleet.results()["v1"]
+    assert threads.run(rows, Script(threads.output, {"v1": ["die 21", "whole"]}, devices)) == 0
+    told = threads.results()["v1"]
     first = "A" if told["device"] == "B" else "B"
     assert told["went_on"][0] == (
         f"goes on on {told['device']}, and was begun on {first}: its frames may differ in their last bits"
     )
 
 
-def test_same_device_waits_for_one_also_for_the_next_driver(fleet, tmp_path, capsys):
+def test_same_device_waits_for_one_also_for_the_next_driver(threads, tmp_path, capsys):
     rows = rows_of(tmp_path, {})
-    script = Script(fleet.output, {"v1": ["die 21", "wait"]}, {0: ("cuda:0 A", 10)})
-    stopped = lambda driver: threading.Thread(target=_stop_on, args=(driver, fleet), daemon=True).start()  # noqa: E731
-    assert fleet.run(rows, script, workers=1, meanwhile=stopped, same_device=True) == 1
+    script = Script(threads.output, {"v1": ["die 21", "wait"]}, {0: ("cuda:0 A", 10)})
+    stopped = lambda driver: threading.Thread(target=_stop_on, args=(driver, threads), daemon=True).start()  # noqa: E731
+    assert threads.run(rows, script, workers=1, meanwhile=stopped, same_device=True) == 1
     capsys.readouterr()
-    other = Script(fleet.output, {"v1": ["whole"]}, {0: ("cuda:0 B", 10)})
+    other = Script(threads.output, {"v1": ["whole"]}, {0: ("cuda:0 B", 10)})
     patient = lambda driver: threading.Timer(3.0, driver.stop).start()  # noqa: E731
-    assert fleet.run(rows, other, workers=1, meanwhile=patient, same_device=True) == 1
-    assert "1 rows wait for a worker with A (--same-device)" in capsys.readouterr().out and fleet.results() == {}
-    again = Script(fleet.output, {"v1": ["whole"]}, {0: ("cuda:0 B", 10), 1: ("cuda:1 A", 10)})
-    assert fleet.run(rows, again, same_device=True) == 0 and fleet.results()["v1"]["device"] == "A"
+    assert threads.run(rows, other, workers=1, meanwhile=patient, same_device=True) == 1
+    assert "1 rows wait for a worker with A (--same-device)" in capsys.readouterr().out and threads.results() == {}
+    again = Script(threads.output, {"v1": ["whole"]}, {0: ("cuda:0 B", 10), 1: ("cuda:1 A", 10)})
+    assert threads.run(rows, again, same_device=True) == 0 and threads.results()["v1"]["device"] == "A"
 
 
-def _stop_on(driver, fleet) -> None:
-    while len(list(fleet.output.glob("*/*.try"))) < 2:
+def _stop_on(driver, threads) -> None:
+    while len(list(threads.output.glob("*/*.try"))) < 2:
         time.sleep(0.02)
     driver.stop()
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_a_row_is_placed_where_it_fits_or_refused_with_what_would(fleet, tmp_path, large):
+def test_a_row_is_placed_where_it_fits_or_refused_with_what_would(threads, tmp_path, large):
     rows = rows_of(tmp_path, {}, {})
     devices = {0: ("small", 5), 1: ("large", 99 if large else 6)}
-    bad = fleet.run(rows, Script(fleet.output, {}, devices, fits=50))
+    bad = threads.run(rows, Script(threads.output, {}, devices, fits=50))
     if large:
-        assert bad == 0 and {told["device"] for told in fleet.results().values()} == {"large"}
+        assert bad == 0 and {told["device"] for told in threads.results().values()} == {"large"}
     else:
-        assert bad == 2 and not list(fleet.output.glob("*/*.try"))
-        reasons = {told["reason"] for told in fleet.results().values()}
+        assert bad == 2 and not list(threads.output.glob("*/*.try"))
+        reasons = {told["reason"] for told in threads.results().values()}
         assert reasons <= {
             f"it fits on no worker: the rollout's caches need 50 and {memory} are free; window_frames 3 would fit"
             for memory in (5, 6)
         }
 
 
-def test_an_input_that_nobody_knows_is_told_and_not_passed_over(fleet, tmp_path):
-    assert fleet.run(rows_of(tmp_path, {"5.lenght": 9}), Script(fleet.output), workers=1) == 1
-    assert "5.lenght: AdaStateRollout has no input lenght; it has" in fleet.results()["v1"]["reason"]
+def test_an_input_that_nobody_knows_is_told_and_not_passed_over(threads, tmp_path):
+    assert threads.run(rows_of(tmp_path, {"5.lenght": 9}), Script(threads.output), workers=1) == 1
+    assert "5.lenght: AdaStateRollout has no input lenght; it has" in threads.results()["v1"]["reason"]
 
 
-def test_a_finished_row_is_named_when_it_has_arrived(fleet, tmp_path):
+def test_a_finished_row_is_named_when_it_has_arrived(threads, tmp_path):
     far = tmp_path / "far"
-    assert fleet.run(rows_of(tmp_path, {}), Script(fleet.output), workers=1, into=f"file://{far}") == 0
-    told = fleet.results()["v1"]
+    assert threads.run(rows_of(tmp_path, {}), Script(threads.output), workers=1, into=f"file://{far}") == 0
+    told = threads.results()["v1"]
     assert told["file"] == f"file://{far}/v1/v1_00001_.mp4" and (far / "v1" / "v1_00001_.mp4").is_file()
     assert json.loads((far / "v1" / "result.json").read_text())["digest"] == told["digest"]
     assert told["report"] == f"file://{far}/v1/v1_00001_.report.json"
 
 
-def test_no_worker_that_starts_is_told(fleet, tmp_path):
+def test_no_worker_that_starts_is_told(threads, tmp_path):
     from fleet.errors import FleetError
     from fleet.host import GivenHosts
 
     with pytest.raises(FleetError, match="no worker is left: worker 0: .*http://127.0.0.1:9"):
-        fleet.run(rows_of(tmp_path, {}), GivenHosts(("http://127.0.0.1:9",), patience=0.2), workers=1)
+        threads.run(rows_of(tmp_path, {}), GivenHosts(("http://127.0.0.1:9",), patience=0.2), workers=1)
