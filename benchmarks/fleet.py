@@ -10,6 +10,7 @@ cores. Writes benchmarks/results/fleet.md. It wants a quiet machine and 3 GB.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shutil
@@ -26,7 +27,7 @@ if (
     sys.path[:] = [str(ROOT), *(each for each in sys.path if Path(each or ".").resolve() != ROOT / "benchmarks")]
 
 from benchmarks.fleet_host import MEASURED_FRAMES, MEASURED_SECONDS, START_SECONDS, Ills, Pace  # noqa: E402
-from benchmarks.fleet_simulated import Outcome, Scenario, seconds_of, simulate  # noqa: E402
+from benchmarks.fleet_simulated import Outcome, Scenario, drive, seconds_of, simulate  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "fleet.md"
 LENGTHS = (961, 28801)  # a minute to half an hour at 16 frames a second
@@ -119,7 +120,13 @@ def main() -> int:
     parser.add_argument("scenarios", nargs="*", help="by name; all without")
     parser.add_argument("--rows", type=int, help="of each scenario, to try the command; then no file is written")
     parser.add_argument("--folder", type=Path, help="where batches are left; without, they are removed")
+    parser.add_argument(
+        "--drive", type=Path, help=argparse.SUPPRESS
+    )  # a process that is killed by the one that simulates
     options = parser.parse_args()
+    if options.drive:
+        drive(json.loads(options.drive.read_text(encoding="utf-8")))
+        return 0
     chosen = [each for each in SCENARIOS if not options.scenarios or each.name in options.scenarios]
     if unknown := set(options.scenarios) - {each.name for each in SCENARIOS}:
         parser.error(f"there is no scenario {unknown.pop()!r}; there are: {', '.join(each.name for each in SCENARIOS)}")

@@ -1,8 +1,6 @@
 """A simulated batch: the fleet's own driver, books and workers on a real Ray, whose hosts only play. And what came of it.
 
-    python -m benchmarks.fleet_simulated SPEC.json
-
-runs the driver once, as `run.py fleet` does; fleet.py starts and kills that process.
+The driver is a process of its own (`python -m benchmarks.fleet --drive SPEC.json`), so that it can be killed.
 """
 
 from __future__ import annotations
@@ -122,7 +120,7 @@ def simulate(scenario: Scenario, folder: Path) -> Outcome:
 
 def _driven(folder: Path, after: float | None) -> float | None:
     """One life of the driver: to its end, or killed so many seconds after its first row; when it was killed."""
-    command = [sys.executable, "-m", "benchmarks.fleet_simulated", str(folder / "spec.json")]
+    command = [sys.executable, "-m", "benchmarks.fleet", "--drive", str(folder / "spec.json")]
     begun = len(list((folder / LOG).glob("*.jsonl"))) if (folder / LOG).is_dir() else 0
     with (folder / "driver.log").open("a") as said:
         process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, env=_env())
@@ -234,7 +232,3 @@ def seconds_of(scenario: Scenario) -> float:
     least, most = scenario.lengths
     mean = (most - least) / math.log(most / least)
     return mean * MEASURED_SECONDS[1] / MEASURED_FRAMES
-
-
-if __name__ == "__main__":
-    drive(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
