@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,11 @@ from tools.setup_host import SetupError, ensure_ready
 from .errors import FleetError, HostLost
 from .graph import Graph
 from .host_client import HostClient
+from .keeper import KEPT_BY
+from .results import runs
 
 SHARED = ("models", "input", "custom_nodes")  # of a base folder; user (the database) and temp are each worker's own
+OWN = "adastate-fleet-"  # begins the names of base folders
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -126,7 +130,8 @@ class StartedHost:
             host = ensure_ready()
             base = _base(spec.base)
             port = local.free_port()
-            command = local.server_command(host, base, spec.output, port, linked=False)
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # Ray gave this worker no GPU
+            command = local.server_command(host, base, spec.output, port, linked=False, cuda=False if hidden else None)
         except SetupError as error:
             raise FleetError(str(error)) from error
         self.url, self.machine = f"http://127.0.0.1:{port}", processor()
@@ -189,11 +194,20 @@ def _base(shared: Path) -> Path:
     """A base folder of one's own: links to what all share, and room for the rest. It is on this machine, since a database is none
     for a network's disk."""
     local.link_pack(shared)
-    base = Path(tempfile.mkdtemp(prefix="adastate-fleet-"))
+    _remove_left()
+    base = Path(tempfile.mkdtemp(prefix=OWN))
     for name in SHARED:
         (shared / name).mkdir(parents=True, exist_ok=True)
         (base / name).symlink_to((shared / name).resolve(), target_is_directory=True)
     return base
+
+
+def _remove_left() -> None:
+    """Remove the folders of hosts whose keeper was killed, and so could not."""
+    for kept_by in Path(tempfile.gettempdir()).glob(f"{OWN}*/{KEPT_BY}"):
+        with contextlib.suppress(OSError, ValueError):
+            if kept_by.stat().st_uid == os.getuid() and not runs(int(kept_by.read_text())):
+                shutil.rmtree(kept_by.parent)
 
 
 def cores_of(spec: HostSpec, number: int) -> str:

@@ -160,7 +160,7 @@ class OneDriver:
         except FileNotFoundError:
             return
         here = told.get("machine") == self._own["machine"] and isinstance(told.get("pid"), int)
-        if (here and _runs(told["pid"])) or (not here and age < _STALE):
+        if (here and told["pid"] != os.getpid() and runs(told["pid"])) or (not here and age < _STALE):
             raise FleetError(
                 f"another driver ({told.get('machine', 'unknown')}, process {told.get('pid', 'unknown')}) is at work in "
                 f"{self.path.parent}; wait for it, or end it and try again after a minute"
@@ -177,10 +177,8 @@ class OneDriver:
                 os.utime(self.path)
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
     """Whether a process of this machine is there."""
-    if pid == os.getpid():
-        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

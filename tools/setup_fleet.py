@@ -36,10 +36,8 @@ def ensure_fleet(*also: Path) -> Path:
         setup_host.check_disk(ROOT, NEEDED_GB)
         if python_version(python) is None or not setup_host.has_pip(python):
             say(f"Making the fleet's own environment in {folder}.")
-            if subprocess.run([sys.executable, "-m", "venv", "--clear", folder], env=child_env()).returncode:
-                raise SetupError(
-                    f"Python could not make a virtual environment in {folder}; the lines above say why.", code=1
-                )
+            make_venv(folder)
+            missing = [REQUIREMENTS, *also]
         setup_host.remove_half_installed(folder)
         for each in missing:
             say(f"Installing {each.relative_to(ROOT)}.")
@@ -47,6 +45,12 @@ def ensure_fleet(*also: Path) -> Path:
             setup_host.write_whole(_stamp(folder, each), _told(python, each))
         say(f"The fleet's environment is ready ({duration(time.monotonic() - started)}).")
     return python
+
+
+def make_venv(folder: Path) -> None:
+    """An empty virtual environment. SetupError if this Python cannot make one."""
+    if subprocess.run([sys.executable, "-m", "venv", "--clear", folder], env=child_env()).returncode:
+        raise SetupError(f"Python could not make a virtual environment in {folder}; the lines above say why.", code=1)
 
 
 def _stamp(folder: Path, requirements: Path) -> Path:

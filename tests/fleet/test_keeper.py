@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from tables import ROOT
 
+from fleet import host
+
 KEEPER = ROOT / "fleet" / "keeper.py"
 # a program that has a child of its own, and says both ids
 PROGRAM = (
@@ -62,6 +64,21 @@ def test_kill_9_of_who_started_it_ends_all_of_it(tmp_path):
     while (tmp_path / "own").exists() and time.monotonic() < end:
         time.sleep(0.02)
     assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ends a process with its parent")
+def test_kill_9_of_the_keeper_itself_ends_its_program_and_the_next_start_clears_up(tmp_path, monkeypatch):
+    """Ray ends the children of a worker that died with SIGKILL, and the keeper is one."""
+    monkeypatch.setattr(host.tempfile, "tempdir", str(tmp_path))
+    with start(tmp_path / f"{host.OWN}left") as keeper, start(tmp_path / f"{host.OWN}runs") as other:
+        pid = int(keeper.stdout.readline().split()[0])
+        other.stdout.readline()
+        keeper.kill()
+        assert gone(pid)
+        keeper.wait(20)
+        host._remove_left()
+        assert [path.name for path in tmp_path.iterdir()] == [f"{host.OWN}runs"] and other.poll() is None
+        other.stdin.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not bind processes to processors")
