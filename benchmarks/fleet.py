@@ -56,7 +56,7 @@ def row(scenario: Scenario, found: Outcome) -> list[str]:
     ]  # fmt: skip
 
 
-def page(rows: list[list[str]], took: float) -> str:
+def page(rows: list[list[str]], took: float, load: float) -> str:
     """The whole file."""
     import ray
 
@@ -85,7 +85,8 @@ def page(rows: list[list[str]], took: float) -> str:
     lines = [
         "# What a fleet costs beside its videos",
         "",
-        f"Made by `python3 run.py bench fleet` in {took / 60:.0f} minutes on {os.cpu_count()} cores ({processor()}).",
+        f"Made by `python3 run.py bench fleet` in {took / 60:.0f} minutes on {os.cpu_count()} cores ({processor()}), whose load average was {load:.1f} "
+        "before.",
         "[docs/fleet.md](../../docs/fleet.md) says what a fleet promises.",
         "",
         *table,
@@ -130,7 +131,7 @@ def main() -> int:
     chosen = [each for each in SCENARIOS if not options.scenarios or each.name in options.scenarios]
     if unknown := set(options.scenarios) - {each.name for each in SCENARIOS}:
         parser.error(f"there is no scenario {unknown.pop()!r}; there are: {', '.join(each.name for each in SCENARIOS)}")
-    started, rows = time.monotonic(), []
+    started, load, rows = time.monotonic(), os.getloadavg()[0], []
     for scenario in chosen:
         if options.rows:
             kills = tuple(kill * options.rows / scenario.rows for kill in scenario.kills)
@@ -141,7 +142,7 @@ def main() -> int:
         if not options.folder:
             shutil.rmtree(folder)
     if not options.rows and chosen == list(SCENARIOS):
-        RESULT.write_text(page(rows, time.monotonic() - started), encoding="utf-8")
+        RESULT.write_text(page(rows, time.monotonic() - started, load), encoding="utf-8")
         print(f"\n{RESULT.relative_to(ROOT)} is written.")
     return int(any(cells[-1] != "**0**" for cells in rows))
 

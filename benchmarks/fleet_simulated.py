@@ -169,7 +169,6 @@ class _Try:
     began: float
     ended: float
     frames: int
-    died: bool
 
 
 def tries(log: Path, killed: list[float], lengths: dict[str, int]) -> list[_Try]:
@@ -186,9 +185,13 @@ def tries(log: Path, killed: list[float], lengths: dict[str, int]) -> list[_Try]
             at = max(saved["at"], min((when for when in killed if when >= start["at"]), default=0.0))
             made = start["first"] + int((at - start["at"]) / start["seconds_a_frame"])
             end = {"at": at, "done": max(saved["done"], min(lengths[start["row"]], made))}
-        frames = end["done"] - start["first"]
-        found.append(_Try(start["row"], start["at"], end["at"], frames, "ended" not in each))
+        found.append(_Try(start["row"], start["at"], end["at"], end["done"] - start["first"]))
     return found
+
+
+def deaths_in(log: Path) -> int:
+    """How many hosts died with something under way; each has a file of its own."""
+    return sum(any(line["what"] == "lost" for line in lines(path)) for path in log.glob("*.jsonl"))
 
 
 def whole(file: Path, length: int) -> bool:
@@ -220,7 +223,7 @@ def outcome(scenario: Scenario, folder: Path, killed: list[float]) -> Outcome:
         idle=waited / (slots * (last - first)),
         idle_to_the_end=1 - sum(t.ended - t.began for t in made) / (slots * (end - first)),
         twice=(sum(t.frames for t in made) - needed) / needed,
-        deaths=len({t.ended for t in made if t.died}),
+        deaths=deaths_in(folder / LOG) + len(killed),
         went_on=sum(told["tries"] > 1 for told in finished.values()),
         given_up=sum(told["outcome"] == "given up" for told in results.values()),
         lost=len(lengths) - len(good),

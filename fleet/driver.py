@@ -20,6 +20,8 @@ from .results import FINISHED, Books
 from .worker import Task
 
 LOOK_EVERY = 1.0  # seconds
+# a process that Ray starts again cannot be reached meanwhile, which Ray itself waits for where it may try again
+READY_RETRIES = 5
 MOST_STARTS = 3  # a worker whose host does not start so often in a row is given up
 
 
@@ -146,7 +148,7 @@ class Driver:
     def _start(self, member: _Member) -> None:
         member.up = False
         self.seen.waits[member.name] = "starts"
-        self._call("ready", member, None, member.actor.ready.remote())
+        self._call("ready", member, None, member.actor.ready.options(max_task_retries=READY_RETRIES).remote())
 
     def _place(self) -> None:
         if self.stopping:

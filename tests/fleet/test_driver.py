@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from conftest import QuickWorker
 from scripted_host import Script
 from tables import lines_of, rows_of
 
@@ -167,3 +168,18 @@ def test_no_worker_that_starts_is_told(threads, tmp_path):
 
     with pytest.raises(FleetError, match="no worker is left: worker 0: .*http://127.0.0.1:9"):
         threads.run(rows_of(tmp_path, {}), GivenHosts(("http://127.0.0.1:9",), patience=0.2), workers=1)
+
+
+class SlowWorker(QuickWorker):
+    """Its process takes its time to start, as torch on a busy machine does."""
+
+    def __init__(self, *given) -> None:
+        time.sleep(2.5)
+        super().__init__(*given)
+
+
+def test_a_process_that_takes_its_time_to_start_again_is_waited_for(fleet, tmp_path):
+    rows = rows_of(tmp_path, {"name": "node", "5.length": 97})
+    acts = {"node": ["kill 33", "whole"]}
+    assert fleet.run(rows, Script(fleet.output, acts), workers=1, kind=SlowWorker) == 0
+    assert made(fleet, fleet.results()["node"]) == [[0, 33], [33, 97]]

@@ -45,7 +45,7 @@ def worker(s3, tmp_path):
     made = Worker(0, hosts, hosts.output, ADDRESS)
     made.ready()
     yield made
-    made.end()
+    made._host.end()
 
 
 def task(name: str, length: int = 97) -> Task:
