@@ -85,8 +85,8 @@ def page(rows: list[list[str]], took: float, load: float) -> str:
     lines = [
         "# What a fleet costs beside its videos",
         "",
-        f"Made by `python3 run.py bench fleet` in {took / 60:.0f} minutes on {os.cpu_count()} cores ({processor()}), whose load average was {load:.1f} "
-        "before.",
+        f"Made by `python3 run.py bench fleet` in {took / 60:.0f} minutes on {os.cpu_count()} cores ({processor()}), with a load "
+        f"average of {load:.1f} before it.",
         "[docs/fleet.md](../../docs/fleet.md) says what a fleet promises.",
         "",
         *table,
