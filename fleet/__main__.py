@@ -148,7 +148,7 @@ def make(options: argparse.Namespace, books: Books, left: list[Row], folder: Pat
             hosts = HostSpec(base, output, folder / "logs", share.threads, pin=not options.address)
         into = options.into if is_address(options.into) else ""
         actors = machines.start(count, share, hosts, output, into, names=names)
-        driver, ended = Driver(books, left, actors, settings=settings), False
+        driver, ended = Driver(books, left, actors, settings=settings, output=output), False
         try:
             with cluster.two_signals(driver.stop):
                 bad = driver.run()

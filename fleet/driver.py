@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from .errors import FleetError
+from .going_on import kept_frames
 from .manifest import Row
 from .memory import Plan, plan_key
 from .order import Needs, Order
@@ -18,6 +20,8 @@ from .results import FINISHED, Books
 from .worker import Task
 
 LOOK_EVERY = 1.0  # seconds
+# a process that Ray starts again cannot be reached meanwhile, which Ray itself waits for where it may try again
+READY_RETRIES = 5
 MOST_STARTS = 3  # a worker whose host does not start so often in a row is given up
 
 
@@ -57,6 +61,8 @@ class _Story:
     tries: int = 0
     bad: int = 0  # in a row, without having come any further
     frame: int = 0
+    kept: int = 0  # frames of its newest state
+    folder: str = ""
     seconds: float = 0.0
     begun: float = 0.0
     told: list[str] = field(default_factory=list)
@@ -66,7 +72,8 @@ class _Story:
 class Driver:
     """Runs rows on workers to the end. `actors`: handles of Ray actors of `worker.Worker`, by name; `slots` rows at a time on each.
 
-    `finish` is told each line of results.jsonl before it is written, and may add to it.
+    `finish` is told each line of results.jsonl before it is written, and may add to it. `output`: the hosts' output folder as this
+    process sees it, or None: then what a killed worker's row has kept is not seen.
     """
 
     def __init__(
@@ -78,7 +85,9 @@ class Driver:
         settings: Settings | None = None,
         quiet: bool = False,
         finish: Callable[[dict[str, Any]], None] = lambda told: None,
+        output: Path | None = None,
     ) -> None:
+        self._output = output
         self.books, self.settings, self._finish = books, settings or Settings(), finish
         self.order = Order(rows)
         self.members = {name: _Member(name, actor, slots) for name, actor in actors.items()}
@@ -139,7 +148,7 @@ class Driver:
     def _start(self, member: _Member) -> None:
         member.up = False
         self.seen.waits[member.name] = "starts"
-        self._call("ready", member, None, member.actor.ready.remote())
+        self._call("ready", member, None, member.actor.ready.options(max_task_retries=READY_RETRIES).remote())
 
     def _place(self) -> None:
         if self.stopping:
@@ -198,6 +207,7 @@ class Driver:
         folder = self.books.folder_of(row)
         self.books.begin(row, member.name, member.device, story.tries, member.place)
         folder = f"{self.settings.prefix}/{folder}" if self.settings.prefix else folder
+        story.folder = folder
         task = Task(row.name, row.graph, folder, row.frames, tuple(row.values), row.digest)
         self._call("run", member, row, member.actor.run.remote(task))
 
@@ -244,7 +254,7 @@ class Driver:
     def _after_run(self, member: _Member, row: Row, told: dict[str, Any]) -> None:
         story = self._stories[row.name]
         if told.get("frame", 0) > story.frame:
-            story.frame, story.bad = told["frame"], 0
+            story.frame = told["frame"]
             story.told.append(f"went on from frame {story.frame} on {member.name}")
         outcome = told["outcome"]
         if outcome == "stopped":
@@ -280,7 +290,13 @@ class Driver:
     def _lost(self, row: Row, member: _Member, reason: str, new_host: bool) -> None:
         """A try that ended without the row's own fault, as far as one knows."""
         story = self._stories.setdefault(row.name, _Story())
-        story.bad += 1
+        kept = kept_frames(self._output, story.folder) if story.folder else 0
+        if (
+            max(kept, story.frame) > story.kept
+        ):  # it came further: a worker that is taken away again and again is no fault of a row
+            story.kept, story.bad = max(kept, story.frame), 0
+        else:
+            story.bad += 1
         story.lost_on.append(member.name)
         if new_host and member.up:
             self.order.leave(member.name)

@@ -67,6 +67,13 @@ def report_of(folder: Path, prompt_id: str) -> tuple[str, dict[str, Any]] | None
     return next(((path.name, each) for path, each in reports(folder) if each.get("prompt_id") == prompt_id), None)
 
 
+def kept_frames(output: Path | None, folder: str) -> int:
+    """The most frames of any state in a row's folder; 0 where there is none, or nobody sees it."""
+    if output is None:
+        return 0
+    return max((frames_in(path) for path in _newest(output / folder, STATE)), default=0)
+
+
 def frames_in(path: Path) -> int:
     """How many pictures the video has up to a saved state; 0 for a file that cannot be gone on from.
 

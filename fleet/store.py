@@ -12,6 +12,18 @@ import fsspec
 from .errors import FleetError
 
 RECORD = "result.json"
+BUCKETS = {
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "az",
+    "abfs",
+    "abfss",
+    "adl",
+    "oss",
+    "r2",
+}  # have no folders; making one makes a bucket
 
 
 def is_address(into: str) -> bool:
@@ -31,6 +43,8 @@ class Store:
         except (ImportError, ValueError) as error:
             raise FleetError(f"{address} cannot be used: {error}") from error
         self._root = root.rstrip("/")
+        names = self._files.protocol
+        self._has_folders = not BUCKETS & ({names} if isinstance(names, str) else {*names})
 
     def put(self, name: str, files: list[Path]) -> list[str]:
         """Copy a row's files; their addresses. OSError where one did not arrive whole."""
@@ -60,19 +74,23 @@ class Store:
     def check(self) -> None:
         """FleetError unless files can be written here."""
         try:
-            self._files.makedirs(self._root, exist_ok=True)
+            self._make_folder(self._root)
             self.write(".fleet", b"")
         except Exception as error:  # noqa: BLE001  every protocol has errors of its own
             raise FleetError(f"nothing can be written to {self.address}: {type(error).__name__}: {error}") from error
 
     def _put(self, name: str, file: Path) -> str:
         path, size = self._path(name, file.name), file.stat().st_size
-        self._files.makedirs(posixpath.dirname(path), exist_ok=True)
+        self._make_folder(posixpath.dirname(path))
         self._files.put_file(str(file), path)
         self._files.invalidate_cache(posixpath.dirname(path))
         if (there := self._files.info(path)["size"]) != size:
             raise OSError(f"{file.name} has {size} bytes, and {there} of them arrived at {self.address}")
         return f"{self.address}/{name}/{file.name}"
+
+    def _make_folder(self, path: str) -> None:
+        if self._has_folders:
+            self._files.makedirs(path, exist_ok=True)
 
     def _path(self, *names: str) -> str:
         return posixpath.join(self._root, *names)

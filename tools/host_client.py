@@ -33,6 +33,8 @@ def link_pack(base: Path) -> None:
         raise SetupError(f"{link} is not a link to {ROOT}; move it away.")
     try:
         link.symlink_to(ROOT, target_is_directory=True)
+    except FileExistsError:  # another worker that shares the folder was first
+        link_pack(base)
     except OSError:  # Windows wants a privilege for links, but none for junctions
         subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(ROOT)], check=True, stdout=subprocess.DEVNULL)
 

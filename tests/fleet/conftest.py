@@ -59,7 +59,7 @@ class Fleet:
         """How many rows were not finished."""
         actors = self._start(workers, Share(), hosts, self.output, into, kind=kind)
         books = Books(self.folder)
-        driver = Driver(books, books.unfinished(rows), actors, settings=Settings(**settings))
+        driver = Driver(books, books.unfinished(rows), actors, settings=Settings(**settings), output=self.output)
         try:
             if meanwhile is not None:
                 meanwhile(driver)

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from conftest import QuickWorker
 from scripted_host import Script
 from tables import lines_of, rows_of
 
@@ -28,13 +29,16 @@ def test_every_way_that_a_row_can_end(fleet, tmp_path, capsys):
         "node": ["kill 33", "whole"],
         "poison": ["die", "die", "whole"],
         "further": ["die 9", "die 21", "die 33", "whole"],
+        "preempted": ["kill 9", "kill 21", "kill 33", "whole"],
+        "stuck": ["kill 9", "kill", "kill", "whole"],
     }
     rows = rows_of(tmp_path, *({"name": name, "5.length": 97} for name in acts))
-    assert fleet.run(rows, Script(fleet.output, acts)) == 4
+    assert fleet.run(rows, Script(fleet.output, acts)) == 5
     found = fleet.results()
     assert {name: told["outcome"] for name, told in found.items()} == {
         "good": "finished", "bad": "refused", "broken": "failed", "nan": "failed", "short": "finished",
-        "host": "finished", "node": "finished", "poison": "given up", "further": "finished",
+        "host": "finished", "node": "finished", "poison": "given up", "further": "finished", "preempted": "finished",
+        "stuck": "given up",
     }  # fmt: skip
     assert found["bad"]["reason"] == "node 5 (AdaStateRollout): width is 100; try 96" and found["bad"]["tries"] == 1
     assert found["broken"]["reason"] == "SaveImage (node 9): no picture" and found["broken"]["tries"] == 1
@@ -43,7 +47,9 @@ def test_every_way_that_a_row_can_end(fleet, tmp_path, capsys):
         "2 tries ended on worker 0, worker 1: ComfyUI ended by itself"
     ) or found["poison"]["reason"].startswith("2 tries ended on worker 1, worker 0: ComfyUI ended by itself")
     assert made(fleet, found["host"]) == [[0, 21], [21, 97]] and made(fleet, found["node"]) == [[0, 33], [33, 97]]
-    assert made(fleet, found["further"]) == [[0, 9], [9, 21], [21, 33], [33, 97]]
+    for name in ("further", "preempted"):
+        assert made(fleet, found[name]) == [[0, 9], [9, 21], [21, 33], [33, 97]]
+    assert found["stuck"]["tries"] == 3, "the first one came further"
     assert found["node"]["went_on"] == [f"went on from frame 33 on {found['node']['worker']}"]
     tries = lines_of(fleet.folder / "tries.jsonl")
     for name in ("host", "node", "poison", "short"):  # never where it was lost
@@ -162,3 +168,18 @@ def test_no_worker_that_starts_is_told(threads, tmp_path):
 
     with pytest.raises(FleetError, match="no worker is left: worker 0: .*http://127.0.0.1:9"):
         threads.run(rows_of(tmp_path, {}), GivenHosts(("http://127.0.0.1:9",), patience=0.2), workers=1)
+
+
+class SlowWorker(QuickWorker):
+    """Its process takes its time to start, as torch on a busy machine does."""
+
+    def __init__(self, *given) -> None:
+        time.sleep(2.5)
+        super().__init__(*given)
+
+
+def test_a_process_that_takes_its_time_to_start_again_is_waited_for(fleet, tmp_path):
+    rows = rows_of(tmp_path, {"name": "node", "5.length": 97})
+    acts = {"node": ["kill 33", "whole"]}
+    assert fleet.run(rows, Script(fleet.output, acts), workers=1, kind=SlowWorker) == 0
+    assert made(fleet, fleet.results()["node"]) == [[0, 33], [33, 97]]

@@ -14,6 +14,10 @@ class _Method:
     def __init__(self, pool: concurrent.futures.Executor, method: Any) -> None:
         self._pool, self._method = pool, method
 
+    def options(self, **_: Any) -> _Method:
+        """As it is: a thread does not die."""
+        return self
+
     def remote(self, *given: Any) -> concurrent.futures.Future:
         return self._pool.submit(self._method, *given)
 
