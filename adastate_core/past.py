@@ -139,12 +139,13 @@ class Past:
 
     @property
     def peak_nbytes(self) -> tuple[int, int]:
-        """The most bytes of keys and values that were ever allocated, on the device and in host memory."""
-        reference = 0 if self.reference is None else self.reference.nbytes
-        return (
-            sum(cache.peak_nbytes for cache in self.caches) + reference,
-            sum(cache.peak_host_nbytes for cache in self.caches),
-        )
+        """The most bytes of anchor, windows and current that were ever allocated, on the device and in host memory."""
+        return sum(cache.peak_nbytes for cache in self.caches), sum(cache.peak_host_nbytes for cache in self.caches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of anchor, windows and current, wherever they are."""
+        return sum(cache.nbytes + cache.host_nbytes for cache in self.caches)
 
     @property
     def given_frames(self) -> int:

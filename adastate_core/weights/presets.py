@@ -237,6 +237,11 @@ def _float32(number: float) -> float:
     return struct.unpack("f", struct.pack("f", number))[0]
 
 
+_LIVEAVATAR = dict(
+    window_frames=9, sampler="euler", fps=25.0, driven_by_sound=True, history=OWN_LEVEL, audio=CHUNK, reference_rolls=12,
+)  # fmt: skip
+
+
 def _flow_euler(steps: int) -> dict[str, Any]:
     """What LiveAvatar's scheduler makes of so many steps: even levels from 1 down to the lowest of 1000 that were shifted by 3,
     shifted by 3 once more, in float32 (FlowMatchEulerDiscreteScheduler.set_timesteps)."""
@@ -330,10 +335,15 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "liveavatar", "LiveAvatar, on Wan 2.2 S2V 14B", "Alibaba-Quark/LiveAvatar", names=(r"live.?avatar",), **_flow_euler(4),
-            window_frames=9, sampler="euler", fps=25.0, driven_by_sound=True, history=OWN_LEVEL, audio=CHUNK, reference_rolls=12,
-            lora_scale=0.5, files=("liveavatar.safetensors",), compared_chunks=6,
+            **_LIVEAVATAR, lora_scale=0.5, files=("liveavatar.safetensors",), compared_chunks=6,
             note="liveavatar.safetensors is a LoRA of Wan 2.2 S2V (rank 128, trained at scale 0.5, which Load Causal LoRA knows): "
             "put it between the loader and Model Preset. Where the reference stands is drawn from the seed, chunk and step",
+        ),
+        Preset(
+            "liveavatar_one_window", "LiveAvatar, one window for all steps", "Alibaba-Quark/LiveAvatar", **_flow_euler(4),
+            **_LIVEAVATAR | dict(history=LAST_LEVEL),
+            note="not the published rule: all steps see what the last one cached, so one window does for four; what "
+            "that does to its pictures was never seen",
         ),
         Preset("adastate", "AdaState", "arXiv 2605.30349", names=(r"ada.?state",), **_STATE),
         Preset(
