@@ -27,6 +27,7 @@ from .absorption.solve import Solution
 from .anchors import Anchor
 from .cache.kv_cache import KVCache
 from .cache.one_pass import OnePass
+from .cache.reference_tokens import ReferenceTokens
 from .cache.steps import Step, Steps
 from .given import BEFORE
 from .rollout_state import RolloutState
@@ -87,7 +88,8 @@ class _Work:
 class Past:
     """Mutable, private to one run. The state from which it starts is never written to.
 
-    `caches` holds the cache of the clean passes, and one more for each noise level that has a cache of its own.
+    `caches` holds the cache of the clean passes, and one more for each noise level that has a cache of its own; or, where no clean
+    passes are made, those of history.py.
     """
 
     def __init__(
@@ -109,7 +111,10 @@ class Past:
         self.rope = Rope(spec.geometry.head_dim, spec.height // patch, spec.width // patch, device)
         plan = spec.plan(text_tokens, length=length, solution=solution, resumed=state)
         self.rope.most_bytes = self.rope.bytes_of(plan.table_frames)
-        self.caches = [KVCache(plan, spec.geometry.heads, device) for _ in range(levels)]
+        self.caches = [KVCache(plan, spec.geometry.heads, device)]
+        while len(self.caches) < levels:
+            self.caches.append(KVCache(plan, spec.geometry.heads, device, self.cache.workspace))
+        self.reference = ReferenceTokens(plan, self.rope, device) if spec.reference is not None else None
         self.absorber: Absorber | None = None
         if spec.absorption is not None:
             self.absorber = Absorber(spec.absorption, self.cache, spec.anchor, self.rope, solution, prior)
@@ -117,7 +122,7 @@ class Past:
         # the anchor's policy when the chunk from a frame on is cached
         self.anchor_at: Callable[[int], Anchor] = lambda first_frame: spec.anchor
         nothing = torch.zeros(self.shape(0))
-        self.now = Standing(0, 0, 0, 0, nothing, nothing, nothing, nothing)
+        self.now = Standing(0, 0, 0, 0, nothing, nothing, nothing, nothing, nothing)
         self.kept: list[torch.Tensor] | None = [] if keep_latents else None
         # how far a rope cut puts the chunk under way ahead
         self.jump = 0
@@ -129,8 +134,18 @@ class Past:
 
     @property
     def cache(self) -> KVCache:
-        """The cache of the clean passes."""
+        """The cache of the clean passes, or the first one there is."""
         return self.caches[0]
+
+    @property
+    def peak_nbytes(self) -> tuple[int, int]:
+        """The most bytes of anchor, windows and current that were ever allocated, on the device and in host memory."""
+        return sum(cache.peak_nbytes for cache in self.caches), sum(cache.peak_host_nbytes for cache in self.caches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of anchor, windows and current, wherever they are."""
+        return sum(cache.nbytes + cache.host_nbytes for cache in self.caches)
 
     @property
     def given_frames(self) -> int:
@@ -220,6 +235,13 @@ class Past:
         """Frames [B, C, n, h, w] that become the video's first ones: by `commit_given`, or inside the first chunk."""
         self.now = replace(self.now, given=latents.float().cpu(), start=start)
 
+    def show(self, picture: torch.Tensor | None) -> None:
+        """The latent [B, C, 1, h, w] of what the video shows (reference.py). ValueError for anything else."""
+        if picture is None or picture.shape != self.shape(1):
+            found = "there is none" if picture is None else f"it is {list(picture.shape)}"
+            raise ValueError(f"the rollout needs the latent of a reference, {list(self.shape(1))}, and {found}")
+        self.now = replace(self.now, reference=picture.float().cpu())
+
     def commit_given(self, frames: int) -> None:
         """The next `frames` given ones, after their clean pass."""
         self.finish()
@@ -289,7 +311,7 @@ class Past:
         now = self.now
         recent = torch.cat([now.recent, content], 2)[:, :, -self.spec.recent_frames :]
         pending = torch.cat([now.pending, content], 2) if now.pending.shape[2] else content
-        first = content[:, :, :1].clone() if self.spec.remade and not now.next_frame else now.first
+        first = content[:, :, :1].clone() if self.spec.first_kept and not now.next_frame else now.first
         return replace(
             now, next_frame=now.next_frame + content.shape[2], pending=pending, recent=recent, first=first, again=0
         )
@@ -441,13 +463,14 @@ class Past:
             first=now.first.clone() if now.first.shape[2] else None,
             shots=now.shots,
             start=now.start,
+            reference=now.reference.clone() if now.reference.shape[2] else None,
         )
 
     def restore(self, state: RolloutState, steps: int) -> None:
         """Go to where `state` was taken; `steps` is the schedule's number of steps. ValueError if the state is not whole."""
         self._check(state)
         frames = self.spec.chunk_frames
-        nothing = self.now.given
+        nothing = self.now.given[:, :, :0]
         self.now = Standing(
             next_frame=state.next_frame,
             next_chunk=state.next_chunk,
@@ -462,6 +485,7 @@ class Past:
             again=state.again,
             shots=state.shots,
             start=state.start,
+            reference=nothing if state.reference is None else state.reference,
         )
         if self.absorber is not None:
             restore_absorber(self.absorber, state.absorption)
@@ -489,6 +513,10 @@ class Past:
         shapes += [
             (one, one.shape[2]) for one in (state.recent, state.noisy, state.given, state.first) if one is not None
         ]
+        if self.spec.reference is not None:
+            shapes.append((state.reference, 1))
+            if state.reference is None:
+                raise ValueError("the state has no reference, which its settings say it has: it is damaged")
         if state.again and (state.recent is None or not 0 < state.again <= state.recent.shape[2]):
             raise ValueError(
                 f"the state has {state.again} latent frames to be cached again and not as many recent ones: it is damaged"

@@ -25,9 +25,11 @@ from .anchors import Anchor, AnchorAdaptive
 from .attention.cached import CachedAttention
 from .cache.kv_cache import KVCache
 from .given import BEFORE, INSIDE, Held
+from .history import CLEAN, OWN_LEVEL, check_recaches
 from .passes import CausalModel, NonFiniteError, Passes, StepCallback
 from .past import Past, UnfinishedError
 from .prompts.plan import PromptPlan
+from .reference import NEAREST
 from .rollout_state import RolloutState
 from .schedules import rolling
 from .schedules.noise import NoiseAhead, noise
@@ -78,11 +80,13 @@ class Rollout:
         prompts: PromptPlan | None = None,
         length: int | None = None,
         prior: Prior | None = None,
+        reference: torch.Tensor | None = None,
     ) -> None:
         """`solution`: an absorption that was solved before for the same model, prompt and seed; `prior`: what one that is solved
         now is drawn towards, as its settings name it. `prompts`: texts that change during the rollout; without `prompts` the model
-        keeps its text. `length`: latent frames of the video; the cache has
-        no room for more until `chunks` is asked for them (None: the whole window is allocated)."""
+        keeps its text. `length`: latent frames of the video; the cache has no room for more until `chunks` is asked for them (None:
+        the whole window is allocated). `reference`: the latent [B, C, 1, h, w] of the picture that the video shows, where the spec
+        has one and no state brings it."""
         schedule = settings.schedule
         if spec.blocks > 1 and len(schedule.sigmas) != spec.blocks:
             raise ValueError(
@@ -104,7 +108,16 @@ class Rollout:
             raise ValueError(
                 "steps with a past of their own do not go with a past that is made anew before every chunk"
             )
-        check_shots(spec, prompts)
+        if schedule.kept and spec.history != CLEAN:
+            raise ValueError(
+                f"steps with a past of their own beside the clean one do not go with history {spec.history}"
+            )
+        if spec.history == OWN_LEVEL and {spec.windows} != {len(schedule.sigmas), len(schedule.for_chunk(0))}:
+            raise ValueError(
+                f"there are {spec.windows} windows, one for each step, and the schedule has {len(schedule.sigmas)} steps and "
+                f"{len(schedule.for_chunk(0))} for the first chunk"
+            )
+        self._check_plan(spec, prompts)
         if state is not None and (differences := spec.differences(state.spec)):
             raise ValueError("this state belongs to another rollout: " + "; ".join(differences))
         self.model, self.spec, self.settings, self.prompts = model, spec, settings, prompts
@@ -117,17 +130,19 @@ class Rollout:
         self._unheld: Exception | None = None
         # the frame from which on the window shrinks, and the length that it ends at
         self._end: tuple[int, int] | None = None
-        levels = 1 + len(schedule.kept)
+        levels = spec.windows + len(schedule.kept)
         self.past = Past(spec, model.device, text_tokens, solution, levels, keep_latents, length, state, prior)
         self.past.anchor_at = self._anchor_at
         # what a state remembers of changes that were asked for while it was made, JSON-able
         self.steered: dict[str, Any] = {} if state is None else state.steered
-        self._passes = Passes(model, self.past, schedule.context_timestep, on_step)
+        self._passes = Passes(model, self.past, schedule.context_timestep, on_step, settings.sound)
         self._noise = NoiseAhead(self._drawn)
         if self.absorber is not None:
             self.absorber.again = self._again
         if state is not None:
             self.past.restore(state, len(schedule.sigmas))
+        elif spec.reference is not None:
+            self.past.show(reference)
 
     @property
     def emitted(self) -> int:
@@ -147,8 +162,14 @@ class Rollout:
     def steer(self, prompts: PromptPlan | None) -> None:
         """Between two chunks: have this plan instead, which says the same of all chunks that there are. Noise that was drawn ahead
         is drawn again. ValueError, with all as it was, for one that this rollout cannot have."""
-        check_shots(self.spec, prompts)
+        self._check_plan(self.spec, prompts)
         self.prompts, self._noise = prompts, NoiseAhead(self._drawn)
+
+    @staticmethod
+    def _check_plan(spec: RolloutSpec, prompts: PromptPlan | None) -> None:
+        """ValueError, in a sentence, for changes of the prompt that a rollout of `spec` cannot have."""
+        check_shots(spec, prompts)
+        check_recaches(spec.history, prompts is not None and prompts.recaches)
 
     def go_back(self, state: RolloutState) -> Callable[[], None]:
         """Between two chunks: to an earlier state of this same rollout, from which `chunks` goes on as a rollout from it would. Not
@@ -291,6 +312,7 @@ class Rollout:
             raise ValueError(f"start latents are {tuple(given.shape)}; they must be {shape}")
         if given.shape[2] >= length:
             raise ValueError(f"start latents hold {given.shape[2]} latent frames of {length}; length must be longer")
+        self.spec.check_given()
         if start == INSIDE:
             self.spec.check_inside(given.shape[2])
         self.past.give(given, start)
@@ -299,6 +321,7 @@ class Rollout:
         """Make one more chunk. It becomes part of the past, and its latents are pending. If it fails, the transition or restart
         before it is undone."""
         self.past.catch_up(self._passes.look)
+        self._refer()
         if self.past.now.to_take:
             self._take()
         else:
@@ -307,6 +330,30 @@ class Rollout:
             with before_chunk(self.past, self._passes, self.prompts, self.renewed, self._passes_of_chunk):
                 self._generate(length) if self.spec.blocks == 1 else self._generate_rolling(length)
         self.past.catch_up(self._passes.look)
+
+    def _refer(self) -> None:
+        """Have the tokens of what the next chunk's reference is; made under the words of the first chunk that it is shown to."""
+        rule, now = self.spec.reference, self.past.now
+        if rule is None:
+            return
+        frames, given, rolled = self.spec.chunk_frames, self.past.given_frames, rule.rolled(now.next_frame)
+        since = given + max(0, -(-(rule.rolls_at - given) // frames)) * frames if rolled else 0
+        if self.past.reference.made_of == since:
+            return
+        if self.prompts is not None:
+            self.model.set_context(self.prompts.context(since))
+        self._passes.refer(now.first if rolled else now.reference, now.reference, since)
+
+    def _distance(self, step: int) -> int:
+        """How far beyond the next chunk the reference stands in its pass `step`."""
+        rule, chunk = self.spec.reference, self.generated
+        return NEAREST if rule is None else rule.distance(self.seed_of(chunk), chunk, step)
+
+    def _own_past(self, step: int) -> int | None:
+        """Which cache noisy pass `step` of the next chunk reads and enters; None: the first one, which it does not enter."""
+        if self.spec.history == CLEAN:
+            return self.settings.schedule.own_past(step)
+        return self.spec.kept_in(step, len(self._sigmas))
 
     def _shrinks(self, length: int) -> bool:
         """Whether the next chunk is finished in a window that no chunk enters any more."""
@@ -357,7 +404,8 @@ class Rollout:
     @property
     def _passes_of_chunk(self) -> int:
         """Passes of the next chunk, which denoise it and make it, or its past, part of the cache."""
-        return len(self._sigmas) + (self._passes_before if self.spec.remade else 1)
+        clean = 1 if self.spec.history == CLEAN else 0
+        return len(self._sigmas) + (self._passes_before if self.spec.remade else clean)
 
     def _generate(self, length: int) -> None:
         """Draw, denoise, commit one chunk, in which given frames may stand. The next one's noise, if `length` asks for one, is
@@ -373,16 +421,23 @@ class Rollout:
         x, x0, told = held.put_into(solver.start), None, schedule.timesteps_of(self.generated)
         for step, timestep in enumerate(told):
             self._passes.checkpoint(before + step, passes, x0)
-            v = self._passes.noisy(x, held.timesteps(timestep, x.shape[2]), frames, schedule.own_past(step))
+            told_frames = held.timesteps(timestep, x.shape[2])
+            v = self._passes.noisy(x, told_frames, frames, self._own_past(step), self._distance(step))
             x0, x = map(held.put_into, solver.step(step, x, v))
         if self.spec.remade:
             self._passes.require_finite(x0)
             self.past.commit_uncached(x0)
             return
+        draws = self._draw_next if self.past.now.next_frame + frames < length else None
+        if self.spec.history != CLEAN:
+            if draws is not None:
+                draws()
+            self._passes.require_finite(x0)
+            self.past.commit_chunk(x0, frames)
+            return
         self._passes.checkpoint(len(sigmas), passes, x0)
         self._passes.require_finite(x0)
-        more = self.past.now.next_frame + frames < length
-        self._passes.clean(x0, frames, self._draw_next if more else None)
+        self._passes.clean(x0, frames, draws, self._distance(len(sigmas)))
         self.past.commit_chunk(x0, frames)
 
     @contextlib.contextmanager
@@ -478,4 +533,4 @@ class Rollout:
         noisy = len(self._sigmas) + (chunks - 1) * len(self.settings.schedule.sigmas)
         if self.spec.remade:
             return noisy + remade.passes(self.spec, self.past.now.next_frame + given, chunks)
-        return taken + noisy + chunks
+        return taken + noisy + (chunks if self.spec.history == CLEAN else 0)

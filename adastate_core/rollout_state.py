@@ -22,13 +22,14 @@ class RolloutState:
     denoised (Rolling Forcing), oldest first, `given` the start latents that are still to be committed, `start` where these stand,
     one of given.STARTS, and `again` how many of the newest latents have to be committed again before the next chunk, because a
     recache or restart was cut and the window is empty, or because it is made anew before every chunk. `first` is the video's first
-    latent [B, C, 1, h, w], where the past may begin with it (RolloutSpec.remade). `cache` holds the layers of the cache, or of one
-    cache after the other where noise levels have their own. `after` latents more left in a window that shrank at the end of the
-    video (Rolling Forcing), and are made again by whoever goes on. `stream` belongs to whoever decodes: JSON-able values and
-    tensors; so is `absorption`, where the absorption stands. `compiled_layers` are the layers that went through compiled functions
-    when it was taken (attention/block.py): their last bits are others than those of plain ones. `steered` remembers, as JSON-able
-    values, what was changed by hand while it was made (states/steered_check.py). `shots` are the first frames of all shots that
-    began (shots.py).
+    latent [B, C, 1, h, w], where the past may begin with it (RolloutSpec.remade) or it comes to stand for the reference;
+    `reference` the latent [B, C, 1, h, w] of the picture that the video shows (reference.py). `cache` holds the layers of the
+    cache, or of one cache after the other where noise levels have their own. `after` latents more left in a window that shrank at
+    the end of the video (Rolling Forcing), and are made again by whoever goes on. `stream` belongs to whoever decodes: JSON-able
+    values and tensors; so is `absorption`, where the absorption stands. `compiled_layers` are the layers that went through
+    compiled functions when it was taken (attention/block.py): their last bits are others than those of plain ones. `steered`
+    remembers, as JSON-able values, what was changed by hand while it was made (states/steered_check.py). `shots` are the first
+    frames of all shots that began (shots.py).
     """
 
     spec: dict[str, Any]
@@ -51,10 +52,20 @@ class RolloutState:
     steered: dict[str, Any] = field(default_factory=dict)
     shots: tuple[int, ...] = ()
     start: str = BEFORE
+    reference: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.pending, self.hidden, self.latents, self.recent, self.noisy, self.given, self.first]
+        tensors = [
+            self.pending,
+            self.hidden,
+            self.latents,
+            self.recent,
+            self.noisy,
+            self.given,
+            self.first,
+            self.reference,
+        ]
         tensors += [*self.stream.values(), *self.absorption.values()]
         return sum(layer.nbytes for layer in self.cache) + sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 

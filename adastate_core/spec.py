@@ -12,10 +12,13 @@ from .absorption.settings import AbsorptionSettings
 from .absorption.solve import Solution
 from .anchors import Anchor, anchor_from
 from .attention.fused_blocks import PassForm
+from .audio.driving import DrivingSound
 from .cache.byte_plan import CACHE_DEVICES, CACHE_DTYPES, CachePlan, LayerSpec
 from .cache.one_pass import OnePass, goes_with
 from .cache.specs import describe_layer, described_alike, layer_spec, stored
 from .geometry import ModelGeometry
+from .history import CLEAN, HISTORIES, LAST_LEVEL, OWN_LEVEL, check_history
+from .reference import LATENT_MULTIPLE, ReferenceRule, reference_tokens
 from .rollout_state import RolloutState
 from .rope import POSITION_MODES
 from .schedules.schedule import Schedule
@@ -23,6 +26,7 @@ from .schedules.schedule import Schedule
 # what states that do not mention it were made with
 _NEUTRAL = {
     "blocks": 1, "restart_frames": 0, "overlap_frames": 0, "cache_dtype": "model", "shares_window": False, "remade": "",
+    "history": CLEAN, "windows": 1, "reference": None,
 }  # fmt: skip
 # how a video of several chunks denoised together ends: as the system's own loop, or with the others still under way
 ENDINGS = ("as published", "open")
@@ -50,6 +54,9 @@ class RolloutSpec:
 
     `remade`, one of REMADE: no cache outlives a chunk, and its past is made anew of the newest `window_frames` latents, or of the
     video's first one and the newest others (Krea Realtime; remade.py).
+
+    `history`, one of HISTORIES, says which passes' keys are the past, and `windows` how many windows that takes (history.py).
+    `reference`: every pass attends to the tokens of a picture, too (reference.py); None: there is none.
     """
 
     geometry: ModelGeometry
@@ -73,6 +80,9 @@ class RolloutSpec:
     ending: str = "open"
     one_pass_recache: bool = False
     remade: str = ""
+    history: str = CLEAN
+    windows: int = 1
+    reference: ReferenceRule | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -96,6 +106,7 @@ class RolloutSpec:
             "cache_device": CACHE_DEVICES,
             "ending": ENDINGS,
             "remade": REMADE,
+            "history": HISTORIES,
         }
         for name, options in known.items():
             if getattr(self, name) not in options:
@@ -106,6 +117,9 @@ class RolloutSpec:
                 "choose 'packed' or 'fixed'"
             )
         self._check_schedule()
+        check_history(self)
+        if self.reference is not None:
+            self._check_reference()
         self.anchor.check(self)
 
     def _check_schedule(self) -> None:
@@ -163,6 +177,27 @@ class RolloutSpec:
                 f"a past that is made anew before every chunk does not go with {' and '.join(found)}; remove one of the two"
             )
 
+    def _check_reference(self) -> None:
+        """What the tokens of a reference ask for."""
+        stride, patch = self.geometry.space.stride, LATENT_MULTIPLE
+        if self.height % patch or self.width % patch:
+            raise ValueError(
+                f"the video is {stride * self.width}x{stride * self.height}, and with a reference both sides must be multiples of "
+                f"{stride * patch}"
+            )
+        if self.remade:
+            raise ValueError(
+                "a past that is made anew before every chunk does not go with a reference; remove one of the two"
+            )
+
+    def check_given(self) -> None:
+        """ValueError, in a sentence, if a video by these rules cannot begin with given latent frames."""
+        if self.history != CLEAN:
+            raise ValueError(
+                "start latents are cached by a clean pass, and the past of this rollout is what its noisy passes cached: give the "
+                "picture as reference, or choose a preset with a clean history"
+            )
+
     def check_inside(self, frames: int) -> None:
         """ValueError, in a sentence, if so many given latent frames cannot stand inside the first chunk (given.py)."""
         instead = "choose the start mode before the first chunk"
@@ -206,13 +241,31 @@ class RolloutSpec:
         """Whether a recache is one pass: it is asked for, the anchor is a plain sink or none, and neither an absorption nor several
         chunks at once, clips or layers of their own ask for another cache."""
         plain = goes_with(self.anchor) and self.absorption is None and self.layers is None
-        return self.one_pass_recache and plain and self.blocks == 1 and not self.restart_frames and not self.remade
+        others = self.blocks > 1 or self.restart_frames or self.remade or self.history != CLEAN
+        return self.one_pass_recache and plain and not others
 
     def one_pass(self, end: int) -> OnePass | None:
         """What a recache before the chunk from frame `end` on makes again in one pass; None: it goes chunk after chunk."""
         if not self.recaches_at_once:
             return None
         return OnePass.before(end, self.anchor.frames, self.window_frames, self.chunk_frames)
+
+    @property
+    def reference_tokens(self) -> int:
+        """Tokens of the reference; 0 without one."""
+        patch = self.geometry.patch
+        return 0 if self.reference is None else reference_tokens(self.height // patch, self.width // patch)
+
+    @property
+    def first_kept(self) -> bool:
+        """Whether the video's first latent frame is kept for later chunks."""
+        return bool(self.remade) or (self.reference is not None and self.reference.rolls_at > 0)
+
+    def kept_in(self, step: int, steps: int) -> int | None:
+        """Into which of the windows, from 0, the keys of noisy pass `step` of so many go; None: into none."""
+        if self.history == OWN_LEVEL:
+            return step
+        return 0 if self.history == LAST_LEVEL and step == steps - 1 else None
 
     @property
     def tokens(self) -> int:
@@ -229,7 +282,10 @@ class RolloutSpec:
         states = self.anchor.state_frames
         noisy = self.blocks * self.chunk_frames + states
         timesteps = 1 if self.blocks == 1 else noisy
-        forms = PassForm(noisy, timesteps, kept=False), PassForm(self.chunk_frames + states, 1, kept=True)
+        forms = (
+            PassForm(noisy, timesteps, kept=self.history == OWN_LEVEL),
+            PassForm(self.chunk_frames + states, 1, kept=True),
+        )
         return (*forms, PassForm(noisy, noisy, kept=False)) if inside else forms
 
     def plan(
@@ -266,6 +322,8 @@ class RolloutSpec:
             steps=steps,
             holds_state=self.blocks > 1 and self.ending != "open",
             one_pass_frames=self._most_in_one_pass(length) if recaches else 0,
+            windows=self.windows,
+            reference_tokens=self.reference_tokens,
         )
         if plan.expands:  # what is stored is raw itself
             plan = replace(plan, layers=tuple(stored(one) for one in plan.layers))
@@ -293,6 +351,8 @@ class RolloutSpec:
         later = {"shares_window": True} if self.shares_window else {}
         later |= {} if self.ending == "open" else {"ending": self.ending}
         later |= {"remade": self.remade} if self.remade else {}
+        later |= {} if self.history == CLEAN else {"history": self.history, "windows": self.windows}
+        later |= {} if self.reference is None else {"reference": self.reference.describe()}
         return later | {
             "model": self.model,
             "geometry": self.geometry.describe(),
@@ -339,6 +399,10 @@ class RolloutSpec:
                 )
             elif name == "remade":
                 phrases.append(f"{_made(theirs)} in the state, and {_made(value)} here")
+            elif name == "reference" and (value is None or theirs is None):
+                phrases.append(
+                    f"there is {'no' if theirs is None else 'a'} reference in the state and {'no' if value is None else 'a'} here"
+                )
             elif name == "anchor":
                 phrases.append(self.anchor.difference(theirs))
             elif name in ("width", "height") and isinstance(theirs, int):
@@ -369,3 +433,4 @@ class Settings:
     seed: int
     schedule: Schedule
     first_noise: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    sound: DrivingSound | None = field(default=None, compare=False, repr=False)

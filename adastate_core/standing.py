@@ -13,7 +13,7 @@ from .schedules import rolling
 @dataclass(frozen=True, eq=False)
 class Standing:
     """How far a rollout is. It is replaced as a whole. `before` is the frame with which the last generated chunk began; the other
-    fields mean what they mean in RolloutState; `first` holds no frame where it is not kept."""
+    fields mean what they mean in RolloutState; `first` and `reference` hold no frame where there is none."""
 
     next_frame: int
     next_chunk: int
@@ -23,6 +23,7 @@ class Standing:
     recent: torch.Tensor
     given: torch.Tensor
     first: torch.Tensor
+    reference: torch.Tensor
     hidden: torch.Tensor | None = None
     blocks: tuple[rolling.Block, ...] = ()
     again: int = 0

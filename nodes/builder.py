@@ -16,17 +16,21 @@ import torch
 from ..adastate_core.absorption.settings import AbsorptionSettings, as_in_state
 from ..adastate_core.absorption.solve import Solution
 from ..adastate_core.anchors import Anchor
+from ..adastate_core.audio.track import AudioTrack
 from ..adastate_core.cache.byte_plan import CachePlan
 from ..adastate_core.families.family import Family
 from ..adastate_core.families.wan21 import WAN21_TEXT
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.given import BEFORE, INSIDE
+from ..adastate_core.history import CLEAN
+from ..adastate_core.reference import ReferenceRule
 from ..adastate_core.rollout import RolloutSpec, RolloutState
 from ..adastate_core.schedules.schedule import Schedule
 from .absorption_advice import beforehand
 from .absorption_request import AbsorptionRequest
 from .anchor_nodes import anchor_at
 from .defaults import Resolved, as_before, cached_instead, model_fps, resolve
+from .driven import rate_of
 from .host import model as host_model
 from .host.checkpoint_wishes import rollout_defaults
 from .inputs import require_multiples
@@ -67,6 +71,8 @@ class Request:
     max_seconds: float = 0.0
     linked: frozenset[str] = ON_DEMAND
     ends_open: bool = False  # as a run without an end does, of which this makes a part
+    audio: AudioTrack | None = None
+    reference: Any = field(default=None, repr=False)  # a picture's IMAGE, or its LATENT
 
     @property
     def endless(self) -> bool:
@@ -90,7 +96,7 @@ class Request:
             batch=self.batch_size,
             height=self.height // space.stride,
             width=self.width // space.stride,
-            fps=self.stream.fps if self.stream else 0.0,
+            fps=rate_of(self.audio, self.stream.fps if self.stream else 0.0),
             absorption=self.absorption.asked if self.absorption else None,
             resumed=self.resume and self.resume.spec,
             ends_open=self.endless or self.ends_open,
@@ -256,6 +262,12 @@ def build(subject: Subject, asked: Asked) -> Built:
     )
     told += [cached] if cached else []
     resolved = resolve(wishes, numbers, anchor, asked.resumed)
+    hears = subject.family.driven_by_sound
+    if resolved.preset is not None and resolved.preset.driven_by_sound and not hears:
+        raise ValueError(
+            f"{resolved.preset.title} is for models that are driven by sound, and this one is of {subject.family.name}; load a Wan "
+            "2.2 S2V model, or choose another preset in Model Preset"
+        )
     given = asked.sigmas is not None
     schedule = resolved.given_schedule(asked.sigmas) if given else resolved.schedule
     if subject.family.samplers and schedule.sampler not in subject.family.samplers:
@@ -286,6 +298,7 @@ def build(subject: Subject, asked: Asked) -> Built:
         absorption=asked.absorption and as_in_state(asked.absorption, (asked.resumed or {}).get("absorption")),
         cache_dtype=asked.cache_dtype,
         cache_device=asked.cache_device,
+        reference=ReferenceRule(resolved.reference_rolls, resolved.history != CLEAN) if hears else None,
         **options,
     )
     sigmas_warnings = resolved.sigmas_warnings(schedule) if given else []

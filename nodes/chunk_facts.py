@@ -85,7 +85,7 @@ def chunk_facts(
         "generated": rollout.generated,
         "absorbed": rollout.absorber is not None and rollout.absorber.phase == PHASES[1],
         "absorbed_why": rollout.absorber.why if rollout.absorber is not None else "",
-        "kv_bytes": rollout.cache.nbytes + rollout.cache.host_nbytes,
+        "kv_bytes": rollout.past.nbytes,
         "prompt": prompt,
         "prompt_text": text,
         "shot": shot,

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..adastate_core.anchors import Anchor, AnchorAdaptive
+from ..adastate_core.audio.driving import ALIGNMENTS
 from ..adastate_core.bounds import BOUNDS
 from ..adastate_core.geometry import WAN21, LatentSpace
 from ..adastate_core.given import BEFORE, STARTS
+from ..adastate_core.history import CLEAN, HISTORIES, OWN_LEVEL
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedules.schedule import Schedule
 from ..adastate_core.schedules.solvers import RENOISING, SAMPLERS
@@ -35,6 +37,9 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
 }
 _ENDING: Callable[[Any], bool] = lambda value: isinstance(value, str) and value in ENDINGS  # noqa: E731
 _SAMPLER: Callable[[Any], bool] = lambda value: isinstance(value, str) and value in SAMPLERS  # noqa: E731
+_ROLLS = _whole(0, 10**6)
+_HISTORY: Callable[[Any], bool] = lambda value: isinstance(value, str) and value in HISTORIES  # noqa: E731
+_AUDIO: Callable[[Any], bool] = lambda value: isinstance(value, str) and value in ALIGNMENTS  # noqa: E731
 _START: Callable[[Any], bool] = lambda value: isinstance(value, str) and value in STARTS  # noqa: E731
 # noise levels that are one: a scheduler of the host rounds to a thousandth of its range
 SAME_SIGMA = 1e-3
@@ -63,7 +68,7 @@ def checkpoint_anchor(defaults: dict[str, Any]) -> Anchor:
 @dataclass(frozen=True)
 class Resolved:
     """Settings of a rollout with nothing left at auto. `schedule_asked`: steps or shift were given as numbers. `start`: where given
-    latents stand, one of given.STARTS, if nobody says it."""
+    latents stand, one of given.STARTS, if nobody says it. `history`, `audio` and `reference_rolls` are as in a Preset."""
 
     numbers: dict[str, Any]
     anchor: Anchor
@@ -75,6 +80,9 @@ class Resolved:
     remade: str = ""
     sampler: str = RENOISING
     start: str = BEFORE
+    history: str = CLEAN
+    audio: str = ALIGNMENTS[0]
+    reference_rolls: int = 0
 
     @property
     def schedule(self) -> Schedule:
@@ -125,11 +133,12 @@ class Resolved:
 
     def spec_options(self, sigmas: int) -> dict[str, Any]:
         """What a preset adds to a RolloutSpec, for a schedule of `sigmas` steps."""
+        history = {"history": self.history, "windows": sigmas if self.history == OWN_LEVEL else 1}
         if self.preset is None:
-            return {}
+            return history
         blocks = sigmas if self.preset.blocks > 1 else 1
         shares = self.preset.shares_window and blocks > 1 and not self.room_missing(blocks)
-        return {
+        return history | {
             "blocks": blocks,
             "restart_frames": self.preset.restart_frames,
             "overlap_frames": self.preset.overlap_frames,
@@ -261,10 +270,15 @@ def resolve(
         remade = "first"
     sampler = preset.sampler if preset is not None else RENOISING
     start = preset.start if preset is not None else BEFORE
+    heard = {"history": (_HISTORY, CLEAN), "audio": (_AUDIO, ALIGNMENTS[0]), "reference_rolls": (_ROLLS, 0)}
+    heard = {
+        name: known[name] if is_sound(known.get(name)) else getattr(preset, name, fallback)
+        for name, (is_sound, fallback) in heard.items()
+    }
     return Resolved(
         numbers, anchor, preset, defaults is not None, schedule_asked, _passed_over(known), ending, remade,
         sampler=known["sampler"] if _SAMPLER(known.get("sampler")) else sampler,
-        start=known["start"] if _START(known.get("start")) else start,
+        start=known["start"] if _START(known.get("start")) else start, **heard,
     )  # fmt: skip
 
 
@@ -287,6 +301,9 @@ def _passed_over(known: dict[str, Any]) -> tuple[str, ...]:
         "ending": _ENDING,
         "sampler": _SAMPLER,
         "start": _START,
+        "history": _HISTORY,
+        "audio": _AUDIO,
+        "reference_rolls": _ROLLS,
         "keep_first_frame": lambda value: isinstance(value, bool),
     }
     odd = [name for name, is_sound in sound.items() if known.get(name) is not None and not is_sound(known[name])]

@@ -11,6 +11,7 @@ from .host import api
 from .host.api import io, schema, widget
 from .host.node import Node
 from .inputs import check_fps
+from .sound import audio_input, sound_of
 from .stream import CATEGORY, autosave_widget, check_prefix_of, fps_widget, join_widget, run_widgets
 from .stream_settings import FrameSettings, StreamSettings
 
@@ -58,6 +59,7 @@ class StreamFramesNode(Node):
                 ),
                 autosave_widget(),
                 *run_widgets(),
+                audio_input("It is written beside the frames, as sound.wav."),
             ],
             outputs=[api.Stream.Output("frames", display_name="STREAM", tooltip="Connect to a rollout's stream.")],
         )
@@ -85,8 +87,10 @@ class StreamFramesNode(Node):
         interp_model: Any = None,
         frame_multiplier: int = 2,
         upscale_by: float = 0.0,
+        audio: Any = None,
     ) -> io.NodeOutput:
         require_imageio()
+        sound = None if audio is None else sound_of(audio)
         own = FrameSettings(filename_prefix, format, join)
         enlarging = Enlarging.asked(upscale_model, interp_model, frame_multiplier, upscale_by)
         if stream is None:
@@ -94,12 +98,16 @@ class StreamFramesNode(Node):
                 raise ValueError("neither vae nor stream is connected; connect the VAE, or STREAM of Stream To Video")
             stream = StreamSettings(
                 vae, filename_prefix, fps, "", 0, preview, autosave_seconds, False, latent_space, history_chunks,
-                history_states, keep_state, video=False, enlarging=enlarging,
+                history_states, keep_state, video=False, enlarging=enlarging, sound=sound,
             )  # fmt: skip
         elif enlarging is not None:
             raise ValueError(
                 "upscale_model or interp_model is connected beside stream; connect it to the node that stream comes from, since "
                 "both write the same frames"
+            )
+        elif sound is not None:
+            raise ValueError(
+                "audio is connected beside stream; connect it to the node that stream comes from, since both carry the same sound"
             )
         if format in {frames.format for frames in stream.frames}:
             raise ValueError(

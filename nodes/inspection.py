@@ -11,7 +11,9 @@ import torch
 
 from ..adastate_core.absorption.absorbed_phases import Absorbed
 from ..adastate_core.anchors import Anchor
+from ..adastate_core.audio.track import AudioTrack
 from ..adastate_core.cache.byte_plan import CachePlan
+from ..adastate_core.families.wan22_s2v import WAN22_S2V
 from ..adastate_core.geometry import LatentSpace, ModelGeometry
 from ..adastate_core.given import INSIDE
 from ..adastate_core.spec import RolloutSpec
@@ -20,6 +22,7 @@ from ..adastate_core.weights.presets import PRESETS
 from ..adastate_core.weights.wan_weights import listed
 from .absorption_budget import with_budget
 from .builder import START_MODES, Asked, Built, Subject, build, size_of_start
+from .driven import check_reference, check_track, driving_sound, length_of, rate_of, sound_told
 from .enlarged_stream import FileForm, stream_bytes
 from .host import model as host_model
 from .host import refusals as checks
@@ -28,6 +31,7 @@ from .host.codec import HostDecoder
 from .host.vae_family import check_spaces, family_of_space
 from .inputs import check_size, require_multiples
 from .memory_plan import Beside, memory_plan
+from .other_windows import other_windows
 from .renewal import Renewal
 from .stream_settings import StreamSettings
 
@@ -53,7 +57,7 @@ def inspect_file(file: str, width: int, height: int, length: int) -> str:
     require_multiples(space, width, height)
     defaults = wished(file, checkpoint, "auto")
     dtypes = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
-    family = family_of_space(space)
+    family = WAN22_S2V if geometry.driven_by_sound else family_of_space(space)
     shape = ModelGeometry(
         space.channels, geometry.layers, geometry.heads, geometry.width // geometry.heads, space=space
     )
@@ -106,31 +110,42 @@ def plan_text(
     cache: dict[str, Any],
     start_latent: dict[str, Any] | None = None,
     stream: StreamSettings | None = None,
+    audio: AudioTrack | None = None,
+    reference: Any = None,
 ) -> tuple[str, str]:
     """(words, JSON) of what a rollout of a MODEL would take; `cache` holds a spec's cache_dtype, cache_device, absorption. A side
-    of 0 is that of `start_latent`, a `length` of 0 has no end. With a `stream` also what its files will be.
+    of 0 is that of `start_latent`, a `length` of 0 has no end and one of -1 is that of `audio`. With a `stream` also what its files
+    will be. A `reference` is only looked at.
 
     ValueError for a model or size that cannot be rolled out.
     """
     checks.check_model(model)
-    space = host_model.space_of(model)
+    family = host_model.family_of_model(model)
+    space = family.space
+    check_track(model, family, audio)
     if start_latent is not None:
         checks.check_latent("start_latent", start_latent)
-    check_spaces(host_model.family_of_model(model), start_latent, vae=vae or stream and stream.vae)
+    check_spaces(family, start_latent, vae=vae or stream and stream.vae)
     width, height = size_of_start(width, height, space, start_latent)
     _require_size(width, height)
     require_multiples(space, width, height)
     size = {"batch": batch, "height": height // space.stride, "width": width // space.stride}
-    rate = stream.fps if stream else 0.0
+    rate = rate_of(audio, stream.fps if stream else 0.0)
     asked_for = Asked(**size, **asked, anchor=anchor, fps=rate, ends_open=not length, **cache)
     built = build(Subject.of(model, identified=False), asked_for)
+    sound = driving_sound(family, audio, built.resolved.audio, built.fps)
+    length = length_of(length, audio, sound, space)
     stream = stream and replace(stream, fps=built.fps)
+    if stream is not None and audio is not None and audio.sound is not None:
+        stream = stream.carrying(audio.sound, audio.offset + sound.ahead)
     vae = stream.vae if stream is not None and vae is None else vae
+    check_reference(model, family, reference, tuple(size.values()), vae)
     decoder = HostDecoder(vae, fast=True) if vae is not None else None  # as a stream decodes
     vae_bytes = decoder.cache_bytes(*size.values()) if decoder else 0
     latents = space.latents(length) if length else None
     built = with_budget(built, model, TEXT_TOKENS, vae_bytes, latents)
     resolved, plan = built.resolved, built.plan(TEXT_TOKENS, vae_bytes, latents)
+    others = other_windows(built, TEXT_TOKENS, vae_bytes, latents)
     free = host_model.available_bytes(model)
     try:
         host_model.check_memory(plan, free)
@@ -139,12 +154,14 @@ def plan_text(
     except ValueError as error:
         verdict, fits = str(error), False
     warnings = [*resolved.warnings(latents), *built.told, *checks.unknown_options(model)]
+    warnings += sound_told(sound, space.pictures(latents) if latents else None, bool(stream and stream.sound))
     start = {} if start_latent is None else {"start_mode": START_MODES[resolved.start]}
     warnings += [] if start_latent is None else _not_inside(built, start_latent["samples"])
     kept = space.channels * (latents or 0) * math.prod(size.values()) * torch.float32.itemsize
     encodes = Renewal(model, built.spec, decoder).encodes
     decoding = decoder.working_bytes(*size.values(), encodes=encodes) if decoder else 0
     files, streamed = _streamed(stream, (width, height), batch, resolved.numbers["chunk_frames"], space, decoding)
+    warnings += stream.sound_notes(space.pictures(latents) if latents else None) if stream is not None else []
     rest = Beside(
         host_model.forward_bytes(model, plan), latents or 0, states=True, **{"decoder_bytes": decoding} | streamed
     )
@@ -156,6 +173,7 @@ def plan_text(
         f"keys and values in all: {_size(plan.kv_bytes)} on the device, "
         + _at_any_length(built.plan(TEXT_TOKENS, vae_bytes).kv_bytes, plan.kv_bytes),
         *_freed(plan),
+        *(f"{name} instead: {_taken(one)}" for name, one in others.items()),
         *_chosen(built),
         *_switches(built.spec, plan),
         f"in host memory, with keep_latents: {_size(kept)} for {latents} latent frames"
@@ -184,12 +202,20 @@ def plan_text(
         "width": width, "height": height,
         "plan_bytes": plan.bytes(), "kv_bytes": plan.kv_bytes, "host_bytes": plan.host_bytes, "total_bytes": plan.total_bytes,
         **({"kv_bytes_without_absorption": plan.plain.kv_bytes} if plan.phases else {}), "free_bytes": free,
+        **({"instead": {n: {"kv_bytes": p.kv_bytes, "host_bytes": p.host_bytes} for n, p in others.items()}} if others else {}),
         "memory": beside,
         "fits": fits, "kept_latents_bytes": kept, "settings": resolved.numbers | {"sampler": built.schedule.sampler} | start,
         "anchor": resolved.anchor.describe(),
         "warnings": warnings, **({"files": files.said(space.pictures(latents) if latents else None)} if files else {}),
     }  # fmt: skip
     return "\n".join(lines), json.dumps(numbers, indent=1)
+
+
+def _taken(plan: CachePlan) -> str:
+    """Keys and values of a plan, in words."""
+    on_host = f" and {_size(plan.host_bytes)} in host memory" if plan.host_bytes else ""
+    later = f", {_size(plan.held(plan.phases[-1]).kv_bytes)} once layers are switched" if plan.phases else ""
+    return f"keys and values {_size(plan.kv_bytes)} on the device{on_host}{later}"
 
 
 def _not_inside(built: Built, samples: torch.Tensor) -> list[str]:

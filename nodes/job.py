@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..adastate_core.audio.driving import CHUNK
 from ..adastate_core.given import BEFORE, INSIDE
 from ..adastate_core.rollout import Chunk, Rollout, RolloutState, Settings
 from ..adastate_core.video.page_locked import Landed
@@ -35,6 +36,9 @@ from .report import (
 )
 from .steering import Steering
 
+# latent frames of a still that a decoder has seen before the video, as the published pipeline has it
+STILL_FRAMES = 7
+
 
 @dataclass
 class Result:
@@ -58,13 +62,15 @@ class Job(Prepared):
 
     def rollout(self, progress: Progress) -> Rollout:
         """Load the models, and compile what can be. Returns the rollout that the request asks for, before its first chunk."""
+        # by a VAE that is on its device before the model takes the room
+        self.picture = None if self.reference is None else self.reference.latent()
         self._load(progress)
         if told := self.model.fuse(self.spec, self.plan, self.request.resume, progress.compiling, self.start == INSIDE):
             self.warnings.append(told)
         rollout = Rollout(
             self.model,
             self.spec,
-            Settings(self.request.seed, self.schedule),
+            Settings(self.request.seed, self.schedule, sound=self.sound),
             state=self.request.resume,
             keep_latents=self.keeps_latents,
             text_tokens=self.text_tokens,
@@ -73,10 +79,20 @@ class Job(Prepared):
             prompts=self.prompts,
             length=self.latent_length,
             prior=self.prior,
+            reference=self.picture,
         )
         if rollout.absorber is not None:
             rollout.absorber.origin = self.request.absorption.solved_for or self.origin
         return rollout
+
+    def still(self) -> torch.Tensor | None:
+        """Latents [B, C, n, h, w] in VAE space of what a decoder sees before the video, where pictures of its first latent frame
+        come as if something had been there before; else None."""
+        if self.sound is None or self.sound.alignment != CHUNK:
+            return None
+        resume = self.request.resume
+        picture = self.picture if resume is None else resume.reference
+        return host_model.to_vae_space(self.request.model, picture).expand(-1, -1, STILL_FRAMES, -1, -1)
 
     def run(self, view: LiveRun | None = None) -> Result:
         """Load, roll, decode. However the run ends, its files are finished. After a failure the state is saved beside them. Last, a

@@ -74,5 +74,5 @@ def host_shortage(planned: dict[str, dict[str, int]], free: int) -> list[str]:
 def peak_report(rollout: Rollout, device_peak: int | None) -> dict[str, int]:
     """What was counted at the peak: `device`, all that was allocated since the models were loaded (where the device counts), and
     keys and values, `kv` there and `host_kv` in host memory."""
-    counted = {"kv": rollout.cache.peak_nbytes, "host_kv": rollout.cache.peak_host_nbytes}
+    counted = dict(zip(("kv", "host_kv"), rollout.past.peak_nbytes, strict=True))
     return counted if device_peak is None else {"device": device_peak} | counted

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..adastate_core.anchors import Anchor
+from ..adastate_core.audio.track import AudioTrack
 from ..adastate_core.cache.byte_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.geometry import LatentSpace
 from ..adastate_core.rope import POSITION_MODES
@@ -12,6 +13,7 @@ from ..adastate_core.schedules.solvers import SAMPLERS
 from ..adastate_core.spec import ENDINGS
 from ..adastate_core.weights.presets import PRESETS
 from .absorption_request import AbsorptionRequest
+from .driven import FOLLOWS_SOUND
 from .host import api
 from .host.api import io, schema, ui, widget
 from .host.checkpoint_wishes import (
@@ -296,8 +298,9 @@ class PlanNode(Node):
                     io.Int,
                     "length",
                     default=81,
-                    tooltip="Video frames; 0 = rolled until it is stopped. The caches do not depend on it; kept latents and "
-                    "files do.",
+                    min=FOLLOWS_SOUND,
+                    tooltip="Video frames; 0 = rolled until it is stopped, -1 = as long as audio. Caches do not depend on it; kept "
+                    "latents and files do.",
                 ),
                 number(io.Int, "batch_size", default=1, optional=True, tooltip="Videos side by side."),
                 number(io.Int, "chunk_frames", default=0, optional=True, tooltip="0: what the model wants."),
@@ -333,6 +336,8 @@ class PlanNode(Node):
                     tooltip="STREAM of Stream To Video or Stream To Frames: says what its files will be, and counts what they "
                     "take. Its VAE counts where vae is empty.",
                 ),
+                shared["audio"],
+                shared["reference"],
             ],
             outputs=[
                 io.String.Output("text", display_name="TEXT", tooltip="The plan in words."),
@@ -367,13 +372,15 @@ class PlanNode(Node):
         cache_device: str = CACHE_DEVICES[0],
         start_latent: dict[str, Any] | None = None,
         stream: Any = None,
+        audio: AudioTrack | None = None,
+        reference: Any = None,
     ) -> io.NodeOutput:
         asked = {"chunk_frames": chunk_frames, "window_frames": window_frames, "positions": positions}
         cache = {"cache_dtype": cache_dtype, "cache_device": cache_device}
         if absorption is not None:
             cache["absorption"] = absorption.asked
         text, numbers = plan_text(
-            model, width, height, length, batch_size, asked, anchor, vae, cache, start_latent, stream
+            model, width, height, length, batch_size, asked, anchor, vae, cache, start_latent, stream, audio, reference
         )
         return io.NodeOutput(text, numbers, ui=ui.PreviewText(text))
 

@@ -55,6 +55,7 @@ class StreamOutput:
         request, self.run_id = job.request, uuid.uuid4().hex
         before = 0 if request.resume is None else job.space.pictures(request.resume.emitted)
         self._parts = parts_of(request, settings, job.form.first(before, job.looks_back))
+        job.warnings += [told for part in self._parts for told in part.told]
         self._enlarged = FilePictures(job.enlarger) if job.enlarger is not None else None
         self.stream: VideoStream | None = None
         self.states: SavedStates | None = None
@@ -91,6 +92,8 @@ class StreamOutput:
         if self.job.enlarger is not None:
             self.job.enlarger.told = progress.step
         before = 0 if request.resume is None else self._restore(request.resume, progress)
+        if request.resume is None or not request.resume.emitted:
+            self._warm()
         copied = _Copied(progress)
         try:
             for part in self._parts:
@@ -180,10 +183,12 @@ class StreamOutput:
         if enlarged:
             enlarged.restore(resume.stream)
         if first == resume.emitted:
-            if "vae_latents_seen" in resume.stream:
+            if "vae_latents_seen" in resume.stream and resume.emitted:
                 decoder.restore(resume.stream)
             return self.job.space.pictures(resume.emitted)
         decoder.skip(first)
+        if not first:
+            self._warm()
         for frame in range(first, resume.emitted):
             progress.step()
             latent = host_model.to_vae_space(self.job.request.model, resume.latents[:, :, frame : frame + 1])
@@ -191,6 +196,11 @@ class StreamOutput:
         if enlarged:
             enlarged.begin_after(pictures)
         return self.job.space.pictures(resume.emitted)
+
+    def _warm(self) -> None:
+        """Before the video's first latent frame: let the decoder see what was there before."""
+        if (still := self.job.still()) is not None:
+            self.job.decoder.warm(still)
 
     @property
     def videos(self) -> list[Target]:

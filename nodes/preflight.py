@@ -11,6 +11,7 @@ import torch
 from ..adastate_core.anchors import AnchorAdaptive
 from ..adastate_core.cache.eight_bits import check_cache_dtype
 from ..adastate_core.given import BEFORE, INSIDE
+from ..adastate_core.history import check_recaches
 from ..adastate_core.prompts.plan import NumberChange, PromptChange, PromptPlan
 from ..adastate_core.prompts.values import PromptAt, Prompts
 from ..adastate_core.rollout import RolloutState
@@ -22,15 +23,18 @@ from . import endless
 from .absorption_budget import with_budget
 from .builder import START_MODES, Request, Subject, build
 from .course import takes_words, unsaid
+from .driven import Reference, check_reference, check_track, driving_sound, length_of, sound_told
 from .enlarged_stream import FileForm, check_joined, holds_frame, resume_notes, stream_bytes
 from .host import model as host_model
 from .host import refusals as checks
 from .host.codec import HostDecoder
 from .host.frame_folders import output_room
 from .host.output_files import check_video_prefix
+from .host.speech_model import model_for
 from .host.vae_family import check_spaces
 from .memory_plan import Beside, host_shortage, memory_plan
 from .renewal import Renewal
+from .sound import told_at_once
 from .stream_settings import check_streamable
 
 NO_LATENT = "The frames went to a stream and keep_latents is off, so there is no LATENT; turn keep_latents on."
@@ -62,6 +66,7 @@ class Prepared:
             checks.check_latent("start_latent", request.start_latent)
         self.family = host_model.family_of_model(request.model)
         self.space = self.family.space
+        check_track(request.model, self.family, request.audio)
         check_spaces(self.family, request.start_latent, request.resume, request.stream and request.stream.vae)
         self.request = request = request.sized(self.space)
         contexts = self._contexts()
@@ -69,13 +74,16 @@ class Prepared:
         self.built = build(Subject.of(request.model), request.asked(self.space))
         self.resolved, self.spec, self.schedule = self.built.resolved, self.built.spec, self.built.schedule
         self.settings, self.fps = self.resolved.numbers, self.built.fps
-        self.request = request = request.at_rate(self.fps)
+        self.sound = driving_sound(self.family, request.audio, self.resolved.audio, self.fps)
+        self.request = request = self._sounding(request.at_rate(self.fps))
         # of a run without an end the most that a video may have: nothing is as long as it
         self.latent_length = self.space.latents(request.length or endless.MOST_FRAMES)
         asked = None if request.endless else self.latent_length
         self.warnings = [*self.resolved.warnings(asked), *self._ignored(), *self.built.told]
+        pictures = None if request.endless else self.space.pictures(self.latent_length)
+        self.warnings += told_at_once(sound_told(self.sound, pictures, bool(request.stream and request.stream.sound)))
         self.warnings += [endless.LATENTS_OFF] if request.endless and request.keep_latents else []
-        self.model = host_model.HostModel(request.model, context, request.batch_size)
+        self.model = model_for(request.model, context, request.batch_size)
         check_cache_dtype(request.cache_dtype, self.model.device)
         self.prompts = self._prompt_plan(contexts)
         self.solution = request.absorption.solution(self.spec) if request.absorption else None
@@ -109,9 +117,19 @@ class Prepared:
         self.memory = memory_plan(self.spec, self.plan, self._beside(), self.model.device.type == "cuda")
         self.warnings += host_shortage(self.memory, host_model.free_host_bytes())
         self.given = self._given()
+        self.reference = self._reference()
         self.start = self._start()
         self._check_length()
         self.warnings += [*self._ended(), *self.renewal.notes(), *self._unsaid()]
+
+    def _sounding(self, request: Request) -> Request:
+        """The same as long as its sound where that was asked for, and with the sound in its files. Pictures of models that hear a
+        chunk alone are ahead of it (audio/driving.py), so the file begins as much later in the sound."""
+        track, stream = request.audio, request.stream
+        if stream is not None and track is not None and track.sound is not None:
+            stream = stream.carrying(track.sound, track.offset + self.sound.ahead)
+        length = length_of(request.length, track, self.sound, self.space)
+        return replace(request, length=length, stream=stream)
 
     def steer(self, prompts: Prompts) -> None:
         """Between two chunks: have these prompts instead. ValueError, with all as it was, for what a rollout cannot have."""
@@ -212,6 +230,8 @@ class Prepared:
                 check_video_prefix(prefix, request.batch_size, form.width, form.height)
             self.warnings += self._room_for_frames()
             request.stream.check_files(form)
+            pictures = None if request.endless else self.space.pictures(self.latent_length)
+            self.warnings += told_at_once(request.stream.sound_notes(pictures))
         if self.given is not None and self.given.shape[2] >= self.latent_length:
             frames = self.space.pictures(self.given.shape[2])
             raise ValueError(f"start_latent holds {frames} frames of length {request.length}; length must be longer")
@@ -341,6 +361,7 @@ class Prepared:
                 )
         plan = PromptPlan(changes, self.spec.chunk_frames, numbers)
         check_shots(self.spec, plan)
+        check_recaches(self.spec.history, plan.recaches)
         return plan
 
     def _ignored(self) -> list[str]:
@@ -378,6 +399,19 @@ class Prepared:
             )
         return host_model.to_model_space(self.request.model, samples.float()).expand(batch, -1, -1, -1, -1)
 
+    def _reference(self) -> Reference | None:
+        """What a model that hears shows; None where it is the state's, or for other models."""
+        request, vae = self.request, self.request.stream and self.request.stream.vae
+        found = check_reference(request.model, self.family, request.reference, self.latent_size, vae)
+        if request.resume is None and found is None and self.family.driven_by_sound:
+            raise ValueError(
+                "the model shows a reference picture and none is connected; connect the picture of who or what is to be seen to "
+                "reference"
+            )
+        if request.resume is not None and found is not None:
+            self.warnings.append("the state has a reference of its own, so the one that is connected was not used")
+        return None if request.resume is not None else found
+
     def _start(self) -> str:
         """Where given latents stand, one of given.STARTS; a state's stand where they did. ValueError where they cannot."""
         request, resume = self.request, self.request.resume
@@ -393,6 +427,8 @@ class Prepared:
             )
         if self.given is None and not waiting:
             return BEFORE
+        if self.given is not None:
+            self.spec.check_given()
         if self.given is not None and found == INSIDE:
             self.spec.check_inside(self.given.shape[2])
         return found

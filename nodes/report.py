@@ -155,6 +155,7 @@ def planned(job: Prepared) -> dict[str, Any]:
         | {"cache_dtype": job.spec.cache_dtype, "cache_device": job.spec.cache_device}
         | ({"first_sigmas": list(job.schedule.first_sigmas)} if job.schedule.first_sigmas else {})
         | ({"preset": job.resolved.preset.name} if job.resolved.preset else {})
+        | ({"history": job.spec.history, "audio": job.sound.alignment} if job.sound else {})
         | ({"ending": job.spec.ending} if job.spec.blocks > 1 else {})
         | job.start_told,
         "prompts": _prompts(job),
@@ -173,10 +174,10 @@ def _enlarged(job: Prepared) -> dict[str, Any]:
 
 def used(job: Prepared, rollout: Rollout, state: RolloutState | None) -> dict[str, Any]:
     """What a run took: bytes, and where its absorption stands."""
-    absorption = _absorption(job, rollout)
+    absorption, (kv, host_kv) = _absorption(job, rollout), rollout.past.peak_nbytes
     return {
-        "kv_bytes_used": rollout.cache.peak_nbytes,
-        "host_kv_bytes_used": rollout.cache.peak_host_nbytes,
+        "kv_bytes_used": kv,
+        "host_kv_bytes_used": host_kv,
         "text_kv_bytes_used": rollout.cache.text_nbytes,
         "memory_peak": peak_report(rollout, job.model.peak_bytes()),
         "blocks": _blocks(job),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..adastate_core.anchors import Anchor
+from ..adastate_core.audio.track import AudioTrack
 from ..adastate_core.cache.byte_plan import CACHE_DEVICES, CACHE_DTYPES
 from ..adastate_core.rope import POSITION_MODES
 from ..adastate_core.schedules.schedule import Schedule
@@ -12,6 +13,7 @@ from ..adastate_core.video.encoder import CODECS
 from . import endless
 from .absorption_request import AbsorptionRequest
 from .builder import ON_DEMAND, START_MODES, Request
+from .driven import FOLLOWS_SOUND
 from .host import api, links, rerun
 from .host.api import ExecutionBlocker, io, schema, ui, widget
 from .host.frame_folders import shown_frames
@@ -63,8 +65,9 @@ def _inputs() -> list[io.Input]:
             io.Int,
             "length",
             default=81,
+            min=FOLLOWS_SOUND,
             tooltip="Video frames since the first frame, also when resuming (4n + 1; 481 is 30 s at 16 fps). Memory does "
-            "not depend on it. 0 = rolls until it is stopped, into a stream.",
+            "not depend on it. 0 = rolls until it is stopped, into a stream. -1 = as long as the sound in audio.",
         ),
         number(io.Int, "batch_size", default=1, tooltip="Videos made side by side, each from its own noise."),
         number(
@@ -174,6 +177,19 @@ def _inputs() -> list[io.Input]:
             tooltip="Where start_latent stands: before = cached as it is, and the first chunk follows; inside = as the first "
             "frames of the first chunk, for models that were trained so. auto = as the model's preset says, else before.",
         ),
+        api.AudioTrack.Input(
+            "audio",
+            optional=True,
+            tooltip="Of Wan 2.2 S2V: the sound that drives the video, from AdaState Audio; a stream's file carries it. Without it "
+            "the model hears silence.",
+        ),
+        io.MultiType.Input(
+            "reference",
+            types=[io.Image, io.Latent],
+            optional=True,
+            tooltip="Of Wan 2.2 S2V: the picture of who or what is seen. A picture is scaled and encoded by the stream's full VAE; "
+            "of a LATENT the last frame is taken.",
+        ),
     ]
 
 
@@ -234,6 +250,8 @@ class RolloutNode(Node):
         cache_device: str = CACHE_DEVICES[0],
         max_seconds: float = 0.0,
         start_mode: str = "auto",
+        audio: AudioTrack | None = None,
+        reference: Any = None,
     ) -> io.NodeOutput:
         place = rerun.executing()
         linked = rerun.linked_outputs(place, _ON_DEMAND)
@@ -267,6 +285,8 @@ class RolloutNode(Node):
             max_seconds=max_seconds,
             metadata=save_metadata(cls.hidden) if stream is not None else {},
             linked=frozenset(OUTPUTS[slot] for slot in linked),
+            audio=audio,
+            reference=reference,
         )
         with live_run(cls.hidden) as (view, end):
             result = run(request, rerun.take_kept_files(place), view)

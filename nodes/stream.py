@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..adastate_core.audio.placed import PlacedSound
 from ..adastate_core.geometry import LatentSpace
 from ..adastate_core.video.frame_writer import FrameWriter
 from ..adastate_core.video.picture_forms import VALUE_BYTES
@@ -21,6 +22,7 @@ from .host.progress import Progress
 from .host.vae_family import check_latent_shape, check_vae
 from .inputs import check_fps, number
 from .output import StreamSettings
+from .sound import audio_input, sound_of
 
 CATEGORY = "AdaState/video"
 
@@ -152,6 +154,7 @@ class StreamOutputNode(Node):
                 autosave_widget(),
                 join_widget("copy the old video's packets in front, so that one file holds everything."),
                 *run_widgets(),
+                audio_input("Without it, the file carries the sound that drives the rollout, if any."),
             ],
             outputs=[api.Stream.Output("stream", display_name="STREAM", tooltip="Connect to a rollout's stream.")],
         )
@@ -179,11 +182,13 @@ class StreamOutputNode(Node):
         interp_model: Any = None,
         frame_multiplier: int = 2,
         upscale_by: float = 0.0,
+        audio: Any = None,
     ) -> io.NodeOutput:
         settings = StreamSettings(
             vae, filename_prefix, fps, codec, quality, preview, autosave_seconds, join, latent_space,
             history_chunks, history_states, keep_state,
             enlarging=Enlarging.asked(upscale_model, interp_model, frame_multiplier, upscale_by),
+            sound=None if audio is None else sound_of(audio),
         )  # fmt: skip
         return io.NodeOutput(settings)
 
@@ -251,6 +256,7 @@ class RenderVideoNode(Node):
                 ),
                 *_file_widgets("AdaState", fps_widget("as many as the VAE's models make (Wan 2.1 16, Wan 2.2 5B 24)")),
                 latent_space_widget(),
+                audio_input("It begins with the first frame."),
             ],
             outputs=[io.Video.Output("video", display_name="VIDEO", tooltip="A file in the host's temp folder.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -270,15 +276,17 @@ class RenderVideoNode(Node):
         codec: str,
         quality: int,
         latent_space: str = "auto",
+        audio: Any = None,
     ) -> io.NodeOutput:
         samples, space = _video_samples(latent, vae)
+        sound = None if audio is None else PlacedSound(sound_of(audio))
         height, width = (side * space.stride for side in samples.shape[3:])
         target = new_file(filename_prefix, CODECS[codec].suffix, width, height, kind="temp")
         progress = Progress(samples.shape[0] * samples.shape[2])
         rate = Fraction(fps or space.fps).limit_denominator(1001)
         metadata = save_metadata(cls.hidden)
         with (
-            VideoSink(target.path, width, height, rate, codec, quality, metadata) as sink,
+            VideoSink(target.path, width, height, rate, codec, quality, metadata, sound=sound) as sink,
             FrameWriter([sink], space.temporal_stride * height * width * 3 * VALUE_BYTES[sink.takes]) as writer,
         ):
             for item in range(samples.shape[0]):

@@ -9,11 +9,13 @@ from typing import Any
 
 import av
 
+from ..adastate_core.audio.placed import PlacedSound
 from ..adastate_core.states.disk_room import Growing, size_of
 from ..adastate_core.video.encoder import CODECS
 from ..adastate_core.video.frame_folder import FrameFolder, FrameSequence, missing_frame, read_sequence
 from ..adastate_core.video.frame_formats import FRAME_FORMATS
 from ..adastate_core.video.sink import VideoSink
+from ..adastate_core.video.sound_track import EarlierSound
 from .builder import Request
 from .enlarged_stream import FileForm
 from .host.frame_folders import NewFolders
@@ -30,6 +32,8 @@ class _Files:
     def __init__(self, request: Request, endings: list[str], form: FileForm) -> None:
         self.request, self.endings, self.form = request, endings, form
         self.files: Any = None
+        # what may surprise about it, a sentence each
+        self.told: list[str] = []
         self.sinks: list[Any] = []
         # files that have taken over and do not have the names yet (take_back.py)
         self.fresh: Any = None
@@ -78,10 +82,13 @@ class _Files:
 class VideoPart(_Files):
     """A video an item. ValueError if those that are to be joined are not there."""
 
-    def __init__(self, request: Request, settings: StreamSettings, form: FileForm) -> None:
+    def __init__(self, request: Request, settings: StreamSettings, form: FileForm, first: int) -> None:
+        """`first`: the place, among the video's file frames, of the first one that this run makes."""
         super().__init__(request, video_endings(request.batch_size, CODECS[settings.codec].suffix), form)
-        self.settings = settings
+        self.settings, self._first = settings, first
         self._sources = self._joined() if settings.join else [(None, 0)] * request.batch_size
+        for source, _ in self._sources:
+            self.told += self._of_sound(source) if source else []
 
     @property
     def copied(self) -> int:
@@ -104,9 +111,27 @@ class VideoPart(_Files):
                 prefix=source,
                 prefix_frames=frames,
                 on_copied=copied,
+                sound=sound_from(settings, self._first - frames, form),
             )
 
         self._open(sink)
+
+    def _of_sound(self, source: Path) -> list[str]:
+        """What becomes of the sound of an old file that is joined to, where it does not simply go on."""
+        earlier = EarlierSound(source)
+        if not earlier.told:
+            return []
+        if self.settings.sound is None:
+            return [
+                f"{source.name} carries sound and this run has none: it is kept as far as the old frames go; connect audio to go "
+                "on with sound"
+            ]
+        if earlier.form is None:
+            return [
+                f"the sound of {source.name} ({earlier.told}) cannot be gone on with, so the file carries the given sound from its "
+                "beginning"
+            ]
+        return []
 
     def _joined(self) -> list[tuple[Path | None, int]]:
         """Each item's old file and how many of its frames the state stands for; ValueError if it is not the state's."""
@@ -136,10 +161,12 @@ class VideoPart(_Files):
 class FramesPart(_Files):
     """A folder of frames an item. ValueError if those that are to be joined are not there."""
 
-    def __init__(self, request: Request, settings: FrameSettings, form: FileForm, first: int) -> None:
+    def __init__(
+        self, request: Request, stream: StreamSettings, settings: FrameSettings, form: FileForm, first: int
+    ) -> None:
         """`first`: the place, among the video's file frames, of the first one that this run makes."""
         super().__init__(request, video_endings(request.batch_size, FRAMES_SUFFIX), form)
-        self.settings, self._first = settings, first
+        self._stream, self.settings, self._first = stream, settings, first
         joins = settings.join and first
         self._sources = self._joined() if joins else [(None, self._first)] * request.batch_size
 
@@ -162,7 +189,8 @@ class FramesPart(_Files):
 
         def sink(item: int, path: Path) -> FrameFolder:
             source, begin = self._sources[item]
-            return FrameFolder(path, self._sequence(run_id, begin), request.metadata, source, self._first, copied)
+            sound, about = sound_from(self._stream, begin, self.form), self._sequence(run_id, begin)
+            return FrameFolder(path, about, request.metadata, source, self._first, copied, sound)
 
         self._open(sink)
 
@@ -201,8 +229,15 @@ def parts_of(request: Request, settings: StreamSettings, first: int) -> list[Vid
     """What a run with these settings writes, from the video's file frame `first` on; the first one's name is that of its states and
     its report."""
     form = settings.form(request.width, request.height)
-    video = [VideoPart(request, settings, form)] if settings.video else []
-    return [*video, *(FramesPart(request, frames, form, first) for frames in settings.frames)]
+    video = [VideoPart(request, settings, form, first)] if settings.video else []
+    return [*video, *(FramesPart(request, settings, frames, form, first) for frames in settings.frames)]
+
+
+def sound_from(settings: StreamSettings, frame: int, form: FileForm) -> PlacedSound | None:
+    """The sound of a file whose first frame is the video's file frame `frame`."""
+    if settings.sound is None:
+        return None
+    return PlacedSound.at(settings.sound, settings.sound_offset, frame, form.rate)
 
 
 def run_id_of(path: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..adastate_core.audio.track import Sound
 from ..adastate_core.rollout import RolloutState
 from ..adastate_core.video.encoder import CODECS, check_encoder
 from ..adastate_core.video.frame_folder import FrameFolder
@@ -12,6 +13,7 @@ from ..adastate_core.video.frame_formats import check_format
 from ..adastate_core.video.picture_forms import deepest
 from .enlarged_stream import Enlarging, FileForm
 from .host.codec import HostDecoder
+from .sound import sound_notes
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class FrameSettings:
 class StreamSettings:
     """What AdaStateStreamOutput and AdaStateStreamFrames set: where the frames of a rollout go. `video`: whether to a video, too;
     if not, filename_prefix, codec, quality and join are nobody's. `fps` 0: as many frames a second as the model makes, which a run
-    puts there (builder.Request.at_rate)."""
+    puts there (builder.Request.at_rate). `sound`: what its files carry, `sound_offset` seconds of it before the video's first
+    picture."""
 
     vae: Any = field(repr=False)
     filename_prefix: str
@@ -44,6 +47,8 @@ class StreamSettings:
     video: bool = True
     frames: tuple[FrameSettings, ...] = ()
     enlarging: Enlarging | None = None
+    sound: Sound | None = field(default=None, repr=False)
+    sound_offset: float = 0.0
 
     def form(self, width: int, height: int) -> FileForm:
         """What the files are of a rollout of this size."""
@@ -75,6 +80,18 @@ class StreamSettings:
     def joined(self) -> StreamSettings:
         """The same with what is there put in front."""
         return replace(self, join=True, frames=tuple(replace(frames, join=True) for frames in self.frames))
+
+    def carrying(self, sound: Sound, offset: float = 0.0) -> StreamSettings:
+        """The same with a sound in its files, `offset` seconds of it before the first picture, unless it has one of its own."""
+        return self if self.sound is not None else replace(self, sound=sound, sound_offset=offset)
+
+    def sound_notes(self, pictures: int | None) -> list[str]:
+        """What may surprise about its sound beside a video of so many decoded pictures, None without an end; ValueError where
+        nothing of it is left."""
+        if self.sound is None:
+            return []
+        seconds = None if pictures is None else pictures / self.fps
+        return sound_notes(self.sound, self.sound_offset, seconds, 1 / self.fps)
 
     @property
     def keeps_state(self) -> bool:

@@ -47,9 +47,13 @@ def encode(
     """
     frames = WAN21.pictures(chunks * CHUNK_LATENTS)
     pixels = render(scene, torch.arange(frames)).permute(3, 0, 1, 2)[None] * 2 - 1
-    latents, _ = encoder(pixels)
+    return unit_latents(encoder(pixels)[0])[0]
+
+
+def unit_latents(raw: torch.Tensor) -> torch.Tensor:
+    """What the VAE gives, [B, 16, T, h, w], in the model's latent space."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
-    return ((latents - mean) / std)[0]
+    return (raw - mean) / std
 
 
 def codec_of(config: dict) -> nn.Module:

@@ -22,20 +22,21 @@ _BALLOON_REGION = (slice(6, 36), slice(4, 34))
 _SKY_ROWS, _SKY_COLUMNS = (slice(0, 3), slice(28, 31)), slice(30, 64)
 
 
-def _balloon_mask(video: torch.Tensor, scene: Scene) -> torch.Tensor:
+def balloon_mask(video: torch.Tensor, scene: Scene) -> torch.Tensor:
+    """[T, rows, columns] bool: what has the balloon's colour where it flies."""
     region = video[:, _BALLOON_REGION[0], _BALLOON_REGION[1]]
     return (region - torch.tensor(BALLOON_COLOURS[scene.balloon])).norm(dim=-1) < 0.25
 
 
 def balloon_found(video: torch.Tensor, scene: Scene) -> torch.Tensor:
     """[T] bool: a blob of the balloon's colour and about its size where the balloon flies."""
-    area = _balloon_mask(video, scene).flatten(1).sum(1).float() / (torch.pi * BALLOON_RADIUS**2)
+    area = balloon_mask(video, scene).flatten(1).sum(1).float() / (torch.pi * BALLOON_RADIUS**2)
     return (area > 0.4) & (area < 2.0)
 
 
 def balloon_place(video: torch.Tensor, scene: Scene) -> torch.Tensor:
     """[T, 2] x and y of the blob's centre in pixels; NaN where there is none."""
-    mask = _balloon_mask(video, scene).float()
+    mask = balloon_mask(video, scene).float()
     rows, columns = (torch.arange(s.start, s.stop) + 0.5 for s in _BALLOON_REGION)
     weight = mask.sum((1, 2))
     place = torch.stack([(mask * columns).sum((1, 2)), (mask * rows[:, None]).sum((1, 2))], -1) / weight[:, None]
@@ -50,7 +51,7 @@ def balloon_travel(video: torch.Tensor, scene: Scene) -> float:
 
 def balloon_colour_error(video: torch.Tensor, scene: Scene) -> torch.Tensor:
     """[T] Lab distance between the blob's mean colour and the balloon's; NaN where there is none."""
-    mask = _balloon_mask(video, scene)[..., None].float()
+    mask = balloon_mask(video, scene)[..., None].float()
     region = video[:, _BALLOON_REGION[0], _BALLOON_REGION[1]]
     mean = (region * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
     distance = (lab(mean) - lab(torch.tensor(BALLOON_COLOURS[scene.balloon]))).norm(dim=-1)

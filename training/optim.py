@@ -42,10 +42,19 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
 
+def _by_factor(parameters: list[nn.Parameter], factors: dict[int, float]) -> list[dict]:
+    """Groups of an optimiser: parameters of one `factor` (by id; 1 for those that have none) each."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
+    return [{"params": members, "factor": factor} for factor, members in groups.items()]
+
+
 class Optimiser:
     """Both optimisers behind one step; `rate` maps the share of the run done to a factor on the learning rate.
 
-    Parameters that want no gradient are left out. `muon` off: AdamW for all, with `betas`.
+    Parameters that want no gradient are left out. `muon` off: AdamW for all, with `betas`. `rates`: factors on the rate of
+    parameters whose names begin so.
     """
 
     def __init__(
@@ -56,25 +65,28 @@ class Optimiser:
         decay_from: float = 0.5,
         muon: bool = True,
         betas: tuple[float, float] = (0.9, 0.98),
+        rates: dict[str, float] | None = None,
     ) -> None:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         matrices = [p for n, p in trained if muon and p.ndim >= 2 and "modulation" not in n and "gamma" not in n]
         ids = {id(p) for p in matrices}
         rest = [p for _, p in trained if id(p) not in ids]
-        self.parts: list[torch.optim.Optimizer] = [Muon(matrices, lr)] if matrices else []
+        factors = {id(p): f for n, p in trained for start, f in (rates or {}).items() if n.startswith(start)}
+        self.parts: list[torch.optim.Optimizer] = [Muon(_by_factor(matrices, factors), lr)] if matrices else []
         if rest:
-            self.parts.append(torch.optim.AdamW(rest, lr, betas=betas, weight_decay=0.0, fused=True))
+            groups = _by_factor(rest, factors)
+            self.parts.append(torch.optim.AdamW(groups, lr, betas=betas, weight_decay=0.0, fused=True))
         self.parameters = matrices + rest
         self.lr, self.warmup, self.decay_from = lr, warmup, decay_from
 
     @staticmethod
     def of(model: nn.Module, config: dict, lr: float, decay_from: float) -> Optimiser:
-        """As a run's file asks: `optimiser` ("muon", the default, or "adamw"), `betas`, `warmup`."""
+        """As a run's file asks: `optimiser` ("muon", the default, or "adamw"), `betas`, `warmup`, `rates`."""
         kind = config.get("optimiser", "muon")
         if kind not in ("muon", "adamw"):
             raise ValueError(f"optimiser is {kind!r}; it must be muon or adamw")
         betas = tuple(config.get("betas", (0.9, 0.98)))
-        return Optimiser(model, lr, config.get("warmup", 0.01), decay_from, kind == "muon", betas)
+        return Optimiser(model, lr, config.get("warmup", 0.01), decay_from, kind == "muon", betas, config.get("rates"))
 
     def rate(self, done: float) -> float:
         """Linear warm-up, hold, linear decay to 2 %."""
@@ -87,7 +99,7 @@ class Optimiser:
         norm = float(nn.utils.clip_grad_norm_(self.parameters, clip))
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = self.lr * self.rate(done)
+                group["lr"] = self.lr * self.rate(done) * group.get("factor", 1.0)
             part.step()
             part.zero_grad(set_to_none=True)
         return norm

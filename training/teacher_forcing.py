@@ -9,6 +9,7 @@ its own index and the sink is moved up to the window. Equals the product's rollo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,20 @@ from torch import nn
 from adastate_core.rope import Rope
 
 KEY = "adastate_clip"
+
+
+# queries times keys up to which two matrix products are faster on a CPU than torch's kernel, by half with its backward
+_FEW = 2**14
+
+
+def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of [B, N, heads, head_dim] each, to [B, N, width]."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= _FEW:
+        out = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)
 
 
 @dataclass
@@ -37,14 +52,17 @@ class ClipText:
     def chunks(self) -> int:
         return self.frames // self.chunk_frames
 
+    def chunks_of(self, tokens: int) -> torch.Tensor:
+        """[tokens] int64: the chunk that each of them belongs to."""
+        return torch.arange(tokens) // (tokens // (self.copies * self.chunks)) % self.chunks
+
     def cross_attention(self, module: nn.Module, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         heads = module.num_heads
         q, k, v = module.norm_q(module.q(x)), module.norm_k(module.k(context)), module.v(context)
         q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
         mask = None
         if self.text_mask is not None:
-            queries = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // (self.copies * self.chunks))
-            mask = self.text_mask[:, None, queries % self.chunks]
+            mask = self.text_mask[:, None, self.chunks_of(q.shape[1]).to(q.device)]
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
         return module.o(out.transpose(1, 2).flatten(2))
 
@@ -83,10 +101,19 @@ class ClipAttention(ClipText):
 
     def self_attention(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """[B, 2 T P, width] -> the same, through the module's own projections."""
-        heads, batch = module.num_heads, x.shape[0]
         q, k, v = module.norm_q(module.q(x)), module.norm_k(module.k(x)), module.v(x)
-        q, raw, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        q, k = self.rope.rotate(q, self.turn), self.rope.rotate(raw, self.turn)
+        return module.o(self.attend(*(t.unflatten(-1, (module.num_heads, -1)) for t in (q, k, v))))
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        raw: torch.Tensor,
+        v: torch.Tensor,
+        beside: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> torch.Tensor:
+        """Queries, keys that are not rotated and values [B, 2 T P, heads, head_dim] to [B, 2 T P, width]. `beside`: the
+        rotated keys and the values that a chunk sees besides the clip's, [B, n, heads, head_dim] each."""
+        batch, q, k = q.shape[0], self.rope.rotate(q, self.turn), self.rope.rotate(raw, self.turn)
 
         def by_frame(t: torch.Tensor) -> torch.Tensor:  # [B, 2, T, P, heads, head_dim]
             return t.unflatten(1, (2, self.frames, self.tokens))
@@ -103,13 +130,15 @@ class ClipAttention(ClipText):
                 turn = self.rope.turn(None, [shift + j for j in sink])
                 keys.append(self.rope.rotate(raw[:, 0, : len(sink)].flatten(1, 2), turn))
                 values.append(v[:, 0, : len(sink)].flatten(1, 2))
+            if beside is not None:
+                for parts, part in zip((keys, values), beside(i), strict=True):
+                    parts.append(part)
             past_k, past_v = (torch.cat(parts, 1)[:, None].expand(-1, 2, -1, -1, -1) for parts in (keys, values))
             chunk_k = torch.cat([past_k, k[:, :, own].flatten(2, 3)], 2).flatten(0, 1)
             chunk_v = torch.cat([past_v, v[:, :, own].flatten(2, 3)], 2).flatten(0, 1)
             chunk_q = q[:, :, own].flatten(2, 3).flatten(0, 1)
-            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (chunk_q, chunk_k, chunk_v)))
-            outs.append(out.transpose(1, 2).flatten(2).unflatten(0, (batch, 2)))
-        return module.o(torch.cat(outs, 2).flatten(1, 2))
+            outs.append(attended(chunk_q, chunk_k, chunk_v).unflatten(0, (batch, 2)))
+        return torch.cat(outs, 2).flatten(1, 2)
 
 
 def install(model: nn.Module) -> None:

@@ -125,11 +125,12 @@ class Scene:
             "clock": (self.clock + frame / DAY_FRAMES) % 1.0,
             "balloon_x": 18 + 3 * torch.cos(swing / 2),
             "balloon_y": 21 + 5 * torch.sin(swing),
-            "lantern_y": self._lantern_y(frames),
+            "balloon_radius": torch.full_like(frame, BALLOON_RADIUS),
+            "lantern_y": self._lantern_y(frames, LANTERN_CENTRE[1]),
         }
 
-    def _lantern_y(self, frames: torch.Tensor) -> torch.Tensor:
-        """Height of the lantern: it slides in, or out over the upper edge, in the first 4 frames of a chunk."""
+    def _lantern_y(self, frames: torch.Tensor, height: float | torch.Tensor) -> torch.Tensor:
+        """Where the lantern is that hangs at `height`: it slides in, or out over the upper edge, in a chunk's first 4 frames."""
         chunks = chunk_of_frame(frames)
         last = len(self.lantern) - 1
         up = torch.tensor([word == LANTERN_STATES[0] for word in self.lantern], dtype=torch.float32)
@@ -139,7 +140,7 @@ class Scene:
         progress = ((frames - first_frame + 1).float() / 4).clamp(0, 1)
         share = before + (now - before) * progress
         hidden = -LANTERN_RADIUS - 2
-        return hidden + share * (LANTERN_CENTRE[1] - hidden)
+        return hidden + share * (height - hidden)
 
 
 def _draw_lantern(generator: torch.Generator, chunks: int) -> tuple[str, ...]:
@@ -163,7 +164,9 @@ def _over(picture: torch.Tensor, colour: torch.Tensor, distance: torch.Tensor) -
     return picture + (colour - picture) * cover
 
 
-def _disc(x: torch.Tensor, y: torch.Tensor, cx: torch.Tensor, cy: torch.Tensor, radius: float) -> torch.Tensor:
+def _disc(
+    x: torch.Tensor, y: torch.Tensor, cx: torch.Tensor, cy: torch.Tensor, radius: float | torch.Tensor
+) -> torch.Tensor:
     return torch.sqrt((x - cx) ** 2 + (y - cy) ** 2) - radius
 
 
@@ -240,8 +243,8 @@ def _paint_flyers(
 ) -> torch.Tensor:
     lantern = torch.tensor(LANTERN_COLOURS[scene.lantern_colour])
     picture = _over(picture, lantern, _disc(x, y, torch.tensor(LANTERN_CENTRE[0]), truth["lantern_y"], LANTERN_RADIUS))
-    cx, cy = truth["balloon_x"], truth["balloon_y"]
-    basket = _box(x - cx, y, 2.5, cy + BALLOON_RADIUS + 1, cy + BALLOON_RADIUS + 5)
+    cx, cy, radius = truth["balloon_x"], truth["balloon_y"], truth["balloon_radius"]
+    basket = _box(x - cx, y, 2.5, cy + radius + 1, cy + radius + 5)
     picture = _over(picture, torch.tensor((0.35, 0.22, 0.12)), basket)
     balloon = torch.tensor(BALLOON_COLOURS[scene.balloon])
-    return _over(picture, balloon, _disc(x, y, cx, cy, BALLOON_RADIUS))
+    return _over(picture, balloon, _disc(x, y, cx, cy, radius))

@@ -12,6 +12,7 @@ from functools import reduce
 import torch
 
 from ..cache.kv_cache import KVCache
+from ..cache.reference_tokens import ReferenceTokens
 from ..cache.slots import LayerSlots
 from ..rope import Layout, Rope
 from .host_history import HostHistory
@@ -39,6 +40,8 @@ class Corrections:
         """`pinned`: a switched layer keeps the frames of its window whose video index is below this number."""
         self.settings, self.cache, self.pinned, self.rope = settings, cache, pinned, rope
         self.switched = False
+        # tokens that every pass sees, and no layer forgets
+        self.reference: ReferenceTokens | None = None
         self.collector: Collectors | None = None
         # what is tried in the passes of now, if anything is
         self.trial: Trial | None = None
@@ -58,7 +61,7 @@ class Corrections:
         if not self.switched:
             return self.collect(layer, q, current_frames)
         if layer in self.histories and len(self.histories[layer]):
-            local = self._local(layer, q, self.parts(self.cache.layers[layer], current_frames)[0])
+            local = self._near(layer, q, self.parts(self.cache.layers[layer], current_frames)[0])
             most = self.cache.plan.block_frames
             past = self.histories[layer].read(layout, self.rope, self.cache.heads, self.cache.device, most)
             full = merge(local, attend_part(q, *past, self.cache.heads))
@@ -74,7 +77,7 @@ class Corrections:
     def collect(self, layer: int, q: torch.Tensor, current_frames: int) -> torch.Tensor:
         """Full attention, made of both parts; the rows of both go into the statistics."""
         near, far = self.parts(self.cache.layers[layer], current_frames)
-        local = self._local(layer, q, near)
+        local = self._near(layer, q, near)
         full = merge(local, self._local(layer, q, far))
         self.collector.add(layer, rows(local), rows(full))
         return rows(full)
@@ -84,9 +87,16 @@ class Corrections:
         correction."""
         near, far = self.parts(self.cache.layers[layer], current_frames, hidden)
         if layer != trial.layer:
-            return rows(self._local(layer, q, near + far))
-        local = rows(self._local(layer, q, near))
+            return rows(self._near(layer, q, near + far))
+        local = rows(self._near(layer, q, near))
         return local if trial.correction is None else trial.correction.apply(local)
+
+    def _near(self, layer: int, q: torch.Tensor, slots: list[slice]) -> Part:
+        """Attention to these slots and to the reference."""
+        local = self._local(layer, q, slots)
+        if self.reference is None:
+            return local
+        return merge(local, attend_part(q, *self.reference.read(layer), self.cache.heads))
 
     def _local(self, layer: int, q: torch.Tensor, slots: list[slice]) -> Part:
         cache = self.cache.layers[layer]

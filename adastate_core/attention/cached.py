@@ -14,7 +14,9 @@ import torch.nn.functional as F
 
 from ..cache.kv_cache import KVCache
 from ..cache.one_pass import OnePass, OnePassLayer
+from ..cache.reference_tokens import ReferenceTokens
 from ..cache.slots import LayerSlots
+from ..reference import NEAREST
 from ..rope import Layout, Rope, Turn
 from .fused_blocks import FusedBlocks, QueryKeyNorms
 
@@ -51,14 +53,21 @@ class _Pass:
 class CachedAttention:
     """The attention of one run: `begin` a pass, then every layer calls `attend` in its turn, then `end` it.
 
-    Queries attend to [cached anchor | cached window | current state | current content] with no mask.
+    Queries attend to [cached anchor | cached window | current state | current content | reference] with no mask.
     """
 
     def __init__(
-        self, cache: KVCache, rope: Rope, kernel: Kernel = plain_attention, blocks: FusedBlocks | None = None
+        self,
+        cache: KVCache,
+        rope: Rope,
+        kernel: Kernel = plain_attention,
+        blocks: FusedBlocks | None = None,
+        reference: ReferenceTokens | None = None,
     ) -> None:
-        """`blocks`: which of the model's blocks use compiled functions; None: none."""
+        """`blocks`: which of the model's blocks use compiled functions; None: none. `reference`: tokens that all passes see."""
         self.cache, self.rope, self.kernel, self.blocks = cache, rope, kernel, blocks
+        # whichever cache a pass reads, the text's keys and values are there once
+        self._texts, self.reference = cache, reference
         # called in every layer of every pass with (layer, rotated q, keys, kept); may look, must not change
         self.observe: Callable[[int, torch.Tensor, torch.Tensor, bool], None] | None = None
         self.corrections: Corrections | None = None
@@ -76,10 +85,14 @@ class CachedAttention:
         kept: bool,
         cache: KVCache | None = None,
         one_pass: OnePass | None = None,
+        distance: int = NEAREST,
     ) -> None:
         """Start a pass of [state | content_frames] over `cache` (None: the one before). If it is `kept`, its raw keys are
-        staged, to be committed. `one_pass`: its frames are these, and become anchor and window."""
+        staged, to be committed. `one_pass`: its frames are these, and become anchor and window. `distance`: how far beyond its
+        first content frame the reference stands."""
         self.cache = cache or self.cache
+        if self.reference is not None:
+            self.reference.place(layout.content, distance)
         turn = self.rope.turn(None, layout.current(content_frames))
         self._pass = _Pass(content_frames, kept, turn, layout, one_pass)
         self.cache.begin()
@@ -150,6 +163,8 @@ class CachedAttention:
             keys, values = own.read(frames, run.layout)
             if self.observe is not None:
                 self.observe(layer, q, keys, run.kept)
+            if self.reference is not None:
+                keys, values = self.reference.beside(layer, keys, values)
             out = self.kernel(q, keys, values, heads)
             if self.corrections is not None:
                 out = self.corrections.correct(layer, out)
@@ -162,7 +177,7 @@ class CachedAttention:
         self, layer: int, key: object, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's text keys and values for the prompt `key`, made on first use."""
-        return self.cache.text(layer, key, make)
+        return self._texts.text(layer, key, make)
 
     def _rotated(self, x: torch.Tensor, turn: Turn) -> torch.Tensor:
         return self.rope.rotate(x.unflatten(-1, (self.cache.heads, -1)), turn).flatten(2)

@@ -20,6 +20,8 @@ CACHE_DEVICES = ("gpu", "host memory")
 HOST = "host_"
 # keys and values of anchor, window and current on the device, in every copy
 KV_NAMES = ("k", "v", "rotated_copy", "current", "ema", "replay", "scales", "scratch", "prefetch", "selection")
+# keys and values of a reference's tokens
+REFERENCE = "reference"
 # the name of what is held of the cache while the window shrinks at the end of a video, and the names of what that is
 HELD = "host_before_the_end"
 _KEPT = ("k", "v", "rotated_copy", "ema", "replay", "scales")
@@ -95,7 +97,8 @@ class CachePlan:
     `vae_bytes`: the cache of a streaming decoder. `cache_dtype` (one of CACHE_DTYPES) and `cache_device` (one of CACHE_DEVICES) say
     how anchor and window are held. `heads` is needed for the scales. `holds_state`: at the end of the video the cache is held in
     host memory as it was before its window shrank, to go on from. `one_pass_frames`: so many at most are made again by one pass
-    (cache/one_pass.py; 0: a chunk at a time).
+    (cache/one_pass.py; 0: a chunk at a time). `windows`: so many caches of such layers there are (history.py), which share the
+    scratch. `reference_tokens`: of a reference, beside all frames, in every layer.
 
     `layers` are whole windows. What is allocated are the rooms of a phase: each window cut to the `frames` of the video that are
     ever made (None: not known) and to those that are made while the phase lasts. `phases` come one after the other; none means that
@@ -120,6 +123,8 @@ class CachePlan:
     steps: int = 0
     holds_state: bool = False
     one_pass_frames: int = 0
+    windows: int = 1
+    reference_tokens: int = 0
 
     @property
     def first_phase(self) -> Phase:
@@ -193,6 +198,11 @@ class CachePlan:
         """One layer's keys (or values) of one latent frame."""
         return self.batch * self.tokens * self.width * self.dtype.itemsize
 
+    @property
+    def reference_bytes(self) -> int:
+        """Keys and values of a reference's tokens in all layers."""
+        return 2 * len(self.layers) * self.batch * self.reference_tokens * self.width * self.dtype.itemsize
+
     def bytes(self) -> dict[str, int]:
         """Bytes by name: k, v (anchor and window), rotated copy, current, ema, replay, text_kv, absorption, vae_cache, and of
         a deep sink the selection.
@@ -242,13 +252,14 @@ class CachePlan:
         sizes: dict[str, int] = {}
         for room, count in Counter(rooms).items():
             for name, size in room.bytes(self).items():
-                sizes[name] = sizes.get(name, 0) + count * size
+                sizes[name] = sizes.get(name, 0) + self.windows * count * size
         text = self.batch * self.text_tokens * self.width * self.dtype.itemsize
         others = {
             "text_kv": 2 * len(self.layers) * text,
             "absorption": phase.absorption_bytes,
             "vae_cache": self.vae_bytes,
         }
+        others |= {REFERENCE: self.reference_bytes} if self.reference_tokens else {}
         return sizes | others
 
     def _shared(self) -> dict[str, int]:
@@ -297,7 +308,8 @@ class CachePlan:
         layers = 0
         for phase in self.phases or (self.first_phase,):
             sizes = [room.locked_bytes(self) for room in self.rooms(phase)]
-            layers = max(layers, sum(sizes) + (max(sizes, default=0) if len(self.phases) > 1 else 0))
+            passing = max(sizes, default=0) if len(self.phases) > 1 else 0
+            layers = max(layers, self.windows * sum(sizes) + passing)
         staged = block_of(max((self.snapshot_bytes(layer) for layer in self.layers), default=0))
         return layers + 2 * staged + locked(self.steps * self.current_frames * self.latent_frame_bytes)
 

@@ -27,13 +27,19 @@ from .workspace import Workspace
 class KVCache:
     """All layers' buffers of one run, and the text keys and values of the current prompt."""
 
-    def __init__(self, plan: CachePlan, heads: int, device: torch.device | str = "cpu") -> None:
-        """ValueError if the device has no casts for the plan's `cache_dtype`."""
+    def __init__(
+        self, plan: CachePlan, heads: int, device: torch.device | str = "cpu", workspace: Workspace | None = None
+    ) -> None:
+        """`workspace`: that of another cache of the same plan, which passes use in turn. ValueError if the device has no casts for
+        the plan's `cache_dtype`."""
         self.plan, self.heads, self.device = plan, heads, torch.device(device)
         check_cache_dtype(plan.cache_dtype, self.device)
         # what every layer is to be; where a resize failed, layers are not there yet
         self.phase = plan.first_phase
-        self.workspace = Workspace(plan.held(self.phase), self.device) if plan.expands else None
+        self.shares = workspace is not None
+        if workspace is None and plan.expands:
+            workspace = Workspace(plan.held(self.phase), self.device)
+        self.workspace = workspace
         self.layers: list[LayerSlots] = [
             layer.build(plan, self.device, self.workspace, room)
             for layer, room in zip(self.phase.layers, plan.rooms(self.phase), strict=True)
@@ -48,7 +54,7 @@ class KVCache:
 
     def bytes(self) -> dict[str, int]:
         """Bytes really allocated for keys and values, by the names of `plan.bytes()`."""
-        sizes: dict[str, int] = {} if self.workspace is None else self.workspace.bytes()
+        sizes: dict[str, int] = {} if self.workspace is None or self.shares else self.workspace.bytes()
         for layer in self.layers:
             for name, size in layer.bytes().items():
                 sizes[name] = sizes.get(name, 0) + size

@@ -4,6 +4,7 @@ largest of them counts. Each figure follows the operation of that name; tests co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ class Planned(Protocol):
     steps: int
     layers: Sequence[Any]
     one_pass_frames: int
+    reference_tokens: int
 
     @property
     def current_frames(self) -> int: ...
@@ -83,6 +85,11 @@ def operation_bytes(plan: Planned, collects: bool, corrects: bool) -> int:
     taken.append(
         plan.most_slots * 2 * size
     )  # keys and values of a pass over less than a chunk, which are copied together
+    if plan.reference_tokens:
+        # keys and values of a pass with the reference's behind them, and those keys as they were turned; or, where the reference is
+        # made, one after another its queries or keys as they are turned
+        share = plan.reference_tokens / plan.tokens
+        taken.append((plan.most_slots + share) * 2 * size + share * turned)
     # the queries of a pass that makes a window again, and its keys and values, which are copied together while there are few
     taken.append(plan.one_pass_frames * 3 * size)
     if plan.expands:
@@ -96,7 +103,7 @@ def operation_bytes(plan: Planned, collects: bool, corrects: bool) -> int:
     if any(layer.blend_frames for layer in plan.layers):
         # the draft's scratch with a frame's key and value; blended keys turned in float32, while the block before goes to its place
         taken += [4 * 4 + 2 * 4 + 2 * size, plan.block_frames * 12]
-    return each * max(taken)
+    return math.ceil(each * max(taken))
 
 
 # frames that a flush leaves, each of which changes places with another: key, value and raw key

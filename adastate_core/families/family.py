@@ -17,7 +17,7 @@ class Family:
     their kind here, and `full_vae` is how the full one is called. `full_examples` and `vae_examples` say which full VAE, and which
     of any kind, a user loads; `empty_latent` which node of the host gives an empty LATENT. `refused_conditions` are the host's keys
     of what a prompt may carry besides its text and a chunk of this family is not given, with the words for each. `samplers` are of
-    schedule.SAMPLERS, or empty for all of them.
+    schedule.SAMPLERS, or empty for all of them. `driven_by_sound`: its models hear a sound and are shown a reference.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Family:
     empty_latent: str
     refused_conditions: dict[str, str] = field(default_factory=dict, repr=False)
     samplers: tuple[str, ...] = ()
+    driven_by_sound: bool = False
 
     @property
     def model_class(self) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from .family import Family
 from .wan21 import WAN21_TEXT
 from .wan22 import WAN22_5B
+from .wan22_s2v import WAN22_S2V
 
-FAMILIES = (WAN21_TEXT, WAN22_5B)
+FAMILIES = (WAN21_TEXT, WAN22_5B, WAN22_S2V)
 
 
 def family_of(model_class: str) -> Family | None:

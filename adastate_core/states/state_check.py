@@ -26,7 +26,10 @@ from ..decode.ways import WAY, WAYS
 from ..files.header_check import Damage, Fields, Tensors, Unreadable, number, shown
 from ..geometry import SPACES, WAN21, ModelGeometry
 from ..given import INSIDE
+from ..history import HISTORIES, OWN_LEVEL
+from ..reference import ReferenceRule
 from ..rope import POSITION_MODES
+from ..schedules.schedule import MOST_SIGMAS
 from ..shot_check import damage
 from ..spec import ENDINGS, REMADE, RolloutSpec
 from .enlarged_check import check_enlarged
@@ -67,7 +70,9 @@ def check_state(header: Fields, tensors: Tensors, before: bool) -> None:
     layers = header.listed("cache")
     count = len(plan.layers)
     # one cache after the other where noise levels have their own, which absorption does not go with
-    if not layers or len(layers) % count or (spec.absorption is not None and len(layers) != count):
+    several = spec.history == OWN_LEVEL
+    wrong = len(layers) != count * spec.windows if several else len(layers) % count
+    if not layers or wrong or (spec.absorption is not None and len(layers) != count):
         raise Damage(f"cache has {len(layers)} layers, and the settings' model {count}")
     books: dict[tuple[int, LayerSpec], Any] = {}
     for i, entry in enumerate(layers):
@@ -163,6 +168,11 @@ def spec_of(described: Fields, before: bool) -> RolloutSpec:
         values["ending"] = described.text("ending", ENDINGS)
     if described.has("remade"):
         values["remade"] = described.text("remade", REMADE)
+    if described.has("history"):
+        values["history"] = described.text("history", HISTORIES)
+        values["windows"] = described.whole("windows", 1, MOST_SIGMAS)
+    if described.has("reference"):
+        values["reference"] = _reference_of(described.inner("reference"))
     described.done()
     try:
         return RolloutSpec(ModelGeometry(**geometry, space=space), **values)
@@ -191,6 +201,13 @@ def _anchor_of(described: Fields) -> Anchor:
         return kind.described(_typed(described, kind))
     except ValueError as error:
         raise Damage(f"spec.anchor does not go together ({error})") from error
+
+
+def _reference_of(described: Fields) -> ReferenceRule:
+    try:
+        return ReferenceRule(**_typed(described, ReferenceRule))
+    except ValueError as error:
+        raise Damage(f"spec.reference does not go together ({error})") from error
 
 
 def _layer_of(described: Fields, index: int, entry: Any) -> LayerSpec:
@@ -223,8 +240,10 @@ def _check_latents(spec: RolloutSpec, tensors: Tensors, next_frame: int, emitted
         take("recent", min(spec.recent_frames, next_frame))
     if tensors.has("given"):
         take("given", None)
-    if spec.remade and next_frame:
+    if spec.first_kept and next_frame:
         take("first", 1)
+    if spec.reference is not None:
+        take("reference", 1)
     if spec.blocks > 1 and tensors.has("noisy"):
         frames = take("noisy", None)
         if frames % spec.chunk_frames or frames > (spec.blocks - 1) * spec.chunk_frames:

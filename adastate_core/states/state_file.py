@@ -22,7 +22,7 @@ from .state_check import check_state
 
 FORMAT = "adastate.rollout"
 VERSION, BEFORE = 2, 1
-OPTIONAL = ("hidden", "latents", "recent", "noisy", "given", "first")
+OPTIONAL = ("hidden", "latents", "recent", "noisy", "given", "first", "reference")
 LAYER = ("anchor_slots", "ring_slots", "frames", "positions", "pinned")
 _UNREADABLE = (OSError, MemoryError)
 

@@ -20,11 +20,11 @@ def most_state_bytes(spec: RolloutSpec, plan: CachePlan, kept_latents: int = 0) 
     streamed). `kept_latents`: latent frames that it keeps."""
     phases = plan.phases or (plan.first_phase,)
     layers = max(sum(_layer_bytes(plan, room) for room in plan.rooms(phase)) for phase in phases)
-    layers = 0 if spec.remade else layers  # no key outlives a chunk
+    layers = 0 if spec.remade else layers * plan.windows  # no key outlives a chunk that is made anew
     chunk, anchor = spec.chunk_frames * spec.blocks, spec.anchor
     latents = spec.recent_frames + chunk + anchor.state_frames + kept_latents
     latents += chunk if spec.blocks > 1 else 0
-    latents += 1 if spec.remade else 0
+    latents += (1 if spec.first_kept else 0) + (1 if spec.reference is not None else 0)
     return (
         layers
         + latents * plan.latent_frame_bytes
@@ -36,7 +36,7 @@ def most_state_bytes(spec: RolloutSpec, plan: CachePlan, kept_latents: int = 0) 
 
 def most_file_bytes(spec: RolloutSpec, plan: CachePlan, kept_latents: int = 0) -> int:
     """The most bytes of the file that such a state is written to."""
-    return most_state_bytes(spec, plan, kept_latents) + _HEADER + _HEADER_LAYER * len(plan.layers)
+    return most_state_bytes(spec, plan, kept_latents) + _HEADER + _HEADER_LAYER * len(plan.layers) * plan.windows
 
 
 def _layer_bytes(plan: CachePlan, room: LayerSpec) -> int:

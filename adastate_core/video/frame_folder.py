@@ -1,7 +1,7 @@
 """A video as a folder of pictures, or as an animation in a folder: a sink that writes whole files only.
 
 Every picture is a file of its own, `000000.png`, numbered by its place in the video, so that runs that go on from each other number
-on. `sequence.json` says whose they are. An animation is named by its first picture.
+on. `sequence.json` says whose they are. An animation is named by its first picture. Sound lies beside them, as `sound.wav`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from ..audio.placed import PlacedSound
 from ..files.whole_file import WholeFiles, not_written, sync_file, sync_folder, whole_file
 from .animation import MOST_BYTES, GrowingAnimation
 from .frame_formats import FRAME_FORMATS, PictureEncoder, text_blocks, with_text
+from .sound_beside import SoundBeside
 
 ABOUT = "sequence.json"
 
@@ -81,7 +83,8 @@ class FrameFolder:
 
     `sequence` says what is written. `joined` is a folder whose frames before `until` (counted in the video) are put in front:
     linked, or copied where the disk knows no links; `on_copied`, which may raise, is called after each. `metadata` goes into every
-    PNG, as JSON. ValueError, in a sentence, for frames that cannot be joined to, RuntimeError where imageio is missing.
+    PNG, as JSON. `sound` is what is heard with the folder's frames. ValueError, in a sentence, for frames that cannot be joined to,
+    RuntimeError where imageio is missing.
     """
 
     takes = "float"
@@ -94,6 +97,7 @@ class FrameFolder:
         joined: Path | None = None,
         until: int = 0,
         on_copied: Callable[[], None] = lambda: None,
+        sound: PlacedSound | None = None,
     ) -> None:
         self.path, self.sequence, self.frames, self.warning = path, sequence, 0, ""
         self.form = FRAME_FORMATS[sequence.format]
@@ -104,6 +108,7 @@ class FrameFolder:
         self._text = text_blocks(metadata or {}) if self.form.encoder == "png" else b""
         self._animation: GrowingAnimation | None = None
         self._encoder: PictureEncoder | None = None
+        self._sound: SoundBeside | None = None
         if self.form.animated:
             self._animation = GrowingAnimation(
                 path / frame_name(sequence.first_frame, sequence.format),
@@ -114,6 +119,9 @@ class FrameFolder:
         try:
             if joined is not None:
                 self._join(joined, until)
+            if sound is not None:
+                self._sound = SoundBeside(path, sound, Fraction(sequence.fps), joined, self.frames)
+                self._sound.until(self.frames)
             self._encoder = PictureEncoder(self.form, float(Fraction(sequence.fps)))
         except BaseException:
             self.stop()
@@ -158,6 +166,8 @@ class FrameFolder:
                 else:
                     data = with_text(data, self._text) if self._text else data
                     self._files.write(self.path / frame_name(self.next_frame, self.sequence.format), data)
+                if self._sound is not None:
+                    self._sound.until(self.frames + 1)
             except OSError as error:
                 raise not_written(f"frame {self.next_frame} of {self.path.name}", error) from error
             self.nbytes += len(data)
@@ -171,6 +181,8 @@ class FrameFolder:
                 self.nbytes -= path.stat().st_size
                 path.unlink()
         self.frames, self._synced = frames, min(self._synced, frames)
+        if self._sound is not None:
+            self._sound.go_back(frames)
 
     def sync(self) -> None:
         """Have the system put on the disk what has been written since the last time, as far as it can."""
@@ -180,6 +192,9 @@ class FrameFolder:
         else:
             for number in range(self.sequence.first_frame + self._synced, self.next_frame):
                 sync_file(self.path / frame_name(number, self.sequence.format))
+        if self._sound is not None:
+            with suppress(OSError, ValueError):
+                self._sound.sync()
         self._synced = self.frames
         sync_folder(self.path)
 
@@ -190,6 +205,8 @@ class FrameFolder:
             encoder.close()
         if self._animation is not None:
             self._animation.close()
+        if self._sound is not None:
+            self._sound.close()
 
     def close(self) -> Path:
         """The same, and on the disk."""

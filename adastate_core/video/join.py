@@ -21,16 +21,18 @@ class Prefix:
     """The first `frames` frames of a video, and what else its file holds up to then.
 
     `encoding` is the wanted one, in the colours that the video began with: its own parameter sets decide. `has_others`: the
-    file has more tracks than the pictures; `left_out`: the kinds of those that this PyAV cannot copy. ValueError, in a
-    sentence that names both values, for a video of another size, rate or quality, or of another encoder.
+    file has more tracks than the pictures, its sound not counted `with_sound`, where another takes its place; `left_out`: the
+    kinds of those that this PyAV cannot copy. ValueError, in a sentence that names both values, for a video of another size,
+    rate or quality, or of another encoder.
     """
 
-    def __init__(self, source: Path, frames: int, wanted: Encoding) -> None:
-        self.source, self.frames, self.rate = source, frames, wanted.rate
+    def __init__(self, source: Path, frames: int, wanted: Encoding, with_sound: bool = False) -> None:
+        self.source, self.frames, self.rate, self._with_sound = source, frames, wanted.rate, with_sound
         with av.open(str(source)) as container:
             self.encoding = self._checked(container, wanted)
-            self.has_others = len(container.streams) > 1
-            self.left_out = [track.type for track in container.streams if not can_be_copied(track)]
+            others = self._others(container)
+            self.has_others = bool(others)
+            self.left_out = [track.type for track in others if not can_be_copied(track)]
 
     def _checked(self, container: av.container.InputContainer, wanted: Encoding) -> Encoding:
         if not container.streams.video:
@@ -62,6 +64,14 @@ class Prefix:
                 f"was made with quality {quality} and quality is {wanted.quality}", "use the same quality"
             )
         raise self._refused("was made by another encoder, or by one with other settings", "keep its settings")
+
+    def _others(self, container: av.container.InputContainer) -> list[av.stream.Stream]:
+        pictures = container.streams.video[0].index
+        return [
+            track
+            for track in container.streams
+            if track.index != pictures and not (self._with_sound and track.type == "audio")
+        ]
 
     def _refused(self, why: str, remedy: str) -> ValueError:
         return ValueError(f"{self.source.name} cannot be joined to: it {why}; {remedy}, or turn join off")
@@ -104,8 +114,7 @@ class Prefix:
     def other_tracks(self) -> Iterator[tuple[list[av.stream.Stream], Iterator[av.Packet]]]:
         """The tracks beside the pictures, sound above all, and their packets that begin before the last joined frame ends."""
         with av.open(str(self.source)) as container:
-            pictures, end = container.streams.video[0], self.frames / self.rate
-            others = [t for t in container.streams if t.index != pictures.index and can_be_copied(t)]
+            others, end = [t for t in self._others(container) if can_be_copied(t)], self.frames / self.rate
             yield others, (p for p in packets(container, *others) if p.dts * p.time_base < end)
 
 

@@ -1,9 +1,9 @@
 """Frames to a video file as they come, so that a killed process leaves a file that plays.
 
 While it grows, the file is a fragmented mp4 or mov with one fragment a frame, each flushed as it is written, from an
-encoder that holds nothing back (no B-frames, no lookahead): all frames but at most the last decode. `close` remuxes
-it, without re-encoding, to a plain one whose index comes first; where that fails, the fragmented file stays. A Matroska
-file grows by a cluster a frame, and is finished where it is.
+encoder that holds nothing back (no B-frames, no lookahead): all frames but at most the last decode. Sound goes in beside the
+frames as they come. `close` remuxes it, without re-encoding, to a plain one whose index comes first; where that fails, the
+fragmented file stays. A Matroska file grows by a cluster a frame, and is finished where it is.
 """
 
 from __future__ import annotations
@@ -22,15 +22,24 @@ import av
 import torch
 from av.video.reformatter import VideoReformatter
 
+from ..audio.placed import PlacedSound
 from ..files.whole_file import HIDDEN, not_written, sync_file, whole_file
 from .encoder import CODECS, Encoding
 from .join import Prefix, copied_track, packets
+from .sound_track import EarlierSound, SoundTrack, ends_by
 
 __all__ = ["CODECS", "VideoSink", "remux"]
 
 log = logging.getLogger("adastate")
 _GROWING = {
     "movflags": "frag_every_frame+empty_moov+default_base_moof+use_metadata_tags",
+    "flush_packets": "1",
+}
+# A fragment ends where a second packet of a track comes: ended with every packet, it is told a wrong time of the sound behind the
+# last frame. The index in front waits for a packet of each track, since it says how late the sound's encoder is.
+_GROWING_WITH_SOUND = {
+    "movflags": "empty_moov+default_base_moof+use_metadata_tags+delay_moov",
+    "frag_duration": "1",
     "flush_packets": "1",
 }
 # no cluster is larger than a frame
@@ -44,7 +53,9 @@ class VideoSink:
 
     `quality` is the encoder's constant rate factor (0 best .. 51), where it has one. `metadata` is written before the first packet:
     strings as they are, all else as JSON, as the host's savers embed `workflow` and `prompt`. `prefix` is a video of
-    the same encoder whose first `prefix_frames` frames are copied in front, with `on_copied`, which may raise, after each.
+    the same encoder whose first `prefix_frames` frames are copied in front, with `on_copied`, which may raise, after each. `sound`
+    is what the file carries from its first frame on: its packets of the copied part are those of the earlier video, where they
+    can be gone on with.
     """
 
     def __init__(
@@ -59,19 +70,24 @@ class VideoSink:
         prefix: Path | str | None = None,
         prefix_frames: int = 0,
         on_copied: Callable[[], None] | None = None,
+        sound: PlacedSound | None = None,
     ) -> None:
         encoding = Encoding(width, height, Fraction(fps).limit_denominator(1001), codec, quality)
-        before = None if prefix is None else Prefix(Path(prefix), prefix_frames, encoding)
+        before = None if prefix is None else Prefix(Path(prefix), prefix_frames, encoding, sound is not None)
+        earlier = EarlierSound(before.source) if before and sound else None
         self._encoding, self._metadata = before.encoding if before else encoding, metadata
         self.takes, container = encoding.kind.takes, encoding.kind.container
         self.path, self.frames, self._sent, self.warning = Path(path), 0, 0, ""
         self._beside = before if before and before.has_others else None
-        growing = _GROWING_MATROSKA if container == "matroska" else _GROWING
+        growing = _GROWING if sound is None else _GROWING_WITH_SOUND
+        growing = _GROWING_MATROSKA if container == "matroska" else growing
         self._container = av.open(str(self.path), "w", format=container, options=dict(growing))
         for name, value in (metadata or {}).items():
             self._container.metadata[name] = value if isinstance(value, str) else json.dumps(value)
         self._stream = self._encoding.add_to(self._container)
-        self._converter = VideoReformatter()
+        self._converter, self._placed = VideoReformatter(), sound
+        joined = prefix_frames / self._encoding.rate
+        self._sound = None if sound is None else SoundTrack(self._container, sound, earlier, joined)
         if before is not None:
             try:
                 self._container.start_encoding()
@@ -87,7 +103,17 @@ class VideoSink:
         as it is. ValueError where they are not all on the disk yet."""
         of, metadata = self._encoding, self._metadata
         made = VideoSink(
-            path, of.width, of.height, of.rate, of.codec, of.quality, metadata, self.path, frames, on_copied
+            path,
+            of.width,
+            of.height,
+            of.rate,
+            of.codec,
+            of.quality,
+            metadata,
+            self.path,
+            frames,
+            on_copied,
+            self._placed,
         )
         made._beside = self._beside
         return made
@@ -115,6 +141,8 @@ class VideoSink:
         packet.duration = 1
         try:
             self._container.mux(packet)
+            if self._sound is not None:
+                self._sound.after(self.frames / self._encoding.rate)
         except OSError as error:
             name = "the video" if self.path.name.startswith(HIDDEN) else self.path.name
             raise not_written(f"frame {self.frames + 1} of {name}", error) from error
@@ -141,6 +169,8 @@ class VideoSink:
         try:
             for packet in self._stream.encode(None):
                 self._mux(packet)
+            if self._sound is not None and self.frames:
+                self._sound.finish(self._end)
         finally:
             container, self._container = self._container, None
             container.close()
@@ -160,13 +190,23 @@ class VideoSink:
         self.rewrite()
         return self.path
 
+    @property
+    def _sound_end(self) -> Fraction | None:
+        """Where the file's own sound is cut off, None where it has none."""
+        return None if self._sound is None else self._end
+
+    @property
+    def _end(self) -> Fraction:
+        """Where the last frame ends, in seconds."""
+        return self.frames / self._encoding.rate
+
     def rewrite(self) -> None:
         """After `stop`: remux the file; a failure becomes `warning`."""
         try:
             if self._beside is not None and self.frames:
                 self._rewrite_with_others()
             elif self.frames and self._encoding.kind.container != "matroska":
-                remux(self.path)
+                remux(self.path, end=self._sound_end)
         except Exception as error:  # noqa: BLE001  the file is whole and plays without it
             if self.path.exists():
                 left = "it is left as it grew, in fragments, and plays"
@@ -178,10 +218,10 @@ class VideoSink:
         """Remux together with the sound and all else of the joined file; where that fails, a warning, and without."""
         source, left_out = self._beside.source.name, " and ".join(sorted(set(self._beside.left_out)))
         try:
-            remux(self.path, self._beside)
+            remux(self.path, self._beside, self._sound_end)
         except Exception as error:  # noqa: BLE001  the pictures are in the file
             if self._encoding.kind.container != "matroska":
-                remux(self.path)
+                remux(self.path, end=self._sound_end)
             self._warn(f"sound and other tracks of {source} could not be taken along ({_why(error)})")
         else:
             if left_out:
@@ -197,19 +237,20 @@ def _why(error: Exception) -> str:
     return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
 
 
-def remux(path: Path, beside: Prefix | None = None) -> None:
+def remux(path: Path, beside: Prefix | None = None, end: Fraction | None = None) -> None:
     """Rewrite a growing file in place as a plain one with its index first, all tracks, clocks and metadata unchanged.
 
-    `beside`: the other tracks of an earlier video are put beside those of the file. The new file takes the old one's place
+    `beside`: the other tracks of an earlier video are put beside those of the file. `end`: the file's own sound ends there, in
+    seconds. The new file takes the old one's place
     only when it was opened again and its first and its last frames decoded. Else an OSError, a ValueError or one of PyAV's
     says why, and the old file is as it was.
     """
     with whole_file(path) as file:
-        counts = _rewrite(path, Path(file.name), beside)
+        counts = _rewrite(path, Path(file.name), beside, end)
         _require_whole(Path(file.name), counts)
 
 
-def _rewrite(path: Path, new: Path, beside: Prefix | None) -> list[int]:
+def _rewrite(path: Path, new: Path, beside: Prefix | None, end: Fraction | None = None) -> list[int]:
     """Copy all tracks' packets to a plain file of the same container; how many of each."""
     others = contextlib.nullcontext(([], ())) if beside is None else beside.other_tracks()
     with av.open(str(path)) as source, others as (tracks_beside, packets_beside):
@@ -221,7 +262,7 @@ def _rewrite(path: Path, new: Path, beside: Prefix | None) -> list[int]:
             counts = [0] * (len(own) + len(more))
             lasting = own[source.streams.video[0].index].index, _frame_ticks(source.streams.video[0])
             streams = (
-                ((own[p.stream.index], p) for p in packets(source)),
+                ((own[p.stream.index], p) for p in packets(source) if end is None or ends_by(p, end)),
                 ((more[p.stream.index], p) for p in packets_beside),
             )
             for stream, packet in heapq.merge(*streams, key=lambda pair: pair[1].dts * pair[1].time_base):

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..anchors import Anchor, anchor_from
+from ..audio.driving import ALIGNMENTS
 from ..bounds import BOUNDS
 from ..geometry import SPACES
 from ..given import BEFORE, STARTS
+from ..history import HISTORIES
 from ..rope import POSITION_MODES
 from .presets import Preset
 
@@ -92,6 +94,11 @@ def _check_bounds(values: dict[str, Any]) -> None:
         raise ValueError(f"positions is {values['positions']!r}; it must be one of {', '.join(POSITION_MODES)}")
     if values.get("start", BEFORE) not in STARTS:
         raise ValueError(f"start is {values['start']!r:.60}; it must be one of {', '.join(STARTS)}")
+    for name, options in (("history", HISTORIES), ("audio", ALIGNMENTS)):
+        if values.get(name, options[0]) not in options:
+            raise ValueError(f"{name} is {values[name]!r:.60}; it must be one of {', '.join(options)}")
+    if not 0 <= values.get("reference_rolls", 0) <= 10**6:
+        raise ValueError(f"reference_rolls is {values['reference_rolls']}; it must be a latent frame, or 0 for never")
     if any(not 0 < level <= 1 for level in values.get("levels", ())):
         raise ValueError(f"levels are {list(values['levels'])}; each must lie in (0, 1]")
     for name in ("timesteps", "first_timesteps"):

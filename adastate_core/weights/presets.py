@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..anchors import Anchor, AnchorAdaptive, AnchorDeep, AnchorEMA, AnchorMemory, AnchorReplay, AnchorStatic
+from ..audio.driving import CHUNK, HOST
 from ..cache.one_pass import goes_with
 from ..geometry import WAN21, WAN22, LatentSpace
 from ..given import BEFORE, INSIDE
+from ..history import CLEAN, LAST_LEVEL, OWN_LEVEL
 from ..schedules.schedule import TIMESTEPS, Schedule
 from ..schedules.solvers import RENOISING
 
@@ -42,6 +44,9 @@ class Preset:
     `fps`: frames a second that its weights make (0: its latent space's). `start`: where given latents stand if nobody says it,
     "before" the first chunk or "inside" it. `space` is the latent space of its weights; its rules go with others.
     `compared_chunks`: over so many the pack's tests compare it with the system's published loop.
+    `driven_by_sound`: its weights hear a sound and are shown a reference. `history`, one of HISTORIES, says what a chunk's past is,
+    `audio`, one of ALIGNMENTS, what it hears, and from chunk `reference_rolls` (a latent frame; 0: never) on the first frame stands
+    for the reference. `lora_scale`: what a LoRA of it that says no alpha is applied with.
     """
 
     name: str
@@ -74,6 +79,11 @@ class Preset:
     fps: float = 0.0
     start: str = BEFORE
     space: LatentSpace = WAN21
+    driven_by_sound: bool = False
+    history: str = CLEAN
+    audio: str = HOST
+    reference_rolls: int = 0
+    lora_scale: float = 1.0
 
     @property
     def schedule(self) -> Schedule:
@@ -155,11 +165,28 @@ class Preset:
                 f"a recache is one pass over frames that all see each other: over all, the anchor's among them, while there are no "
                 f"more than {self.anchor.frames + later}, and over the newest {later} afterwards"
             )
+        if self.driven_by_sound:
+            lines += self._sound_words()
         if self.remade:
             lines.append(self._remade_words("first" if keep_first_frame else self.remade))
         if self.compared_chunks:
             lines.append(f"equal to its published loop within 1e-4 over {self.compared_chunks} chunks")
         return "\n".join([*lines, *([self.note] if self.note else []), *([self.longer] if self.longer else [])])
+
+    def _sound_words(self) -> list[str]:
+        """What it hears and is shown, and whose keys are its past."""
+        past = {
+            CLEAN: "the past is what a clean pass over each finished chunk cached",
+            OWN_LEVEL: "each step has a window of its own, of what that step cached at its noise level; there is no clean pass",
+            LAST_LEVEL: "all steps share one window, of what the last step cached; there is no clean pass",
+        }[self.history]
+        hears = "its own pictures' sound alone" if self.audio == CHUNK else "its own sound and that just before it"
+        rolls = (
+            f"; from latent frame {self.reference_rolls} on the video's first frame stands for the reference"
+            if self.reference_rolls
+            else ""
+        )
+        return [past, f"it is driven by sound and shows a reference picture: a chunk hears {hears}{rolls}"]
 
     def _remade_words(self, remade: str) -> str:
         """How the past comes about that is made anew."""
@@ -208,6 +235,19 @@ def _flow_unipc(steps: int) -> dict[str, Any]:
 def _float32(number: float) -> float:
     """The nearest number that a float32 holds."""
     return struct.unpack("f", struct.pack("f", number))[0]
+
+
+_LIVEAVATAR = dict(
+    window_frames=9, sampler="euler", fps=25.0, driven_by_sound=True, history=OWN_LEVEL, audio=CHUNK, reference_rolls=12,
+)  # fmt: skip
+
+
+def _flow_euler(steps: int) -> dict[str, Any]:
+    """What LiveAvatar's scheduler makes of so many steps: even levels from 1 down to the lowest of 1000 that were shifted by 3,
+    shifted by 3 once more, in float32 (FlowMatchEulerDiscreteScheduler.set_timesteps)."""
+    last = 3 * 0.001 / (1 + 2 * 0.001)
+    even = [1 + (last - 1) * step / (steps - 1) for step in range(steps)]
+    return dict(timesteps=tuple(TIMESTEPS * _float32(3 * u / (1 + 2 * u)) for u in even), warp=False, shift=3.0)
 
 
 PRESETS: dict[str, Preset] = {
@@ -293,6 +333,18 @@ PRESETS: dict[str, Preset] = {
             note="that comparison is made with the picture and with the latent in its place; 14 B: plan the memory first (a latent "
             "frame takes 1.19 GiB at 832x480 in bf16)",
         ),
+        Preset(
+            "liveavatar", "LiveAvatar, on Wan 2.2 S2V 14B", "Alibaba-Quark/LiveAvatar", names=(r"live.?avatar",), **_flow_euler(4),
+            **_LIVEAVATAR, lora_scale=0.5, files=("liveavatar.safetensors",), compared_chunks=6,
+            note="liveavatar.safetensors is a LoRA of Wan 2.2 S2V (rank 128, trained at scale 0.5, which Load Causal LoRA knows): "
+            "put it between the loader and Model Preset. Where the reference stands is drawn from the seed, chunk and step",
+        ),
+        Preset(
+            "liveavatar_one_window", "LiveAvatar, one window for all steps", "Alibaba-Quark/LiveAvatar", **_flow_euler(4),
+            **_LIVEAVATAR | dict(history=LAST_LEVEL),
+            note="not the published rule: all steps see what the last one cached, so one window does for four; what "
+            "that does to its pictures was never seen",
+        ),
         Preset("adastate", "AdaState", "arXiv 2605.30349", names=(r"ada.?state",), **_STATE),
         Preset(
             "adastate_long", "AdaState, trained with horizon weight 4", "arXiv 2605.30349", names=(r"ada.?state.*(long|alpha.?4)",),
@@ -331,6 +383,7 @@ def preset(name: str) -> Preset:
 
 # those whose names are looked for in a file's path, most telling first: a name of one may hold that of another
 _TELLING = (
+    "liveavatar",
     "adastate_long",
     "adastate",
     "krea_14b",
@@ -352,17 +405,21 @@ _TELLING = (
 )
 
 
-def recognised(path: str, part: str = "", space: LatentSpace = WAN21, written_as: str = "") -> str:
+def recognised(
+    path: str, part: str = "", space: LatentSpace = WAN21, written_as: str = "", driven_by_sound: bool = False
+) -> str:
     """The preset that a file speaks for by its name (with its folder), by what its writer called its format, and by the model taken
-    out of it; empty if none does. Only one whose weights are of the file's latent space.
+    out of it; empty if none does. Only one whose weights are of the file's latent space, and hear a sound only if these do.
 
     The systems on one space share one architecture, so their weights cannot be told apart: of Wan 2.1's a trainer's file with a
     generator in it (`part`) is taken for Self-Forcing's kin.
     """
     others = [name for name in PRESETS if name not in _TELLING]
     ours = [name for name in (*others, *_TELLING) if PRESETS[name].space == space]
+    ours = [name for name in ours if driven_by_sound or not PRESETS[name].driven_by_sound]
     for text in (path.lower(), written_as.lower()):
         for name in ours:
             if any(re.search(pattern, text) for pattern in PRESETS[name].names):
                 return name
-    return "self_forcing" if part.startswith("generator") and space == PRESETS["self_forcing"].space else ""
+    kin = part.startswith("generator") and space == PRESETS["self_forcing"].space and not driven_by_sound
+    return "self_forcing" if kin else ""

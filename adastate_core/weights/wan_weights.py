@@ -1,4 +1,5 @@
-"""Which weights a Wan text-to-video transformer has, what its sizes are, and what a file holds besides."""
+"""Which weights a Wan transformer of text to video, or of sound and text to video, has, what its sizes are, and what a file holds
+besides."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ IS_A_LORA = "is a LoRA and no model: load the model that it belongs to, and put 
 _OTHER_KINDS = (
     (("vace_patch_embedding.", "vace_blocks."), "a Wan VACE model (control video)"),
     (("control_adapter.",), "a Wan camera control model"),
-    (("casual_audio_encoder.", "audio_injector.", "audio_proj."), "a Wan model that is driven by sound"),
+    (("audio_proj.",), "a Wan model that is driven by sound in another way than Wan 2.2 S2V (HuMo)"),
     (("face_adapter.", "motion_encoder.", "pose_patch_embedding.", "face_encoder."), "a Wan Animate model"),
     (
         ("patch_embedding_mask.", "patch_embedding_pose.", "patch_embedding_global."),
@@ -26,6 +27,12 @@ _OTHER_KINDS = (
     ),
     (("img_emb.",), "a Wan image-to-video model"),
 )
+# what Wan 2.2 S2V has besides (the host's spelling); the host knows it by one of these weights
+_OF_SOUND = ("casual_audio_encoder.", "audio_injector.", "frame_packer.", "trainable_cond_mask.", "cond_encoder.")
+_KNOWN_BY = "casual_audio_encoder.encoder.final_linear.weight"
+SOUND_CHANNELS, SOUND_LAYERS, SOUND_TOKENS = 1024, 25, 4
+# the blocks behind which sound comes in, one injector each; a file may lack those of blocks that it has not
+INJECTED_BLOCKS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
 # what quantised files keep beside a layer's weight, and the host reads
 _QUANTISED = (
     "scale_weight",
@@ -48,7 +55,7 @@ EXTRA_STATE = "._extra_state"
 @dataclass(frozen=True)
 class WanGeometry:
     """The sizes of a Wan transformer: `width`, `feed_forward`, `layers`, `heads`, channels in, text channels, and the latent space
-    that it makes latents of."""
+    that it makes latents of. `driven_by_sound`: it is one of Wan 2.2 S2V."""
 
     width: int
     feed_forward: int
@@ -57,6 +64,7 @@ class WanGeometry:
     in_channels: int
     text_channels: int
     space: LatentSpace
+    driven_by_sound: bool = False
 
     @property
     def parameters(self) -> str:
@@ -86,7 +94,8 @@ def geometry_of(shapes: Mapping[str, tuple[int, ...]], file: str = "the file") -
         )
     feed_forward, text = shapes["blocks.0.ffn.0.weight"][0], shapes["text_embedding.0.weight"][1]
     space = _space_of(shapes["head.head.weight"], width, file)
-    geometry = WanGeometry(width, feed_forward, len(numbers), width // HEAD_CHANNELS, in_channels, text, space)
+    heads, hears = width // HEAD_CHANNELS, _hears(shapes, file)
+    geometry = WanGeometry(width, feed_forward, len(numbers), heads, in_channels, text, space, hears)
     for name, shape in _expected(geometry):
         if name not in shapes:
             raise CheckpointError(f"{file} does not fit together: {name} is missing")
@@ -95,6 +104,18 @@ def geometry_of(shapes: Mapping[str, tuple[int, ...]], file: str = "the file") -
                 f"{file} does not fit together: {name} is {list(shapes[name])} and should be {list(shape)}"
             )
     return geometry
+
+
+def _hears(shapes: Mapping[str, tuple[int, ...]], file: str) -> bool:
+    """Whether a file is of Wan 2.2 S2V; CheckpointError for what is left of one."""
+    if _KNOWN_BY in shapes:
+        return True
+    if found := [name for name in shapes if name.startswith(_OF_SOUND)]:
+        raise CheckpointError(
+            f"{file} is what is left of a Wan 2.2 S2V model: it holds {len(found)} of its weights such as {shown_name(found[0])}, "
+            f"and {_KNOWN_BY} is missing"
+        )
+    return False
 
 
 def _space_of(head: tuple[int, ...], width: int, file: str) -> LatentSpace:
@@ -128,9 +149,43 @@ def _expected(geometry: WanGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"blocks.{i}.{kind}.norm_q.weight", (width,)
             yield f"blocks.{i}.{kind}.norm_k.weight", (width,)
         linear |= {f"blocks.{i}.ffn.0": (feed_forward, width), f"blocks.{i}.ffn.2": (width, feed_forward)}
+    if geometry.driven_by_sound:
+        yield "trainable_cond_mask.weight", (3, width)
+        yield "casual_audio_encoder.weights", (1, SOUND_LAYERS, 1, 1)
+        yield "casual_audio_encoder.encoder.padding_tokens", (1, 1, 1, width)
+        linear |= _of_sound(width, geometry.space.channels)
+        for i in range(sum(block < geometry.layers for block in INJECTED_BLOCKS)):
+            yield from _injector(i, width)
     for name, shape in linear.items():
         yield f"{name}.weight", shape
         yield f"{name}.bias", shape[:1]
+
+
+def _of_sound(width: int, channels: int) -> dict[str, tuple[int, ...]]:
+    """The layers of an S2V model beside its blocks, each with a bias of its own."""
+    encoder = "casual_audio_encoder.encoder"
+    return {
+        "cond_encoder": (width, channels, 1, PATCH, PATCH),
+        f"{encoder}.conv1_local.conv": (width // 4 * SOUND_TOKENS, SOUND_CHANNELS, 3),
+        f"{encoder}.conv1_global.conv": (width // 4, SOUND_CHANNELS, 3),
+        f"{encoder}.conv2.conv": (width // 2, width // 4, 3),
+        f"{encoder}.conv3.conv": (width, width // 2, 3),
+        f"{encoder}.final_linear": (width, width),
+        "frame_packer.proj": (width, channels, 1, PATCH, PATCH),
+        "frame_packer.proj_2x": (width, channels, 2, 2 * PATCH, 2 * PATCH),
+        "frame_packer.proj_4x": (width, channels, 4, 4 * PATCH, 4 * PATCH),
+    }
+
+
+def _injector(index: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every weight by which sound comes in behind one block."""
+    for name in "qkvo":
+        yield f"audio_injector.injector.{index}.{name}.weight", (width, width)
+        yield f"audio_injector.injector.{index}.{name}.bias", (width,)
+    for name in ("norm_q", "norm_k"):
+        yield f"audio_injector.injector.{index}.{name}.weight", (width,)
+    yield f"audio_injector.injector_adain_layers.{index}.linear.weight", (2 * width, width)
+    yield f"audio_injector.injector_adain_layers.{index}.linear.bias", (2 * width,)
 
 
 def check_family(shapes: Mapping[str, tuple[int, ...]], file: str) -> None:
@@ -197,6 +252,8 @@ def check_scales(names: Iterable[str], metadata: Mapping[str, str], file: str) -
 def unused_weights(shapes: Mapping[str, tuple[int, ...]], geometry: WanGeometry) -> list[str]:
     """The names in a file that the transformer of these sizes has no weight for, and that do not describe one either."""
     known = {name for name, _ in _expected(geometry)}
+    if geometry.driven_by_sound:  # a whole file has all injectors, however few blocks use them
+        known |= {name for i in range(len(INJECTED_BLOCKS)) for name, _ in _injector(i, geometry.width)}
     modules = {name.rpartition(".")[0] for name in known}
 
     def describes(name: str) -> bool:

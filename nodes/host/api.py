@@ -19,6 +19,7 @@ __all__ = [
     "widget",
     "Absorption",
     "Anchor",
+    "AudioTrack",
     "Prompts",
     "State",
     "Stream",
@@ -27,6 +28,7 @@ __all__ = [
 
 Absorption = io.Custom("ADASTATE_ABSORPTION")
 Anchor = io.Custom("ADASTATE_ANCHOR")
+AudioTrack = io.Custom("ADASTATE_AUDIO")
 Prompts = io.Custom("ADASTATE_PROMPTS")
 State = io.Custom("ADASTATE_STATE")
 Stream = io.Custom("ADASTATE_STREAM")

@@ -101,7 +101,8 @@ def wished(file: str, checkpoint: Checkpoint, asked: str) -> dict[str, Any]:
         return {}
     if asked == "auto":
         own = own_metadata(checkpoint)
-        name = recognised(file, checkpoint.part, checkpoint.geometry.space, checkpoint.metadata.get(FORMAT_KEY, ""))
+        found, written_as = checkpoint.geometry, checkpoint.metadata.get(FORMAT_KEY, "")
+        name = recognised(file, checkpoint.part, found.space, written_as, found.driven_by_sound)
         return own or (named_preset(name).settings() if name else {})
     return named_preset(asked).settings()
 

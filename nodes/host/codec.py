@@ -92,6 +92,8 @@ class HostDecoder:
         # the last pictures [B, H, W, 3] float32 on the CPU of latent frames that somebody asked for
         self.kept_pictures: dict[int, torch.Tensor] = {}
         self._kept_frames: tuple[int, ...] = ()
+        # pictures of the video's first latents that are nobody's, since the decoder had seen others before
+        self._left_out = 0
         self.way, self.why_plain, self._fast = PLAIN, "the plain way was asked for", None
         if fast:
             self.why_plain = _why_tiny_plain(vae) if self.tiny else why_not(vae)
@@ -117,7 +119,7 @@ class HostDecoder:
         other = copy.copy(self)
         other.stream = copy.copy(self.stream)
         other.stream.reset()
-        other.kept_pictures, other._kept_frames = {}, ()
+        other.kept_pictures, other._kept_frames, other._left_out = {}, (), 0
         return other
 
     @property
@@ -199,16 +201,28 @@ class HostDecoder:
         moved = fed.to(self.vae.vae_dtype).to(self.vae.device)
         if not self._in_place():
             self.load(latents.shape)
+        first = not self.stream.latents_seen
         try:
             pictures = self.stream.step(moved)
         except NonFinitePicturesError as error:
             raise NonFinitePicturesError(f"{error} {_HOW}") from None
+        if first and self._left_out:
+            pictures = pictures[:, self._left_out :]
         self._keep(pictures, latents.shape[2])
         self._gave_up()
         if takes is None or not self._any_device:
             pictures = self._output(pictures.to(self.vae.output_device))
             return pictures if takes is None else in_form(pictures, takes)
         return _in_parts(pictures, lambda part: in_form(self._output(part), takes))
+
+    def warm(self, latents: torch.Tensor) -> None:
+        """Before the first latents of a video: see others, [B, C, n, h, w] in VAE space, whose pictures are nobody's. The video's
+        first latent frame is still one picture: of the four that it then makes, the last."""
+        self._left_out = 0
+        self.step(latents)
+        self.stream.latents_seen = 0
+        # a tiny VAE's stream leaves them out by itself where it has seen no latents
+        self._left_out = 0 if self.tiny else self.space.temporal_stride - 1
 
     def keep_pictures_of(self, frames: Sequence[int]) -> None:
         """Keep the last picture of these latent frames of the video in `kept_pictures` when they are decoded, and no others."""
@@ -268,7 +282,11 @@ class HostDecoder:
 
     def snapshot(self) -> dict[str, Any]:
         """What a state keeps: the cache, and which way made it if it was not the plain one."""
-        return self.stream.snapshot() | ({} if self.way == PLAIN else {WAY: self.way})
+        stream = self.stream
+        if not stream.latents_seen:  # what it has seen before the video, it sees again where that begins
+            stream = copy.copy(stream)
+            stream.reset()
+        return stream.snapshot() | ({} if self.way == PLAIN else {WAY: self.way})
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from a snapshot, the way that made it where that can be gone."""

@@ -33,6 +33,10 @@ def check_guider(guider: Any, extra_args: dict[str, Any]) -> torch.Tensor:
             f"prediction to weigh against: {_GUIDERS}"
         )
     check_model(guider.model_patcher, extra_args["model_options"], sampled=True)
+    if (family := family_of_model(guider.model_patcher)).driven_by_sound:
+        raise ValueError(
+            f"a model of {family.name} is driven by sound, which this sampler has no input for: use AdaState Rollout"
+        )
     context = check_conditioning(_positive(guider), family_of_model(guider.model_patcher))
     if context is None:
         raise ValueError("positive holds no text embeddings; connect a plain text prompt")

@@ -14,8 +14,10 @@ import comfy.lora
 import comfy.weight_adapter
 import torch
 
+from ...adastate_core.families.known import family_of
 from ...adastate_core.weights.file_kind import shown_name
 from ...adastate_core.weights.lora_file import HOSTS_PREFIX, LoraFile, hosts_name, is_text_encoders, open_lora, targets
+from ...adastate_core.weights.presets import PRESETS, recognised
 from ...adastate_core.weights.wan_weights import counted
 from .checkpoint_wishes import LORAS, checkpoint_path
 from .refusals import NOTES_KEY
@@ -53,14 +55,14 @@ def with_lora(patcher: Any, file: str, strength: float) -> tuple[Any, list[str]]
     for target, patch in patches.items():
         name = _key(target)
         _check_fits(file, name, patch, weights.get(name.removeprefix(HOSTS_PREFIX)))
-    clone = patcher.clone()
-    added = set(clone.add_patches(patches, strength))
+    clone, own = patcher.clone(), _own_scale(patcher, file, lora)
+    added = set(clone.add_patches(patches, strength * own))
     if not added:
         raise ValueError(
             f"{file} holds {len(held)} weights and the host has no use for any of them, such as {shown_name(next(iter(held)))}"
         )
     patched = {_key(target).removeprefix(HOSTS_PREFIX) for target in added}
-    notes = _notes(file, lora, held, targets(weights), patched)
+    notes = _notes(file, lora, held, targets(weights), patched, own)
     if notes:
         clone.model_options[NOTES_KEY] = [*clone.model_options.get(NOTES_KEY, ()), *notes]
     for note in notes:
@@ -79,6 +81,17 @@ def _patches(file: str, held: _Read, names: dict[str, Any]) -> dict[Any, Any]:
             except Exception:  # noqa: BLE001
                 raise ValueError(f"{file} is incomplete: parts of {shown_name(name)} are missing") from error
         raise
+
+
+def _own_scale(patcher: Any, file: str, lora: LoraFile) -> float:
+    """What a LoRA that says no alpha where the host looks is applied with, by the preset that its name speaks for; else 1."""
+    if any("alpha" in parts for parts in lora.modules.values()):
+        return 1.0
+    family = family_of(type(patcher.model.model_config).__name__)
+    if family is None:
+        return 1.0
+    name = recognised(file, space=family.space, driven_by_sound=family.driven_by_sound)
+    return PRESETS[name].lora_scale if name else 1.0
 
 
 def _key(target: Any) -> str:
@@ -111,10 +124,13 @@ def _check_fits(file: str, target: str, patch: Any, shape: torch.Size | None) ->
         )
 
 
-def _notes(file: str, lora: LoraFile, held: _Read, known: dict[str, str], patched: set[str]) -> list[str]:
+def _notes(
+    file: str, lora: LoraFile, held: _Read, known: dict[str, str], patched: set[str], own_scale: float
+) -> list[str]:
     """What of the file the model does without: weights of text encoders, of modules it has not, and of unknown parts.
 
-    `known`: the model's weights by the names of modules; `patched`: those that got an update.
+    `known`: the model's weights by the names of modules; `patched`: those that got an update; `own_scale`: what the update is
+    applied with at strength 1.
     """
     text, absent, unknown = [], [], []
     for module, part in ((module, part) for module, parts in lora.modules.items() for part in parts):
@@ -140,7 +156,11 @@ def _notes(file: str, lora: LoraFile, held: _Read, known: dict[str, str], patche
             f"{file} holds more than one update of {len(doubled)} of its modules, such as {shown_name(doubled[0])}; the host uses "
             "the last of them"
         )
-    if scale := lora.unread_scale():
+    if own_scale != 1.0:
+        notes.append(
+            f"{file} says no alpha where the host looks, and is applied with {own_scale:g} times the strength, as it was trained"
+        )
+    elif scale := lora.unread_scale():
         ranks = ", ".join(map(str, lora.ranks))
         notes.append(
             f"{file} says {scale} for rank {ranks} where the host does not look for it, so the update has the scale 1: if its "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import comfy.model_management
 import torch
 
 from ...adastate_core.attention.cached import CachedAttention
-from ...adastate_core.attention.fused_blocks import FusedBlocks
+from ...adastate_core.attention.fused_blocks import FusedBlocks, PassForm
 from ...adastate_core.attention.wan import (
     SESSION,
     TEXT_KEY,
@@ -252,8 +252,12 @@ class HostModel:
         before each function (done, of how many), and may raise to cancel. `inside`: given frames stand inside its first chunk. A
         sentence if the state cannot be gone on with bit for bit."""
         self.fused_blocks = fusing.fused_blocks(self.patcher, self._block_reasons, self.dtype, self.device, state)
-        fusing.compile_blocks(self.fused_blocks, self.patcher, plan, spec.pass_forms(inside), told)
+        fusing.compile_blocks(self.fused_blocks, self.patcher, plan, self._forms(spec, inside), told)
         return fusing.other_bits(self.fused_blocks, state)
+
+    def _forms(self, spec: RolloutSpec, inside: bool) -> Sequence[PassForm]:
+        """The forms of its passes."""
+        return spec.pass_forms(inside)
 
     def peak_bytes(self) -> int | None:
         """The most bytes that were allocated on the device since `load`, beyond what was there then; None where nobody counts."""
@@ -283,23 +287,32 @@ class HostModel:
         wan = self.patcher.model.diffusion_model
         times = timesteps(timestep, x, torch.device("cpu") if self.memory.serves(wan) else x.device)
         level = timestep if isinstance(timestep, int | float) else max(timestep)
-        own = {
-            SESSION: attention,
+        # an attention override is shown what the host shows it during a pass, and nothing of the pass outlives it
+        self._seen = self._options | self._own(attention, level)
+        told = timestep if isinstance(timestep, int | float) else tuple(timestep)
+        try:
+            with self.memory.during(self._time_key(told, x.shape[2]), self._text_key):
+                out = self._forward(wan, x.to(self.dtype), times)
+        finally:
+            self._seen = self._options
+        return out.float()
+
+    def _own(self, session: Any, level: float) -> dict[str, Any]:
+        """What a pass of `session` puts into the options."""
+        return {
+            SESSION: session,
             TEXT_KEY: self._text_key,
             "cond_or_uncond": [0],
             "sigmas": torch.tensor([level / 1000.0]),
         }
-        # an attention override is shown what the host shows it during a pass, and nothing of the pass outlives it
-        self._seen = self._options | own
-        told = timestep if isinstance(timestep, int | float) else tuple(timestep)
-        try:
-            with self.memory.during(told, self._text_key):
-                out = wan.forward_orig(
-                    x.to(self.dtype), times, self._context, freqs=None, transformer_options=self._seen
-                )
-        finally:
-            self._seen = self._options
-        return out.float()
+
+    def _time_key(self, told: float | tuple[float, ...], frames: int) -> Hashable:
+        """Passes with this in common have one time embedding."""
+        return told
+
+    def _forward(self, wan: Any, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        """The host's forward over latents in its dtype, with the options that it is shown."""
+        return wan.forward_orig(x, times, self._context, freqs=None, transformer_options=self._seen)
 
 
 def _patched(patcher: Any, memory: PassMemory) -> Any:

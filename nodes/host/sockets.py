@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...adastate_core.anchors import Anchor
+from ...adastate_core.audio.track import AudioTrack
 from ...adastate_core.prompts.values import Prompts
 from ...adastate_core.rollout_state import RolloutState
 
@@ -28,6 +29,15 @@ def _is_conditioning(value: Any) -> bool:
     )
 
 
+def _is_audio(value: Any) -> bool:
+    """A mapping, perhaps one that reads its file when it is asked."""
+    return isinstance(value, Mapping) and "waveform" in value and "sample_rate" in value
+
+
+def _is_encoded_audio(value: Any) -> bool:
+    return isinstance(value, Mapping) and "encoded_audio_all_layers" in value
+
+
 def _is_latent(value: Any) -> bool:
     return isinstance(value, Mapping) and hasattr(value.get("samples"), "is_nested")
 
@@ -40,6 +50,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "CONDITIONING": ("a CONDITIONING", _is_conditioning, "CLIP Text Encode"),
     "LATENT": ("a LATENT", _is_latent, "a node that makes one"),
     "IMAGE": ("an IMAGE", _of(torch.Tensor), "Load Image"),
+    "AUDIO": ("an AUDIO", _is_audio, "Load Audio"),
+    "AUDIO_ENCODER_OUTPUT": ("an AUDIO_ENCODER_OUTPUT", _is_encoded_audio, "Audio Encoder Encode"),
     "VIDEO": ("a VIDEO", _has("get_components"), "Load Video"),
     "SIGMAS": ("SIGMAS", _of(torch.Tensor), "a scheduler"),
     "UPSCALE_MODEL": ("an UPSCALE_MODEL", _has("model", "scale"), "Load Upscale Model"),
@@ -50,6 +62,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     ),
     "STRING": ("a text", _of(str), "a node that makes one"),
     "ADASTATE_ANCHOR": ("an ANCHOR", _of(Anchor), "one of the Anchor nodes"),
+    "ADASTATE_AUDIO": ("an AUDIO TRACK", _of(AudioTrack), "AdaState Audio"),
     "ADASTATE_PROMPTS": ("PROMPTS", _of(Prompts), "Prompt Timeline or Prompt At"),
     "ADASTATE_STATE": ("a STATE", _of(RolloutState), "a rollout or Load Rollout State"),
     "ADASTATE_ABSORPTION": ("an ABSORPTION", _has("settings", "solution"), "ISPA Cache Absorption or Load Absorption"),

@@ -21,9 +21,8 @@ def check_vae(vae: Any, space: LatentSpace | None = None) -> Family:
     if family is None:
         known = any(name in one.vae_classes.values() for one in FAMILIES)
         other = f" with {channels} channels" if known else ""
-        wanted = ", or ".join(
-            f"a {one.space.name} VAE ({one.space.channels} channels): {one.vae_examples}" for one in FAMILIES
-        )
+        each = [f"a {one.space.name} VAE ({one.space.channels} channels): {one.vae_examples}" for one in FAMILIES]
+        wanted = ", or ".join(dict.fromkeys(each))
         raise ValueError(f"the vae is a {name}{other}; streaming decode needs {wanted}")
     if space is not None and family.space != space:
         raise ValueError(

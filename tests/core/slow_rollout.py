@@ -42,11 +42,16 @@ class SlowAttention:
         self.past: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.past_positions: list[float] = []
         self.positions: list[float] = []
+        self.frame = 0
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _turn(self, x: torch.Tensor, positions: list[float]) -> torch.Tensor:
         frames = x.unflatten(1, (len(positions), -1)).unflatten(-1, (self.heads, -1))
         return torch.cat([rotate(frames[:, i], p, self.rows, self.columns) for i, p in enumerate(positions)], 1)
+
+    def read_beside(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys, turned, and values [B, n, width] of what is no frame."""
+        return None
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.seen[layer] = (k, v)
@@ -54,6 +59,9 @@ class SlowAttention:
         keys = torch.cat([pk for pk, _ in past] + [k], 1)
         values = torch.cat([pv for _, pv in past] + [v], 1)
         keys = self._turn(keys, self.past_positions + self.positions)
+        if beside := self.read_beside(layer):
+            keys = torch.cat([keys, beside[0].unflatten(-1, (self.heads, -1))], 1)
+            values = torch.cat([values, beside[1]], 1)
         queries = self._turn(q, self.positions)
         scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys) / math.sqrt(queries.shape[-1])
         out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values.unflatten(-1, (self.heads, -1)))
@@ -80,6 +88,7 @@ def slow_rollout(
     given=None,
     hold=lambda x: x,
     solve=None,
+    attention=SlowAttention,
 ) -> dict:
     """Returns latents [B, C, >= length, h, w], the state latents of each pass, and the frames cached at the end.
 
@@ -88,7 +97,7 @@ def slow_rollout(
     """
     c, layers = model.geometry.channels, model.geometry.layers
     tokens = (h // 2) * (w // 2)
-    attention = SlowAttention(model.geometry.heads, h // 2, w // 2)
+    attention = attention(model.geometry.heads, h // 2, w // 2)
     sink: list[int] = []
     window: list[int] = []
     raw: dict[int, dict[int, tuple]] = {i: {} for i in range(layers)}
@@ -96,6 +105,7 @@ def slow_rollout(
     outputs, hidden = [], []
 
     def prepare(f: int, n: int) -> None:
+        attention.frame = f
         a, w_ = (len(slots[0]), len(window))
         b = max(a, S)
         content = {"fixed": A + W, "packed": b + w_, "absolute": f}[mode]

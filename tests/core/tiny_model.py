@@ -53,10 +53,16 @@ class TinyModel(nn.Module):
         self.calls += 1
         b, c, t, h, w = x.shape
         y = self.embed(x).flatten(2).transpose(1, 2)
-        width = y.shape[-1]
         if not isinstance(timestep, int | float):
             timestep = torch.tensor(timestep, device=x.device).repeat_interleave(y.shape[1] // t)[:, None]
-        phase = timestep / 1000 * torch.arange(1, width + 1, device=x.device) / width * math.pi
+        y = self._through(y, timestep, attention, t)
+        y = self.head(F.layer_norm(y, y.shape[-1:])).view(b, t, h // 2, w // 2, 2, 2, c)
+        return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, c, t, h, w)
+
+    def _through(self, y: torch.Tensor, timestep: float | torch.Tensor, attention: object, frames: int) -> torch.Tensor:
+        """Tokens [B, N, width] through the blocks."""
+        width = y.shape[-1]
+        phase = timestep / 1000 * torch.arange(1, width + 1, device=y.device) / width * math.pi
         for i, block in enumerate(self.blocks):
             scale, shift = block.scale(torch.sin(phase)).chunk(2, -1)
             z = F.layer_norm(y, (width,)) * (1 + scale) + shift
@@ -65,5 +71,9 @@ class TinyModel(nn.Module):
             if self.context is not None:
                 y = y + self._read_text(i, y)
             y = y + block.down(F.gelu(block.up(F.layer_norm(y, (width,)))))
-        y = self.head(F.layer_norm(y, (width,))).view(b, t, h // 2, w // 2, 2, 2, c)
-        return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, c, t, h, w)
+            y = self._driven(i, y, frames)
+        return y
+
+    def _driven(self, i: int, y: torch.Tensor, frames: int) -> torch.Tensor:
+        """What drives the frames behind block i; here nothing."""
+        return y

@@ -31,7 +31,7 @@ CONTRACT = {
     "AdaStatePlan": (
         [
             "model", "width", "height", "length", "batch_size?", "chunk_frames?", "window_frames?", "positions?", "anchor?",
-            "vae?", "absorption?", "cache_dtype?", "cache_device?", "start_latent?", "stream?",
+            "vae?", "absorption?", "cache_dtype?", "cache_device?", "start_latent?", "stream?", "audio?", "reference?",
         ],
         ["STRING", "STRING"],
     ),
@@ -39,7 +39,7 @@ CONTRACT = {
         [
             "model", "positive", "width", "height", "length", "batch_size", "seed", "steps", "shift", "chunk_frames",
             "window_frames", "positions", "anchor?", "absorption?", "sigmas?", "start_latent?", "resume?", "stream?",
-            "keep_latents?", "cache_dtype?", "cache_device?", "max_seconds?", "start_mode?",
+            "keep_latents?", "cache_dtype?", "cache_device?", "max_seconds?", "start_mode?", "audio?", "reference?",
         ],
         ["LATENT", "ADASTATE_STATE", "STRING", "VIDEO"],
     ),
@@ -48,17 +48,17 @@ CONTRACT = {
     "AdaStateStreamOutput": (
         ["vae", "filename_prefix", "fps", "codec", "quality", "preview", "autosave_seconds?", "join?", "latent_space?",
          "history_chunks?", "history_states?", "keep_state?", "upscale_model?", "interp_model?", "frame_multiplier?",
-         "upscale_by?"],
+         "upscale_by?", "audio?"],
         ["ADASTATE_STREAM"],
     ),
     "AdaStateStreamFrames": (
         ["filename_prefix", "format", "fps", "preview", "vae?", "stream?", "join?", "autosave_seconds?", "latent_space?",
          "history_chunks?", "history_states?", "keep_state?", "upscale_model?", "interp_model?", "frame_multiplier?",
-         "upscale_by?"],
+         "upscale_by?", "audio?"],
         ["ADASTATE_STREAM"],
     ),
     "AdaStateDecode": (["latent", "vae", "frames_per_call?", "latent_space?"], ["IMAGE"]),
-    "AdaStateRenderVideo": (["latent", "vae", "filename_prefix", "fps", "codec", "quality", "latent_space?"], ["VIDEO"]),
+    "AdaStateRenderVideo": (["latent", "vae", "filename_prefix", "fps", "codec", "quality", "latent_space?", "audio?"], ["VIDEO"]),
     "AdaStateSaveState": (["state", "filename_prefix"], ["STRING"]),
     "AdaStateLoadState": (["file", "chunk?"], ["ADASTATE_STATE"]),
     "AdaStateContinueVideo": (
@@ -96,6 +96,10 @@ CONTRACT = {
         ["positive", "seconds", "transition", "prompts?", "blend_chunks?", "blend?"],
         ["ADASTATE_PROMPTS"],
     ),
+    "AdaStateAudio": (["audio?", "encoded?", "fps", "offset"], ["ADASTATE_AUDIO"]),
+    "AdaStateLoadSound": (["file"], ["AUDIO"]),
+    "AdaStateDemoEar": (["audio"], ["AUDIO_ENCODER_OUTPUT"]),
+    "AdaStateDemoSound": (["seconds", "seed"], ["AUDIO"]),
     "AdaStateDemoTimeline": (["text", "transition?", "blend_chunks?", "blend?"], ["ADASTATE_PROMPTS", "STRING"]),
 }  # fmt: skip
 
@@ -142,8 +146,8 @@ def test_keywords_that_this_host_does_not_know_are_dropped():
     [
         ({"width": 100}, "width is 100; it must be a multiple of 16, at least 16: try 96"),
         ({"height": 8}, "height is 8"),
-        ({"length": -1}, "length is -1; it must be between 0 and 16777216"),
-        ({"length": 2**30}, "length is 1073741824; it must be between 0 and"),
+        ({"length": -2}, "length is -2; it must be between -1 and 16777216"),
+        ({"length": 2**30}, "length is 1073741824; it must be between -1 and"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"steps": -1}, "steps is -1"),
         ({"shift": -0.5}, "shift is -0.5"),

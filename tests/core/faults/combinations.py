@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tiny_model import TinyModel
+from tiny_talking import spoken
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import (
@@ -21,7 +22,9 @@ from adastate_core.anchors import (
     AnchorReplay,
     AnchorStatic,
 )
+from adastate_core.history import LAST_LEVEL, OWN_LEVEL, check_recaches
 from adastate_core.prompts.plan import PromptChange, PromptPlan
+from adastate_core.reference import ReferenceRule
 from adastate_core.rollout import RolloutSpec, Settings
 from adastate_core.schedules.schedule import Schedule
 from adastate_core.shot_check import check_shots
@@ -37,6 +40,10 @@ ONE_PASS, SINK_STAYS = "in one pass", "in one pass behind the sink"
 STARTING = "with frames given inside"
 # a shot began three chunks before: its first chunk stays in the window, and the frames between have left
 BEHIND = "behind a shot"
+# driven by a sound, with a picture to look like; and so, and what its noisy passes made is the past: that of the same step or the
+# last one's, while the picture is drawn about and is another from the chunk on whose operations fail
+SPEAKS = "with sound and a picture"
+TALKS = ("", SPEAKS, OWN_LEVEL, LAST_LEVEL)
 DIMENSIONS = {
     "anchor": ("none", "static", "ema", "memory", "replay", "adaptive", "changed adaptive", "deep", *others()),
     "storage": ("model", "8 bits", "host", "int8 host"),
@@ -86,6 +93,7 @@ class Combination:
     recache: str = ""
     starting: str = ""
     behind: str = ""
+    talks: str = ""
 
     @property
     def name(self) -> str:
@@ -93,7 +101,9 @@ class Combination:
         values = (self.anchor, self.storage, self.absorption, self.transition, self.blocks)
         words = [f"{value} {name}" if value in ("none", "1", "several") else value
                  for name, value in zip(DIMENSIONS, values, strict=True)]  # fmt: skip
-        return ", ".join([*words, *(one for one in (self.levels, self.recache, self.starting, self.behind) if one)])
+        return ", ".join(
+            [*words, *(one for one in (self.levels, self.recache, self.starting, self.behind, self.talks) if one)]
+        )
 
     @property
     def variant(self) -> int:
@@ -129,9 +139,8 @@ class Combination:
     def absorbed(self) -> AbsorptionSettings | None:
         """Warming: it collects in the chunk. Switching: it solves and switches in its commit. Switched: it is measured and
         solved anew."""
-        bare = (
-            self.anchor == "deep" or self.blocks != "1" or self.levels or self.recache or self.starting or self.behind
-        )
+        others = self.levels, self.recache, self.starting, self.behind, self.talks
+        bare = self.anchor == "deep" or self.blocks != "1" or any(others)
         warming = not bare and self.variant % 2 == 1
         if self.absorption == "none or warming" and not warming:
             return None
@@ -160,16 +169,44 @@ class Combination:
             "int8 host": ("int8", "host memory"),
         }[self.storage]
         spec = RolloutSpec(
-            geometry=model.geometry, batch=1, height=4, width=6, chunk_frames=FRAMES,
+            geometry=model.geometry, batch=1, height=self.size[0], width=self.size[1], chunk_frames=FRAMES,
             anchor=self.policy(), **self.windows(self.window, may_share=self.transition != "restart"),
             positions=self.places() or ("fixed" if self.variant % 3 == 0 and self.anchor != "deep" else "packed"),
             dtype=torch.float32,
             absorption=absorption, blocks=BLOCKS if self.blocks == "several" else 1,
             cache_dtype=dtype, cache_device=device, one_pass_recache=bool(self.recache),
             **({"restart_frames": self.chunk * FRAMES, "overlap_frames": 5} if self.transition == "restart" else {}),
+            **self.talking(),
         )  # fmt: skip
-        check_shots(spec, self.prompts())
+        self.check_plan(spec)
         return spec
+
+    def check_plan(self, spec: RolloutSpec) -> None:
+        """ValueError if the prompt cannot change as it does."""
+        prompts = self.prompts()
+        check_shots(spec, prompts)
+        check_recaches(spec.history, prompts is not None and prompts.recaches)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a latent; a picture's tokens are of at least 8x8."""
+        return (8, 8) if self.talks in TALKS[1:] else (4, 6)
+
+    def talking(self) -> dict[str, Any]:
+        """What a spec says of its reference and its history."""
+        if self.talks not in TALKS[1:]:
+            return {}
+        if self.talks == SPEAKS:
+            return {"reference": ReferenceRule()}
+        rule = ReferenceRule(self.chunk * FRAMES, drawn=True)
+        return {"reference": rule, "history": self.talks, "windows": 2 if self.talks == OWN_LEVEL else 1}
+
+    def picture(self, model: TinyModel) -> torch.Tensor | None:
+        """The latent of the reference, of every item its own."""
+        if self.talks not in TALKS[1:]:
+            return None
+        shape = (self.items, model.geometry.channels, 1, *self.size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(4))
 
     def places(self) -> str:
         """Frames of shots stand at their own times where the anchor allows it; "" elsewhere."""
@@ -179,11 +216,12 @@ class Combination:
         schedule = Schedule.shifted(BLOCKS if self.blocks == "several" else 2, 5.0)
         if self.starting or self.behind:  # LongLive 2.0's are with a solver that remembers its last step
             schedule = replace(schedule, sampler="unipc")
-        return Settings(7, replace(schedule, kept=(1,)) if self.levels else schedule)
+        sound = spoken(alignment="host" if self.talks == SPEAKS else "chunk") if self.talks in TALKS[1:] else None
+        return Settings(7, replace(schedule, kept=(1,)) if self.levels else schedule, sound=sound)
 
     def start_latents(self, model: TinyModel) -> torch.Tensor | None:
         """Two frames for the first chunk, or none."""
-        shape = (1, model.geometry.channels, 2, 4, 6)
+        shape = (1, model.geometry.channels, 2, *self.size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(3)) if self.starting else None
 
     def prompts(self) -> PromptPlan | None:
@@ -220,6 +258,15 @@ def combinations() -> list[Combination]:
              ("none", "host", SINK_STAYS))  # fmt: skip
     inside = (("static", "model"), ("adaptive", "int8 host"))
     shots = (("static", "model", "rope cut"), ("ema", "int8 host", "recache"), ("memory", "8 bits", "flush"))
+    whole_past = "none or warming"
+    talking = (
+        ("adaptive", "int8 host", whole_past, "recache", SPEAKS),
+        ("static", "model", "switching", "none", SPEAKS),
+        ("none", "model", whole_past, "soft", OWN_LEVEL),
+        ("ema", "8 bits", whole_past, "shot", OWN_LEVEL),
+        ("static", "host", whole_past, "flush", OWN_LEVEL),
+        ("none", "8 bits", whole_past, "cut", LAST_LEVEL),
+    )
     return [
         *pairs,
         *(Combination(a, storage, transition=t, levels=LEVELS) for a, storage, t in two),
@@ -227,6 +274,7 @@ def combinations() -> list[Combination]:
         *(Combination(a, storage, starting=STARTING) for a, storage in inside),
         Combination("ema", "model", levels=LEVELS, starting=STARTING),
         *(Combination(a, storage, transition=t, behind=BEHIND) for a, storage, t in shots),
+        *(Combination(a, storage, phase, t, talks=how) for a, storage, phase, t, how in talking),
         Combination("static", "model", "switched", "none", behind=BEHIND),
         Combination("static", "model", transition="recache", recache=ONE_PASS, behind=BEHIND),
     ]

@@ -1,0 +1,1 @@
+"""Sound: what pictures are driven by, and what a video carries."""

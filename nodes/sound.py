@@ -1,0 +1,71 @@
+"""AUDIO as the host's nodes give it, as the pack takes it; what is told of a sound beside a video."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from ..adastate_core.audio.track import Sound
+from .host.api import io
+
+log = logging.getLogger("adastate")
+
+
+def audio_input(what: str) -> io.Input:
+    """The last input of a node that writes files with sound; `what` says more of it, in a sentence."""
+    return io.Audio.Input(
+        "audio",
+        optional=True,
+        tooltip=f"The sound of the video, from Load Audio or any node that gives AUDIO: cut where the video ends, silence where it "
+        f"is shorter. {what}",
+    )
+
+
+def told_at_once(sentences: list[str]) -> list[str]:
+    """The same, in the server's log by now: a report comes when all is over."""
+    for sentence in sentences:
+        log.warning("%s", sentence)
+    return sentences
+
+
+def sound_notes(sound: Sound, offset: float, seconds: float | None, frame: float) -> list[str]:
+    """What may surprise about a sound, `offset` seconds of it before the first picture, beside a video of so many seconds (None:
+    without an end) whose frames last `frame` seconds: a sentence, or none. ValueError where nothing of the sound is left."""
+    left = sound.seconds - offset
+    if left <= 0:
+        raise ValueError(
+            f"the sound lasts {sound.seconds:.6g} s and offset is {offset:g}, so nothing of it is left; give a smaller offset"
+        )
+    begins = f", {offset:g} s of it before the first picture" if offset else ""
+    told = f"the sound lasts {sound.seconds:.6g} s{begins}"
+    if seconds is None:
+        return [f"{told}, and the video has no end: it is silent from {left:.6g} s on"]
+    if abs(left - seconds) < frame:
+        return []
+    if left > seconds:
+        return [f"{told}, and the video {seconds:.6g} s: the last {left - seconds:.3g} s of the sound are cut off"]
+    return [f"{told}, and the video {seconds:.6g} s: its last {seconds - left:.3g} s are silent"]
+
+
+def sound_of(audio: Any, what: str = "audio") -> Sound:
+    """An AUDIO, {"waveform": [1, channels, samples], "sample_rate"}, as a Sound. ValueError for what is no sound, or many."""
+    waveform, rate = audio["waveform"], audio["sample_rate"]
+    if not isinstance(waveform, torch.Tensor) or waveform.ndim != 3 or not waveform.shape[1]:
+        shape = list(waveform.shape) if isinstance(waveform, torch.Tensor) else type(waveform).__name__
+        raise ValueError(f"{what} has a waveform {shape}; it must be [1, channels, samples]: connect Load Audio")
+    if waveform.shape[0] != 1:
+        raise ValueError(f"{what} holds {waveform.shape[0]} sounds at once; connect one of them")
+    if not isinstance(rate, int) or rate < 1:
+        raise ValueError(f"{what} has a sample_rate of {rate!r}; it must be a whole number above 0: connect Load Audio")
+    if not waveform.shape[2]:
+        raise ValueError(f"{what} has no sample in it; connect a sound that lasts")
+    return Sound(_floats(waveform[0].detach().cpu()), rate)
+
+
+def _floats(waveform: torch.Tensor) -> torch.Tensor:
+    """Samples of any type as float32; whole numbers are of their type's full scale."""
+    if not waveform.is_floating_point():
+        return (waveform.double() / -torch.iinfo(waveform.dtype).min).float()
+    return waveform.float().nan_to_num().contiguous()

@@ -1,0 +1,140 @@
+"""The talking demo's stages: what is drawn for a clip, the ODE's end, and the table."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from adastate_core.audio.demo_ear import RATE, codes, frames_heard
+from adastate_core.schedules.schedule import Schedule
+from training.codec import encode_clip
+from training.few_step import on_path
+from training.host_models import build_codec
+from training.latents import unit_latents
+from training.talking_denoiser import Given, noised, some, weighted
+from training.talking_evaluate import Segment, picture_table, seen, table
+from training.talking_latents import clip, load
+from training.talking_trajectories import given_of, solve
+from training.talking_world import TalkingScene
+from training.texts import Texts
+from training.world import render
+
+CONFIG = {
+    "drop_words": 0.5, "drop_reference": 0.5, "shift": 5.0, "full_noise": 0.2, "blur_share": 0.5, "blur_most": 0.2,
+    "subject_weight": 2.0, "first_chunk_weight": 3.0, "trajectories_seed": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return partial(encode_clip, build_codec(4))
+
+
+@pytest.fixture(scope="module")
+def clips(encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    made = [clip(encoder, seed, 2) for seed in (1, 2)]
+    for number, one in enumerate(made):
+        save_file({name: value[None] for name, value in one.items()}, folder / f"train_{number:05d}.safetensors")
+    return load(str(folder), "train")
+
+
+@torch.no_grad()
+def test_a_clip_is_the_scenes_with_its_sound_and_pictures_of_it(clips, encoder):
+    scene = TalkingScene.drawn(2, 2)
+    assert clips["latents"].shape == (2, 16, 6, 8, 8) and clips["references"].shape == (2, 4, 2, 16, 8, 8)
+    seconds = (12 * 2 + 4) / 16
+    assert clips["codes"].shape == (2, frames_heard(round(seconds * RATE)), 12)
+    torch.testing.assert_close(clips["codes"][1].float(), codes(scene.waveform, RATE)[0], atol=1e-3, rtol=1e-3)
+    # the first reference is the first picture: alone it is the clip's own first latent, standing still another one
+    assert torch.equal(clips["references"][1, 0, 0], clips["latents"][1, :, 0])
+    still = render(scene, torch.arange(1)).permute(3, 0, 1, 2)[None].expand(-1, -1, 5, -1, -1) * 2 - 1
+    wanted = unit_latents(encoder(still)[0])[0, :, 1]
+    torch.testing.assert_close(clips["references"][1, 0, 1].float(), wanted, atol=2e-3, rtol=2e-3)
+
+
+def test_no_clips_are_said_in_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="there are no clips in .*; run the stage `talking_latents` first"):
+        load(str(tmp_path), "train")
+
+
+def test_words_and_pictures_are_left_out_at_times_and_always_alike(clips):
+    drawn = [Given.draw(Texts(), clips, CONFIG, torch.Generator().manual_seed(seed)) for seed in range(24)]
+    assert 4 < sum(given.pictures is None for given in drawn) < 20
+    # of the words only the lantern's is always there: 4 slots of a chunk at most
+    told = torch.stack([given.mask.sum(-1) for given in drawn]).float()
+    assert told.min() >= 1 and told.max() <= 4 and 2.0 < told.mean() < 3.0
+    again, generator = given_of(7, type("Losses", (), {"texts": Texts()}), clips, CONFIG)
+    other, _ = given_of(7, type("Losses", (), {"texts": Texts()}), clips, CONFIG)
+    assert torch.equal(again.mask, other.mask) and again.some(torch.tensor([1])).mask.shape[0] == 1
+    both = next(given for given in drawn if given.pictures is not None)
+    stills = clips["references"].float()
+    for picture in both.pictures:  # one of the clip's own references, in one of its two kinds
+        away = (stills - picture[:, None, None, :, 0]).abs().flatten(3).amax(-1)
+        assert (away.flatten(1).amin(1) == 0).all()
+    noisy, sigma, wanted, past = noised(clips, CONFIG, torch.Generator().manual_seed(0))
+    level = sigma[:, None, :, None, None]
+    torch.testing.assert_close(noisy - level * wanted, clips["latents"].float(), atol=1e-5, rtol=1e-4)
+    assert past.shape == noisy.shape and not torch.equal(past, clips["latents"].float())
+
+
+def test_the_first_chunk_and_the_subjects_count_more():
+    errors = torch.zeros(1, 6, 8, 8)
+    errors[0, 4, 7, 0] = 1.0
+    plain = weighted(errors, CONFIG)
+    for place, factor in (((0, 7, 0), 3.0), ((4, 2, 3), 2.0), ((0, 2, 3), 6.0)):
+        moved = torch.zeros_like(errors)
+        moved[(0, *place)] = 1.0
+        assert weighted(moved, CONFIG) / plain == pytest.approx(factor)
+
+
+def test_the_ode_ends_where_its_velocity_points(clips):
+    """A velocity that points at one clip everywhere: every kept level lies on the line there."""
+    end = torch.randn(clips["latents"].shape, generator=torch.Generator().manual_seed(4))
+
+    class Straight:
+        def velocity(self, codes, given, x, sigma, past):
+            assert codes is clips["codes"] and torch.equal(past, clips["latents"].float())
+            return (x - end) / sigma[:, None, :, None, None]
+
+    schedule = Schedule.shifted(8, 5.0)
+    solved = solve(Straight(), clips, None, schedule, 4, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(solved[:, -1], end, atol=1e-4, rtol=1e-4)
+    levels = torch.tensor(Schedule.shifted(4, 5.0).sigmas)
+    start = solved[:, 0]
+    for kept, level in zip(solved[:, :4].unbind(1), levels, strict=True):
+        torch.testing.assert_close(kept, end + level * (start - end), atol=1e-4, rtol=1e-4)
+    noisy, wanted, sigma = on_path(solved, levels, torch.Generator().manual_seed(6))
+    level = sigma.repeat_interleave(3, 1)[:, None, :, None, None]
+    torch.testing.assert_close(noisy - level * wanted, end, atol=1e-4, rtol=1e-4)
+
+
+def test_some_clips_are_these(clips):
+    assert torch.equal(some(clips, torch.tensor([1]))["words"], clips["words"][1:])
+
+
+def test_true_pictures_follow_their_own_sound_alone():
+    scene, other = (TalkingScene.drawn(seed, 12, up=True) for seed in (21, 22))
+    rows = {}
+    for segment in (Segment("1x", range(0, 21)), Segment("2x", range(21, 33))):
+        frames = torch.tensor(segment.pictures)
+        assert frames[0] == (81 if segment.latents.start else 0) and frames[-1] == (
+            128 if segment.latents.start else 80
+        )
+        rows[segment.name] = [seen(render(scene, frames), scene, other, segment)]
+        row = rows[segment.name][0]
+        assert row["size, own"] > 0.97 and row["height, own"] > 0.97
+        assert max(abs(row["size, another"]), abs(row["size, later"])) < 0.6
+        assert row["lantern in its colour"] == 1 and row["no balloon"] == 0 and row["terrain right"] > 0.9
+    text = table(rows, dict.fromkeys(("own", "another", "silence"), rows))
+    own = rows["2x"][0]["size, own"]
+    assert text.count("| size, own |") == 2 and f"| {own:.2f} [{own:.2f}, {own:.2f}] |" in text
+    shares = {
+        "own picture": {"terrain": [1.0], "lantern": [0.5]},
+        "another's picture": {"terrain": [0.0], "lantern": [1.0]},
+    }
+    assert "| another's picture | 0.00 [0.00, 0.00] | 1.00 [1.00, 1.00] |" in picture_table([shares])
