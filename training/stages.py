@@ -4,9 +4,10 @@
 
 A plan names stages, their configs and the core minutes that each is thought to take. What is done is not done again, unless
 something that is still to be done needs what it made and that is gone: another machine takes a plan up with what
-`training.handover` brings. Every stage goes on from its own checkpoint, so the same command goes on after a kill. After
-`--minutes`, or when this process is asked to end, the stage under way is asked to save and stop; 0 minutes only write the table
-of the plan, with what was planned and spent, which is written after every stage too.
+`training.handover` brings. Every stage goes on from its own checkpoint, so the same command goes on after a kill. Called twice,
+stages that do not need each other run side by side. After `--minutes`, or when this process is asked to end, the stage under
+way is asked to save and stop; 0 minutes only write the table of the plan, with what was planned and spent, which is written
+after every stage too.
 """
 
 from __future__ import annotations
@@ -26,16 +27,33 @@ import torch
 
 from adastate_core.files.whole_file import whole_file
 
-from .run import STOPPED, Run, log, read_config
+from .run import Run, log, read_config
 
 try:
     import fcntl
     import resource
-except ImportError:  # Windows: nobody watches over two runs of one plan there, nor counts what a core has worked
+except ImportError:  # Windows: a plan is called once at a time there, and nobody counts what a core has worked
     fcntl = resource = None  # type: ignore[assignment]
 
 # seconds between looks at a stage under way, and those that it has to save itself
 _LOOK, _GRACE = 1.0, 180.0
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[tuple[int, ...] | None]:
+    """Within, `path` is locked; None if somebody else has it, unless that is waited for. Gives what a process has to inherit that
+    shall hold it as well: a stage outlives its killed parent, and so does the lock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        if fcntl is None:
+            yield ()
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield None
+            return
+        yield (file.fileno(),)
 
 
 @dataclass(frozen=True)
@@ -79,22 +97,28 @@ class Plan:
         if len(set(names)) < len(names):
             raise ValueError(f"the plan has a stage twice: {', '.join(names)}; give each a name of its own")
         self._file = self.folder / "stages.json"
-        self.spent: dict[str, dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.spent: dict[str, dict[str, Any]] = {}
+        self.read()
+
+    def read(self) -> None:
+        """What is known by now, to other runs of the plan as well."""
+        self.spent = json.loads(self._file.read_text()) if self._file.exists() else {}
 
     def done(self, entry: Entry) -> bool:
         return self.spent.get(entry.name, {}).get("done", False)
 
     def note(self, entry: Entry, seconds: float, core_seconds: float = 0.0, done: bool = False) -> None:
         """Add what was spent on a stage."""
-        before = self.spent.get(entry.name, {"seconds": 0.0, "core_seconds": 0.0, "done": False})
-        self.spent[entry.name] = {
-            "seconds": round(before["seconds"] + seconds, 1),
-            "core_seconds": round(before["core_seconds"] + core_seconds, 1),
-            "done": before["done"] or done,
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(self._file) as file:
-            file.write(json.dumps(self.spent, indent=1).encode())
+        with locked(self.folder / "stages.lock", wait=True):
+            self.read()
+            before = self.spent.get(entry.name, {"seconds": 0.0, "core_seconds": 0.0, "done": False})
+            self.spent[entry.name] = {
+                "seconds": round(before["seconds"] + seconds, 1),
+                "core_seconds": round(before["core_seconds"] + core_seconds, 1),
+                "done": before["done"] or done,
+            }
+            with whole_file(self._file) as file:
+                file.write(json.dumps(self.spent, indent=1).encode())
 
     def wanted(self, entries: Iterable[Entry]) -> set[Path]:
         """What configs of `entries` name, but for what these write themselves."""
@@ -109,6 +133,11 @@ class Plan:
             if not self.done(entry) or any(gone):
                 left.insert(0, entry)
         return left
+
+    def ready(self, entry: Entry, left: list[Entry]) -> bool:
+        """Whether none of the stages still to be done makes anything that `entry` needs."""
+        wanted = self.wanted([entry])
+        return not any(path.is_relative_to(one.folder) for one in left if one != entry for path in wanted)
 
     def table(self) -> list[str]:
         """The plan, and what of it is done."""
@@ -137,22 +166,6 @@ class Plan:
         text = "\n".join([f"# {self.config['title']}", "", self.config["about"].strip(), "", *self.table()]) + "\n"
         with whole_file(path) as file:
             file.write(text.encode())
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[tuple[int, ...]]:
-    """Within, no other run of the plan in `folder` begins; SystemExit if there is one. Gives what a stage's process has to inherit:
-    it outlives a killed parent, and so does the lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "stages.lock").open("w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise SystemExit(
-                    f"a stage of the plan in {folder} is at work already; wait for it, or write an empty file `stop` to its folder"
-                ) from None
-        yield (file.fileno(),) if fcntl is not None else ()
 
 
 def children_worked() -> float:
@@ -215,26 +228,37 @@ def run_stage(plan: Plan, entry: Entry, deadline: Deadline, inherited: tuple[int
     return process.returncode
 
 
-def main() -> None:
-    run = Run.from_arguments("Run the stages of a plan.", {"minutes": float})
-    plan, minutes = Plan(run.config), run.config.get("minutes", float("inf"))
-    deadline = Deadline(minutes)
-    plan.write_table()
-    with alone(plan.folder) as inherited, deadline.at_signal():
-        for entry in plan.to_do() if minutes else ():
-            if deadline.past > 0:
-                break
+def next_stage(plan: Plan, deadline: Deadline) -> bool:
+    """Run the first stage that is ready and that nobody runs, or wait a little if there is none; whether there may be more to do.
+
+    SystemExit if the stage fails, or asked to stop itself.
+    """
+    left = plan.to_do()
+    for entry in left:
+        if not plan.ready(entry, left):
+            continue
+        with locked(plan.folder / "locks" / f"{entry.name}.lock") as inherited:
+            plan.read()
+            if inherited is None or entry not in plan.to_do():
+                continue
             log.info("%s: training.%s, about %g minutes on one core", entry.name, entry.stage, entry.minutes)
             status = run_stage(plan, entry, deadline, inherited)
-            plan.write_table()
-            if status and deadline.past < 0:
-                raise SystemExit(
-                    f"{entry.name} ended with status {status}; the same command goes on from its checkpoint"
-                )
-            if status == STOPPED:
-                break
-    left = plan.to_do()
-    log.info("still to be done: %s", ", ".join(entry.name for entry in left) or "nothing")
+        plan.write_table()
+        if status and deadline.past < 0:
+            raise SystemExit(f"{entry.name} ended with status {status}; the same command goes on from its checkpoint")
+        return True
+    time.sleep(_LOOK if left else 0)
+    return bool(left)
+
+
+def main() -> None:
+    run = Run.from_arguments("Run the stages of a plan.", {"minutes": float})
+    plan, deadline = Plan(run.config), Deadline(run.config.get("minutes", float("inf")))
+    plan.write_table()
+    with deadline.at_signal():
+        while deadline.past < 0 and next_stage(plan, deadline):
+            plan.read()
+    log.info("still to be done: %s", "; ".join(entry.name for entry in plan.to_do()) or "nothing")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from training import handover, stages
 from training.loop import train
 from training.optim import Average, Optimiser
 from training.run import STOPPED, Run, read_config
-from training.stages import Plan, alone
+from training.stages import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = ROOT / "training" / "configs" / "journey" / "plan.toml"
@@ -114,8 +114,33 @@ def test_a_plan_goes_on_behind_what_is_done(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "first" / "vae" / "a.safetensors").stat().st_mtime_ns == written, "it is not run again"
     spent = json.loads((tmp_path / "runs" / "stages.json").read_text())
     assert all(one["core_seconds"] > 0.2 for one in spent.values())
-    with alone(tmp_path / "runs"), pytest.raises(SystemExit, match="at work already"):
-        start()
+
+
+def test_stages_that_do_not_need_each_other_run_side_by_side(tmp_path, monkeypatch):
+    """Called a second time, the plan takes what is ready and what nobody runs, and waits if that is nothing."""
+    runs = tmp_path / "runs"
+    teacher = str(runs / "teacher" / "model.pt")
+    entries = [
+        entry(tmp_path, "teacher"), entry(tmp_path, "one", start=teacher), entry(tmp_path, "other", start=teacher),
+        entry(tmp_path, "table", models=[str(runs / "one" / "model.pt"), str(runs / "other" / "model.pt")]),
+    ]  # fmt: skip
+    plan, taken = Plan(configured(tmp_path, entries)), []
+
+    def run_stage(plan: Plan, entry: stages.Entry, deadline: stages.Deadline, _inherited: tuple[int, ...]) -> int:
+        taken.append(entry.name)
+        if entry.name in ("teacher", "one"):
+            assert stages.next_stage(Plan(plan.config), deadline), "the second one"
+        entry.folder.mkdir(parents=True)
+        (entry.folder / "model.pt").touch()
+        plan.note(entry, 1.0, 1.0, True)
+        return 0
+
+    monkeypatch.setattr(stages, "run_stage", run_stage)
+    monkeypatch.setattr(stages, "_LOOK", 0.0)
+    while stages.next_stage(plan, stages.Deadline(1.0)):
+        plan.read()
+    assert taken == ["teacher", "one", "other", "table"], "beside the teacher there was nothing to run"
+    assert all(spent["done"] and spent["seconds"] == 1.0 for spent in plan.spent.values()) and len(plan.spent) == 4
 
 
 def trained(folder: Path, ask_at: int | None) -> torch.Tensor:
