@@ -48,7 +48,9 @@ def draw_over_time(recall: Measured, path: Path) -> None:
         for panel, (what, title) in zip(panels[:, column], OVER_TIME.items(), strict=True):
             for number, name in enumerate(names):
                 style = {"color": "black"} if number == 0 else {"color": f"C{number - 1}"}
-                panel.plot(*curve(recall, named[name], what), label=name, linewidth=1.2, **style)
+                seconds, values = curve(recall, named[name], what)
+                if values:
+                    panel.plot(seconds, values, label=name, linewidth=1.2, **style)
             panel.grid(alpha=0.3)
             if column == 0:
                 panel.set_ylabel(title, fontsize=8)
