@@ -93,7 +93,7 @@ def drive(spec: dict[str, Any]) -> int:
             actors = machines.start(spec["workers"], share, hosts, hosts.output, "", slots=spec["slots"])
             settings = Settings(output=VIDEOS, tries=TRIES)
             driver = Driver(books, left, actors, spec["slots"], settings, quiet=True, output=hosts.output)
-            with cluster.two_signals(driver.stop):
+            with cluster.two_signals(driver.stop, driver.end):
                 try:
                     return driver.run()
                 finally:

@@ -106,16 +106,15 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def two_signals(first: Callable[[], None]) -> Iterator[None]:
-    """Within, the first Ctrl-C (or SIGTERM) calls `first`; the next one raises KeyboardInterrupt."""
-    count = 0
+def two_signals(first: Callable[[], None], second: Callable[[], None] | None = None) -> Iterator[None]:
+    """Within, the first Ctrl-C (or SIGTERM) calls `first`, the next one `second`, and a further one raises KeyboardInterrupt."""
+    steps = iter([each for each in (first, second) if each is not None])
 
     def told(*_: object) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
+        step = next(steps, None)
+        if step is None:
             raise KeyboardInterrupt
-        first()
+        step()
 
     names = [signal.SIGINT, signal.SIGTERM]
     before = {name: signal.signal(name, told) for name in names}
