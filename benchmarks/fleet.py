@@ -27,7 +27,7 @@ if (
     sys.path[:] = [str(ROOT), *(each for each in sys.path if Path(each or ".").resolve() != ROOT / "benchmarks")]
 
 from benchmarks.fleet_host import MEASURED_FRAMES, MEASURED_SECONDS, START_SECONDS, Ills, Pace  # noqa: E402
-from benchmarks.fleet_simulated import Outcome, Scenario, drive, seconds_of, simulate  # noqa: E402
+from benchmarks.fleet_simulated import TRIES, Outcome, Scenario, drive, seconds_of, simulate  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "fleet.md"
 LENGTHS = (961, 28801)  # a minute to half an hour at 16 frames a second
@@ -76,7 +76,8 @@ def page(rows: list[list[str]], took: float, load: float) -> str:
         "fewer rows are left than workers.",
         f"Workers die in two ways: the host alone, and the whole process by kill -9, each once in {DIES.host_dies:.0f} s of every "
         f"actor, which is {DIES.host_dies / pace.compression / 3600:.1f} h uncompressed, with all its rows. A host takes "
-        f"{START_SECONDS} s to start, compressed; the start of a process is not compressed.",
+        f"{START_SECONDS} s to start, compressed; the start of a process is not compressed. Since a death takes {one.slots} rows "
+        f"at once, `--tries` is {TRIES}, so that a row that was merely there twice is not given up.",
         f"Slow workers take {SLOW.slow:.0f} times as long. A driver is killed with -9, which ends its workers, too, and started "
         "again by the same command. The time until its first row counts as idle.",
         "*Work done twice*: frames made beyond those that the videos have: what was made after the newest autosave (one in 60 s). "

@@ -271,12 +271,13 @@ class PlayedHost:
         prompt.began = saved = time.monotonic()
         self._note("begun", prompt, prompt.first, seconds_a_frame=prompt.frame)
         while (done := prompt.done) < prompt.length and not prompt.ending:
-            await asyncio.sleep(min(pace.beat, (prompt.length - done) * prompt.frame))
+            waits = [pace.beat, (prompt.length - done) * prompt.frame]
+            await asyncio.sleep(min([*waits, max(0.01, saved + every - time.monotonic())] if every else waits))
             done = prompt.done
             self._say(
                 prompt, "progress_state", nodes={rollout: {"state": "running", "value": done, "max": prompt.length}}
             )
-            if every and time.monotonic() - saved > every and done < prompt.length:
+            if every and time.monotonic() - saved >= every and done < prompt.length:
                 saved = time.monotonic()
                 self._save(video, [*made, (prompt.first, done)])
                 self._note("saved", prompt, done)

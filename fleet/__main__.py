@@ -150,7 +150,7 @@ def make(options: argparse.Namespace, books: Books, left: list[Row], folder: Pat
         actors = machines.start(count, share, hosts, output, into, names=names)
         driver, ended = Driver(books, left, actors, settings=settings, output=output), False
         try:
-            with cluster.two_signals(driver.stop):
+            with cluster.two_signals(driver.stop, driver.end):
                 bad = driver.run()
             ended = True
         finally:

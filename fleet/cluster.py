@@ -12,6 +12,12 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # an actor without a GPU sees none
+# Ray's clusters ask for a token, and a client shows the one that it has only if told so before Ray is imported
+if (
+    os.environ.get("RAY_AUTH_TOKEN")
+    or Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").is_file()
+):
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 import ray  # noqa: E402
 import yaml  # noqa: E402
 
@@ -106,16 +112,15 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def two_signals(first: Callable[[], None]) -> Iterator[None]:
-    """Within, the first Ctrl-C (or SIGTERM) calls `first`; the next one raises KeyboardInterrupt."""
-    count = 0
+def two_signals(first: Callable[[], None], second: Callable[[], None] | None = None) -> Iterator[None]:
+    """Within, the first Ctrl-C (or SIGTERM) calls `first`, the next one `second`, and a further one raises KeyboardInterrupt."""
+    steps = iter([each for each in (first, second) if each is not None])
 
     def told(*_: object) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
+        step = next(steps, None)
+        if step is None:
             raise KeyboardInterrupt
-        first()
+        step()
 
     names = [signal.SIGINT, signal.SIGTERM]
     before = {name: signal.signal(name, told) for name in names}

@@ -99,14 +99,24 @@ class Driver:
         self._looks: dict[Any, _Member] = {}
         self._looked = 0.0
         self._told_waits: set[Needs] = set()
-        self.stopping = False
+        self.stopping = self._passed_on = self._ending = False
 
     # ---- from outside
 
     def stop(self) -> None:
-        """Every worker finishes its chunk and keeps a state; nothing more is begun. May be called by a signal."""
-        if not self.stopping:
-            self.stopping = True
+        """Every worker finishes its chunk and keeps a state; nothing more is begun. For a signal's handler: it only leaves word."""
+        self.stopping = True
+
+    def end(self) -> None:
+        """`run` raises KeyboardInterrupt soon, with what is under way left to its own. Leaves word, too."""
+        self._ending = True
+
+    def _heed(self) -> None:
+        """Do what was asked by `stop` and `end`."""
+        if self._ending:
+            raise KeyboardInterrupt
+        if self.stopping and not self._passed_on:
+            self._passed_on = True
             for member in self.members.values():
                 if not member.given_up:
                     member.actor.stop.remote()
@@ -120,6 +130,7 @@ class Driver:
             for member in self.members.values():
                 self._start(member)
             while self._goes_on():
+                self._heed()
                 self._place()
                 self._take_answers()
                 self._look()
@@ -290,13 +301,10 @@ class Driver:
     def _lost(self, row: Row, member: _Member, reason: str, new_host: bool) -> None:
         """A try that ended without the row's own fault, as far as one knows."""
         story = self._stories.setdefault(row.name, _Story())
-        kept = kept_frames(self._output, story.folder) if story.folder else 0
-        if (
-            max(kept, story.frame) > story.kept
-        ):  # it came further: a worker that is taken away again and again is no fault of a row
-            story.kept, story.bad = max(kept, story.frame), 0
-        else:
-            story.bad += 1
+        kept = max(kept_frames(self._output, story.folder) if story.folder else 0, story.frame)
+        # one that came further begins to count anew: that a worker is taken away again and again is no fault of a row
+        story.bad = 1 if kept > story.kept else story.bad + 1
+        story.kept = max(kept, story.kept)
         story.lost_on.append(member.name)
         if new_host and member.up:
             self.order.leave(member.name)

@@ -63,8 +63,9 @@ def reports(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def report_of(folder: Path, prompt_id: str) -> tuple[str, dict[str, Any]] | None:
-    """The name and the report that a prompt left, whatever ended it."""
-    return next(((path.name, each) for path, each in reports(folder) if each.get("prompt_id") == prompt_id), None)
+    """The name and the report that a prompt left, whatever ended it; of several rollouts that of one that is not whole."""
+    found = [(path.name, each) for path, each in reports(folder) if each.get("prompt_id") == prompt_id]
+    return next((each for each in found if not is_whole(each[1])), found[0] if found else None)
 
 
 def kept_frames(output: Path | None, folder: str) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ROLLOUT, STREAM, FRAMES = "AdaStateRollout", "AdaStateStreamOutput", "AdaStateStreamFrames"
+LOAD = "fleet_state"  # the id of the node that loads a state to go on from
 Graph = dict[str, dict[str, Any]]
 DEFAULT_LENGTH, DEFAULT_SIDE = 81, 64  # where a number is linked and nobody knows it yet
 
@@ -139,9 +140,8 @@ def with_names(graph: Graph, folder: str, name: str) -> Graph:
 
 def resumed(graph: Graph, course: Course, state: str) -> Graph:
     """The graph going on from a saved state, the old frames put in front."""
-    load = "fleet_state"
-    changed = graph | {load: {"class_type": "AdaStateLoadState", "inputs": {"file": state}}}
+    changed = graph | {LOAD: {"class_type": "AdaStateLoadState", "inputs": {"file": state}}}
     rollout = changed[course.rollout]
     inputs = {name: value for name, value in rollout["inputs"].items() if name != "start_latent"}
-    changed[course.rollout] = rollout | {"inputs": inputs | {"resume": [load, 0]}}
+    changed[course.rollout] = rollout | {"inputs": inputs | {"resume": [LOAD, 0]}}
     return with_values(changed, {f"{node}.join": True for node in course.streams})

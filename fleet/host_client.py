@@ -76,14 +76,14 @@ class HostClient:
         answer = self._json("POST", "/adastate/stop", {"prompt_id": prompt_id, "node_id": node_id}, refusals=True)
         return "error" not in answer
 
+    def take_out(self, prompt_id: str) -> None:
+        """Take a prompt out of the queue, if it waits there."""
+        self._call("POST", "/queue", {"delete": [prompt_id]})
+
     def interrupt(self, prompt_id: str) -> None:
         """End a prompt at once, wherever it is."""
-        self._call("POST", "/queue", {"delete": [prompt_id]})
+        self.take_out(prompt_id)
         self._call("POST", "/interrupt", {"prompt_id": prompt_id})
-
-    def free(self) -> None:
-        """Have the host forget its models and what it has cached of prompts."""
-        self._call("POST", "/free", {"unload_models": True, "free_memory": True})
 
     def events(self, seconds: float) -> list[dict[str, Any]] | None:
         """What the host said, after waiting for it no longer than this; None where it has no websocket."""
@@ -184,6 +184,12 @@ def failure_of(entry: dict[str, Any]) -> tuple[str, str]:
             return "interrupted", "it was interrupted"
     good = entry.get("status", {}).get("status_str") == "success"
     return ("success", "") if good else ("failed", "it failed, and the host gave no reason")
+
+
+def failed_node(entry: dict[str, Any]) -> str:
+    """The id of the node that raised, or empty."""
+    messages = entry.get("status", {}).get("messages", [])
+    return next((str(data.get("node_id")) for event, data in messages if event == "execution_error"), "")
 
 
 def files_of(entry: dict[str, Any]) -> list[str]:

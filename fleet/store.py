@@ -12,18 +12,7 @@ import fsspec
 from .errors import FleetError
 
 RECORD = "result.json"
-BUCKETS = {
-    "s3",
-    "s3a",
-    "gs",
-    "gcs",
-    "az",
-    "abfs",
-    "abfss",
-    "adl",
-    "oss",
-    "r2",
-}  # have no folders; making one makes a bucket
+BUCKETS = frozenset("s3 s3a gs gcs az abfs abfss adl oss r2".split())  # have no folders; making one makes a bucket
 
 
 def is_address(into: str) -> bool:
@@ -47,8 +36,12 @@ class Store:
         self._has_folders = not BUCKETS & ({names} if isinstance(names, str) else {*names})
 
     def put(self, name: str, files: list[Path]) -> list[str]:
-        """Copy a row's files; their addresses. OSError where one did not arrive whole."""
-        return [self._put(name, file) for file in files]
+        """Copy a row's files, and folders of files; their addresses. OSError where one did not arrive whole."""
+        for file in files:
+            inside = sorted(each for each in file.rglob("*") if each.is_file()) if file.is_dir() else [file]
+            for each in inside:
+                self._put(self._path(name, each.relative_to(file.parent).as_posix()), each)
+        return [f"{self.address}/{name}/{file.name}" for file in files]
 
     def finish(self, name: str, record: dict[str, Any]) -> None:
         """Name a row finished, once all its files are there."""
@@ -79,14 +72,13 @@ class Store:
         except Exception as error:  # noqa: BLE001  every protocol has errors of its own
             raise FleetError(f"nothing can be written to {self.address}: {type(error).__name__}: {error}") from error
 
-    def _put(self, name: str, file: Path) -> str:
-        path, size = self._path(name, file.name), file.stat().st_size
+    def _put(self, path: str, file: Path) -> None:
+        size = file.stat().st_size
         self._make_folder(posixpath.dirname(path))
         self._files.put_file(str(file), path)
         self._files.invalidate_cache(posixpath.dirname(path))
         if (there := self._files.info(path)["size"]) != size:
             raise OSError(f"{file.name} has {size} bytes, and {there} of them arrived at {self.address}")
-        return f"{self.address}/{name}/{file.name}"
 
     def _make_folder(self, path: str) -> None:
         if self._has_folders:

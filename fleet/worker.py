@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 from .errors import HostLost, Refused
 from .going_on import Begun, begun, is_whole, report_of
-from .graph import ROLLOUT, Graph, course_of, with_names
+from .graph import LOAD, ROLLOUT, Graph, course_of, with_names
 from .host import RunningHost
-from .host_client import ENDED, HostClient, failure_of, files_of
+from .host_client import ENDED, HostClient, failed_node, failure_of, files_of
 from .memory import plan_prompt, read_plan
 from .store import Store
 
@@ -182,35 +182,28 @@ class Worker:
                 return {"outcome": "stopped"}
             run.frame, run.steps = start.frame, (0, 0)
             told = self._one(run, client, start)
-            if (
-                told["outcome"] not in ("failed", "refused")
-                or not start.frame
-                or told.get("type") not in (None, "refused_input")
-            ):
+            if not (told.pop("of_state", False) and start.frame):
                 return told
             # the state cannot be gone on from (its video is gone, say): the one before it, or the start
-            passed |= {start.graph["fleet_state"]["inputs"]["file"].removesuffix(" [output]")}
+            passed |= {start.graph[LOAD]["inputs"]["file"].removesuffix(" [output]")}
 
     def _one(self, run: _Run, client: HostClient, start: Begun) -> dict[str, Any]:
         """One prompt of a row."""
         try:
             run.prompt_id = client.submit(start.graph)
         except Refused as error:
-            return {"outcome": "refused", "reason": str(error)}
+            return {"outcome": "refused", "reason": str(error), "of_state": True}
         entry = self._wait(client, run.prompt_id, run)
         how, sentence = failure_of(entry)
         name, report = self._report(entry, run)
-        if report is not None and report["ended"] == "failed":
+        if report is not None and report.get("ended") == "failed":
             error = report.get("error") or {}
             kind = str(error.get("type"))
-            told = {
-                "outcome": "again" if kind in AGAIN else "failed",
-                "type": kind,
-                "reason": str(error.get("message")),
-            }
-            return told | {"new_host": kind in NEW_HOST}
+            told = {"outcome": "again" if kind in AGAIN else "failed", "reason": str(error.get("message"))}
+            return told | {"new_host": kind in NEW_HOST, "of_state": kind == "refused_input"}
         if how == "failed":
-            return {"outcome": "failed", "reason": sentence}
+            of_state = failed_node(entry) in (course_of(start.graph).rollout, LOAD)
+            return {"outcome": "failed", "reason": sentence, "of_state": of_state}
         stopped = (report or {}).get("stopped") or {}
         if how == "interrupted" or (report is not None and not is_whole(report)):
             if self._stopping.is_set():
@@ -230,13 +223,15 @@ class Worker:
         if report is not None:
             told |= {"frames": report.get("frames_total"), "warnings": report.get("warnings", [])}
         if self._store is not None:
-            paths = [self._output / name for name in dict.fromkeys([*files, *([report_file] if report_file else [])])]
+            folders = [str(name) for name in (report or {}).get("frame_folders", [])]
+            names = dict.fromkeys([*files, *folders, *([report_file] if report_file else [])])
             try:
-                addresses = self._store.put(task.name, [path for path in paths if path.is_file()])
+                put = self._store.put(task.name, [self._output / name for name in names])
             except Exception as error:  # noqa: BLE001  every protocol has errors of its own
                 return {"outcome": "again", "reason": f"its files did not arrive: {type(error).__name__}: {error}"}
-            told["files"] = addresses[: len(files)]
-            told["report"] = addresses[-1] if report_file else None
+            addresses = dict(zip(names, put, strict=True))
+            told["files"] = [addresses[name] for name in files]
+            told["report"] = addresses.get(report_file)
             self._store.finish(task.name, told | {"name": task.name, "digest": task.digest})
         return told
 
@@ -289,6 +284,8 @@ class Worker:
         rollouts = [name for name, node in run.task.graph.items() if node["class_type"] == ROLLOUT]
         if [node for node in rollouts if client.stop(run.prompt_id, node)]:
             run.asked = float("inf")
+        else:
+            client.take_out(run.prompt_id)  # if it still waits behind somebody else's
         if not rollouts:
             client.interrupt(run.prompt_id)
 

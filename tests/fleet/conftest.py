@@ -85,4 +85,8 @@ def threads(tmp_path, monkeypatch) -> Fleet:
     def start(count, share, hosts, output, into, kind):
         return {f"worker {number}": thread_ray.Actor(kind(number, hosts, output, into)) for number in range(count)}
 
-    return Fleet(start, lambda actors: None, tmp_path / "into")
+    def end(actors):
+        for actor in actors.values():
+            actor.end()
+
+    return Fleet(start, end, tmp_path / "into")

@@ -6,7 +6,9 @@
   fail TYPE      the rollout fails, and its report says so
   die [FRAME]    the host goes, after a state at that frame
   kill [FRAME]   so does the whole process that plays it, by kill -9
+  picky          a prompt that goes on from a state fails for that, another makes the video
   wait           the rollout goes on until somebody stops it
+  hang           it goes on whatever is asked
 
 What lies in a video is JSON: which frames were made of it, try by try. Polled: there is no websocket.
 """
@@ -134,10 +136,15 @@ class ScriptedHost:
                 os.kill(os.getpid(), signal.SIGKILL)
             self.end()
             return
+        if what == "hang":
+            threading.Event().wait()
         if what == "wait":
             self.stopped[prompt_id].wait()
             self._save(video, [*made, [first, first + 4]])
             self._end(prompt_id, video, "stopped", {"stopped": {"frame": first + 4, "of": length, "by": "user"}})
+        elif what == "picky" and first:
+            error = {"type": "refused_input", "message": "join is on, but the video is missing"}
+            self._end(prompt_id, video, "failed", {"error": error})
         elif what == "fail":
             self._end(prompt_id, video, "failed", {"error": {"type": more, "message": f"{more} in chunk 3"}})
         elif what == "error":

@@ -13,6 +13,7 @@ from scripted_host import Script, ScriptedHost
 from tables import ROOT, table
 
 from fleet.__main__ import check, folder_of, main, parser
+from fleet.cluster import two_signals
 from fleet.errors import FleetError
 from fleet.going_on import frames_in
 
@@ -54,6 +55,18 @@ def test_check_says_what_is_to_be_made(tmp_path, capsys):
     path = table(tmp_path, [{"5.length": 9}, {"5.length": 33}])
     assert main([str(path), "--into", str(tmp_path / "into"), "--check"]) == 0
     assert "2 rows, 0 of them finished before; 42 frames to make." in capsys.readouterr().out
+
+
+def test_two_signals_are_two_steps_and_a_third_is_an_end():
+    called = []
+    with two_signals(lambda: called.append("stop"), lambda: called.append("end")):
+        for expected in (["stop"], ["stop", "end"]):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert called == expected
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 class Command:

@@ -49,8 +49,8 @@ def test_every_way_that_a_row_can_end(fleet, tmp_path, capsys):
     assert made(fleet, found["host"]) == [[0, 21], [21, 97]] and made(fleet, found["node"]) == [[0, 33], [33, 97]]
     for name in ("further", "preempted"):
         assert made(fleet, found[name]) == [[0, 9], [9, 21], [21, 33], [33, 97]]
-    assert found["stuck"]["tries"] == 3, "the first one came further"
     assert found["node"]["went_on"] == [f"went on from frame 33 on {found['node']['worker']}"]
+    assert found["stuck"]["tries"] == found["poison"]["tries"] == 2
     tries = lines_of(fleet.folder / "tries.jsonl")
     for name in ("host", "node", "poison", "short"):  # never where it was lost
         first, second = [told["worker"] for told in tries if told["name"] == name]
@@ -86,12 +86,7 @@ def test_a_stop_keeps_states_and_the_next_run_goes_on_from_them(threads, tmp_pat
     waits = {row.name: ["wait", "whole"] for row in rows}
 
     def stop(driver) -> None:
-        def when_two_run() -> None:
-            while len(list(threads.output.glob("*/*.try"))) < 2:
-                time.sleep(0.02)
-            driver.stop()
-
-        threading.Thread(target=when_two_run, daemon=True).start()
+        threading.Thread(target=_stop_on, args=(driver, threads), daemon=True).start()
 
     assert threads.run(rows, Script(threads.output, waits), meanwhile=stop) == 3
     assert len(list(threads.output.glob("*/*.state.safetensors"))) == 2 and threads.results() == {}
@@ -99,6 +94,27 @@ def test_a_stop_keeps_states_and_the_next_run_goes_on_from_them(threads, tmp_pat
     assert threads.run(rows, Script(threads.output, waits)) == 0
     parts = sorted(len(made(threads, told)) for told in threads.results().values())
     assert parts == [1, 2, 2]
+
+
+def test_a_state_that_cannot_be_gone_on_from_is_left_for_the_start(threads, tmp_path):
+    assert threads.run(rows_of(tmp_path, {}), Script(threads.output, {"v1": ["die 21", "picky"]})) == 0
+    assert made(threads, threads.results()["v1"]) == [[0, 513]] and threads.results()["v1"]["tries"] == 2
+
+
+def test_a_second_ctrl_c_does_not_wait_for_rows(threads, tmp_path):
+    def end(driver) -> None:
+        driver.stop()
+        threading.Thread(target=lambda: [_until_begun(threads, 1), driver.end()], daemon=True).start()
+
+    script = Script(threads.output, {"v1": ["hang"]})
+    begin = lambda driver: threading.Thread(target=lambda: [_until_begun(threads, 1), end(driver)], daemon=True).start()  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        threads.run(rows_of(tmp_path, {}), script, workers=1, meanwhile=begin)
+
+
+def _until_begun(threads, count: int) -> None:
+    while len(list(threads.output.glob("*/*.try"))) < count:
+        time.sleep(0.02)
 
 
 def test_on_another_kind_of_device_it_says_so(threads, tmp_path):
@@ -119,16 +135,21 @@ def test_same_device_waits_for_one_also_for_the_next_driver(threads, tmp_path, c
     assert threads.run(rows, script, workers=1, meanwhile=stopped, same_device=True) == 1
     capsys.readouterr()
     other = Script(threads.output, {"v1": ["whole"]}, {0: ("cuda:0 B", 10)})
-    patient = lambda driver: threading.Timer(3.0, driver.stop).start()  # noqa: E731
+    patient = lambda driver: threading.Thread(target=_stop_once_told, args=(driver,), daemon=True).start()  # noqa: E731
     assert threads.run(rows, other, workers=1, meanwhile=patient, same_device=True) == 1
     assert "1 rows wait for a worker with A (--same-device)" in capsys.readouterr().out and threads.results() == {}
     again = Script(threads.output, {"v1": ["whole"]}, {0: ("cuda:0 B", 10), 1: ("cuda:1 A", 10)})
     assert threads.run(rows, again, same_device=True) == 0 and threads.results()["v1"]["device"] == "A"
 
 
-def _stop_on(driver, threads) -> None:
-    while len(list(threads.output.glob("*/*.try"))) < 2:
+def _stop_once_told(driver) -> None:
+    while not driver._told_waits:
         time.sleep(0.02)
+    driver.stop()
+
+
+def _stop_on(driver, threads) -> None:
+    _until_begun(threads, 2)
     driver.stop()
 
 

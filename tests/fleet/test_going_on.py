@@ -122,6 +122,9 @@ def test_a_prompts_own_report_is_found_among_others(tmp_path):
     report(tmp_path / "a_00001_.report.json", ended="failed", prompt_id="x")
     report(tmp_path / "a_00002_.report.json", ended="whole", prompt_id="y")
     (tmp_path / "a_00003_.report.json").write_text("[")
+    report(
+        tmp_path / "b_00001_.report.json", at=9, ended="whole", prompt_id="x"
+    )  # of another rollout of the same prompt
     assert report_of(tmp_path, "x")[0] == "a_00001_.report.json" and report_of(tmp_path, "z") is None
 
 

@@ -25,6 +25,18 @@ def test_a_row_is_finished_once_its_record_is_there(tmp_path):
     assert json.loads((tmp_path / "far" / "batch" / "v1" / RECORD).read_text())["name"] == "v1"
 
 
+def test_a_folder_of_frames_arrives_with_all_in_it(tmp_path):
+    frames = tmp_path / "v1_00001_"
+    (frames / "more").mkdir(parents=True)
+    for number in range(3):
+        (frames / f"{number:06}.png").write_bytes(bytes([number]))
+    (frames / "more" / "x").write_bytes(b"x")
+    (address,) = Store(f"file://{tmp_path}/far").put("v1", [frames])
+    there = tmp_path / "far" / "v1" / "v1_00001_"
+    assert address == f"file://{there}" and (there / "more" / "x").read_bytes() == b"x"
+    assert [(there / f"{number:06}.png").read_bytes() for number in range(3)] == [b"\0", b"\1", b"\2"]
+
+
 def test_a_file_that_did_not_arrive_whole_is_told(tmp_path, monkeypatch):
     video = tmp_path / "v.mp4"
     video.write_bytes(b"12345")

@@ -28,6 +28,11 @@ class Actor:
     def __init__(self, held: Any) -> None:
         self._held, self._pool = held, concurrent.futures.ThreadPoolExecutor(4)
 
+    def end(self) -> None:
+        """The worker's host dies, so that no thread waits for it any more."""
+        if self._held._host is not None:
+            self._held._host.end()
+
     def __getattr__(self, name: str) -> _Method:
         return _Method(self._pool, getattr(self._held, name))
 
