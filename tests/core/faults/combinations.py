@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tiny_model import TinyModel
+from tiny_talker import TinyTalker, picture_of, sound_of
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import (
@@ -21,7 +22,9 @@ from adastate_core.anchors import (
     AnchorReplay,
     AnchorStatic,
 )
+from adastate_core.history import CLEAN, LAST_LEVEL, OWN_LEVEL
 from adastate_core.prompts.plan import PromptChange, PromptPlan
+from adastate_core.reference import ReferenceRule
 from adastate_core.rollout import RolloutSpec, Settings
 from adastate_core.schedules.schedule import Schedule
 from adastate_core.shot_check import check_shots
@@ -31,6 +34,8 @@ from .pairs import Value, pairwise
 
 FRAMES, BLOCKS, WINDOW, LONG_WINDOW = 3, 3, 6, 24
 LEVELS = "two levels"
+# of latents; those of a reference have larger patches too
+SIZES = {False: {"height": 4, "width": 6}, True: {"height": 8, "width": 8}}
 # a recache in one pass that makes the sink again, and one after the sink has gone out of its reach
 ONE_PASS, SINK_STAYS = "in one pass", "in one pass behind the sink"
 # start latents stand in the chunk whose operations fail, which then is the first one
@@ -74,6 +79,8 @@ def refused(a: Value, b: Value) -> bool:
 class Combination:
     """One of each dimension's values; with `levels` the last noisy step keeps a past of its own beside the clean one.
 
+    `talking`: the model hears a sound and shows a reference, and its past is what this history says.
+
     `variant` numbers what a value leaves open (which 8 bits, which adaptive anchor).
     """
 
@@ -86,6 +93,7 @@ class Combination:
     recache: str = ""
     starting: str = ""
     behind: str = ""
+    talking: str = ""
 
     @property
     def name(self) -> str:
@@ -93,7 +101,8 @@ class Combination:
         values = (self.anchor, self.storage, self.absorption, self.transition, self.blocks)
         words = [f"{value} {name}" if value in ("none", "1", "several") else value
                  for name, value in zip(DIMENSIONS, values, strict=True)]  # fmt: skip
-        return ", ".join([*words, *(one for one in (self.levels, self.recache, self.starting, self.behind) if one)])
+        more = (self.levels, self.recache, self.starting, self.behind, self.talking and f"talking, {self.talking}")
+        return ", ".join([*words, *(one for one in more if one)])
 
     @property
     def variant(self) -> int:
@@ -130,7 +139,13 @@ class Combination:
         """Warming: it collects in the chunk. Switching: it solves and switches in its commit. Switched: it is measured and
         solved anew."""
         bare = (
-            self.anchor == "deep" or self.blocks != "1" or self.levels or self.recache or self.starting or self.behind
+            self.anchor == "deep"
+            or self.blocks != "1"
+            or self.levels
+            or self.recache
+            or self.starting
+            or self.behind
+            or self.talking
         )
         warming = not bare and self.variant % 2 == 1
         if self.absorption == "none or warming" and not warming:
@@ -160,16 +175,30 @@ class Combination:
             "int8 host": ("int8", "host memory"),
         }[self.storage]
         spec = RolloutSpec(
-            geometry=model.geometry, batch=1, height=4, width=6, chunk_frames=FRAMES,
+            geometry=model.geometry, batch=1, **SIZES[bool(self.talking)], chunk_frames=FRAMES,
             anchor=self.policy(), **self.windows(self.window, may_share=self.transition != "restart"),
             positions=self.places() or ("fixed" if self.variant % 3 == 0 and self.anchor != "deep" else "packed"),
             dtype=torch.float32,
             absorption=absorption, blocks=BLOCKS if self.blocks == "several" else 1,
-            cache_dtype=dtype, cache_device=device, one_pass_recache=bool(self.recache),
+            cache_dtype=dtype, cache_device=device, one_pass_recache=bool(self.recache), **self.shown(),
             **({"restart_frames": self.chunk * FRAMES, "overlap_frames": 5} if self.transition == "restart" else {}),
         )  # fmt: skip
         check_shots(spec, self.prompts())
         return spec
+
+    def model(self) -> TinyModel:
+        """A new one, of the kind that it takes."""
+        return TinyTalker() if self.talking else TinyModel()
+
+    def shown(self) -> dict[str, Any]:
+        """What a spec has of a model that is driven by sound: the reference rolls with the chunk whose operations fail."""
+        if not self.talking:
+            return {}
+        rule = ReferenceRule(self.chunk * FRAMES, drawn=self.talking != CLEAN)
+        return dict(history=self.talking, windows=2 if self.talking == OWN_LEVEL else 1, reference=rule)
+
+    def reference(self) -> torch.Tensor | None:
+        return picture_of() if self.talking else None
 
     def places(self) -> str:
         """Frames of shots stand at their own times where the anchor allows it; "" elsewhere."""
@@ -179,6 +208,8 @@ class Combination:
         schedule = Schedule.shifted(BLOCKS if self.blocks == "several" else 2, 5.0)
         if self.starting or self.behind:  # LongLive 2.0's are with a solver that remembers its last step
             schedule = replace(schedule, sampler="unipc")
+        if self.talking:
+            return Settings(7, replace(schedule, sampler="euler"), sound=sound_of())
         return Settings(7, replace(schedule, kept=(1,)) if self.levels else schedule)
 
     def start_latents(self, model: TinyModel) -> torch.Tensor | None:
@@ -219,6 +250,8 @@ def combinations() -> list[Combination]:
     whole = (("static", "model", ONE_PASS), ("static", "int8 host", ONE_PASS), ("static", "model", SINK_STAYS),
              ("none", "host", SINK_STAYS))  # fmt: skip
     inside = (("static", "model"), ("adaptive", "int8 host"))
+    talkers = (("none", "model", "none", OWN_LEVEL), ("static", "int8 host", "flush", OWN_LEVEL),
+               ("none", "8 bits", "cut", LAST_LEVEL), ("adaptive", "model", "recache", CLEAN))  # fmt: skip
     shots = (("static", "model", "rope cut"), ("ema", "int8 host", "recache"), ("memory", "8 bits", "flush"))
     return [
         *pairs,
@@ -229,6 +262,7 @@ def combinations() -> list[Combination]:
         *(Combination(a, storage, transition=t, behind=BEHIND) for a, storage, t in shots),
         Combination("static", "model", "switched", "none", behind=BEHIND),
         Combination("static", "model", transition="recache", recache=ONE_PASS, behind=BEHIND),
+        *(Combination(a, storage, transition=t, talking=history) for a, storage, t, history in talkers),
     ]
 
 

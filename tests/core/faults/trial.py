@@ -85,11 +85,18 @@ class Trial:
     def __init__(self, combination: Combination, seed: int = 0) -> None:
         """ValueError if the combination is refused."""
         self.combination, self.seed = combination, seed
-        self.spec, self.settings = combination.spec(TinyModel()), combination.settings()
-        self.model = TinyModel()
+        self.spec, self.settings = combination.spec(combination.model()), combination.settings()
+        self.model = combination.model()
         start = combination.chunk * FRAMES
         self.length = start + 2 * FRAMES
-        whole = Rollout(self.model, self.spec, self.settings, keep_latents=True, prompts=combination.prompts())
+        whole = Rollout(
+            self.model,
+            self.spec,
+            self.settings,
+            keep_latents=True,
+            prompts=combination.prompts(),
+            reference=combination.reference(),
+        )
         given = combination.start_latents(self.model)
         latents = [chunk.latents for chunk in self._until(whole, start)] if given is None else waiting(whole, given)
         self.before = whole.snapshot()
@@ -204,7 +211,7 @@ class Trial:
     def _resumed(self, state: RolloutState, latents: list[torch.Tensor]) -> Outcome:
         """With a new rollout, and with one from a file, each with a model that has seen nothing."""
         try:
-            rollout = self.rollout(state, TinyModel())
+            rollout = self.rollout(state, self.combination.model())
         except Exception as error:  # noqa: BLE001
             return Outcome(UNREADABLE, f"a new rollout: {type(error).__name__}: {error}")
         outcome = self._goes_on(rollout, latents, "a new rollout")
@@ -213,7 +220,7 @@ class Trial:
         with tempfile.TemporaryDirectory(prefix="faults-", dir=_memory()) as folder:
             try:
                 loaded = load_state(save_state(state, Path(folder) / "state.safetensors"))
-                rollout = self.rollout(loaded, TinyModel())
+                rollout = self.rollout(loaded, self.combination.model())
             except Exception as error:  # noqa: BLE001
                 return Outcome(UNREADABLE, f"the file: {type(error).__name__}: {error}")
         return self._goes_on(rollout, latents, "from the file")
