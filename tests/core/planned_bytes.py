@@ -17,7 +17,9 @@ from live_bytes import LiveBytes
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
 from adastate_core.geometry import WAN22, ModelGeometry
+from adastate_core.history import CLEAN, OWN_LEVEL
 from adastate_core.prompts.plan import PromptChange, PromptPlan
+from adastate_core.reference import ReferenceRule, reference_tokens
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_core.schedules.schedule import Schedule
 
@@ -26,6 +28,9 @@ MODELS = {
     "14B": ModelGeometry(16, 40, 40, 128),
     "5B": ModelGeometry(48, 30, 24, 128, space=WAN22),
 }
+# LiveAvatar's, at 704x384; of the 1.3B's width, since two layers of its own do not tell more
+TALKING = "S2V"
+SIZES = {"5B": (44, 80), TALKING: (48, 88)}
 TEXT = 512
 # so many chunks at the end are denoised; those before are given, which fills a window with one pass a chunk
 GENERATED = 3
@@ -68,6 +73,30 @@ CASES: dict[str, dict[str, Any]] = {
         "recache": 6,
     },
     "longlive 2": LONGLIVE_2 | {"chunks": 5},
+    "liveavatar": {
+        "anchor": Anchor(),
+        "window_frames": 9,
+        "positions": "absolute",
+        "history": OWN_LEVEL,
+        "windows": 4,
+        "reference": ReferenceRule(12, True),
+        "sampler": "euler",
+        "chunks": 5,
+        "model": TALKING,
+    },
+    "liveavatar, int8, host memory": {
+        "anchor": Anchor(),
+        "window_frames": 9,
+        "positions": "absolute",
+        "history": OWN_LEVEL,
+        "windows": 4,
+        "cache_dtype": "int8",
+        "reference": ReferenceRule(12, True),
+        "sampler": "euler",
+        "chunks": 5,
+        "model": TALKING,
+        "cache_device": "host memory",
+    },
     "longlive 2, fp8": LONGLIVE_2 | {"cache_dtype": "fp8", "chunks": 5},
 }
 
@@ -86,16 +115,25 @@ class Shapes:
         with self.live.aside():
             return torch.empty_like(q)
 
+    def hear(self, *_: Any) -> None: ...
+
+    def refer(self, picture: torch.Tensor, motion: torch.Tensor, making: Any) -> None:
+        self._through(
+            len(picture), reference_tokens(*(side // self.geometry.patch for side in picture.shape[3:])), making
+        )
+
     def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: Any) -> torch.Tensor:
-        width = self.geometry.heads * self.geometry.head_dim
         batch, _, frames, height, wide = x.shape
-        tokens = frames * (height // self.geometry.patch) * (wide // self.geometry.patch)
+        self._through(batch, frames * (height // self.geometry.patch) * (wide // self.geometry.patch), attention)
+        return torch.empty_like(x)
+
+    def _through(self, batch: int, tokens: int, attention: Any) -> None:
+        width = self.geometry.heads * self.geometry.head_dim
         with self.live.aside():  # every layer has its own, but never two at once
             q, k, v = (torch.empty((batch, tokens, width), dtype=self.dtype, device=self.device) for _ in range(3))
         for layer in range(self.geometry.layers):
             attention.attend(layer, q, k, v)
             attention.text(layer, id(self.context), self._text(batch, width))
-        return torch.empty_like(x)
 
     def _text(self, batch: int, width: int) -> Any:
         def make() -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +164,7 @@ def spec_of(case: str, model: str, layers: int | None = None) -> RolloutSpec:
     """A case's rollout, of all of a model's layers or of fewer."""
     given = {n: v for n, v in CASES[case].items() if n not in ("chunks", "recache", "sampler", "model")}
     numbers = {"window_frames": 3, "chunk_frames": 3, "positions": "packed"} | given
-    geometry, (height, width) = MODELS[model], (44, 80) if model == "5B" else (60, 104)
+    geometry, (height, width) = MODELS["1.3B" if model == TALKING else model], SIZES.get(model, (60, 104))
     if layers is not None:
         geometry = replace(geometry, layers=layers)
     return RolloutSpec(
@@ -161,9 +199,12 @@ def counted(case: str, model: str, layers: int | None = None) -> Counted:
                 [PromptChange(0, texts[0]), PromptChange(frames * change, texts[1], "recache")], frames
             )
         shapes = Shapes(spec.geometry, device, spec.dtype, live)
-        rollout = Rollout(shapes, spec, settings, text_tokens=TEXT, prompts=prompts, length=length)
+        shown = torch.empty(1, spec.geometry.channels, 1, spec.height, spec.width) if spec.reference else None
+        rollout = Rollout(shapes, spec, settings, text_tokens=TEXT, prompts=prompts, length=length, reference=shown)
         marks = {"built": live.now["cuda"]}
         given = torch.empty(1, spec.geometry.channels, length - frames * GENERATED, spec.height, spec.width)
+        if spec.history != CLEAN:  # nothing can be cached without being denoised
+            given = None
         for chunk in rollout.chunks(length, given):
             marks[f"chunk {chunk.index}"] = live.peak["cuda"]
         marks["end"] = live.now["cuda"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planned_bytes import MODELS, TEXT, cases_of, counted, spec_of
+from planned_bytes import MODELS, TALKING, TEXT, cases_of, counted, spec_of
 
 from adastate_core.cache.working_bytes import latent_bytes, working_bytes
 
@@ -18,7 +18,7 @@ LONG = {"absorption 120", "longlive 2, fp8"}
 FEW_LAYERS = 1.3
 
 
-COUNTED = [(case, model) for model in ("1.3B", "5B") for case in cases_of(model) if case not in LONG] + [
+COUNTED = [(case, model) for model in ("1.3B", "5B", TALKING) for case in cases_of(model) if case not in LONG] + [
     ("adaptive", "14B")
 ]
 
