@@ -47,9 +47,10 @@ def main() -> int:
         [
             "# Planned and counted memory",
             "",
-            f"`python3 run.py bench planned_memory`, torch {torch.__version__}: MiB on the device, 832x480 (the 5B: 1280x704), "
-            f"bfloat16, all layers. Chunks are of 3 latent frames (LongLive 2.0: 8); the last {GENERATED} are denoised in 4 "
-            "steps (5 with Rolling Forcing), those before are given, and a state is taken at the end. Counted is every live "
+            f"`python3 run.py bench planned_memory`, torch {torch.__version__}: MiB on the device, 832x480 (the 5B: 1280x704, "
+            "S2V: 704x384), bfloat16, all layers. Chunks are of 3 latent frames (LongLive 2.0: 8); the last "
+            f"{GENERATED} (LiveAvatar: all) are denoised in 4 steps (5 with Rolling Forcing), those before are given, and a "
+            "state is taken at the end. Counted is every live "
             "byte but the host's own forward.",
             "",
             "| model | case | chunks | tables | working | planned | counted peak | planned / counted |",

@@ -37,6 +37,8 @@ class FakeCuda(FakeTensorMode):
         if func is aten._local_scalar_dense.default:
             dtype = args[0].dtype
             return True if dtype == torch.bool else float(ANSWER) if dtype.is_floating_point else ANSWER
+        if func is aten.nonzero.default and args[0].ndim == 1 and args[0].device.type == "cpu":  # every condition holds
+            return self.from_tensor(torch.arange(len(args[0]))[:, None])
         if func is aten._pin_memory.default:
             self._pin(args[0].device)
             return args[0]

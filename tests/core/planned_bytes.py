@@ -16,10 +16,11 @@ from live_bytes import LiveBytes
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import Anchor, AnchorAdaptive, AnchorEMA, AnchorStatic
+from adastate_core.audio.driving import DrivingSound
 from adastate_core.geometry import WAN22, ModelGeometry
-from adastate_core.history import CLEAN, OWN_LEVEL
+from adastate_core.history import CLEAN, LAST_LEVEL, OWN_LEVEL
 from adastate_core.prompts.plan import PromptChange, PromptPlan
-from adastate_core.reference import ReferenceRule, reference_tokens
+from adastate_core.reference import ReferenceRule
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_core.schedules.schedule import Schedule
 
@@ -27,15 +28,23 @@ MODELS = {
     "1.3B": ModelGeometry(16, 30, 12, 128),
     "14B": ModelGeometry(16, 40, 40, 128),
     "5B": ModelGeometry(48, 30, 24, 128, space=WAN22),
+    "S2V": ModelGeometry(16, 40, 40, 128),
 }
-# LiveAvatar's, at 704x384; of the 1.3B's width, since two layers of its own do not tell more
-TALKING = "S2V"
-SIZES = {"5B": (44, 80), TALKING: (48, 88)}
+SIZES = {"5B": (44, 80), "S2V": (48, 88)}  # of a latent, where it is not 60x104
 TEXT = 512
 # so many chunks at the end are denoised; those before are given, which fills a window with one pass a chunk
 GENERATED = 3
 ABSORBED = AbsorptionSettings(warmup_frames=24, local_window_frames=3)
 LONGLIVE_2 = {"anchor": AnchorStatic(8), "chunk_frames": 8, "window_frames": 16, "positions": "absolute", "model": "5B"}
+# of S2V at 704x384: a picture's tokens beside every pass, and a window for each of four steps, or one for all
+TALKS = {
+    "anchor": Anchor(),
+    "positions": "absolute",
+    "model": "S2V",
+    "reference": ReferenceRule(12, drawn=True),
+    "sampler": "euler",
+}
+LIVEAVATAR = TALKS | {"window_frames": 9, "history": OWN_LEVEL, "windows": 4}
 # what differs from F = 3, W = 3, packed positions at 832x480 (of the 5B: 1280x704), and how many chunks are made
 CASES: dict[str, dict[str, Any]] = {
     "adaptive": {"anchor": AnchorAdaptive(1), "chunks": 5},
@@ -73,31 +82,14 @@ CASES: dict[str, dict[str, Any]] = {
         "recache": 6,
     },
     "longlive 2": LONGLIVE_2 | {"chunks": 5},
-    "liveavatar": {
-        "anchor": Anchor(),
-        "window_frames": 9,
-        "positions": "absolute",
-        "history": OWN_LEVEL,
-        "windows": 4,
-        "reference": ReferenceRule(12, True),
-        "sampler": "euler",
-        "chunks": 5,
-        "model": TALKING,
-    },
-    "liveavatar, int8, host memory": {
-        "anchor": Anchor(),
-        "window_frames": 9,
-        "positions": "absolute",
-        "history": OWN_LEVEL,
-        "windows": 4,
-        "cache_dtype": "int8",
-        "reference": ReferenceRule(12, True),
-        "sampler": "euler",
-        "chunks": 5,
-        "model": TALKING,
-        "cache_device": "host memory",
-    },
     "longlive 2, fp8": LONGLIVE_2 | {"cache_dtype": "fp8", "chunks": 5},
+    "liveavatar": LIVEAVATAR | {"chunks": 6},
+    "liveavatar, one window": LIVEAVATAR | {"history": LAST_LEVEL, "windows": 1, "chunks": 6},
+    "liveavatar, int8": LIVEAVATAR | {"cache_dtype": "int8", "chunks": 6},
+    "liveavatar, host memory": LIVEAVATAR | {"cache_device": "host memory", "chunks": 6},
+    "speaks, window 18": TALKS | {"window_frames": 18, "sampler": "renoising", "chunks": 9},
+    "speaks, absorption": TALKS
+    | {"anchor": AnchorStatic(1), "window_frames": 24, "absorption": ABSORBED, "sampler": "renoising", "chunks": 12},
 }
 
 
@@ -115,25 +107,31 @@ class Shapes:
         with self.live.aside():
             return torch.empty_like(q)
 
-    def hear(self, *_: Any) -> None: ...
-
-    def refer(self, picture: torch.Tensor, motion: torch.Tensor, making: Any) -> None:
-        self._through(
-            len(picture), reference_tokens(*(side // self.geometry.patch for side in picture.shape[3:])), making
-        )
-
     def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: Any) -> torch.Tensor:
-        batch, _, frames, height, wide = x.shape
-        self._through(batch, frames * (height // self.geometry.patch) * (wide // self.geometry.patch), attention)
-        return torch.empty_like(x)
-
-    def _through(self, batch: int, tokens: int, attention: Any) -> None:
         width = self.geometry.heads * self.geometry.head_dim
+        batch, _, frames, height, wide = x.shape
+        tokens = frames * (height // self.geometry.patch) * (wide // self.geometry.patch)
         with self.live.aside():  # every layer has its own, but never two at once
             q, k, v = (torch.empty((batch, tokens, width), dtype=self.dtype, device=self.device) for _ in range(3))
         for layer in range(self.geometry.layers):
             attention.attend(layer, q, k, v)
             attention.text(layer, id(self.context), self._text(batch, width))
+        return torch.empty_like(x)
+
+    def hear(self, sound: DrivingSound, first: int, frames: int, states: int) -> None:
+        """What the model keeps of a sound is its own."""
+
+    def refer(self, picture: torch.Tensor, motion: torch.Tensor, making: Any) -> None:
+        width = self.geometry.heads * self.geometry.head_dim
+        frame = picture.shape[3] // self.geometry.patch * (picture.shape[4] // self.geometry.patch)
+        with self.live.aside():
+            q, k, v = (
+                torch.empty((len(picture), frame * 5 // 2, width), dtype=self.dtype, device=self.device)
+                for _ in range(3)
+            )
+        for layer in range(self.geometry.layers):
+            making.attend(layer, q, k, v)
+            making.text(layer, id(self.context), self._text(len(picture), width))
 
     def _text(self, batch: int, width: int) -> Any:
         def make() -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +162,7 @@ def spec_of(case: str, model: str, layers: int | None = None) -> RolloutSpec:
     """A case's rollout, of all of a model's layers or of fewer."""
     given = {n: v for n, v in CASES[case].items() if n not in ("chunks", "recache", "sampler", "model")}
     numbers = {"window_frames": 3, "chunk_frames": 3, "positions": "packed"} | given
-    geometry, (height, width) = MODELS["1.3B" if model == TALKING else model], SIZES.get(model, (60, 104))
+    geometry, (height, width) = MODELS[model], SIZES.get(model, (60, 104))
     if layers is not None:
         geometry = replace(geometry, layers=layers)
     return RolloutSpec(
@@ -199,13 +197,13 @@ def counted(case: str, model: str, layers: int | None = None) -> Counted:
                 [PromptChange(0, texts[0]), PromptChange(frames * change, texts[1], "recache")], frames
             )
         shapes = Shapes(spec.geometry, device, spec.dtype, live)
-        shown = torch.empty(1, spec.geometry.channels, 1, spec.height, spec.width) if spec.reference else None
-        rollout = Rollout(shapes, spec, settings, text_tokens=TEXT, prompts=prompts, length=length, reference=shown)
+        picture = (
+            torch.empty(1, spec.geometry.channels, 1, spec.height, spec.width) if spec.reference is not None else None
+        )
+        rollout = Rollout(shapes, spec, settings, text_tokens=TEXT, prompts=prompts, length=length, reference=picture)
         marks = {"built": live.now["cuda"]}
         given = torch.empty(1, spec.geometry.channels, length - frames * GENERATED, spec.height, spec.width)
-        if spec.history != CLEAN:  # nothing can be cached without being denoised
-            given = None
-        for chunk in rollout.chunks(length, given):
+        for chunk in rollout.chunks(length, given if spec.history == CLEAN else None):
             marks[f"chunk {chunk.index}"] = live.peak["cuda"]
         marks["end"] = live.now["cuda"]
         rollout.snapshot()

@@ -41,6 +41,7 @@ class S2VLoop:
     [1 or B, 16, 1, h, w] is the latent of the picture, `context` [1, n, 4096] the words.
     """
 
+    first_picture = 0  # of the sound, where the video begins
     F, fps, motion_rolls, motion_shown, uncut_places, host_motion_times = 3, 25.0, False, True, False, False
 
     def __init__(self, state, context, *, seed, h, w, batch=1, heard=None, reference=None, **numbers) -> None:
@@ -137,11 +138,13 @@ class LiveAvatar(S2VLoop):
     first frame that was made (None: never). It stands at max(30, f0 + rd); rd is drawn for every pass.
     """
 
-    ring, steps, rolls_at = 12, 4, 12
+    ring, steps, rolls_at, sink = 12, 4, 12, 0  # the ring without the sink, which the published code has none of
+    before_chunk = None  # called with the loop before each chunk
     one_history = False  # all steps read what the last one made: the cheaper kind, of one window
-    hold = staticmethod(
-        lambda x: x
-    )  # what becomes of a frame's raw keys or values [B, P, D] once a later chunk reads them
+    packed = False  # a frame's time is its place among those that a chunk reads
+    far = 0  # frames by which all of the video stands later in time
+    # what becomes of a frame's raw keys or values [B, P, D] once a later chunk reads them
+    hold = staticmethod(lambda x: x)
     # mistakes: the picture stands still, or 30 away; sound with what was before, or as the host aligns it; no end of the ring
     still, thirty_away, true_context, host_aligned, endless = False, False, False, False, False
 
@@ -162,9 +165,9 @@ class LiveAvatar(S2VLoop):
         if self.true_context:
             first, count = 0, first + count
         if self.host_aligned:
-            tokens, whole = self.model.hears(at_pictures(self.heard, self.fps, count, first))
+            tokens, whole = self.model.hears(at_pictures(self.heard, self.fps, count, first + self.first_picture))
             return tokens[-self.F :], whole[-self.F :]
-        own = at_pictures(self.heard, self.fps, count, first)
+        own = at_pictures(self.heard, self.fps, count, first + self.first_picture)
         tokens, whole = self.model.hears(torch.cat([own[:1].expand(PADDED, -1), own])[: 4 * DROPPED + count])
         return tokens[DROPPED:][-self.F :], whole[DROPPED:][-self.F :]
 
@@ -174,18 +177,22 @@ class LiveAvatar(S2VLoop):
         elif self.f == self.rolls_at and self.reference is not None:
             self.show(self.out[0][:, :, :1])
         sound, x = self.sound(), drawn(self.seed, self.number, 0, self.shape)
-        times = range(self.f, self.f + self.F)
+        left = 0 if self.endless else max(0, self.f - self.ring + self.F)
+        past = [frame for frame in range(self.f) if frame < self.sink or frame >= left]
+        places = list(range(len(past) + self.F))
+        if not self.packed:
+            places = [frame + self.far for frame in (*past, *range(self.f, self.f + self.F))]
+        before, times = places[: len(past)], places[len(past) :]
         for step, sigma in enumerate(self.levels[:-1]):
-            distance = self.distance(self.number, step)
-            time = FAR if self.still else max(FAR, self.f + (30 if self.thirty_away else distance))
-            at = None if self.reference is None else self.standing(time)
-            left, made = 0 if self.endless else max(0, self.f - self.ring + self.F), []
+            away = 30 if self.thirty_away else self.distance(self.number, step)
+            at = None if self.reference is None else self.standing(FAR if self.still else max(FAR, times[0] + away))
+            made = []
 
-            def attend(layer, q, k, v, left=left, made=made, step=step, at=at):
+            def attend(layer, q, k, v, made=made, step=step, at=at):
                 made.append(self.frames_of(k, v))
                 held = self.history[-1 if self.one_history else step][layer]
-                past = [(time, *held[time]) for time in range(left, self.f)]
-                return self.read(past, times, layer, q, k, v, at)
+                read = [(time, *held[frame]) for time, frame in zip(before, past, strict=True)]
+                return self.read(read, times, layer, q, k, v, at)
 
             v = self.model.velocity(x, 1000 * sigma, self.context, attend, sound)
             for held, frames in zip(self.history[step], made, strict=True):
@@ -196,6 +203,8 @@ class LiveAvatar(S2VLoop):
     def roll(self, chunks: int) -> torch.Tensor:
         """[B, 16, chunks * F, h, w], from where it is."""
         for _ in range(chunks):
+            if self.before_chunk is not None:
+                self.before_chunk(self)
             self.out.append(self.chunk())
             self.f, self.number = self.f + self.F, self.number + 1
         return torch.cat(self.out, 2)
@@ -220,7 +229,7 @@ class Plain(S2VLoop):
     pass's first frame. `states` frames stand in front of a chunk, and hear what its first frame hears.
     """
 
-    fps, states = 16.0, 0
+    fps, states, rolls_at = 16.0, 0, None
 
     def __init__(self, *args, **numbers) -> None:
         super().__init__(*args, **numbers)
@@ -238,6 +247,10 @@ class Plain(S2VLoop):
         return self._all[0][places], self._all[1][places]
 
     def velocity(self, x: torch.Tensor, timestep, attention: BesidePicture) -> torch.Tensor:
+        if attention.frame == self.rolls_at and timestep != 0:
+            self.show(self.first)
+        if attention.frame == 0 and timestep == 0.0:  # the clean pass
+            self.first = x[:, :, self.states : self.states + 1]
         first = attention.positions[self.states]
         attention.beside = (self.conditions, self.standing(max(FAR, first + LEAST))) if self.conditions else None
         sound = self.sound_of(attention.frame, x.shape[2] - self.states)

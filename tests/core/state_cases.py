@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from test_rollout import W_PIXELS, H, spec_for
 from tiny_model import TinyModel
+from tiny_talking import TinyTalking, spoken
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import (
@@ -20,12 +21,17 @@ from adastate_core.anchors import (
     AnchorReplay,
     AnchorStatic,
 )
+from adastate_core.history import LAST_LEVEL, OWN_LEVEL
 from adastate_core.prompts.plan import PromptChange, PromptPlan
+from adastate_core.reference import ReferenceRule
 from adastate_core.rollout import Rollout, RolloutSpec, RolloutState, Settings
 from adastate_core.schedules.schedule import Schedule
 
 WARM = {"warmup_frames": 12, "local_window_frames": 3, "sink_frames": 1}
 WATCHED = WARM | {"monitor_layers": -1, "monitor_chunks": 2, "refresh": "always", "ratio": 1.0}
+
+
+TALKS = {"height": 8, "width": 8}
 
 
 def _absorbed(**settings: Any) -> dict[str, Any]:
@@ -56,8 +62,27 @@ CASES: dict[str, dict[str, Any]] = {
     "full_vae": {"stream": "full"},
     "tiny_vae": {"stream": "tiny"},
     "remade": {"remade": "newest", "length": 9, "stream": "pictures"},
+    "speaks": TALKS | {"W": 6, "reference": ReferenceRule()},
+    "own_level": TALKS
+    | {"W": 6, "reference": ReferenceRule(6, drawn=True), "history": OWN_LEVEL, "windows": 2, "cache_dtype": "int8"},
+    "last_level": TALKS | {"W": 3, "reference": ReferenceRule(12, drawn=True), "history": LAST_LEVEL, "batch": 2},
     "shots": {"anchor": AnchorStatic(2), "W": 6, "positions": "absolute", "length": 16, "shots": (3, 9)},
 }
+
+
+# what is said of a spec once it is there
+_LATE = (
+    "absorption",
+    "cache_dtype",
+    "cache_device",
+    "blocks",
+    "remade",
+    "height",
+    "width",
+    "reference",
+    "history",
+    "windows",
+)
 
 
 @cache
@@ -65,9 +90,7 @@ def made(name: str) -> tuple[RolloutSpec, RolloutState]:
     """A case's spec, and its state after a cut within a chunk."""
     one = dict(CASES[name])
     length, stream = one.pop("length", 10), one.pop("stream", "")
-    late = {
-        key: one.pop(key) for key in ("absorption", "cache_dtype", "cache_device", "blocks", "remade") if key in one
-    }
+    late = {key: one.pop(key) for key in _LATE if key in one}
     given, stop, start = one.pop("given", 0), one.pop("stop", 0), one.pop("start", "before")
     shots = one.pop("shots", ())
     spec = replace(spec_for(TinyModel(), **one), **late)
@@ -91,8 +114,13 @@ def _end() -> None:
 
 def go_on(spec: RolloutSpec, state: RolloutState | None = None) -> Rollout:
     """A rollout of a case, from its state."""
-    schedule = Schedule.shifted(max(2, spec.blocks), 5.0)
-    return Rollout(TinyModel(), spec, Settings(7, schedule), state=state, keep_latents=True)
+    schedule, talks = Schedule.shifted(max(2, spec.blocks), 5.0), spec.reference is not None
+    picture = None
+    if talks and state is None:
+        shape = (spec.batch, spec.geometry.channels, 1, spec.height, spec.width)
+        picture = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    settings = Settings(7, schedule, sound=spoken() if talks else None)
+    return Rollout(TinyTalking(), spec, settings, state=state, keep_latents=True, reference=picture)
 
 
 def carried(kind: str, seen: int) -> dict[str, Any]:

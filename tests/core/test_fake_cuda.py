@@ -13,6 +13,7 @@ from no_double_device import model_on
 from systems_fast import latents_of, rollout_of
 from test_rollout import ANCHORS, SCHEDULE, spec_for
 from tiny_model import TinyModel
+from tiny_talking import TinyTalking
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import AnchorDeep
@@ -33,17 +34,21 @@ ABSORBED = {
 def rolled(make, lengths) -> None:
     """Roll out with a snapshot and another rollout at every length; latents and states are the CPU's, the cache CUDA's."""
     with fake_cuda() as (device, mode):
-        model, state, reached = model_on(device, TinyModel()), None, 0
+        model, state, reached = model_on(device, TinyTalking()), None, 0
         for length in lengths:
             rollout = make(model, state)
             latents = latents_of(rollout, length)
-            assert latents.shape == (1, 4, length - reached, 4, 6) and latents.device.type == "cpu"
-            assert all(layer.k.device == layer.v.device == device for layer in rollout.cache)
+            sides = rollout.spec.height, rollout.spec.width
+            assert latents.shape == (1, 4, length - reached, *sides) and latents.device.type == "cpu"
+            assert all(layer.k.device == layer.v.device == device for cache in rollout.past.caches for layer in cache)
+            assert rollout.past.reference is None or rollout.past.reference.keys.device == device
             state, reached = rollout.snapshot(), length
             kept = [
                 state.pending,
                 state.noisy,
                 state.hidden,
+                state.reference,
+                state.first,
                 *(t for layer in state.cache for t in layer.tensors.values()),
             ]
             assert all(t.device.type == "cpu" for t in kept if t is not None)
@@ -51,7 +56,7 @@ def rolled(make, lengths) -> None:
 
 
 def lengths_of(name):
-    return (3, 5) if PRESETS[name].chunk_frames == 1 else (9, 12)
+    return (3, 5) if PRESETS[name].chunk_frames == 1 else (9, 15) if PRESETS[name].reference_rolls else (9, 12)
 
 
 def test_the_stand_in_refuses_two_devices_and_locked_memory_of_the_gpu():

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from published_loops import KreaRealtime
+from rounded import error, held_as
 from systems_fast import latents_of, rollout_of, spec_of
-from test_kv_storage import error, held_as
 from test_published import assert_equal, by_the_loop, words, worst
 from test_systems import in_pieces
 from tiny_model import TinyModel

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounded import error, held_as
 from slow_rollout import rotate, slow_rollout
 from test_rollout import ANCHORS, SCHEDULE, W_PIXELS, H, roll, slow_numbers, spec_for
 from tiny_model import TinyModel
@@ -18,37 +19,8 @@ HEADS, TOKENS = 2, 6
 STORED = [("model", "host memory"), ("fp8", "gpu"), ("int8", "host memory")]
 
 
-def e4m3_values() -> torch.Tensor:
-    """Every finite number of the format, from its bits: sign, 4 of exponent with bias 7, 3 of mantissa."""
-    magnitudes = [m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)]
-    magnitudes = torch.tensor(magnitudes[:-1])  # the last one is NaN
-    return torch.cat([-magnitudes, magnitudes]).unique()
-
-
-GRIDS = {"fp8": e4m3_values(), "int8": torch.arange(-127.0, 128.0)}
-
-
-def held_as(cache_dtype: str):
-    """Head by head: the nearest numbers of the grid whose end is the head's largest magnitude. [B, P, width]."""
-    grid = GRIDS[cache_dtype]
-
-    def hold(x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(x)
-        for item, kept in zip(x, out, strict=True):
-            for part, rounded in zip(item.chunk(HEADS, -1), kept.chunk(HEADS, -1), strict=True):
-                step = part.abs().max() / grid[-1]
-                rounded.copy_(grid[(part[..., None] / step - grid).abs().argmin(-1)] * step)
-        return out
-
-    return hold
-
-
 def stored(spec, cache_dtype: str, cache_device: str = "gpu"):
     return replace(spec, cache_dtype=cache_dtype, cache_device=cache_device)
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 class Recorder(TinyModel):

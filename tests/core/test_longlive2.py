@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounded import error, held_as
 from slow_longlive2 import LONGLIVE2, LongLive2
 from systems_fast import rollout_of
-from test_kv_storage import error, held_as
 from test_published import assert_equal, words, worst
 from tiny_model import TinyModel
 

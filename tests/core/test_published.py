@@ -21,8 +21,8 @@ from published_loops import (
     Published,
     SelfForcing,
 )
+from rounded import error, held_as
 from systems_fast import latents_of, rollout_of
-from test_kv_storage import error, held_as
 from test_systems import in_pieces
 from tiny_model import TinyModel
 

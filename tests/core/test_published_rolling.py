@@ -13,8 +13,8 @@ import pytest
 import torch
 from faults.injector import INJECTED, InjectedMemory, at
 from published_rolling import MISTAKES, PublishedRolling
+from rounded import error, held_as
 from systems_fast import latents_of, rollout_of, spec_of
-from test_kv_storage import error, held_as
 from tiny_model import TinyModel
 
 from adastate_core.anchors import AnchorEMA

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from faults.trial import difference, flat
+from rounded import error, held_as
 from slow_rollout import rotate
 from slow_shots import SlowShots
-from test_kv_storage import error, held_as
 from test_rollout import SCHEDULE, W_PIXELS, H, spec_for
 from tiny_model import TinyModel
 

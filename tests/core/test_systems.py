@@ -22,6 +22,7 @@ from slow_systems import (
 )
 from systems_fast import latents_of, rollout_of, spec_of
 from tiny_model import TinyModel
+from tiny_talking import TinyTalking
 
 from adastate_core.anchors import AnchorAdaptive, AnchorEMA, AnchorReplay
 from adastate_core.states.state_file import load_state, save_state
@@ -44,7 +45,7 @@ NEAR = dict(atol=1e-4, rtol=1e-4)
 
 @cache
 def fast(name):
-    return latents_of(rollout_of(name, TinyModel()), LENGTHS.get(name, 24))
+    return latents_of(rollout_of(name, TinyTalking()), LENGTHS.get(name, 24))
 
 
 def slow(loop, length, **numbers):
@@ -144,25 +145,29 @@ def test_a_preset_goes_on_from_files_bit_for_bit(name, tmp_path):
     """At chunk boundaries and with latents pending: every piece is an exact prefix of the uninterrupted rollout."""
     whole = fast(name)
     lengths = [3, 7, 9, 12, 15, 16, 18, 21, 22, *range(24, whole.shape[2] + 1, 3)]
-    pieces = in_pieces(lambda state: rollout_of(name, TinyModel(), state=state), lengths, tmp_path)
+    pieces = in_pieces(lambda state: rollout_of(name, TinyTalking(), state=state), lengths, tmp_path)
     assert torch.equal(pieces, whole)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_holds_the_bytes_that_were_planned(name):
-    model = TinyModel()
+    model = TinyTalking()
     spec = spec_of(name, model, batch=2, dtype=torch.bfloat16)
     plan = spec.plan()
     rollout = rollout_of(name, model, batch=2, dtype=torch.bfloat16)
     others = ("text_kv", "absorption", "vae_cache", "rope_tables", "working")
     planned = {key: size for key, size in plan.bytes().items() if key not in others}
     allocated = dict.fromkeys(planned, 0)
-    for layer in rollout.cache.layers:
+    caches, reference = rollout.past.caches, rollout.past.reference
+    for layer in (layer for one in caches for layer in one.layers):
         for key, size in layer.bytes().items():
             allocated[key] += size
+    if reference is not None:
+        allocated["reference"] = reference.nbytes
     assert allocated == planned
-    tensors = {id(t): t.nbytes for layer in rollout.cache for t in vars(layer).values() if isinstance(t, torch.Tensor)}
-    assert sum(tensors.values()) == plan.kv_bytes == rollout.cache.nbytes
+    layers = (layer for one in caches for layer in one)
+    tensors = {id(t): t.nbytes for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor)}
+    assert sum(tensors.values()) == plan.kv_bytes == sum(one.nbytes for one in caches)
 
 
 def test_rolling_sink_of_two_videos_and_short_windows_and_given_frames(tmp_path):
