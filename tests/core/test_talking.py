@@ -18,6 +18,8 @@ from adastate_core.reference import FARTHEST, NEAREST, ReferenceRule, reference_
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
 from adastate_core.schedules.schedule import Schedule
 from adastate_core.states.state_file import load_state, save_state
+from adastate_core.weights.preset_file import preset_from
+from adastate_core.weights.presets import PRESETS
 
 GIB = 2**30
 STORES = [("model", "gpu"), ("int8", "gpu"), ("fp8", "host memory")]
@@ -231,3 +233,25 @@ def test_a_damaged_state_is_told(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             load_state(save_state(damaged, tmp_path / "a.safetensors"))
+
+
+def test_a_preset_of_the_users_own_may_say_what_it_hears():
+    table = {
+        "name": "mine",
+        "driven_by_sound": True,
+        "history": LAST_LEVEL,
+        "audio": CHUNK,
+        "reference_rolls": 6,
+        "fps": 24.0,
+    }
+    one = preset_from(table)
+    assert (one.history, one.audio, one.reference_rolls, one.driven_by_sound) == (LAST_LEVEL, CHUNK, 6, True)
+    for name, value in (("history", "none"), ("audio", "loud"), ("reference_rolls", -1)):
+        with pytest.raises(ValueError, match=f"{name} is "):
+            preset_from(table | {name: value})
+
+
+def test_liveavatars_levels_are_its_schedulers():
+    """As diffusers' FlowMatchEulerDiscreteScheduler printed them for 4 steps and shift 3."""
+    levels = PRESETS["liveavatar"].schedule.sigmas
+    assert levels == pytest.approx((1.0, 0.857692322, 0.602150574, 0.008928572), abs=1e-7)
