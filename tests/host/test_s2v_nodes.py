@@ -165,7 +165,7 @@ REFUSED = {
     "start latents": (asked_of(start_latent=latent_of(PICTURE)), "give the picture as reference, or choose a preset with a clean"),
     "a hidden state": (asked_of(anchor=AnchorAdaptive(1), positions="packed"), "the adaptive anchor, whose state a clean pass"),
     "absorption": (asked_of(absorption="absorption"), "absorption, which follows one window; remove it, or set"),
-    "a small video": (asked_of(width=32, height=32, reference={"samples": drawn(1, 1, 16, 1, 4, 4)}), "with a reference both"),
+    "a small video": (asked_of(width=32, height=32, reference={"samples": drawn(1, 1, 16, 1, 4, 4)}), "sides must be at least 64"),
 }  # fmt: skip
 
 
@@ -274,6 +274,25 @@ def test_the_hosts_own_sampler_is_no_way_to_drive_it(avatar):
         ValueError, match="is driven by sound, which this sampler has no input for: use AdaState Rollout"
     ):
         guider.check_guider(Guider(), {"model_options": avatar.model_options})
+
+
+def test_nodes_that_have_no_input_for_a_sound_say_so(plain, node):
+    with pytest.raises(ValueError, match="which this node has no input for; use a text-to-video model"):
+        node("AdaStateAttentionShare")(model=plain, positive=POSITIVE, width=SIDE, height=SIDE, windows="3", seed=1)
+
+
+@pytest.mark.parametrize("preset", ["liveavatar", "liveavatar_one_window"])
+def test_half_precision_is_near(state, node, preset):
+    """bfloat16 weights, activations and cache, against the same rounded weights in float32."""
+    given = dict(length=25, reference=latent_of(PICTURE))
+    rounded = {name: value.to(torch.bfloat16) for name, value in state.items()}
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = comfy.sd.load_diffusion_model_state_dict(dict(rounded))
+        model.set_model_compute_dtype(dtype)
+        model = node("AdaStateModelPreset")(model=model, preset=preset).args[0]
+        found.append(roll(model, **given).args[0]["samples"])
+    assert 0 < float((found[0] - found[1]).abs().mean()) < 0.1 * float(found[1].abs().mean())
 
 
 def test_a_static_anchor_and_8_bits_go_with_it(avatar, stream):
