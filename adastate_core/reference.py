@@ -16,8 +16,8 @@ import torch
 
 # latent frames that are taken to lie before the video
 MOTION_FRAMES = 19
-# the sides of a latent are multiples of this: a patch of the oldest frames
-LATENT_MULTIPLE = 8
+# the least that a side of a latent is: a patch of the oldest frames
+LEAST_SIDE = 8
 # where the picture stands at least, and how far beyond a chunk's first frame
 EARLIEST, NEAREST, FARTHEST = 30, 4, 30
 # the times of the 19 frames' tokens: the newest, the two before, and the 16 before those by fours

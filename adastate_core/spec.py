@@ -18,7 +18,7 @@ from .cache.one_pass import OnePass, goes_with
 from .cache.specs import describe_layer, described_alike, layer_spec, stored
 from .geometry import ModelGeometry
 from .history import CLEAN, HISTORIES, LAST_LEVEL, OWN_LEVEL, check_history
-from .reference import LATENT_MULTIPLE, ReferenceRule, reference_tokens
+from .reference import LEAST_SIDE, ReferenceRule, reference_tokens
 from .rollout_state import RolloutState
 from .rope import POSITION_MODES
 from .schedules.schedule import Schedule
@@ -179,11 +179,11 @@ class RolloutSpec:
 
     def _check_reference(self) -> None:
         """What the tokens of a reference ask for."""
-        stride, patch = self.geometry.space.stride, LATENT_MULTIPLE
-        if self.height % patch or self.width % patch:
+        stride = self.geometry.space.stride
+        if min(self.height, self.width) < LEAST_SIDE:
             raise ValueError(
-                f"the video is {stride * self.width}x{stride * self.height}, and with a reference both sides must be multiples of "
-                f"{stride * patch}"
+                f"the video is {stride * self.width}x{stride * self.height}, and with a reference both sides must be at least "
+                f"{stride * LEAST_SIDE}"
             )
         if self.remade:
             raise ValueError(
@@ -400,9 +400,8 @@ class RolloutSpec:
             elif name == "remade":
                 phrases.append(f"{_made(theirs)} in the state, and {_made(value)} here")
             elif name == "reference" and (value is None or theirs is None):
-                phrases.append(
-                    f"there is {'no' if theirs is None else 'a'} reference in the state and {'no' if value is None else 'a'} here"
-                )
+                has, have = ("no" if one is None else "a" for one in (theirs, value))
+                phrases.append(f"there is {has} reference in the state and {have} reference here")
             elif name == "anchor":
                 phrases.append(self.anchor.difference(theirs))
             elif name in ("width", "height") and isinstance(theirs, int):

@@ -165,7 +165,7 @@ REFUSED = {
     "start latents": (asked_of(start_latent=latent_of(PICTURE)), "give the picture as reference, or choose a preset with a clean"),
     "a hidden state": (asked_of(anchor=AnchorAdaptive(1), positions="packed"), "the adaptive anchor, whose state a clean pass"),
     "absorption": (asked_of(absorption="absorption"), "absorption, which follows one window; remove it, or set"),
-    "a small video": (asked_of(width=32, height=32, reference={"samples": drawn(1, 1, 16, 1, 4, 4)}), "with a reference both"),
+    "a small video": (asked_of(width=32, height=32, reference={"samples": drawn(1, 1, 16, 1, 4, 4)}), "sides must be at least 64"),
 }  # fmt: skip
 
 

@@ -81,12 +81,11 @@ def row(combination: Combination, injections: list[tuple[str, int]] | None, seed
 
 def refusal(combination: Combination, sides: tuple[str, str]) -> str:
     """The sentence that refuses a combination; AssertionError if it is taken, or a side is not named."""
-    from tiny_model import TinyModel
 
     from .combinations import WORDS
 
     try:
-        combination.spec(TinyModel())
+        combination.spec(combination.model())
     except ValueError as error:
         for side in sides:
             assert any(word in str(error) for word in WORDS[side]), f"{side} is not named in: {error}"
