@@ -43,7 +43,7 @@ SCENARIOS = (
 )
 HEADER = (
     "what happens", "rows", "seconds", "rows a second", "overhead a row, ms", "of a video's time", "idle while rows wait",
-    "idle in all", "deaths", "rows that went on", "work done twice", "given up", "lost rows",
+    "idle in all", "deaths", "rows that went on from an autosave", "work done twice", "given up", "lost rows",
 )  # fmt: skip
 
 

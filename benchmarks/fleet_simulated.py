@@ -53,7 +53,7 @@ class Outcome:
     idle_to_the_end: float
     twice: float
     deaths: int
-    went_on: int  # rows that were tried more than once
+    went_on: int  # rows that went on from an autosave
     given_up: int
     lost: int
 
@@ -164,11 +164,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class _Try:
-    """One prompt on a played host: when it began and ended, and the frames that it made."""
+    """One prompt on a played host: when it began and ended, the frame that it began with, and how many it made."""
 
     row: str
     began: float
     ended: float
+    first: int
     frames: int
 
 
@@ -186,7 +187,7 @@ def tries(log: Path, killed: list[float], lengths: dict[str, int]) -> list[_Try]
             at = max(saved["at"], min((when for when in killed if when >= start["at"]), default=0.0))
             made = start["first"] + int((at - start["at"]) / start["seconds_a_frame"])
             end = {"at": at, "done": max(saved["done"], min(lengths[start["row"]], made))}
-        found.append(_Try(start["row"], start["at"], end["at"], end["done"] - start["first"]))
+        found.append(_Try(start["row"], start["at"], end["at"], start["first"], end["done"] - start["first"]))
     return found
 
 
@@ -225,7 +226,7 @@ def outcome(scenario: Scenario, folder: Path, killed: list[float]) -> Outcome:
         idle_to_the_end=1 - sum(t.ended - t.began for t in made) / (slots * (end - first)),
         twice=(sum(t.frames for t in made) - needed) / needed,
         deaths=deaths_in(folder / LOG) + len(killed),
-        went_on=sum(told["tries"] > 1 for told in finished.values()),
+        went_on=len({t.row for t in made if t.first}),
         given_up=sum(told["outcome"] == "given up" for told in results.values()),
         lost=len(lengths) - len(good),
     )

@@ -121,7 +121,7 @@ def test_the_accounts_are_those_of_a_sum_by_hand(tmp_path):
     ]  # fmt: skip
     batch(tmp_path, told, {"a": 100, "b": 100, "c": 100}, {"a": "[[0, 100]]", "b": "[[0, 20], [20, 100]]"})
     found = outcome(replace(SAMPLE, workers=1, slots=2), tmp_path, [12.0])
-    assert (found.rows, found.lost, found.deaths, found.seconds) == (3, 1, 2, 13.0)
+    assert (found.rows, found.lost, found.deaths, found.seconds, found.went_on) == (3, 1, 2, 13.0, 1)
     assert found.twice == pytest.approx((100 + 40 + 80 + 20 - 200) / 200)
     # the last row is begun at 10 s; until then a worked 10 s and b 4 + 5
     assert found.overhead == pytest.approx((20 - 19) / 4) and found.idle == pytest.approx(1 / 20)
