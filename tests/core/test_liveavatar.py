@@ -50,8 +50,8 @@ def words(seed=2):
     return drawn(seed, 1, 5, 4096)
 
 
-def picture():
-    return drawn(3, 1, 16, 1, H, W)
+def picture(h=H, w=W):
+    return drawn(3, 1, 16, 1, h, w)
 
 
 def by_the_loop(kind=LiveAvatar, *, seconds=4.0, silent=False, shown=True, **numbers):
@@ -59,7 +59,9 @@ def by_the_loop(kind=LiveAvatar, *, seconds=4.0, silent=False, shown=True, **num
     model = slow_model()
     heard = torch.zeros(200, 1024) if silent else model.folded(ear(seconds))
     numbers = {"seed": SEED, "h": H, "w": W} | numbers
-    return kind(model, words(), heard=heard, reference=picture() if shown else None, **numbers)
+    return kind(
+        model, words(), heard=heard, reference=picture(numbers["h"], numbers["w"]) if shown else None, **numbers
+    )
 
 
 def started(
@@ -86,10 +88,10 @@ def started(
     numbers |= {} if shown else {"reference": None}
     schedule = Schedule(LEVELS) if plain else Schedule(tuple(levels_of(steps)[:-1]), sampler="euler")
     spec = RolloutSpec(
-        geometry=model.geometry, batch=batch, height=H, width=W, chunk_frames=3, dtype=torch.float32,
-        **({"anchor": Anchor()} | numbers | changed),
+        geometry=model.geometry, batch=batch, chunk_frames=3, dtype=torch.float32,
+        **({"anchor": Anchor(), "height": H, "width": W} | numbers | changed),
     )  # fmt: skip
-    reference = picture().expand(batch, -1, -1, -1, -1) if shown else None
+    reference = picture(spec.height, spec.width).expand(batch, -1, -1, -1, -1) if shown else None
     return Rollout(
         model, spec, Settings(SEED, schedule, sound=sound), state=state, prompts=prompts, reference=reference
     )
@@ -118,6 +120,7 @@ MODES = {
     "a sink": ({"anchor": AnchorStatic(3), "window_frames": 6}, {"sink": 3, "ring": 9}),
     "a longer window": ({"window_frames": 12}, {"ring": 15}),
     "host memory": ({"cache_device": "host memory"}, {}),
+    "sides of no whole number of larger patches": ({"height": 12, "width": 10}, {"h": 12, "w": 10}),
     "packed positions": ({"positions": "packed"}, {"packed": True}),
 }  # fmt: skip
 
