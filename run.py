@@ -10,6 +10,8 @@
   python3 run.py test quick [...]       style and, in under a minute, some tests of every layer that needs no browser
   python3 run.py faults [--sample N] [--seed S] [--only NAME] [--at "MODE N"]
                                         fail everything that a chunk does, in turn: nothing may be lost; writes a table
+  python3 run.py fleet TABLE --into FOLDER
+                                        make a table of videos on all GPUs of this machine or of a Ray cluster; --help has more
   python3 run.py bench [NAME ...]       run all of benchmarks/, or those named
   python3 run.py train STAGE [...]      run one stage of training/ with its arguments
   python3 run.py setup                  only set up
@@ -39,7 +41,8 @@ from typing import IO
 
 from tools import lower_bounds
 from tools.host_client import Server, run_prompt, server_command
-from tools.setup_host import CACHE, ROOT, Host, SetupError, duration, ensure_ready, say, versions_line
+from tools.setup_fleet import DASHBOARD, TESTED, ensure_fleet
+from tools.setup_host import CACHE, ROOT, Host, SetupError, child_env, duration, ensure_ready, say, versions_line
 
 DEMO = ROOT / "workflows" / "api" / "long_video.json"
 BASE = CACHE / "base"  # the server's models, custom_nodes, input, temp and user folders
@@ -170,7 +173,7 @@ def run_child(
 
     `front`: a folder of packages that come before the environment's.
     """
-    env = host.env() | ({"PYTHONPATH": str(front)} if front else {})
+    env = host.env() | {"COMFYUI_PYTHON": str(host.python)} | ({"PYTHONPATH": str(front)} if front else {})
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=said, stderr=said and subprocess.STDOUT)
     try:
         return process.wait()
@@ -243,7 +246,8 @@ def run_layer(
         say(f"== tests: {layer.name}")
     # From inside the folder: pytest puts the current folder on sys.path, and the checkout must never be there
     # together with the host, whose `nodes` and `tests` have the same names.
-    command = [str(host.python), "-m", "pytest", f"--junitxml={report}", *layer.files, *arguments]
+    python = ensure_fleet(TESTED) if layer.folder == "fleet" else host.python
+    command = [str(python), "-m", "pytest", f"--junitxml={report}", *layer.files, *arguments]
     folder = ROOT / "tests" / layer.folder
     if aside:
         with tempfile.TemporaryFile() as said:
@@ -284,6 +288,8 @@ def test(arguments: list[str]) -> int:
     host = ensure_ready(TEST_MODULES)
     CACHE.mkdir(exist_ok=True)
     layers = [Layer(name, name) for name in names if name != "bounds"]
+    if any(layer.folder == "fleet" for layer in layers):  # before two layers run at a time
+        ensure_fleet(TESTED)
     layers += bounds_layers(host) if "bounds" in names else []
     say(f"== {versions_line(host)}")
     say("== style")
@@ -328,6 +334,22 @@ def faults(arguments: list[str]) -> int:
     return int(any(ended))
 
 
+def fleet(arguments: list[str]) -> int:
+    """Run a table of videos: fleet/, in an environment of its own. It gets Ctrl-C itself: the first one is not an end."""
+    far = any(each.partition("=")[0] in ("--address", "--host") for each in arguments)
+    env = child_env()
+    if not (far or {"-h", "--help", "--check"} & {*arguments}):  # else the hosts are none of this machine's business
+        host = ensure_ready()
+        env |= host.env() | {"COMFYUI_PYTHON": str(host.python)}
+    python = ensure_fleet(*([DASHBOARD] if "--dashboard" in arguments else []))
+    command, env = [str(python), "-m", "fleet", *arguments], env | {"PYTHONPATH": str(ROOT)}
+    if os.name == "nt":
+        return subprocess.run(command, env=env).returncode
+    sys.stdout.flush()
+    os.execve(command[0], command, env)  # noqa: S606  in this process' place, so that every signal is its own
+    raise AssertionError("execve returns only by an error")
+
+
 def choose(kind: str, folder: Path, names: list[str]) -> list[str]:
     """`names`, or all scripts of this folder if none is named; a sentence that lists them if one is unknown."""
     known = sorted(path.stem for path in folder.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
@@ -367,6 +389,7 @@ COMMANDS = {
     "selftest": selftest,
     "test": test,
     "faults": faults,
+    "fleet": fleet,
     "bench": bench,
     "train": train,
     "setup": setup,

@@ -14,8 +14,9 @@ absorption/     layers whose history becomes a closed-form correction (ISPA); ls
 schedules/      noise levels, samplers, noise by (seed, chunk, step); rolling: chunks denoised together
 prompts/        timelines as people write them, the plan by frame, blends of embeddings; steered: changed while a video is made
 decode/         streaming decoders: Wan's VAE, the tiny VAE
-audio/          a track of sound that drives pictures, its features at the times of video frames
-video/          sink (a video that grows), frame_folder, enlarging (between decoder and files), join, tail, frames (read), colour
+audio/          track (a sound, and what an encoder made of it), resampling (at the times of video frames), placed (in a file)
+video/          sink (a video that grows), frame_folder, enlarging (between decoder and files), join, tail, frames (read), colour;
+                sound_track and sound_beside (what they carry), sound_file (read)
 states/         a state on disk, its checks, those that are kept on the way
 weights/        checkpoints, LoRAs, presets and their files
 files/          the one way in which a file is written, tensors with checksums, headers

@@ -239,7 +239,10 @@ class SaveAbsorptionNode(Node):
             "of a rollout that has not switched, a prior for other videos of the model.",
             is_output_node=True,
             inputs=[
-                api.State.Input("state", tooltip="STATE of a rollout with absorption, after its warm-up."),
+                api.State.Input(
+                    "state",
+                    tooltip="STATE of a rollout with absorption: for a correction after its warm-up, for a prior before it ends.",
+                ),
                 widget(
                     io.String, "filename_prefix", default="adastate/absorption", tooltip="Where in the output folder."
                 ),

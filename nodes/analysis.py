@@ -15,10 +15,12 @@ from ..adastate_core.video.sink import VideoSink
 from .builder import Request
 from .host import api
 from .host.api import io, schema, ui, widget
+from .host.model import family_of_model
 from .host.node import Node, shown
 from .host.output_files import Target, new_file, save_metadata
 from .host.pictures import clip
 from .host.progress import Progress
+from .host.refusals import check_model
 from .inputs import check_size, number
 from .job import Job
 from .plots import share_plot
@@ -121,6 +123,12 @@ class AttentionShareNode(Node):
         share_of: str = SHARES[0],
         chunks: int = 0,
     ) -> io.NodeOutput:
+        check_model(model)
+        if (family := family_of_model(model)).driven_by_sound:
+            raise ValueError(
+                f"a model of {family.name} is driven by sound and shows a reference, which this node has no input for; use a "
+                "text-to-video model"
+            )
         jobs = []
         for window in parse_windows(windows):
             request = Request(

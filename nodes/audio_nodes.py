@@ -1,4 +1,4 @@
-"""Sound: as a rollout is driven by it, and what stands for a speech encoder in the demo."""
+"""Sound: read from a file, as a rollout is driven by it, and what stands for a speech encoder in the demo."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from typing import Any
 from ..adastate_core.audio.demo_ear import heard
 from ..adastate_core.audio.demo_tones import tones
 from ..adastate_core.audio.track import AudioTrack
+from ..adastate_core.video.sound_file import read_sound
 from .host import api
 from .host.api import io, schema, widget
 from .host.node import Node
+from .host.output_files import check_saved, saved_fingerprint, saved_path
+from .host.sound_files import sound_files
 from .inputs import check_fps, number
 from .sound import sound_of
 
 CATEGORY = "AdaState/audio"
 LAYERS = 25  # of wav2vec2 large: what its convolutions give, and 24 more
 MOST_SECONDS = 86_400.0
+_FILE = "sound file"
 
 
 class AudioNode(Node):
@@ -89,6 +93,40 @@ def layers_of(encoded: Any) -> tuple[Any, ...]:
     return layers
 
 
+class LoadSoundNode(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AdaStateLoadSound",
+            display_name="Load Sound",
+            category=CATEGORY,
+            description="Reads the sound of a file in the input folder, of music or of a video. It needs no torchaudio.",
+            search_aliases=["load audio", "sound", "music", "wav", "mp3"],
+            inputs=[
+                widget(
+                    io.Combo,
+                    "file",
+                    options=sound_files() or [""],
+                    tooltip="A file in ComfyUI's input folder; press r when you have put one there.",
+                )
+            ],
+            outputs=[io.Audio.Output("audio", display_name="AUDIO", tooltip="At its own rate, with all its channels.")],
+        )
+
+    @classmethod
+    def check(cls, file: str | None = None) -> str | None:
+        return check_saved(file, _FILE)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        return saved_fingerprint(file, _FILE)
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        sound = read_sound(saved_path(file, _FILE))
+        return io.NodeOutput({"waveform": sound.waveform[None], "sample_rate": sound.rate})
+
+
 class DemoEarNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -140,4 +178,4 @@ class DemoSoundNode(Node):
         return io.NodeOutput({"waveform": waveform, "sample_rate": 16_000})
 
 
-NODES = [AudioNode, DemoEarNode, DemoSoundNode]
+NODES = [AudioNode, LoadSoundNode, DemoEarNode, DemoSoundNode]

@@ -46,7 +46,8 @@ def run(request: Request, files: Sequence[Path], view: LiveRun) -> Result:
 def _going_on(job: Job, state: RolloutState) -> Job:
     """The same job from `state` on; as it is where that cannot be gone on from: the videos are not those that it names."""
     with contextlib.suppress(ValueError):
-        job = Job(replace(job.request, resume=state, start_latent=None, stream=job.request.stream.joined()))
+        stream = job.request.stream.joined()
+        job = Job(replace(job.request, resume=state, start_latent=None, reference=None, stream=stream))
         frames = job.space.pictures(state.emitted)
         job.warnings.append(
             f"more outputs are linked than before, so this run went on from the state kept after {frames} frames"

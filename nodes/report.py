@@ -281,6 +281,10 @@ class ReportFiles:
         except BaseException:
             if self._named_here:
                 target.path.unlink(missing_ok=True)
+            elif not own and _holds(
+                target.path, data
+            ):  # interrupted when it had its name: the next one takes its place
+                self.written.append(target)
             raise
         if target not in self.written:
             self.written.append(target)
@@ -296,6 +300,12 @@ class ReportFiles:
         form, prefix = self.output.job.form, self.output.settings.prefixes[0]
         suffixes = [f"{ending.rpartition('.')[0]}{REPORT_SUFFIX}" for ending in self.output.endings]
         return new_files(prefix, suffixes, form.width, form.height)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    with contextlib.suppress(OSError):
+        return path.read_bytes() == data
+    return False
 
 
 def _beside(video: Path) -> Path:

@@ -33,6 +33,8 @@ def link_pack(base: Path) -> None:
         raise SetupError(f"{link} is not a link to {ROOT}; move it away.")
     try:
         link.symlink_to(ROOT, target_is_directory=True)
+    except FileExistsError:  # another worker that shares the folder was first
+        link_pack(base)
     except OSError:  # Windows wants a privilege for links, but none for junctions
         subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(ROOT)], check=True, stdout=subprocess.DEVNULL)
 
@@ -58,8 +60,11 @@ def has_cuda(python: Path) -> bool:
     return subprocess.run([python, "-c", code], env=child_env(), stderr=subprocess.DEVNULL).returncode == 0
 
 
-def server_command(host: Host, base: Path, output: Path, port: int, linked: bool = True) -> list[str]:
-    """How the host is started, with those flags that this version of it knows; `linked` puts the checkout into it."""
+def server_command(
+    host: Host, base: Path, output: Path, port: int, linked: bool = True, cuda: bool | None = None
+) -> list[str]:
+    """How the host is started, with those flags that this version of it knows; `linked` puts the checkout into it. `cuda`: whether
+    there is a GPU; None: its torch is asked."""
     base.mkdir(parents=True, exist_ok=True)
     (base / "user").mkdir(exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -67,7 +72,9 @@ def server_command(host: Host, base: Path, output: Path, port: int, linked: bool
         link_pack(base)
     give_example(host, base)
     command = [str(host.python), str(host.path / "main.py"), "--port", str(port), "--base-directory", str(base)]
-    command += ["--output-directory", str(output)] + ([] if has_cuda(host.python) else ["--cpu"])
+    command += ["--output-directory", str(output)] + (
+        [] if (has_cuda(host.python) if cuda is None else cuda) else ["--cpu"]
+    )
     flags = (host.path / "comfy" / "cli_args.py").read_text(encoding="utf-8")
     if '"--disable-api-nodes"' in flags:  # paid services: slow to load, and nothing here uses them
         command.append("--disable-api-nodes")

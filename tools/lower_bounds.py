@@ -24,10 +24,11 @@ TESTS = {
     "core": [
         "test_video_sink.py", "test_video_colour.py", "test_video_join.py", "test_video_tail.py", "test_metrics.py",
         "test_video_frames.py", "test_video_pairs.py", "test_codecs.py", "test_frame_files.py",
+        "test_sound_in_videos.py", "test_sound_beside.py", "test_sound_file.py",
         "test_state_files.py", "test_whole_file.py", "test_checkpoints.py", "test_lora_file.py", "test_file_kinds.py",
     ],
     "host": [
-        "test_stream.py", "test_frames.py", "test_codecs_in_rollouts.py", "test_continue.py", "test_analysis.py",
+        "test_stream.py", "test_sound.py", "test_frames.py", "test_codecs_in_rollouts.py", "test_continue.py", "test_analysis.py",
         "test_absorption.py", "test_models.py",
     ],
 }  # fmt: skip

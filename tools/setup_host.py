@@ -127,15 +127,20 @@ def has_pip(python: Path) -> bool:
 
 
 def check_python() -> None:
-    """Refuse an interpreter that no venv can be made with."""
-    import importlib.util
-
+    """Refuse an interpreter that the host's venv cannot be made with."""
     if sys.version_info < MIN_PYTHON:
         wanted = ".".join(map(str, MIN_PYTHON))
         raise SetupError(
             f"The packages need Python {wanted} or newer and this is {sys.version.split()[0]}; "
             f"run it as python{wanted} run.py, or set COMFYUI_PATH to a ComfyUI that has its own Python."
         )
+    check_venv_module()
+
+
+def check_venv_module() -> None:
+    """Refuse an interpreter that no venv can be made with."""
+    import importlib.util
+
     if any(importlib.util.find_spec(name) is None for name in ("venv", "ensurepip")):
         raise SetupError("Python's venv module is missing; install it with: apt install python3-venv python3-pip")
 

@@ -21,46 +21,27 @@ from torch import nn
 from adastate_core.absorption.saved import solution_from, solution_state
 from adastate_core.absorption.settings import RIDGES, AbsorptionSettings
 from adastate_core.absorption.solve import Solution
-from adastate_core.decode.wan_vae import pictures_of
 from adastate_core.files.whole_file import whole_file
-from adastate_core.geometry import WAN21
-from adastate_core.measure.metrics import mean_difference, sharpness, temporal_flickering
 from adastate_core.prompts.demo_words import prompt
+from adastate_core.rollout import Rollout
 
-from . import measures
-from .absorption_quality import chunk_flicker
 from .bare_model import BareModel, load_codec, load_denoiser
+from .checked_models import CheckedModel, check
 from .eight_bits import in_eight_bits
-from .evaluate import LEAD
-from .layer_check import LayerCheck, random_like
+from .kept_streams import Kept
 from .recall import ColourJudge
+from .recall_over_time import draw_over_time
+from .recall_pictures import picture_figures, videos_of
 from .recall_rows import Roller, Row, Warm
 from .recall_table import draw, page
 from .returning_lantern import colours_of, judge_of, returning_scenes, teacher_file
 from .run import Run, log
-from .sheets import decoded
 from .world import CHUNK_LATENTS
 
 # of these entries of the config a measurement is a function, together with its row
 RULES = ("seed", "scenes_seed", "together", "sampler_steps", "shift", "window_frames", "chunks", "judge_streams")
-
-
-class Kept:
-    """What has been measured of one row, by stream: a JSON file, whole after every stream. ValueError for one of other rules."""
-
-    def __init__(self, file: Path, rules: dict[str, Any]) -> None:
-        self.file, self.rules = file, json.loads(json.dumps(rules))
-        self.streams: dict[str, dict[str, Any]] = {}
-        if file.exists():
-            kept = json.loads(file.read_text())
-            if kept["rules"] != self.rules:
-                raise ValueError(f"{file} was measured by other rules than the config's; delete it to measure again")
-            self.streams = kept["streams"]
-
-    def keep(self, stream: int, found: dict[str, Any]) -> None:
-        self.streams[str(stream)] = self.streams.get(str(stream), {}) | found
-        with whole_file(self.file) as file:
-            file.write(json.dumps({"rules": self.rules, "streams": self.streams}, indent=1).encode())
+# so many videos are decoded side by side
+AT_ONCE = 12
 
 
 class Recall:
@@ -79,6 +60,9 @@ class Recall:
             for name, each in shown.items()
         }
         self.kept = {row.name: Kept(self.folder / f"{file_name(row)}.json", self.rules(row)) for row in self.rows}
+        self.pictures = {
+            row.name: Kept(self.folder / f"pictures_{file_name(row)}.json", self.rules(row)) for row in self.rows
+        }
         self._rollers: dict[bool, Roller] = {}
         self._warm: tuple[int, dict[str, Warm]] = -1, {}
 
@@ -129,26 +113,30 @@ class Recall:
 
     def measure(self, row: Row, stream: int) -> None:
         """Roll a row's stream out, and keep what colours came and how far its latents are from the full history's."""
-        settings, scene, donor = row.settings(self.config), self.scenes[row.shown][stream], None
-        solution = None
-        if row.donor:
-            donor = self.donor(row, stream)
-            if donor is None:
-                self.kept[row.name].keep(stream, {"left_out": "no stream beside it has another colour"})
-                return
-            solution = self.solution(row, donor)
-        latents, rollout = self.roller(row).gone_on(row, scene, stream, settings, self.warm(row, stream), solution)
-        found = self.found(row, latents, stream)
+        donor = self.donor(row, stream) if row.donor else None
+        if row.donor and donor is None:
+            self.kept[row.name].keep(stream, {"left_out": "no stream beside it has another colour"})
+            return
+        rollout = self.roll(row, stream)
+        found = self.found(row, self.tensors(row, stream, "latents")["latents"], stream)
         if rollout.absorber is not None:
             report = rollout.absorber.report()
             found |= {"layers": report["layers"], "fits": report["residuals"]}
-            if rollout.absorber.solution is not None:
-                self.keep_tensors(row, stream, "solution", solution_state(rollout.absorber.solution))
         if donor is not None:
             found["donor"] = self.kept[row.donor].streams[str(donor)]["own"]
         found["kv_bytes"] = rollout.cache.nbytes
-        self.keep_tensors(row, stream, "latents", {"latents": latents})
         self.kept[row.name].keep(stream, found)
+
+    def roll(self, row: Row, stream: int) -> Rollout:
+        """Roll a row's stream out, and keep its latents and what it solved; the rollout at its end."""
+        settings, scene = row.settings(self.config), self.scenes[row.shown][stream]
+        solution = self.solution(row, self.donor(row, stream)) if row.donor else None
+        warm = self.warm(row, stream)
+        latents, rollout = self.roller(row).gone_on(row, scene, stream, settings, warm, solution)
+        if rollout.absorber is not None and rollout.absorber.solution is not None:
+            self.keep_tensors(row, stream, "solution", solution_state(rollout.absorber.solution))
+        self.keep_tensors(row, stream, "latents", {"latents": latents})
+        return rollout
 
     def found(self, row: Row, latents: torch.Tensor, stream: int) -> dict[str, Any]:
         """The colours, and the mean squared difference to the full history by chunk, of [16, T, h, w]."""
@@ -190,31 +178,26 @@ class Recall:
         """What was kept of a stream; it is made again where it is not there, or is of other rules."""
         file = self._file(row, stream, what)
         if not file.exists() or torch.load(file, weights_only=True)["rules"] != json.dumps(self.rules(row)):
-            self.measure(row, stream)
+            self.roll(row, stream)
         return torch.load(file, weights_only=True)["values"]
 
     def wants(self, row: Row, stream: int) -> bool:
         """Whether a row has the stream, and it is not measured yet."""
         return (not row.streams or stream < row.streams) and str(stream) not in self.kept[row.name].streams
 
-    def look(self, row: Row, stream: int) -> None:
-        """Measure a stream's pictures from the switch on, and keep that."""
-        latents, chunks = self.tensors(row, stream, "latents")["latents"], self.config["chunks"]
-        first = self.config["absorption"]["warmup_frames"]
-        video = decoded(self.codec, latents[:, first - LEAD :])[pictures_of(LEAD) :]
-        balloon = measures.balloon_colour_error(video, self.scenes[row.shown][stream])
-        size = WAN21.temporal_stride * CHUNK_LATENTS
-        levels = (video * 255).round().byte().numpy()
-        steps = [mean_difference(now, before) for before, now in zip(levels, levels[1:], strict=False)]
-        pictures = {
-            "balloon": torch.nanmean(balloon).item(),
-            "seam": measures.seam(video, WAN21.pictures(first)),
-            "chunk flicker": chunk_flicker(video),
-            "temporal flickering": temporal_flickering(steps),
-            "sharpness": sharpness(video).unflatten(0, (-1, size)).mean(1).tolist(),
-        }
-        assert len(pictures["sharpness"]) == chunks - first // CHUNK_LATENTS
-        self.kept[row.name].keep(stream, {"pictures": pictures})
+    def look(self, rows: list[Row], stream: int) -> None:
+        """Measure the pictures of a stream of these rows, of all from the same chunk on, and keep that."""
+        config = self.config
+        first = config.get("pictured_from", config["absorption"]["warmup_frames"])
+        latents = [self.tensors(row, stream, "latents")["latents"] for row in rows]
+        for row, video in zip(rows, videos_of(self.codec, latents, first), strict=True):
+            found = picture_figures(video, first, self.scenes[row.shown][stream])
+            self.pictures[row.name].keep(stream, found)
+
+    def pictures_of(self, row: Row) -> dict[int, dict[str, Any]]:
+        """What the pictures of a row's streams gave, those of the run."""
+        kept = self.pictures[row.name].streams
+        return {n: kept[str(n)] for n in range(self.config["streams"]) if str(n) in kept}
 
     def run(self) -> None:
         """Measure what is still to be measured: streams in groups, within which corrections are exchanged. Rows of few streams come
@@ -229,9 +212,11 @@ class Recall:
                         self.measure(row, stream)
                         log.info("stream %d, %s", stream, row.name)
         for stream in range(min(count, self.config["pictured"])):
-            for row in (row for row in self.rows if not row.donor and not row.streams):
-                if "pictures" not in self.kept[row.name].streams.get(str(stream), {"pictures": ""}):
-                    self.look(row, stream)
+            rows = [row for row in self.rows if not row.donor and (not row.streams or stream < row.streams)]
+            rows = [row for row in rows if str(stream) not in self.pictures[row.name].streams]
+            for some in range(0, len(rows), AT_ONCE):
+                self.look(rows[some : some + AT_ONCE], stream)
+                log.info("pictures of stream %d, %d of %d rows", stream, some + AT_ONCE, len(rows))
 
 
 def file_name(row: Row) -> str:
@@ -239,27 +224,11 @@ def file_name(row: Row) -> str:
 
 
 def checked(recall: Recall) -> dict[str, list[dict[str, Any]]]:
-    """Of the teacher and of a random model, what the choice of layers was held against; measured where it is not there."""
-    config = recall.config
-    check, found = config["check"], {}
-    plain = load_denoiser(str(recall.weights))
-    models = {"the teacher": check["streams"], "a random model": check["random"]["streams"]}
-    for name, count in models.items():
-        if not count:
-            continue
-        settings = AbsorptionSettings(**config["absorption"])
-        rules = {k: config[k] for k in ("sampler_steps", "shift", "window_frames", "judge_streams", "scenes_seed")} | {
-            "check": {k: check[k] for k in ("scenes_seed", "seed", "chunks")},
-            "model": recall.digest if name == "the teacher" else check["random"]["seed"],
-            "absorption": settings.describe() | {"ridges": list(map(str, RIDGES))},
-        }
-        kept = Kept(recall.folder / f"check_{name.replace(' ', '_')}.json", rules)
-        model = plain if name == "the teacher" else random_like(plain, check["random"]["seed"])
-        layers = LayerCheck(model, config, count, recall.judge if name == "the teacher" else None)
-        for stream in (stream for stream in range(count) if str(stream) not in kept.streams):
-            kept.keep(stream, layers.measured(stream))
-            log.info("check, %s, stream %d", name, stream)
-        found[name] = [kept.streams[str(stream)] for stream in range(count)]
+    """By model, what the choice of layers was held against; measured where it is not there."""
+    found, config = {}, recall.config
+    for one in (CheckedModel(**entry) for entry in config["check"]["models"]):
+        if one.streams:
+            found[one.name] = check(one, config, recall.weights, recall.digest, lambda: recall.judge, recall.folder)
     return found
 
 
@@ -273,6 +242,8 @@ def main() -> None:
     with whole_file(run.folder / "recall.md") as file:
         file.write(text.encode())
     draw(recall, run.folder / "recall.png")
+    if "plots" in run.config:
+        draw_over_time(recall, run.folder / "over_time.png")
     log.info("%s", text)
 
 

@@ -5,6 +5,8 @@ python -m training.denoiser --config training/configs/denoiser.toml
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -15,6 +17,7 @@ from .host_models import build_denoiser
 from .latents import load
 from .loop import drawn_clips, train
 from .parallel import Workers
+from .returning_lantern import teacher_file
 from .run import Run
 from .teacher_forcing import ClipAttention, install, velocity
 from .texts import texts_of
@@ -71,7 +74,8 @@ def main() -> None:
     run = Run.from_arguments("Train the tiny causal Wan transformer.")
     config, workers = run.config, run.workers
     if "start_from" in config:  # an exported file: train on where another run ended, with a fresh optimiser
-        model = load_denoiser(config["start_from"])
+        start = Path(config["start_from"])
+        model = load_denoiser(str(teacher_file(start) if config.get("from_history") else start))
     else:
         model = build_denoiser(config["dim"], config["ffn_dim"], config["layers"])
     losses = ClipLoss(model.to(run.device), config, workers)

@@ -169,6 +169,14 @@ def main() -> None:
     run.resume(student=student, critic=critic, average=average, **optimisers)
     latents, words = load(config["train"])
     logged: dict[str, float] = {}  # of the student's last step, which need not be one that is logged
+
+    def look() -> None:
+        with average.used_by(student):
+            run.export(student)
+            show(run, words, config["latent_size"])
+
+    if run.step == run.steps:  # a kill may have come between the last step and this
+        look()
     while run.step < run.steps:
         seed = config["seed"] * 1_000_003 + run.step
         generator = torch.Generator().manual_seed(seed)
@@ -196,9 +204,7 @@ def main() -> None:
         optimisers["critic_optimiser"].step(run.done)
         run.advance(critic=loss.item(), **logged)
         if run.due():
-            with average.used_by(student):
-                run.export(student)
-                show(run, words, config["latent_size"])
+            look()
     run.finish()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,8 +53,8 @@ def evaluation_scenes(count: int, seed: int) -> list[Scene]:
     return [Scene.draw(torch.Generator().manual_seed(seed + i), 1, (LANTERN_STATES[i % 2],)) for i in range(count)]
 
 
-def true_segment(codec, scene: Scene, segment: range) -> torch.Tensor:
-    """The world's own pictures of these latents, through the codec."""
+def true_segment(codec, scene: Scene, segment: range, render: Callable = render) -> torch.Tensor:
+    """The world's own pictures of these latents, as its `render` makes them, through the codec."""
     start = max(0, segment.start - LEAD)
     frames = torch.arange(WAN21.pictures(start), WAN21.pictures(segment.stop))
     frames = frames[len(frames) - WAN21.pictures(segment.stop - start) :] if start else frames

@@ -1,39 +1,35 @@
 """Does the choice of layers leave those alone that a video needs? Held against leaving each layer alone without its history.
 
 On streams of their own, in every pass of many chunks: dropped (the layer sees its local part alone) and corrected (as absorption
-leaves it). The error is that of the latents, against the full history of the same stream.
+leaves it). The error is that of the latents, against the full history of the same stream. In the *closed* loop a layer stays alone
+from the switch on, and the stream goes on from what it made: errors then hold what was lost and how far two videos drift apart. In
+the *open* loop every chunk has the full history's own past: errors hold what was lost alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from adastate_core.absorption.corrections import Trial
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.absorption.solve import Solution
 from adastate_core.prompts.demo_words import prompt
+from adastate_core.rollout import Rollout
 
 from .bare_model import BareModel
 from .contenders import collected
-from .host_models import build_denoiser
 from .recall import ColourJudge
 from .recall_rows import Roller, Row, Warm
 from .returning_lantern import colours_of, returning_scenes
-from .world import CHUNK_LATENTS, Scene
+from .world import CHUNK_LATENTS
 
-SPREAD = 0.03
-
-
-def random_like(model: nn.Module, seed: int) -> nn.Module:
-    """A random model of the same sizes; nothing is at the zero that trainers start from."""
-    torch.manual_seed(seed)
-    made = build_denoiser(model.dim, model.ffn_dim, len(model.blocks))
-    for parameter in made.parameters():
-        parameter.data += SPREAD * torch.randn_like(parameter)
-    return made
+# how a layer is left alone, and whether a correction stands in
+WAYS = {"dropped": False, "corrected": True}
 
 
 def sensitivities(report: dict[str, Any]) -> list[float]:
@@ -42,45 +38,111 @@ def sensitivities(report: dict[str, Any]) -> list[float]:
 
 
 class LayerCheck:
-    """One model's streams. `judge`: of a model that makes lanterns; None: colours are not looked at."""
+    """One model's streams. `row`: its anchor. `judge`: of a model that makes lanterns; None: colours are not looked at."""
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], streams: int, judge: ColourJudge | None) -> None:
+    # what is measured, each part by an entry that it gives; the last is the closed loop
+    PARTS = ("moved", "open dropped", "dropped")
+    CLOSED = PARTS[-1]
+
+    def __init__(
+        self, model: nn.Module, config: dict[str, Any], streams: int, judge: ColourJudge | None, row: Row | None = None
+    ) -> None:
         check, self.config, self.judge = config["check"], config, judge
+        self.row = row or Row("")
         self.first = config["absorption"]["warmup_frames"] // CHUNK_LATENTS
-        chunks = self.first + check["chunks"]
-        shown = self.shown = range(1, chunks, 3)
-        self.scenes = returning_scenes(streams, check["scenes_seed"], chunks, shown)
+        self.chunks = self.first + check["chunks"]
+        shown = self.shown = range(1, self.chunks, 3)
+        self.scenes = returning_scenes(streams, check["scenes_seed"], self.chunks, shown)
         bare = BareModel(model, prompt(self.scenes[0].words(0)))
-        self.roller = Roller(bare, config, check["seed"], chunks)
+        self.roller = Roller(bare, config, check["seed"], self.chunks)
         self.layers = bare.geometry.layers
+        self._warm: tuple[int, dict[AbsorptionSettings, Warm]] = -1, {}
 
-    def measured(self, stream: int) -> dict[str, Any]:
-        """JSON-able: the layers that were chosen, by what figures, and by layer with it alone local errors by chunk, and recall."""
-        scene, settings = self.scenes[stream], AbsorptionSettings(**self.config["absorption"])
-        warm = self.roller.warmed(Row(""), scene, stream, settings)
-        chosen = self._switched(scene, stream, settings, warm)
-        full = self.roller.gone_on(Row(""), scene, stream, None, warm)[0]
-        found = {"chosen": chosen["layers"], "sensitivity": sensitivities(chosen), "recall": self.recall(full, full)}
-        for name, absorb in (("dropped", False), ("corrected", True)):
-            alone = self.alone(scene, stream, replace(settings, absorb=absorb))
-            found[name] = [self.errors(one, full) for one in alone]
-            found[f"{name}, recall"] = [self.recall(one, full) for one in alone]
+    def part(self, name: str, stream: int) -> dict[str, Any]:
+        """One of PARTS of what is measured of a stream, JSON-able."""
+        return {"moved": self.choice, "open dropped": self.open_loop, "dropped": self.closed_loop}[name](stream)
+
+    def settings(self, absorb: bool = True) -> AbsorptionSettings:
+        return AbsorptionSettings(**self.config["absorption"] | {"absorb": absorb})
+
+    def warm(self, stream: int, settings: AbsorptionSettings) -> Warm:
+        """The stream until one chunk before the switch; the newest stream's are kept."""
+        if self._warm[0] != stream:
+            self._warm = stream, {}
+        # what decides after the warm-up changes nothing in it
+        key = replace(settings, ratio=0.5)
+        if key not in self._warm[1]:
+            self._warm[1][key] = self.roller.warmed(self.row, self.scenes[stream], stream, key)
+        return self._warm[1][key]
+
+    def gone_on(self, stream: int, settings: AbsorptionSettings, solution: Solution | None = None) -> torch.Tensor:
+        """Latents [16, T, h, w] of the whole stream."""
+        warm = self.warm(stream, settings)
+        return self.roller.gone_on(self.row, self.scenes[stream], stream, settings, warm, solution)[0]
+
+    def full(self, stream: int) -> torch.Tensor:
+        """The same with the full history."""
+        warm = self.warm(stream, self.settings())
+        return self.roller.gone_on(self.row, self.scenes[stream], stream, None, warm)[0]
+
+    def switched(self, stream: int, settings: AbsorptionSettings) -> Rollout:
+        """A rollout that has just switched."""
+        state = self.warm(stream, settings).state
+        rollout = self.roller.rollout(self.row, self.scenes[stream], stream, settings, state)
+        collected(rollout, settings.warmup_frames, [])
+        return rollout
+
+    def choice(self, stream: int) -> dict[str, Any]:
+        """How far the next chunk moves without the history of all layers, of its own size; the layers that were chosen and by what
+        figures; the same if layers are tried without their correction."""
+        dropped = self.settings(absorb=False)
+        full, without = self.full(stream), self.gone_on(stream, replace(dropped, ratio=1.0))
+        after = slice(self.first * CHUNK_LATENTS, (self.first + 1) * CHUNK_LATENTS)
+        found = {"moved": float((without - full)[:, after].norm() / full[:, after].norm())}
+        for name, settings in (("", self.settings()), ("uncorrected ", dropped)):
+            report = self.switched(stream, settings).absorber.report()
+            found |= {f"{name}chosen": report["layers"], f"{name}sensitivity": sensitivities(report)}
         return found
 
-    def _switched(self, scene: Scene, stream: int, settings: AbsorptionSettings, warm: Warm) -> dict[str, Any]:
-        """The report of a rollout that has just switched."""
-        rollout = self.roller.rollout(Row(""), scene, stream, settings, warm.state)
-        collected(rollout, settings.warmup_frames, [])
-        return rollout.absorber.report()
+    def open_loop(self, stream: int) -> dict[str, Any]:
+        """By layer, errors by chunk, each chunk made by itself with the full history's past."""
+        solution = self._solved(stream, self.settings())
+        # no switch comes until the end, and with a solution given nothing is collected
+        waits = replace(self.settings(), warmup_frames=self.roller.length + CHUNK_LATENTS)
+        roll = partial(self.roller.rollout, self.row, self.scenes[stream], stream, waits, solution=solution)
+        full, errors = roll(self.warm(stream, self.settings()).state), {way: [] for way in WAYS}
+        collected(full, self.first * CHUNK_LATENTS, [])
+        for chunk in range(self.first, self.chunks):
+            state, end = full.snapshot(), (chunk + 1) * CHUNK_LATENTS
+            frames = [range(chunk * CHUNK_LATENTS, end)]
+            kept = collected(full, end, frames)[0]
+            for way, absorb in WAYS.items():
+                tried = []
+                for layer in range(self.layers):
+                    rollout, correction = roll(state), solution.fits[layer].correction if absorb else None
+                    rollout.absorber.corrections.trial = Trial(layer, correction)
+                    tried.append(float((collected(rollout, end, frames)[0] - kept).square().mean()))
+                errors[way].append(tried)
+        return {f"open {way}": [list(each) for each in zip(*errors[way], strict=True)] for way in WAYS}
 
-    def alone(self, scene: Scene, stream: int, settings: AbsorptionSettings) -> list[torch.Tensor]:
-        """By layer, latents [16, T, h, w] of the stream with it alone switched, by the correction that the stream itself gives."""
-        warm = self.roller.warmed(Row(""), scene, stream, settings)
-        every = self.roller.rollout(Row(""), scene, stream, replace(settings, ratio=1.0), warm.state)
-        collected(every, settings.warmup_frames, [])
-        solved, one = every.absorber.solution.fits, replace(settings, ratio=1 / self.layers)
-        solutions = [Solution((layer,), solved) for layer in range(self.layers)]
-        return [self.roller.gone_on(Row(""), scene, stream, one, warm, each)[0] for each in solutions]
+    def closed_loop(self, stream: int) -> dict[str, Any]:
+        """By layer, errors by chunk and recall with the layer alone from the switch on."""
+        full, found = self.full(stream), {}
+        found["recall"] = self.recall(full, full)
+        for way, absorb in WAYS.items():
+            alone = self.alone(stream, self.settings(absorb))
+            found[way] = [self.errors(one, full) for one in alone]
+            found[f"{way}, recall"] = [self.recall(one, full) for one in alone]
+        return found
+
+    def _solved(self, stream: int, settings: AbsorptionSettings) -> Solution:
+        """The corrections of all layers that the stream itself gives."""
+        return self.switched(stream, replace(settings, ratio=1.0)).absorber.solution
+
+    def alone(self, stream: int, settings: AbsorptionSettings) -> list[torch.Tensor]:
+        """By layer, latents [16, T, h, w] of the stream with it alone switched."""
+        solved, one = self._solved(stream, settings).fits, replace(settings, ratio=1 / self.layers)
+        return [self.gone_on(stream, one, Solution((layer,), solved)) for layer in range(self.layers)]
 
     def errors(self, latents: torch.Tensor, full: torch.Tensor) -> list[float]:
         """The mean squared difference of each chunk behind the switch."""

@@ -28,6 +28,14 @@ def train(run: Run, model: nn.Module, step: Step, evaluate: Callable[[], dict[st
     optimiser = Optimiser.of(model, config, config["lr"], config["decay_from"])
     average = Average(model, config["ema"])
     run.resume(model=model, optimiser=optimiser, average=average)
+
+    def look() -> None:
+        with average.used_by(model), torch.no_grad(), run.precision():
+            run.export(model)
+            run.record(**run.workers.mean(evaluate()))
+
+    if run.step == run.steps:  # a kill may have come between the last step and this
+        look()
     while run.step < run.steps:
         with run.precision():
             loss, figures = step(config["seed"] * 1_000_003 + run.step)
@@ -36,9 +44,7 @@ def train(run: Run, model: nn.Module, step: Step, evaluate: Callable[[], dict[st
         average.update(model)
         run.advance(loss=loss.item(), norm=norm, **figures)
         if run.due():
-            with average.used_by(model), torch.no_grad(), run.precision():
-                run.export(model)
-                run.record(**run.workers.mean(evaluate()))
+            look()
     run.finish()
 
 

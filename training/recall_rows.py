@@ -80,8 +80,8 @@ class Roller:
         side = SIZE // WAN21.stride
         window = row.window_frames or self.config["window_frames"]
         spec = RolloutSpec(
-            self.model.geometry, 1, side, side, CHUNK_LATENTS, window, anchor_from(row.anchor), "packed", torch.float32,
-            absorption=settings,
+            self.model.geometry, 1, side, side, CHUNK_LATENTS, window, anchor_from(row.anchor),
+            self.config.get("positions", "packed"), torch.float32, absorption=settings,
         )  # fmt: skip
         if state is not None:
             described = state.spec | {"absorption": spec.describe()["absorption"]}

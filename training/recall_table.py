@@ -14,19 +14,23 @@ import torch
 from adastate_core.files.whole_file import whole_file
 
 from .evaluate import interval
-from .layer_check import rank_correlation, smallest
+from .layer_check_table import EXPLAINED, check_lines
 from .recall_rows import Row
+from .table_cells import FEWEST, cell, mean
 
 # "near-lossless" is said only of a row whose loss of recall lies below this, the whole interval of it
 NEAR = 0.05
-# an interval of fewer streams says nothing
-FEWEST = 6
 PICTURES = {
     "balloon": "balloon off its colour, dE",
+    "sky": "sky off its colours, dE",
     "seam": "seam",
     "chunk flicker": "flicker at the chunk's rate",
     "temporal flickering": "temporal flickering",
 }
+PICTURED = (
+    "*First* and *last* are the first third of these pictures and the last; sharpness is a share of the full history's at the same "
+    "chunks, by plain weights. All rows are looked at from the same chunk on."
+)
 
 
 class KeptStreams(Protocol):
@@ -42,14 +46,9 @@ class Measured(Protocol):
     rows: list[Row]
     kept: Mapping[str, KeptStreams]
 
-
-def cell(values: Iterable[float], form: str = "{:.2f}") -> str:
-    """Mean and interval of what could be told; a dash where there is nothing, and no interval of fewer than FEWEST."""
-    known = [v for v in values if not math.isnan(v)]
-    if not known:
-        return "-"
-    mean, low, high = (form.format(v) for v in interval(known))
-    return mean if len(known) < FEWEST else f"{mean} ({low} to {high})"
+    def pictures_of(self, row: Row) -> dict[int, dict[str, Any]]:
+        """What the pictures of a row's streams gave (recall_pictures.py)."""
+        ...
 
 
 def streams_of(recall: Measured, row: Row) -> dict[int, dict[str, Any]]:
@@ -123,23 +122,41 @@ def donor_lines(recall: Measured) -> list[str]:
 
 
 def picture_lines(recall: Measured) -> list[str]:
-    """Measures of the pictures from the switch on; sharpness in the first and in the last third, of the full history's."""
-    head = ["what", "streams", *PICTURES.values(), "sharpness, first third", "sharpness, last third"]
+    """Measures of the pictures; what changes from the first chunks to the last; sharpness of both, of the full
+    history's at the same chunks, whose weights are whole."""
+    head = ["what", "streams", *PICTURES.values(), "balloon, last less first", "sky, last less first",
+            "sharpness, first", "sharpness, last"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for row in recall.rows:
-        found = {n: f for n, f in streams_of(recall, row).items() if "pictures" in f}
+        found = recall.pictures_of(row)
         if not found:
             continue
-        full = streams_of(recall, reference_of(recall, row))
-        cells = [cell([f["pictures"][name] for f in found.values()]) for name in PICTURES]
-        for part in (slice(None, 3), slice(-3, None)):
-            ratios = [
-                sum(f["pictures"]["sharpness"][part]) / sum(full[n]["pictures"]["sharpness"][part])
-                for n, f in found.items()
-            ]
-            cells.append(cell(ratios))
+        full = recall.pictures_of(next(r for r in recall.rows if r.absorption is None and r.shown == row.shown))
+        cells = [cell([f[name] for f in found.values()]) for name in PICTURES]
+        for name in ("balloon by chunk", "sky by chunk"):
+            ends = [thirds(f[name]) for f in found.values()]
+            cells.append(cell([known(last) - known(first) for first, last in ends], "{:+.2f}"))
+        sharp = [
+            (thirds(f["sharpness by chunk"]), thirds(full[n]["sharpness by chunk"]))
+            for n, f in found.items()
+            if n in full
+        ]
+        for end in (0, 1):
+            cells.append(cell([sum(own[end]) / sum(whole[end]) for own, whole in sharp]))
         lines.append(f"| {row.name} | {len(found)} | " + " | ".join(cells) + " |")
     return lines
+
+
+def thirds(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """The first of three parts and the last."""
+    part = max(1, len(values) // 3)
+    return values[:part], values[-part:]
+
+
+def known(values: Sequence[float]) -> float:
+    """The mean of what could be told; NaN where nothing could."""
+    told = [v for v in values if not math.isnan(v)]
+    return mean(told) if told else math.nan
 
 
 def unseen(streams: int) -> float:
@@ -169,53 +186,6 @@ def verdicts(recall: Measured) -> list[str]:
     return lines
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-# over which chunks behind the switch errors are taken
-SPANS = {"next chunk": slice(0, 1), "3 chunks": slice(0, 3), "all chunks": slice(None)}
-
-
-def check_lines(name: str, streams: list[dict[str, Any]]) -> list[str]:
-    """One model's layers alone without their history, and how the choice agrees with that."""
-    layers, told = range(len(streams[0]["sensitivity"])), streams[0]["recall"] is not None
-    head = [f"{name}, {len(streams)} streams: layer", *map(str, layers)]
-    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    rows = {"sensitivity": [[s["sensitivity"][i] for s in streams] for i in layers]}
-    for what in ("dropped", "corrected"):
-        for span, part in SPANS.items():
-            rows[f"latents' error, alone {what}, {span}"] = [[mean(s[what][i][part]) for s in streams] for i in layers]
-    for title, by_layer in rows.items():
-        lines.append(f"| {title} | " + " | ".join(f"{mean(each):.3g}" for each in by_layer) + " |")
-    for what in ("dropped", "corrected") if told else ():
-        cells = [cell([s[f"{what}, recall"][i] for s in streams]) for i in layers]
-        lines.append(f"| recall, alone {what} | " + " | ".join(cells) + " |")
-    share = [mean([float(i in s["chosen"]) for s in streams]) for i in layers]
-    lines += ["| share of streams that switch it | " + " | ".join(f"{one:.2f}" for one in share) + " |", ""]
-    if told:
-        worst = min(layers, key=lambda i: sum(s["dropped, recall"][i] for s in streams))
-        full = cell([s["recall"] for s in streams])
-        kept = 1 - share[worst]
-        lines.append(
-            f"- Layer {worst} carries the lantern (recall with full history {full}); {kept:.0%} of the streams keep it."
-        )
-    return [*lines, *agreement(streams), ""]
-
-
-def agreement(streams: list[dict[str, Any]]) -> list[str]:
-    """How the order of the layers by sensitivity agrees with that of their errors, stream by stream."""
-    lines = []
-    for what in ("dropped", "corrected"):
-        for span, part in SPANS.items():
-            errors = [[mean(one[part]) for one in s[what]] for s in streams]
-            correlations = [rank_correlation(s["sensitivity"], e) for s, e in zip(streams, errors, strict=True)]
-            same = [smallest(e, len(s["chosen"])) == sorted(s["chosen"]) for s, e in zip(streams, errors, strict=True)]
-            told = f"rank correlation {cell(correlations)}; the same layers in {sum(same)} of {len(same)}"
-            lines.append(f"- Sensitivity against the error alone {what}, {span}: {told}.")
-    return lines
-
-
 def opening(config: dict[str, Any]) -> list[str]:
     """What was done, in a paragraph, and the command."""
     base, steps, window = config["absorption"], config["sampler_steps"], config["window_frames"]
@@ -231,7 +201,7 @@ def opening(config: dict[str, Any]) -> list[str]:
         "correction stays in float. "
         f"Rows of fewer than {FEWEST} streams are a first look, without intervals."
     )
-    command = "python3 run.py train absorption_recall --config training/configs/absorption_recall.toml"
+    command = f"python3 run.py train absorption_recall --config {config['file']}"
     return [*textwrap.wrap(text, 130), "", f"`{command} --streams {config['streams']}` makes this page."]
 
 
@@ -241,27 +211,34 @@ def page(recall: Measured, checks: dict[str, list[dict[str, Any]]]) -> list[str]
     lines += [*opening(recall.config), "", *recall_lines(recall), "", *verdicts(recall), ""]
     if any(row.donor and streams_of(recall, row) for row in recall.rows):
         lines += ["## Control: another stream's correction put in", "", *donor_lines(recall), ""]
-    if any("pictures" in f for row in recall.rows for f in streams_of(recall, row).values()):
-        lines += ["## Pictures from the switch on", "", *picture_lines(recall), ""]
+    if any(recall.pictures_of(row) for row in recall.rows):
+        first = recall.config.get("pictured_from", recall.config["absorption"]["warmup_frames"])
+        lines += [
+            f"## Pictures from latent frame {first} on",
+            "",
+            *textwrap.wrap(PICTURED, 130),
+            "",
+            *picture_lines(recall),
+            "",
+        ]
     if checks:
         lines += ["## The choice of layers, against leaving each alone without its history", ""]
+        lines += [*textwrap.wrap(EXPLAINED, 130), ""]
     for name, streams in checks.items():
         lines += check_lines(name, streams)
     return lines
 
 
 def draw(recall: Measured, path: Path) -> None:
-    """Recall by row, with its interval where there are streams enough for one, how far latents come from the full history's, chunk
-    by chunk, and, where pictures were measured, their sharpness."""
+    """Recall by row, with its interval where there are streams enough for one, and how far latents come from the full history's,
+    chunk by chunk."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [row for row in recall.rows if streams_of(recall, row)]
-    pictured = any("pictures" in found for row in rows for found in streams_of(recall, row).values())
-    size = (16 if pictured else 12, 0.28 * len(rows) + 1.5)
-    figure, panels = pyplot.subplots(1, 3 if pictured else 2, figsize=size, layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 0.28 * len(rows) + 1.5), layout="constrained")
     for place, row in enumerate(reversed(rows)):
         recalls = [f["recall"] for f in streams_of(recall, row).values()]
         mean, low, high = interval(recalls)
@@ -281,14 +258,8 @@ def draw(recall: Measured, path: Path) -> None:
         style = {"color": f"C{number // 2 % 10}", "linestyle": "--" if "dropped" in row.name else "-", "linewidth": 1.1}
         errors = torch.tensor([f["to_full"] for f in found]).mean(0)
         panels[1].plot(errors.where(errors > 1e-6, torch.nan), label=row.name, **style)
-        sharp = [f["pictures"]["sharpness"] for f in found if "pictures" in f]
-        if sharp:
-            first = len(errors) - len(sharp[0])
-            panels[2].plot(range(first, len(errors)), torch.tensor(sharp).mean(0), **style)
     panels[1].set_yscale("log")
     panels[1].set_title("latents' squared difference to full history, by chunk", fontsize=9, loc="left")
-    if pictured:
-        panels[2].set_title("sharpness, by chunk", fontsize=9, loc="left")
     handles, names = panels[1].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=7, frameon=False)
     with whole_file(path) as file:

@@ -20,6 +20,8 @@ from .lora import low_rank_parts, save_lora, whole_weights
 from .parallel import Workers
 
 log = logging.getLogger("adastate.training")
+# what a run exits with that was asked to stop; it has saved where it is
+STOPPED = 75
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -33,7 +35,8 @@ def read_config(path: Path) -> dict[str, Any]:
 class Run:
     """One stage of training: `config` (TOML), `folder` for what it writes, `step`, and the time it has taken.
 
-    Resumes by itself from `folder/last.pt`; `--fresh` starts anew.
+    Resumes by itself from `folder/last.pt`; `--fresh` starts anew. A file `folder/stop` makes a
+    single process save, and end with `STOPPED`, at its next step.
     """
 
     def __init__(self, config: dict[str, Any], folder: Path, fresh: bool) -> None:
@@ -75,6 +78,10 @@ class Run:
         return self.step / self.steps
 
     @property
+    def stop_file(self) -> Path:
+        return self.folder / "stop"
+
+    @property
     def device(self) -> torch.device:
         return self.workers.device
 
@@ -106,6 +113,7 @@ class Run:
     def resume(self, **parts: Any) -> None:
         """Register what a checkpoint holds (objects with state_dict) and load the last one if there is any."""
         self.parts = parts
+        self.stop_file.unlink(missing_ok=True)
         last = self.folder / "last.pt"
         if last.exists() and not self._fresh:
             state = torch.load(last, weights_only=True, map_location=self.device)
@@ -133,8 +141,21 @@ class Run:
         self.step += 1
         if self.step % self.config.get("log_every", 25) == 0 or self.step == self.steps:
             self.record(**self.workers.mean(figures))
-        if now - self._saved > 120 or self.step == self.steps:
+        if now - self._saved > 120 or self.step == self.steps or self._asked_to_stop:
             self.save()
+        if self.step < self.steps:
+            self.stop_if_asked()
+
+    @property
+    def _asked_to_stop(self) -> bool:
+        return self.workers.world == 1 and self.stop_file.exists()
+
+    def stop_if_asked(self) -> None:
+        """SystemExit with `STOPPED` if there is a file `folder/stop`, which is removed. Call it where all is saved."""
+        if self._asked_to_stop:
+            self.stop_file.unlink(missing_ok=True)
+            log.info("stopped as asked; the same command goes on from here")
+            raise SystemExit(STOPPED)
 
     def record(self, **figures: float) -> None:
         """One line to the log and to `folder/log.jsonl`."""

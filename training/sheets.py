@@ -22,10 +22,11 @@ SHOWN, HEIGHT = 8, 128
 
 
 def decoded(codec: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures [t, H, W, 3] in 0..1 of the model's latents [16, n, h, w], on the CPU."""
+    """Pictures [t, H, W, 3] in 0..1 of the model's latents [16, n, h, w], on the CPU; [B, t, H, W, 3] of a batch of them."""
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
-    raw = (latents * std + mean)[None].to(next(codec.parameters()).device)
-    return ((VaeStream(codec).step(raw)[0].cpu() + 1) / 2).clamp(0, 1)
+    raw = (latents * std + mean).to(next(codec.parameters()).device)
+    pictures = VaeStream(codec).step(raw if raw.dim() == 5 else raw[None]).cpu()
+    return ((pictures if raw.dim() == 5 else pictures[0]) + 1).div(2).clamp(0, 1)
 
 
 def draw_sheet(videos: list[torch.Tensor], path: Path) -> None:

@@ -148,7 +148,7 @@ def evaluate(losses: TalkingLoss, clips: Clips, count: int = 24) -> dict[str, fl
         batch, generator = some(clips, torch.arange(i, i + 6)), torch.Generator().manual_seed(77 + i)
         drawn = Given.draw(losses.texts, batch, config, generator), *noised(batch, config, generator)
         own.append(losses(batch, *drawn))
-        other.append(losses(batch | {"codes": batch["codes"].roll(1, 0)}, *drawn))
+        other.append(losses(batch | {"codes": batch["codes"].float().roll(1, 0)}, *drawn))
     held = {f"held_{name}": value for name, value in figures(torch.cat(own)).items()}
     return held | {"held_subjects_other_sound": figures(torch.cat(other))["subjects"]}
 

@@ -78,7 +78,7 @@ def seen(video: torch.Tensor, scene: TalkingScene, other: TalkingScene, segment:
         "terrain right": measures.terrain_right(video, scene).float().mean().item(),
         "flow error, px a frame": measures.flow_error(video, scene).mean().item(),
         "day's speed": measures.clock_rate(video),
-        "sharpness": sharpness(video).mean().item(),
+        "sharpness, 1000 x": 1000 * sharpness(video).mean().item(),
     }
 
 
@@ -198,6 +198,29 @@ def table(true: dict[str, list[Row]], rows: dict[str, dict[str, list[Row]]]) -> 
     return "\n".join(lines)
 
 
+def bars(true: dict[str, list[Row]], rows: dict[str, dict[str, list[Row]]]) -> str:
+    """Markdown: how rollouts stand to what was asked of the demo, by the means of each segment."""
+    lines = ["### What was asked", "", "| | asked | " + " | ".join(true) + " |", "| --- | --- |" + " --- |" * len(true)]
+
+    def mean(some: list[Row], key: str) -> float:
+        return interval([row[key] for row in some])[0]
+
+    for what in ("size", "height"):
+        own = {name: (mean(rows["own"][name], f"{what}, own"), mean(true[name], f"{what}, own")) for name in true}
+        found = (f"{ours:.2f}, {ours / theirs:.2f}" for ours, theirs in own.values())
+        lines.append(
+            f"| {what} follows its own sound; of the true clips' | >= .78, or >= .90 | " + " | ".join(found) + " |"
+        )
+        for control in ("another", "later"):
+            key = f"{what}, {control}"
+            found = (f"{mean(rows['own'][name], key) - mean(true[name], key):+.2f}" for name in true)
+            lines.append(f"| {key}: off the true clips' | within .15 | " + " | ".join(found) + " |")
+        key = f"{what} varies, px"
+        found = (f"{mean(rows['silence'][name], key) / mean(rows['own'][name], key):.2f}" for name in true)
+        lines.append(f"| {what} varies in silence, of that with sound | <= .33 | " + " | ".join(found) + " |")
+    return "\n".join([*lines, "", ""])
+
+
 def main() -> None:
     run = Run.from_arguments("Measure whether the talking demo follows its sound and its picture.")
     with torch.no_grad():
@@ -216,8 +239,8 @@ def main() -> None:
                     seed,
                     cell([row["size, own"] for row in rows[sound]["1x"]]),
                 )
-        text = table(true, rows) + picture_table([talking.pictures_decide(seed) for seed in run.config["seeds"]])
-        (run.folder / "talking.md").write_text(text)
+        pictures = picture_table([talking.pictures_decide(seed) for seed in run.config["seeds"]])
+        (run.folder / "talking.md").write_text("\n".join([bars(true, rows), table(true, rows), pictures]))
     run.workers.leave()
 
 

@@ -12,8 +12,9 @@ _LANTERN_REGION = (
     slice(0, 40),
     slice(int(LANTERN_CENTRE[0] - LANTERN_RADIUS) - 2, int(LANTERN_CENTRE[0] + LANTERN_RADIUS) + 2),
 )
-# distance in RGB up to which a pixel has the lantern's colour, and how many of them are a lantern
-_NEAR_ENOUGH, _LEAST = 0.3, 60
+# distance in RGB up to which a pixel has the lantern's colour (the sky comes as near as 0.153 to the blue one), and how many of
+# them are a lantern
+_NEAR_ENOUGH, _LEAST = 0.14, 60
 
 
 def balloon_radius(video: torch.Tensor, scene: Scene) -> torch.Tensor:

@@ -26,6 +26,9 @@ INJECTED = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
 AUDIO_PARTS = ("casual_audio_encoder.", "audio_injector.", "trainable_cond_mask.", "cond_encoder.", "frame_packer.")
 # what stays as it begins: the pack gives no control video, and the far motion tokens of a still picture tell nothing new
 _UNTRAINED = ("cond_encoder.", "frame_packer.proj_4x.weight", "casual_audio_encoder.weights")
+# Injectors' queries are this large, and stay so. With larger ones the first thing learnt was to look at the padding token alone,
+# which shuts the sound out for good.
+_QUERIES, _QUERY_SIZE = ".norm_q.weight", 0.1
 
 
 def sizes_of(weights: dict[str, torch.Tensor]) -> tuple[int, int, int]:
@@ -52,7 +55,8 @@ def build_talking(weights: dict[str, torch.Tensor], layers: int, dim: int, ffn_d
     if missing:
         _begin(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(_UNTRAINED))
+        fixed = name.startswith("audio_injector.") and name.endswith(_QUERIES)
+        parameter.requires_grad_(not (fixed or name.startswith(_UNTRAINED)))
     return model
 
 
@@ -81,7 +85,7 @@ def _begin(model: nn.Module) -> None:
         if not name.startswith(AUDIO_PARTS):
             continue
         if ".norm_" in name or name == "casual_audio_encoder.weights":
-            parameter.fill_(1.0)
+            parameter.fill_(_QUERY_SIZE if name.endswith(_QUERIES) else 1.0)
         elif name.endswith("bias") or "adain" in name or ".o." in name or name.startswith("cond_encoder"):
             parameter.zero_()
         elif name.endswith("padding_tokens") or name.startswith("trainable_cond_mask"):

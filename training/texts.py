@@ -5,6 +5,7 @@ A clip's condition is a row of numbers into a table; conditions [B, chunks, slot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +16,15 @@ from adastate_core.prompts.demo_words import VOCABULARY, word_vector
 
 
 class Texts:
-    """The demo's closed vocabulary: one token a word. Any slot but the last may be left out."""
+    """The demo's closed vocabulary: one token a word. Any slot but the last may be left out.
 
-    def __init__(self) -> None:
-        vectors = [word_vector(slot, word) for slot, words in VOCABULARY.items() for word in words]
+    `slots`: those of the vocabulary that conditions give, in its order; the others are left out always.
+    """
+
+    def __init__(self, slots: Sequence[str] = tuple(VOCABULARY)) -> None:
+        vectors = [word_vector(slot, word) for slot in slots for word in VOCABULARY[slot]]
         self.table = torch.stack(vectors)
-        self.sizes = [len(words) for words in VOCABULARY.values()]
+        self.sizes = [len(VOCABULARY[slot]) for slot in slots]
         self.droppable = len(self.sizes) - 1
 
     def kept(self, dropped: list[bool]) -> tuple[int, ...]:
@@ -80,8 +84,9 @@ class Prompts(Texts):
 
 
 def texts_of(config: dict) -> Texts:
-    """The demo's words, or the prompts in the safetensors file that the config names as `texts`."""
+    """The demo's words, of the `slots` that the config names or all, or the prompts in the safetensors file that it names as
+    `texts`."""
     if "texts" not in config:
-        return Texts()
+        return Texts(config.get("slots", tuple(VOCABULARY)))
     tensors = load_file(Path(config["texts"]))
     return Prompts(tensors["tokens"], tensors["lengths"], int(tensors["padded_to"]))

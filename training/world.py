@@ -188,11 +188,21 @@ def _standing_things(terrain: str, u: torch.Tensor, y: torch.Tensor, foot: torch
     return [_box(u, y, 7.0, foot - 15, foot + 1), _box(u, y, 2.5, foot - 11, foot - 5)]
 
 
-def sky_colours(clock: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The clear sky at times of the day [N] (0..1) and heights [M] in pixels: [N, M, 3]."""
+def _sky(clock: torch.Tensor) -> torch.Tensor:
+    """[N, 7]: the rows of the sky's table at times of the day [N] (0..1)."""
     day = clock * len(_SKY)
     low = day.long() % len(_SKY)
-    sky = torch.lerp(_SKY[low], _SKY[(low + 1) % len(_SKY)], (day - day.floor())[:, None])
+    return torch.lerp(_SKY[low], _SKY[(low + 1) % len(_SKY)], (day - day.floor())[:, None])
+
+
+def sky_light(clock: torch.Tensor) -> torch.Tensor:
+    """[N] light on the ground at times of the day [N] (0..1)."""
+    return _sky(clock)[:, 6]
+
+
+def sky_colours(clock: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The clear sky at times of the day [N] (0..1) and heights [M] in pixels: [N, M, 3]."""
+    sky = _sky(clock)
     return torch.lerp(sky[:, None, 0:3], sky[:, None, 3:6], (rows / 44).clamp(0, 1)[:, None])
 
 

@@ -14,8 +14,8 @@ from .demo_ear import HOP, LOUDEST_DB, LOWEST_HZ, OCTAVES, RATE, SOFTEST_DB, fra
 
 # seconds; how long syllables and the pauses after them are, and how fast the voice swells and fades
 _SYLLABLE, _PAUSE, _EDGE = (0.19, 0.75), (0.12, 0.60), 0.05
-# one syllable in so many is followed by no pause
-_NO_PAUSE = 3
+# one syllable in so many is followed by no pause, and one by a silence
+_NO_PAUSE, _FALLS_SILENT, _SILENCE = 3, 12, (1.0, 3.0)
 # amplitudes of the fundamental and its overtones
 _OVERTONES = (1.0, 0.5, 0.25)
 
@@ -60,5 +60,9 @@ def _syllables(
         inside = (time >= at) & (time < end)
         loudness[inside] = (loud * edges * (1 - 0.3 * share))[inside]
         pitch[time >= at] = sung[time >= at]
-        at = end if float(torch.rand(1, generator=generator)) < 1 / _NO_PAUSE else end + draw(*_PAUSE)
+        chance = draw(0, 1)
+        if chance < 1 / _FALLS_SILENT:
+            at = end + draw(*_SILENCE)
+        else:
+            at = end if chance > 1 - 1 / _NO_PAUSE else end + draw(*_PAUSE)
     return loudness, pitch

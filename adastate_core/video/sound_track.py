@@ -96,8 +96,11 @@ class EarlierSound:
             if context.name in ("aac", "pcm_s24le") and context.channels in _LAYOUTS:
                 form = SoundForm(context.name, context.sample_rate, context.channels)
                 first = next((packet for packet in container.demux(stream) if packet.pts is not None), None)
-                if first is not None and abs(first.pts * stream.time_base - form.begin(0)) <= stream.time_base / 2:
-                    self.form = form if form.encoder != "aac" or _is_plain_aac(form, context.extradata) else None
+                in_time = (
+                    first is not None and abs(first.pts * stream.time_base - form.begin(0)) <= stream.time_base / 2
+                )
+                on_grid = form.encoder != "aac" or _is_plain_aac(form, stream)
+                self.form = form if in_time and on_grid else None
 
     def packets(self, end: Fraction) -> Iterator[bytes]:
         """Those on the grid, from the first one on and without a gap, that are heard to their ends before `end` seconds."""
@@ -126,11 +129,13 @@ class EarlierSound:
                 held = held[size:]
 
 
-def _is_plain_aac(form: SoundForm, extradata: bytes | None) -> bool:
-    """Whether a track's AudioSpecificConfig says what our encoder makes: AAC-LC, in frames of 1024, of this rate and layout."""
+def _is_plain_aac(form: SoundForm, stream: av.AudioStream) -> bool:
+    """Whether a track's AudioSpecificConfig says what our encoder makes, AAC-LC in frames of 1024, of this rate and layout, and its
+    clock counts samples."""
     tables = (96_000, 88_200, 64_000, *_AAC_RATES)
     wanted = (2 << 11) | (tables.index(form.rate) << 7) | (form.channels << 3) if form.rate in tables else -1
-    return int.from_bytes((extradata or b"")[:2], "big") == wanted
+    told = int.from_bytes((stream.codec_context.extradata or b"")[:2], "big")
+    return told == wanted and stream.time_base == Fraction(1, form.rate)
 
 
 def ends_by(packet: av.Packet, end: Fraction) -> bool:
@@ -161,17 +166,17 @@ class SoundTrack:
         self.form = copied.form if copied else SoundForm.of(container.format.name, placed)
         self._placed = placed.in_form(self.form.rate, self.form.channels)
         self._container, self.stream, self._number = container, self.form.add_to(container), 0
-        self._coming = self._packets(copied, joined)
+        self._coming, self._broken = self._packets(copied, joined), False
 
     def after(self, seconds: Fraction) -> None:
         """A picture that stands at `seconds` is written: what begins until then, and a packet that begins later, since until one
-        comes the container holds the picture back."""
-        while not self._number or self.form.begin(self._number - 1) <= seconds:
+        comes the container holds the picture back. Once the container has refused a packet nothing more is written."""
+        while not self._broken and (not self._number or self.form.begin(self._number - 1) <= seconds):
             self._mux(next(self._coming))
 
     def finish(self, end: Fraction) -> None:
         """What begins before `end` seconds, where the last picture ends."""
-        while self.form.begin(self._number) < end:
+        while not self._broken and self.form.begin(self._number) < end:
             self._mux(next(self._coming))
 
     def _mux(self, data: bytes) -> None:
@@ -179,7 +184,9 @@ class SoundTrack:
         packet.stream, packet.time_base = self.stream, Fraction(1, self.form.rate)
         packet.pts = packet.dts = self._number * self.form.size - self.form.late
         packet.duration, packet.is_keyframe = self.form.size, True
+        self._broken = True
         self._container.mux(packet)
+        self._broken = False
         self._number += 1
 
     def _packets(self, earlier: EarlierSound | None, joined: Fraction) -> Iterator[bytes]:

@@ -5,7 +5,7 @@ model         the host's loaded Wan model as a rollout's CausalModel; fusing, fe
 guider        the host's guiders, samplers and noises
 codec         the host's loaded VAE as a streaming decoder; fast_vae: its fast way
 enlarger      the host's upscale and frame interpolation models, a picture at a time
-output_files  the host's folders, metadata for saved files; frame_folders, names, listing
+output_files  the host's folders, metadata for saved files; frame_folders, sound_files, names, listing
 text          the host's text encoder
 progress      interrupts, progress bars, previews
 links         what is linked to what in a prompt that runs; queued: in one that is being queued; rerun: which results are replayed

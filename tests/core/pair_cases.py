@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from faults import combinations as injected
-from faults.combinations import ADAPTIVE, BLOCKS, FRAMES, SIZES, WINDOW, Combination
+from faults.combinations import ADAPTIVE, BLOCKS, FRAMES, SPEAKS, WINDOW, Combination
 from faults.pairs import Value, pairwise
 from tiny_model import TinyModel
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.given import BEFORE, INSIDE
-from adastate_core.history import CLEAN, LAST_LEVEL, OWN_LEVEL
+from adastate_core.history import LAST_LEVEL, OWN_LEVEL
 from adastate_core.prompts.plan import PromptPlan
 from adastate_core.rollout import RolloutSpec
 
@@ -36,7 +36,7 @@ DIMENSIONS = {
     "restart": ("off", "on"),
     "blocks": injected.DIMENSIONS["blocks"],
     "given": ("none", "some", WITHIN),
-    "talking": ("", CLEAN, OWN_LEVEL, LAST_LEVEL),
+    "talks": ("none", SPEAKS, OWN_LEVEL, LAST_LEVEL),
     "batch": ("1", "2"),
     "resume": ("in process", "from a file"),
     "latents": ("let go", "kept"),
@@ -58,9 +58,9 @@ def refused(a: Value, b: Value) -> bool:
     pair = dict((a, b))
     absorbs = pair.get("absorption", "none") != "none"
     several = pair.get("blocks") == "several"
-    if pair.get("talking") in (OWN_LEVEL, LAST_LEVEL):
+    if pair.get("talks") in (OWN_LEVEL, LAST_LEVEL):
         unclean = several or pair.get("anchor") in ADAPTIVE or pair.get("restart") == "on"
-        return unclean or pair.get("transition") == "recache" or (absorbs and pair["talking"] == OWN_LEVEL)
+        return unclean or pair.get("transition") == "recache" or (absorbs and pair["talks"] == OWN_LEVEL)
     if pair.get("transition") == "shot" and (several or pair.get("anchor") == "deep" or pair.get("restart") == "on"):
         return True
     if pair.get("anchor") == "deep":
@@ -71,7 +71,7 @@ def refused(a: Value, b: Value) -> bool:
 def excluded(a: Value, b: Value) -> bool:
     """Those, what the rollout refuses when it is given frames, and pairs that mean nothing: an interrupt among passes that are not
     there."""
-    unclean = any(("talking", one) in (a, b) for one in (OWN_LEVEL, LAST_LEVEL))
+    unclean = any(("talks", one) in (a, b) for one in (OWN_LEVEL, LAST_LEVEL))
     if unclean and any(one[0] == "given" and one[1] != "none" or one[1] == AMONG for one in (a, b)):
         return True
     nothing = any({a, b} == {("given", one), ("interrupt", AMONG)} for one in ("none", WITHIN))
@@ -86,6 +86,7 @@ class Pair(Combination):
     device: str = "gpu"
     restart: str = "off"
     given: str = "none"
+    talks: str = "none"
     batch: str = "1"
     resume: str = "in process"
     latents: str = "let go"
@@ -94,7 +95,7 @@ class Pair(Combination):
     @property
     def name(self) -> str:
         values = [(name, getattr(self, name)) for name in DIMENSIONS]
-        return ", ".join(value if value in _CLEAR else f"{name} {value or 'none'}" for name, value in values)
+        return ", ".join(value if value in _CLEAR else f"{name} {value}" for name, value in values)
 
     def luck(self, what: str) -> random.Random:
         """A source of numbers of its own for each `what`."""
@@ -152,13 +153,14 @@ class Pair(Combination):
                 restart_frames=self.start + luck.choice((0, 0, -FRAMES, FRAMES)), overlap_frames=luck.choice((2, 4))
             )
         spec = RolloutSpec(
-            geometry=model.geometry, batch=int(self.batch), **SIZES[bool(self.talking)], chunk_frames=FRAMES,
+            geometry=model.geometry, batch=int(self.batch), height=self.size[0], width=self.size[1],
+            chunk_frames=FRAMES,
             anchor=self.policy(), **self.windows(WINDOW, may_share=not restart),
             positions=(not restart and self.places())
             or ("packed" if self.anchor == "deep" else luck.choice(("packed", "packed", "fixed"))),
             dtype=torch.float32, absorption=self.absorbed(), blocks=BLOCKS if self.blocks == "several" else 1,
             cache_dtype=self.storage, cache_device=device or self.devices()[1], **restart,
-            **self.shown(),
+            **self.talking(),
         )  # fmt: skip
         self.check_plan(spec)
         return spec
@@ -173,8 +175,7 @@ class Pair(Combination):
     def start_latents(self, model: TinyModel) -> torch.Tensor | None:
         if self.given == "none":
             return None
-        frames, size = GIVEN if self.given == "some" else FRAMES - 1, SIZES[bool(self.talking)].values()
-        shape = (int(self.batch), model.geometry.channels, frames, *size)
+        shape = (int(self.batch), model.geometry.channels, GIVEN if self.given == "some" else FRAMES - 1, *self.size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
     @property

@@ -6,15 +6,12 @@ from pathlib import Path
 
 import av
 import numpy
-import torch
-
-from adastate_core.audio.track import Sound
 
 CLICKS = (0.013, 0.7, 1.37, 2.03, 2.6)
 
 
-def sound(rate: int, seconds: float = 3.0, channels: int = 1, seed: int = 0) -> Sound:
-    """Two slow sirens a channel and a click of 3 ms at each of CLICKS, [channels, N]."""
+def siren(rate: int, seconds: float = 3.0, channels: int = 1, seed: int = 0) -> numpy.ndarray:
+    """A tone that slowly goes up and down, another a channel, and a click of 3 ms at each of CLICKS: float32 [channels, N]."""
     time = numpy.arange(round(rate * seconds)) / rate
     rows = []
     for channel in range(channels):
@@ -25,7 +22,16 @@ def sound(rate: int, seconds: float = 3.0, channels: int = 1, seed: int = 0) -> 
             if begin < len(row):
                 row[begin : begin + width] += 0.5
         rows.append(row)
-    return Sound(torch.from_numpy(numpy.stack(rows)).float(), rate)
+    return numpy.stack(rows).astype(numpy.float32)
+
+
+def sound(rate: int, seconds: float = 3.0, channels: int = 1, seed: int = 0):
+    """The same as the core takes it."""
+    import torch
+
+    from adastate_core.audio.track import Sound
+
+    return Sound(torch.from_numpy(siren(rate, seconds, channels, seed)), rate)
 
 
 def played(path: Path | str) -> tuple[numpy.ndarray, int]:
@@ -49,10 +55,14 @@ def played(path: Path | str) -> tuple[numpy.ndarray, int]:
     return numpy.concatenate(pieces, 1), rate
 
 
-def given(heard: Sound, start: float, count: int) -> numpy.ndarray:
-    """The sound's own samples from `start` seconds on, float64 [channels, count]; silence outside."""
-    wave = heard.waveform.double().numpy()
-    places = numpy.arange(count) + round(start * heard.rate)
+def given(heard, start: float, count: int) -> numpy.ndarray:
+    """A sound's own samples from `start` seconds on, float64 [channels, count]; silence outside."""
+    return around(heard.waveform.double().numpy(), heard.rate, start, count)
+
+
+def around(wave: numpy.ndarray, rate: int, start: float, count: int) -> numpy.ndarray:
+    """The same of a waveform [channels, N]."""
+    places = numpy.arange(count) + round(start * rate)
     inside = (places >= 0) & (places < wave.shape[1])
     return numpy.where(inside, wave[:, places.clip(0, wave.shape[1] - 1)], 0)
 
@@ -62,6 +72,7 @@ def lag(found: numpy.ndarray, wanted: numpy.ndarray, most: int = 6000) -> int:
     size = min(len(found), len(wanted))
     spectrum = numpy.fft.rfft(found[:size], 2 * size) * numpy.conj(numpy.fft.rfft(wanted[:size], 2 * size))
     likeness = numpy.fft.irfft(spectrum, 2 * size)
+    most = min(most, size)
     lags = numpy.r_[0:most, -most:0]
     return int(lags[likeness[lags].argmax()])
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from test_rollout import W_PIXELS, H, spec_for
 from tiny_model import TinyModel
-from tiny_talker import TinyTalker, picture_of, sound_of
+from tiny_talking import TinyTalking, spoken
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import (
@@ -115,9 +115,12 @@ def _end() -> None:
 def go_on(spec: RolloutSpec, state: RolloutState | None = None) -> Rollout:
     """A rollout of a case, from its state."""
     schedule, talks = Schedule.shifted(max(2, spec.blocks), 5.0), spec.reference is not None
-    picture = picture_of(spec.batch) if talks and state is None else None
-    settings = Settings(7, schedule, sound=sound_of(4.0) if talks else None)
-    return Rollout(TinyTalker(), spec, settings, state=state, keep_latents=True, reference=picture)
+    picture = None
+    if talks and state is None:
+        shape = (spec.batch, spec.geometry.channels, 1, spec.height, spec.width)
+        picture = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    settings = Settings(7, schedule, sound=spoken() if talks else None)
+    return Rollout(TinyTalking(), spec, settings, state=state, keep_latents=True, reference=picture)
 
 
 def carried(kind: str, seen: int) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from tiny_talker import picture_of, track_of
+from tiny_talking import spoken
 
-from adastate_core.audio.driving import DrivingSound
 from adastate_core.history import CLEAN, OWN_LEVEL
 from adastate_core.reference import ReferenceRule
 from adastate_core.rollout import Rollout, RolloutSpec, Settings
@@ -36,11 +35,12 @@ def size_of(name):
 
 
 def rollout_of(name, model, *, seed=7, state=None, prompts=None, on_step=None, **changed):
-    """Of a preset that is driven by sound: of a TinyTalker."""
+    """Of a preset that is driven by sound: of a TinyTalking."""
     one, spec, more = PRESETS[name], spec_of(name, model, **changed), {}
     if one.driven_by_sound:
-        more["reference"] = picture_of(spec.batch)
-    sound = DrivingSound(track_of(4.0), one.fps, one.audio) if one.driven_by_sound else None
+        shape = (spec.batch, model.geometry.channels, 1, spec.height, spec.width)
+        more["reference"] = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    sound = spoken(fps=one.fps, alignment=one.audio) if one.driven_by_sound else None
     settings = Settings(seed, one.schedule, sound=sound)
     return Rollout(model, spec, settings, state=state, prompts=prompts, on_step=on_step, **more)
 

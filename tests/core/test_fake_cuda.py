@@ -13,7 +13,7 @@ from no_double_device import model_on
 from systems_fast import latents_of, rollout_of
 from test_rollout import ANCHORS, SCHEDULE, spec_for
 from tiny_model import TinyModel
-from tiny_talker import TinyTalker
+from tiny_talking import TinyTalking
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import AnchorDeep
@@ -34,7 +34,7 @@ ABSORBED = {
 def rolled(make, lengths) -> None:
     """Roll out with a snapshot and another rollout at every length; latents and states are the CPU's, the cache CUDA's."""
     with fake_cuda() as (device, mode):
-        model, state, reached = model_on(device, TinyTalker()), None, 0
+        model, state, reached = model_on(device, TinyTalking()), None, 0
         for length in lengths:
             rollout = make(model, state)
             latents = latents_of(rollout, length)

@@ -12,7 +12,7 @@ from no_double_device import NoDoubleDevice, model_on
 from systems_fast import latents_of, rollout_of
 from test_rollout import ANCHORS, SCHEDULE, spec_for
 from tiny_model import TinyModel
-from tiny_talker import TinyTalker
+from tiny_talking import TinyTalking
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import AnchorDeep, AnchorMemory, AnchorReplay
@@ -60,9 +60,9 @@ def test_the_stand_in_refuses_what_such_a_device_refuses(device):
 
 def rolled_in_two(make, near=NEAR, lengths=(9, 15)) -> None:
     """`make(model, state)` rolled out on the CPU, and on the device with a snapshot and another rollout at every length."""
-    expected = latents_of(make(TinyTalker(), None), lengths[-1])
+    expected = latents_of(make(TinyTalking(), None), lengths[-1])
     with NoDoubleDevice() as device:
-        model, state, pieces = model_on(device, TinyTalker()), None, []
+        model, state, pieces = model_on(device, TinyTalking()), None, []
         for length in lengths:
             rollout = make(model, state)
             pieces.append(latents_of(rollout, length))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from faults.trial import difference, flat
 from pair_cases import AMONG, GIVEN, GOES, QUICK, WORDS, Pair, cases, excluded, refusals, values
-from tiny_talker import TinyTalker
+from tiny_talking import TinyTalking
 
 from adastate_core.history import HISTORIES
 from adastate_core.rollout import Rollout, RolloutState
@@ -24,7 +24,7 @@ class Interrupt(Exception):
     pass
 
 
-class Interruptible(TinyTalker):
+class Interruptible(TinyTalking):
     """Raises in the middle of the forward with which `left` reaches 0."""
 
     left: int | None = None
@@ -60,7 +60,7 @@ class Run:
     def _rollout(self, state: RolloutState | None) -> Rollout:
         return Rollout(
             self.model, self.case.spec(self.model, self.device), self.case.settings(), state=state,
-            keep_latents=self.case.latents == "kept", prompts=self.case.prompts(), reference=self.case.reference(),
+            keep_latents=self.case.latents == "kept", prompts=self.case.prompts(), reference=self.case.picture(self.model),
         )  # fmt: skip
 
     @property
@@ -152,7 +152,7 @@ def interrupted(run: Run, second: bool) -> Run:
     case, luck = run.case, run.case.luck("interrupt")
     steps = len(case.settings().schedule.sigmas) if case.blocks == "1" else 1
     if case.interrupt == "in a chunk":
-        passes = steps + (case.talking not in HISTORIES[1:])  # a clean one besides
+        passes = steps + (case.talks not in HISTORIES[1:])  # a clean one besides
         stops = (case.chunk, luck.randrange(passes)), (luck.randrange(1, case.chunk + 2), luck.randrange(passes))
         run.rollout.on_step = lambda chunk, step, *_: _raise() if (chunk, step) == stops[second] else None
     elif case.interrupt == "in the transition":
@@ -221,7 +221,7 @@ def test_any_cut_and_resume_equals_the_whole(case, tmp_path):
 def test_what_does_not_go_together_is_refused_by_both_names(case, sides):
     with pytest.raises(ValueError) as caught:
         for device in case.devices():
-            case.spec(TinyTalker(), device)
+            case.spec(TinyTalking(), device)
     for side in sides:
         assert WORDS[side] in str(caught.value)
 

@@ -25,6 +25,7 @@ from adastate_core.audio.placed import PlacedSound, resampled
 from adastate_core.measure.metrics import measure_video, read_pictures
 from adastate_core.video.encoder import CODECS
 from adastate_core.video.sink import VideoSink
+from adastate_core.video.sound_track import EarlierSound
 from adastate_core.video.tail import tail_frames
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,6 +172,7 @@ from sounds import sound
 from test_codecs import SIDE, given, moving
 from adastate_core.audio.placed import PlacedSound
 from adastate_core.video.sink import VideoSink
+from adastate_core.video.sound_track import EarlierSound
 sink = VideoSink({path!r}, SIDE, SIDE, 16, codec={codec!r}, sound=PlacedSound(sound({rate}, 30.0)))
 for start in range(0, 100000, 12):
     sink.write(given({codec!r}, moving(12, start)))
@@ -236,6 +238,28 @@ def test_a_joined_files_other_tracks_come_along_beside_the_sound(tmp_path):
     found, rate = played(path)
     join = round(21 / FPS * rate)
     assert lag(found[0, join:], given(heard, 21 / FPS, found.shape[1] - join)[0]) == 0
+
+
+@pytest.mark.parametrize("codec", ["libopus", "libmp3lame", "aac"])
+def test_sound_of_another_kind_gives_way_to_the_given_one(tmp_path, codec):
+    """Put there by another program, or of a rate whose packets stand elsewhere: nothing of it is copied."""
+    heard, other = sound(48_000), sound(48_000, seed=5)
+    plain = written(tmp_path / "plain", "h264", None)
+    old = tmp_path / "old.mp4"
+    with av.open(str(plain)) as source, av.open(str(old), "w") as target:
+        video = target.add_stream_from_template(source.streams.video[0], opaque=True)
+        audio = target.add_stream(codec, rate=48_000, layout="mono")
+        for packet in (packet for packet in source.demux(video=0) if packet.dts is not None):
+            packet.stream = video
+            target.mux(packet)
+        frame = av.AudioFrame.from_ndarray(other.waveform.numpy(), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 48_000, 480 if codec == "aac" else 0
+        for packet in [*audio.encode(frame), *audio.encode(None)]:
+            target.mux(packet)
+    earlier = EarlierSound(old)
+    assert earlier.form is None and "48000 Hz, 1 channels" in earlier.told
+    new = written(tmp_path / "new", "h264", PlacedSound(heard), (12,), 21, prefix=old, prefix_frames=21)
+    require_in_step(new, heard, 0, 33)
 
 
 def test_a_join_without_sound_keeps_the_old_one_as_far_as_it_goes(tmp_path):

@@ -22,7 +22,7 @@ from slow_systems import (
 )
 from systems_fast import latents_of, rollout_of, spec_of
 from tiny_model import TinyModel
-from tiny_talker import TinyTalker
+from tiny_talking import TinyTalking
 
 from adastate_core.anchors import AnchorAdaptive, AnchorEMA, AnchorReplay
 from adastate_core.states.state_file import load_state, save_state
@@ -45,7 +45,7 @@ NEAR = dict(atol=1e-4, rtol=1e-4)
 
 @cache
 def fast(name):
-    return latents_of(rollout_of(name, TinyTalker()), LENGTHS.get(name, 24))
+    return latents_of(rollout_of(name, TinyTalking()), LENGTHS.get(name, 24))
 
 
 def slow(loop, length, **numbers):
@@ -145,13 +145,13 @@ def test_a_preset_goes_on_from_files_bit_for_bit(name, tmp_path):
     """At chunk boundaries and with latents pending: every piece is an exact prefix of the uninterrupted rollout."""
     whole = fast(name)
     lengths = [3, 7, 9, 12, 15, 16, 18, 21, 22, *range(24, whole.shape[2] + 1, 3)]
-    pieces = in_pieces(lambda state: rollout_of(name, TinyTalker(), state=state), lengths, tmp_path)
+    pieces = in_pieces(lambda state: rollout_of(name, TinyTalking(), state=state), lengths, tmp_path)
     assert torch.equal(pieces, whole)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_holds_the_bytes_that_were_planned(name):
-    model = TinyTalker()
+    model = TinyTalking()
     spec = spec_of(name, model, batch=2, dtype=torch.bfloat16)
     plan = spec.plan()
     rollout = rollout_of(name, model, batch=2, dtype=torch.bfloat16)

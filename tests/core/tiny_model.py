@@ -52,19 +52,15 @@ class TinyModel(nn.Module):
     def velocity(self, x: torch.Tensor, timestep: float | Sequence[float], attention: object) -> torch.Tensor:
         self.calls += 1
         b, c, t, h, w = x.shape
-        y = self.tokens(x)
+        y = self.embed(x).flatten(2).transpose(1, 2)
         if not isinstance(timestep, int | float):
             timestep = torch.tensor(timestep, device=x.device).repeat_interleave(y.shape[1] // t)[:, None]
-        y = self.through(y, timestep, attention)
+        y = self._through(y, timestep, attention, t)
         y = self.head(F.layer_norm(y, y.shape[-1:])).view(b, t, h // 2, w // 2, 2, 2, c)
         return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, c, t, h, w)
 
-    def tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, C, T, h, w] as the blocks take it, [B, N, width]."""
-        return self.embed(x).flatten(2).transpose(1, 2)
-
-    def through(self, y: torch.Tensor, timestep: float | torch.Tensor, attention: object) -> torch.Tensor:
-        """The blocks over tokens [B, N, width], at one timestep or [N, 1]."""
+    def _through(self, y: torch.Tensor, timestep: float | torch.Tensor, attention: object, frames: int) -> torch.Tensor:
+        """Tokens [B, N, width] through the blocks."""
         width = y.shape[-1]
         phase = timestep / 1000 * torch.arange(1, width + 1, device=y.device) / width * math.pi
         for i, block in enumerate(self.blocks):
@@ -75,4 +71,9 @@ class TinyModel(nn.Module):
             if self.context is not None:
                 y = y + self._read_text(i, y)
             y = y + block.down(F.gelu(block.up(F.layer_norm(y, (width,)))))
+            y = self._driven(i, y, frames)
+        return y
+
+    def _driven(self, i: int, y: torch.Tensor, frames: int) -> torch.Tensor:
+        """What drives the frames behind block i; here nothing."""
         return y

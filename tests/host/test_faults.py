@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import threading
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from adastate_pack.adastate_core.states.state_file import load_state
 from adastate_pack.adastate_core.video import frame_writer
 from adastate_pack.nodes import stream as stream_nodes
 from file_faults import Faults
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "core"))
+from sounds import lag, played, siren
 
 SEED = 0
 LENGTH, CHUNKS = 33, (9, 21, 33)  # frames of the video, and after each of its chunks
@@ -111,6 +115,7 @@ def check(run: Run, n: int, whole: dict) -> list[str]:
     found = frames_of(video)
     if not torch.equal(found[: len(made)], whole["frames"][: len(made)]):
         bad.append(f"{len(made)} frames were written, and the video has {len(found)}, or others")
+    bad += out_of_step(video, len(found)) if "audio" in run.settings else []
     state = None
     if outputs is not None:
         if not torch.equal(outputs.args[0]["samples"], whole["latents"]):
@@ -186,8 +191,28 @@ def left(folder: Path) -> list[Path]:
     return [p for p in folder.rglob("*") if p.is_file() and (not p.name.endswith(known) or ".tmp" in p.name)]
 
 
-# states on the way have the rollout wait for what is written; without them it goes on beside
-WAYS = {"saved": {}, "beside": {"autosave_seconds": 0.0, "history_chunks": 0}}
+def out_of_step(video: Path, frames: int) -> list[str]:
+    """What of a file's sound is not as far as its frames, or elsewhere."""
+    if frames < 2:
+        return []
+    heard, rate = played(video)
+    seconds = heard.shape[1] / rate
+    if seconds < (frames - 1) / 16 - 1024 / rate:
+        return [f"the video has {frames} frames, and sound for {seconds:.3f} s"]
+    behind = lag(heard[0], SOUND[0])
+    return [f"the sound is {behind} samples late"] if behind else []
+
+
+SOUND = siren(16_000, 3.0)
+# states on the way have the rollout wait for what is written; without them it goes on beside, here with sound
+WAYS = {
+    "saved": {},
+    "beside": {
+        "autosave_seconds": 0.0,
+        "history_chunks": 0,
+        "audio": {"waveform": torch.from_numpy(SOUND)[None], "sample_rate": 16_000},
+    },
+}
 
 
 def whole_run(run: Run, how: str) -> dict:

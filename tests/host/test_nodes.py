@@ -97,6 +97,7 @@ CONTRACT = {
         ["ADASTATE_PROMPTS"],
     ),
     "AdaStateAudio": (["audio?", "encoded?", "fps", "offset"], ["ADASTATE_AUDIO"]),
+    "AdaStateLoadSound": (["file"], ["AUDIO"]),
     "AdaStateDemoEar": (["audio"], ["AUDIO_ENCODER_OUTPUT"]),
     "AdaStateDemoSound": (["seconds", "seed"], ["AUDIO"]),
     "AdaStateDemoTimeline": (["text", "transition?", "blend_chunks?", "blend?"], ["ADASTATE_PROMPTS", "STRING"]),

@@ -276,6 +276,25 @@ def test_the_hosts_own_sampler_is_no_way_to_drive_it(avatar):
         guider.check_guider(Guider(), {"model_options": avatar.model_options})
 
 
+def test_nodes_that_have_no_input_for_a_sound_say_so(plain, node):
+    with pytest.raises(ValueError, match="which this node has no input for; use a text-to-video model"):
+        node("AdaStateAttentionShare")(model=plain, positive=POSITIVE, width=SIDE, height=SIDE, windows="3", seed=1)
+
+
+@pytest.mark.parametrize("preset", ["liveavatar", "liveavatar_one_window"])
+def test_half_precision_is_near(state, node, preset):
+    """bfloat16 weights, activations and cache, against the same rounded weights in float32."""
+    given = dict(length=25, reference=latent_of(PICTURE))
+    rounded = {name: value.to(torch.bfloat16) for name, value in state.items()}
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = comfy.sd.load_diffusion_model_state_dict(dict(rounded))
+        model.set_model_compute_dtype(dtype)
+        model = node("AdaStateModelPreset")(model=model, preset=preset).args[0]
+        found.append(roll(model, **given).args[0]["samples"])
+    assert 0 < float((found[0] - found[1]).abs().mean()) < 0.1 * float(found[1].abs().mean())
+
+
 def test_a_static_anchor_and_8_bits_go_with_it(avatar, stream):
     out = roll(avatar, stream=stream(fps=0.0), anchor=AnchorStatic(3), cache_dtype="int8", window_frames=6)
     assert Path(report_of(out)["files"][0]).suffix == ".mp4" and torch.isfinite(out.args[0]["samples"]).all()

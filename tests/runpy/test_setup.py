@@ -332,6 +332,18 @@ def test_children_do_not_inherit_pythonpath(monkeypatch):
     assert "PYTHONPATH" not in setup_host.child_env()
 
 
+def test_a_link_that_another_worker_made_meanwhile_is_taken(tmp_path, monkeypatch):
+    made = Path.symlink_to
+
+    def second(self, *given, **more):
+        made(self, *given, **more)  # the other one's
+        made(self, *given, **more)
+
+    monkeypatch.setattr(Path, "symlink_to", second)
+    host_client.link_pack(tmp_path)
+    assert (tmp_path / "custom_nodes" / host_client.PACK_NAME).resolve() == host_client.ROOT
+
+
 def test_pack_is_linked_and_a_stale_link_replaced(tmp_path):
     link = tmp_path / "custom_nodes" / "ComfyUI-AdaState"
     host_client.link_pack(tmp_path)

@@ -7,18 +7,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_denoiser import tiny_denoiser
 from torch import nn
 
-from training import absorption_recall, recall_table
-from training.absorption_recall import Kept, Recall
+from training import absorption_recall, layer_check_table, recall_table
+from training.absorption_recall import Recall
+from training.checked_models import CheckedModel, check
 from training.eight_bits import EightBitLinear
+from training.kept_streams import Kept
 from training.layer_check import rank_correlation, smallest
 from training.returning_lantern import colours_of, teacher_file
 from training.run import Run, read_config
+from training.sheets import decoded
 
 ROOT = Path(__file__).resolve().parents[2]
 CODEC = str(ROOT / "models" / "vae" / "adastate_demo_vae.safetensors")
+CHECK = """
+[check]
+scenes_seed = 44_000_000
+seed = 2
+chunks = 2
+[[check.models]]
+name = "the teacher"
+streams = 1
+closed_streams = 1
+[plots]
+"two" = ["full history", "absorbed, every layer"]
+"""
 ROWS = """
 [shown]
 returning = { before = [1, 3], asked = [5] }
@@ -62,12 +78,11 @@ def configured(folder: Path, weights: Path) -> Path:
     values = {
         "folder": str(folder / "results"), "scratch": str(folder / "scratch"), "weights": str(weights), "codec": CODEC, "seed": 1,
         "steps": 0, "scenes_seed": 43_000_000, "streams": 2, "together": 2, "sampler_steps": 2, "shift": 5.0, "window_frames": 9,
-        "chunks": 6, "judge_streams": 4, "pictured": 0, "near": [["full history", "absorbed, every layer"]],
+        "chunks": 6, "judge_streams": 4, "pictured": 1, "file": "config.toml",
+        "near": [["full history", "absorbed, every layer"]],
     }  # fmt: skip
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
-    lines.append(
-        "check = { streams = 1, scenes_seed = 44000000, seed = 2, chunks = 2, random = { seed = 5, streams = 0 } }"
-    )
+    lines.append(CHECK)
     config = folder / "config.toml"
     config.write_text("\n".join(lines) + ROWS)
     return config
@@ -155,10 +170,70 @@ def test_a_figure_is_what_the_latents_say(measured, recall):
     assert kept["to_full"][5] == pytest.approx((made - full)[:, 15:18].square().mean().item(), rel=1e-5)
     assert max(kept["to_full"][:4]) < 1e-10
     assert list(streams(measured, "8_bits")) == ["0"]
+
+
+def test_pictures_are_those_of_the_latents_that_were_kept(measured, recall):
+    """They lie by themselves: to look again, where latents are gone, changes nothing of what was measured before."""
+    kept = streams(measured, "pictures_full_history")
+    assert list(kept) == ["0"] and list(streams(measured, "pictures_8_bits")) == ["0"]
+    video = decoded(recall.codec, latents(measured, "full_history", 0))
+    series = kept["0"]["sharpness by chunk"]
+    own = 0.5 * (video.diff(dim=2).abs().mean((1, 2, 3)) + video.diff(dim=1).abs().mean((1, 2, 3)))
+    assert len(series) == 2 and series[-1] == pytest.approx(own[-12:].mean().item(), rel=2e-2)
+    assert 0 < kept["0"]["temporal flickering"] < 1
+    before = (measured / "results" / "full_history.json").read_bytes()
+    (measured / "scratch" / "full_history_0_latents.pt").unlink()
+    (measured / "results" / "pictures_full_history.json").unlink()
     with torch.no_grad():
-        recall.look(recall.rows[0], 0)
-    pictures = streams(measured, "full_history")["0"]["pictures"]
-    assert len(pictures["sharpness"]) == 2 and 0 < pictures["temporal flickering"] < 1
+        again = Recall(Run(recall.config, measured / "results", False))
+        again.look(again.rows[:1], 0)
+    for name in ("sharpness by chunk", "sky by chunk"):
+        assert again.pictures["full history"].streams["0"][name] == pytest.approx(kept["0"][name], rel=1e-3)
+    assert (measured / "results" / "full_history.json").read_bytes() == before
+
+
+def test_quality_over_time_is_drawn(measured):
+    with Image.open(measured / "results" / "over_time.png") as picture:
+        assert len(picture.convert("L").getcolors()) > 10
+
+
+def test_both_loops_of_a_layer_alone_begin_alike_and_then_part(measured):
+    """The first chunk behind the switch has the full history's past in both. One comes from a trial, one from a real switch."""
+    found = json.loads((measured / "results" / "check_the_teacher.json").read_text())["streams"]["0"]
+    for way in ("dropped", "corrected"):
+        opened, closed = torch.tensor(found[f"open {way}"]), torch.tensor(found[way])
+        assert opened.shape == closed.shape == (2, 2) and (opened[:, 0] > 1e-9).all()
+        torch.testing.assert_close(opened[:, 0], closed[:, 0], rtol=3e-4, atol=0)
+        assert ((opened[:, 1] - closed[:, 1]).abs() > 1e-3 * closed[:, 1]).all()
+    assert found["sensitivity"] != found["uncorrected sensitivity"] and found["moved"] > 0
+
+
+def test_history_moves_a_sharpened_random_model(weights, tmp_path):
+    settings = {"warmup_frames": 12, "local_window_frames": 1, "sink_frames": 0, "ratio": 0.5}
+    config = {
+        "absorption": settings, "sampler_steps": 2, "shift": 5.0, "window_frames": 9, "judge_streams": 4, "scenes_seed": 1,
+        "check": {"scenes_seed": 44_000_000, "seed": 2, "chunks": 1},
+    }  # fmt: skip
+    moved = {}
+    for name, scales in (("plain", {"norms": 1.0, "output": 1.0}), ("sharp", {"norms": 2.0, "output": 8.0})):
+        one = CheckedModel(name, 1, 0, seed=5, sharpened=scales, lanterns=False)
+        with torch.no_grad():
+            moved[name] = check(one, config, weights, "", None, tmp_path)[0]["moved"]
+    assert moved["sharp"] > 4 * moved["plain"] and moved["sharp"] > 0.01
+
+
+def test_agreement_is_told_of_both_choices():
+    stream = {
+        "moved": 0.1, "recall": 1.0, "dropped, recall": [1.0, 0.0, 1.0], "corrected, recall": [1.0, 1.0, 1.0],
+        "sensitivity": [1.0, 3.0, 2.0], "chosen": [0], "uncorrected sensitivity": [3.0, 1.0, 2.0], "uncorrected chosen": [1],
+        **{name: [[1.0], [3.0], [2.0]] for name in ("open dropped", "open corrected", "dropped", "corrected")},
+    }  # fmt: skip
+    lines = layer_check_table.check_lines("it", [stream])
+    found = next(line for line in lines if line.startswith("| open loop, dropped, all chunks"))
+    assert found.endswith("| 1 | 1.00 | 1 of 1 | 1.00, the same layers | -1.00 | 0 of 1 | -1.00, other layers |")
+    assert any(
+        "Layer 1 carries the lantern" in line and "100% tried corrected, 0% tried uncorrected" in line for line in lines
+    )
 
 
 def test_measurements_of_other_rules_are_refused(measured):

@@ -15,7 +15,7 @@ from training.few_step import on_path
 from training.host_models import build_codec
 from training.latents import unit_latents
 from training.talking_denoiser import Given, noised, some, weighted
-from training.talking_evaluate import Segment, picture_table, seen, table
+from training.talking_evaluate import Segment, bars, picture_table, seen, table
 from training.talking_latents import clip, load
 from training.talking_trajectories import given_of, solve
 from training.talking_world import TalkingScene
@@ -133,6 +133,17 @@ def test_true_pictures_follow_their_own_sound_alone():
     text = table(rows, dict.fromkeys(("own", "another", "silence"), rows))
     own = rows["2x"][0]["size, own"]
     assert text.count("| size, own |") == 2 and f"| {own:.2f} [{own:.2f}, {own:.2f}] |" in text
+    silent = {
+        name: [one | {"size varies, px": 0.25 * one["size varies, px"]} for one in some] for name, some in rows.items()
+    }
+    lower = {
+        name: [one | {"size, own": 0.5 * one["size, own"], "size, later": one["size, later"] - 0.3} for one in some]
+        for name, some in rows.items()
+    }
+    asked = bars(rows, {"own": lower, "another": rows, "silence": silent})
+    own = [some[0]["size, own"] for some in rows.values()]
+    assert f"| {own[0] / 2:.2f}, 0.50 | {own[1] / 2:.2f}, 0.50 |" in asked
+    assert "| within .15 | -0.30 | -0.30 |" in asked and "| <= .33 | 0.25 | 0.25 |" in asked
     shares = {
         "own picture": {"terrain": [1.0], "lantern": [0.5]},
         "another's picture": {"terrain": [0.0], "lantern": [1.0]},

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tiny_model import TinyModel
-from tiny_talker import TinyTalker, picture_of, sound_of
+from tiny_talking import spoken
 
 from adastate_core.absorption.settings import AbsorptionSettings
 from adastate_core.anchors import (
@@ -22,8 +22,7 @@ from adastate_core.anchors import (
     AnchorReplay,
     AnchorStatic,
 )
-from adastate_core.audio.driving import CHUNK, HOST
-from adastate_core.history import CLEAN, LAST_LEVEL, OWN_LEVEL, check_recaches
+from adastate_core.history import LAST_LEVEL, OWN_LEVEL, check_recaches
 from adastate_core.prompts.plan import PromptChange, PromptPlan
 from adastate_core.reference import ReferenceRule
 from adastate_core.rollout import RolloutSpec, Settings
@@ -35,19 +34,20 @@ from .pairs import Value, pairwise
 
 FRAMES, BLOCKS, WINDOW, LONG_WINDOW = 3, 3, 6, 24
 LEVELS = "two levels"
-# of latents; those of a reference have larger patches too
-SIZES = {False: {"height": 4, "width": 6}, True: {"height": 8, "width": 8}}
 # a recache in one pass that makes the sink again, and one after the sink has gone out of its reach
 ONE_PASS, SINK_STAYS = "in one pass", "in one pass behind the sink"
 # start latents stand in the chunk whose operations fail, which then is the first one
 STARTING = "with frames given inside"
 # a shot began three chunks before: its first chunk stays in the window, and the frames between have left
 BEHIND = "behind a shot"
-_WARM = "none or warming"
+# driven by a sound, with a picture to look like; and so, and what its noisy passes made is the past: that of the same step or the
+# last one's, while the picture is drawn about and is another from the chunk on whose operations fail
+SPEAKS = "with sound and a picture"
+TALKS = ("", SPEAKS, OWN_LEVEL, LAST_LEVEL)
 DIMENSIONS = {
     "anchor": ("none", "static", "ema", "memory", "replay", "adaptive", "changed adaptive", "deep", *others()),
     "storage": ("model", "8 bits", "host", "int8 host"),
-    "absorption": (_WARM, "switching", "switched"),
+    "absorption": ("none or warming", "switching", "switched"),
     "transition": ("none", "cut", "recache", "flush", "rope cut", "soft", "shot", "restart"),
     "blocks": ("1", "several"),
 }
@@ -81,21 +81,19 @@ def refused(a: Value, b: Value) -> bool:
 class Combination:
     """One of each dimension's values; with `levels` the last noisy step keeps a past of its own beside the clean one.
 
-    `talking`: the model hears a sound and shows a reference, and its past is what this history says.
-
     `variant` numbers what a value leaves open (which 8 bits, which adaptive anchor).
     """
 
     anchor: str = "none"
     storage: str = "model"
-    absorption: str = _WARM
+    absorption: str = "none or warming"
     transition: str = "none"
     blocks: str = "1"
     levels: str = ""
     recache: str = ""
     starting: str = ""
     behind: str = ""
-    talking: str = ""
+    talks: str = ""
 
     @property
     def name(self) -> str:
@@ -103,8 +101,9 @@ class Combination:
         values = (self.anchor, self.storage, self.absorption, self.transition, self.blocks)
         words = [f"{value} {name}" if value in ("none", "1", "several") else value
                  for name, value in zip(DIMENSIONS, values, strict=True)]  # fmt: skip
-        more = (self.levels, self.recache, self.starting, self.behind, self.talking and f"talking, {self.talking}")
-        return ", ".join([*words, *(one for one in more if one)])
+        return ", ".join(
+            [*words, *(one for one in (self.levels, self.recache, self.starting, self.behind, self.talks) if one)]
+        )
 
     @property
     def variant(self) -> int:
@@ -140,17 +139,10 @@ class Combination:
     def absorbed(self) -> AbsorptionSettings | None:
         """Warming: it collects in the chunk. Switching: it solves and switches in its commit. Switched: it is measured and
         solved anew."""
-        bare = (
-            self.anchor == "deep"
-            or self.blocks != "1"
-            or self.levels
-            or self.recache
-            or self.starting
-            or self.behind
-            or self.talking
-        )
+        others = self.levels, self.recache, self.starting, self.behind, self.talks
+        bare = self.anchor == "deep" or self.blocks != "1" or any(others)
         warming = not bare and self.variant % 2 == 1
-        if self.absorption == _WARM and not warming:
+        if self.absorption == "none or warming" and not warming:
             return None
         ridge = None if self.variant % 4 == 0 else 0.3  # each of seven that are tried is a solve of every layer
         common = dict(local_window_frames=2, sink_frames=1, ratio=0.5, ridge=ridge, select="residual")
@@ -177,13 +169,14 @@ class Combination:
             "int8 host": ("int8", "host memory"),
         }[self.storage]
         spec = RolloutSpec(
-            geometry=model.geometry, batch=1, **SIZES[bool(self.talking)], chunk_frames=FRAMES,
+            geometry=model.geometry, batch=1, height=self.size[0], width=self.size[1], chunk_frames=FRAMES,
             anchor=self.policy(), **self.windows(self.window, may_share=self.transition != "restart"),
             positions=self.places() or ("fixed" if self.variant % 3 == 0 and self.anchor != "deep" else "packed"),
             dtype=torch.float32,
             absorption=absorption, blocks=BLOCKS if self.blocks == "several" else 1,
-            cache_dtype=dtype, cache_device=device, one_pass_recache=bool(self.recache), **self.shown(),
+            cache_dtype=dtype, cache_device=device, one_pass_recache=bool(self.recache),
             **({"restart_frames": self.chunk * FRAMES, "overlap_frames": 5} if self.transition == "restart" else {}),
+            **self.talking(),
         )  # fmt: skip
         self.check_plan(spec)
         return spec
@@ -194,19 +187,26 @@ class Combination:
         check_shots(spec, prompts)
         check_recaches(spec.history, prompts is not None and prompts.recaches)
 
-    def model(self) -> TinyModel:
-        """A new one, of the kind that it takes."""
-        return TinyTalker() if self.talking else TinyModel()
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a latent; a picture's tokens are of at least 8x8."""
+        return (8, 8) if self.talks in TALKS[1:] else (4, 6)
 
-    def shown(self) -> dict[str, Any]:
-        """What a spec has of a model that is driven by sound: the reference rolls with the chunk whose operations fail."""
-        if not self.talking:
+    def talking(self) -> dict[str, Any]:
+        """What a spec says of its reference and its history."""
+        if self.talks not in TALKS[1:]:
             return {}
-        rule = ReferenceRule(self.chunk * FRAMES, drawn=self.talking != CLEAN)
-        return dict(history=self.talking, windows=2 if self.talking == OWN_LEVEL else 1, reference=rule)
+        if self.talks == SPEAKS:
+            return {"reference": ReferenceRule()}
+        rule = ReferenceRule(self.chunk * FRAMES, drawn=True)
+        return {"reference": rule, "history": self.talks, "windows": 2 if self.talks == OWN_LEVEL else 1}
 
-    def reference(self) -> torch.Tensor | None:
-        return picture_of(self.items) if self.talking else None
+    def picture(self, model: TinyModel) -> torch.Tensor | None:
+        """The latent of the reference, of every item its own."""
+        if self.talks not in TALKS[1:]:
+            return None
+        shape = (self.items, model.geometry.channels, 1, *self.size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(4))
 
     def places(self) -> str:
         """Frames of shots stand at their own times where the anchor allows it; "" elsewhere."""
@@ -216,14 +216,12 @@ class Combination:
         schedule = Schedule.shifted(BLOCKS if self.blocks == "several" else 2, 5.0)
         if self.starting or self.behind:  # LongLive 2.0's are with a solver that remembers its last step
             schedule = replace(schedule, sampler="unipc")
-        if self.talking:
-            schedule = schedule if self.talking == CLEAN else replace(schedule, sampler="euler")
-            return Settings(7, schedule, sound=sound_of(4.0, HOST if self.talking == CLEAN else CHUNK))
-        return Settings(7, replace(schedule, kept=(1,)) if self.levels else schedule)
+        sound = spoken(alignment="host" if self.talks == SPEAKS else "chunk") if self.talks in TALKS[1:] else None
+        return Settings(7, replace(schedule, kept=(1,)) if self.levels else schedule, sound=sound)
 
     def start_latents(self, model: TinyModel) -> torch.Tensor | None:
         """Two frames for the first chunk, or none."""
-        shape = (1, model.geometry.channels, 2, 4, 6)
+        shape = (1, model.geometry.channels, 2, *self.size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(3)) if self.starting else None
 
     def prompts(self) -> PromptPlan | None:
@@ -259,10 +257,16 @@ def combinations() -> list[Combination]:
     whole = (("static", "model", ONE_PASS), ("static", "int8 host", ONE_PASS), ("static", "model", SINK_STAYS),
              ("none", "host", SINK_STAYS))  # fmt: skip
     inside = (("static", "model"), ("adaptive", "int8 host"))
-    talkers = (("static", "model", "switching", "none", CLEAN), ("adaptive", "model", _WARM, "recache", CLEAN),
-               ("none", "model", _WARM, "soft", OWN_LEVEL), ("static", "int8 host", _WARM, "flush", OWN_LEVEL),
-               ("ema", "8 bits", _WARM, "shot", OWN_LEVEL), ("none", "8 bits", _WARM, "cut", LAST_LEVEL))  # fmt: skip
     shots = (("static", "model", "rope cut"), ("ema", "int8 host", "recache"), ("memory", "8 bits", "flush"))
+    whole_past = "none or warming"
+    talking = (
+        ("adaptive", "int8 host", whole_past, "recache", SPEAKS),
+        ("static", "model", "switching", "none", SPEAKS),
+        ("none", "model", whole_past, "soft", OWN_LEVEL),
+        ("ema", "8 bits", whole_past, "shot", OWN_LEVEL),
+        ("static", "host", whole_past, "flush", OWN_LEVEL),
+        ("none", "8 bits", whole_past, "cut", LAST_LEVEL),
+    )
     return [
         *pairs,
         *(Combination(a, storage, transition=t, levels=LEVELS) for a, storage, t in two),
@@ -270,9 +274,9 @@ def combinations() -> list[Combination]:
         *(Combination(a, storage, starting=STARTING) for a, storage in inside),
         Combination("ema", "model", levels=LEVELS, starting=STARTING),
         *(Combination(a, storage, transition=t, behind=BEHIND) for a, storage, t in shots),
+        *(Combination(a, storage, phase, t, talks=how) for a, storage, phase, t, how in talking),
         Combination("static", "model", "switched", "none", behind=BEHIND),
         Combination("static", "model", transition="recache", recache=ONE_PASS, behind=BEHIND),
-        *(Combination(a, storage, phase, t, talking=history) for a, storage, phase, t, history in talkers),
     ]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_model import TinyModel
+from tiny_talking import TinyTalking
 
 from adastate_core.given import INSIDE
 from adastate_core.rollout import Rollout, RolloutState
@@ -85,18 +85,14 @@ class Trial:
     def __init__(self, combination: Combination, seed: int = 0) -> None:
         """ValueError if the combination is refused."""
         self.combination, self.seed = combination, seed
-        self.spec, self.settings = combination.spec(combination.model()), combination.settings()
-        self.model = combination.model()
+        self.spec, self.settings = combination.spec(TinyTalking()), combination.settings()
+        self.model = TinyTalking()
         start = combination.chunk * FRAMES
         self.length = start + 2 * FRAMES
         whole = Rollout(
-            self.model,
-            self.spec,
-            self.settings,
-            keep_latents=True,
-            prompts=combination.prompts(),
-            reference=combination.reference(),
-        )
+            self.model, self.spec, self.settings, keep_latents=True, prompts=combination.prompts(),
+            reference=combination.picture(self.model),
+        )  # fmt: skip
         given = combination.start_latents(self.model)
         latents = [chunk.latents for chunk in self._until(whole, start)] if given is None else waiting(whole, given)
         self.before = whole.snapshot()
@@ -106,6 +102,7 @@ class Trial:
         # a deep layer's rotated keys are made again from its raw ones when they are read, and are anything until then
         self.unread = ".tensors.keys" if combination.anchor == "deep" else None
         self._known: dict[tuple, Outcome] = {}
+        self.model.forget()
         rollout = self.rollout()
         with watching() as watched:
             next(rollout.chunks(self.length))
@@ -120,7 +117,7 @@ class Trial:
             if rollout.emitted >= frames:
                 return
 
-    def rollout(self, state: RolloutState | None = None, model: TinyModel | None = None) -> Rollout:
+    def rollout(self, state: RolloutState | None = None, model: TinyTalking | None = None) -> Rollout:
         """A new run from a state, the one before the chunk if none is given."""
         return Rollout(
             model or self.model, self.spec, self.settings, state=state or self.before, keep_latents=True,
@@ -136,7 +133,7 @@ class Trial:
 
     def run(self, mode: str, n: int) -> Outcome:
         """Fail the n-th operation of the chunk."""
-        self.model.context = None
+        self.model.forget()
         rollout = self.rollout()
         kind = InjectedMemory if mode == "twice" else kind_of(self.seed, self.combination.name, mode, n)
         injector = at(n, kind, late=mode == "after")
@@ -211,7 +208,7 @@ class Trial:
     def _resumed(self, state: RolloutState, latents: list[torch.Tensor]) -> Outcome:
         """With a new rollout, and with one from a file, each with a model that has seen nothing."""
         try:
-            rollout = self.rollout(state, self.combination.model())
+            rollout = self.rollout(state, TinyTalking())
         except Exception as error:  # noqa: BLE001
             return Outcome(UNREADABLE, f"a new rollout: {type(error).__name__}: {error}")
         outcome = self._goes_on(rollout, latents, "a new rollout")
@@ -220,7 +217,7 @@ class Trial:
         with tempfile.TemporaryDirectory(prefix="faults-", dir=_memory()) as folder:
             try:
                 loaded = load_state(save_state(state, Path(folder) / "state.safetensors"))
-                rollout = self.rollout(loaded, self.combination.model())
+                rollout = self.rollout(loaded, TinyTalking())
             except Exception as error:  # noqa: BLE001
                 return Outcome(UNREADABLE, f"the file: {type(error).__name__}: {error}")
         return self._goes_on(rollout, latents, "from the file")
