@@ -34,9 +34,11 @@ from real_geometry import on_any_card, patcher_of, tiny_vae_of, vae_2_2_of, vae_
 GIB = 2**30
 SIZES = ((832, 480), (1280, 720))
 SIZES_5B = ((832, 480), (1280, 704))  # multiples of 32
+SIZES_S2V = ((704, 384), (832, 480))  # the first is that of the published command
 LENGTH = 961  # a minute; the caches are the same at any length from some seconds on
-FIRST = ("self_forcing", "longlive", "longlive2_5b", "krea_14b", "adastate")
-MODELS = ("1.3B", "5B", "14B")
+FIRST = ("self_forcing", "longlive", "longlive2_5b", "krea_14b", "liveavatar", "adastate")
+S2V = "S2V 14B"
+MODELS = ("1.3B", "5B", "14B", S2V)
 # rows of the table of choices: a preset, and inputs of the node that plans
 CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("self_forcing", "1.3B", {}),
@@ -71,6 +73,8 @@ def table(header: str, rows: list[list[str]]) -> str:
 def model_of(preset: str) -> str:
     if PRESETS[preset].space == WAN22:
         return "5B"
+    if PRESETS[preset].driven_by_sound:
+        return S2V
     return "14B" if preset.endswith("14b") else "1.3B"
 
 
@@ -79,11 +83,11 @@ def space_of(model: str) -> LatentSpace:
 
 
 def sizes_of(model: str) -> tuple[tuple[int, int], ...]:
-    return SIZES_5B if model == "5B" else SIZES
+    return {"5B": SIZES_5B, S2V: SIZES_S2V}.get(model, SIZES)
 
 
 def shown(model: str) -> str:
-    return f"{space_of(model).name} {model}"
+    return f"Wan 2.2 {model}" if model == S2V else f"{space_of(model).name} {model}"
 
 
 @dataclass

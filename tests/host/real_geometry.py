@@ -37,7 +37,7 @@ from fake_cuda import fake_cuda
 from torch._subclasses.fake_tensor import FakeTensor
 
 # width, feed-forward width, layers
-MODELS = {"1.3B": (1536, 8960, 30), "5B": (3072, 14336, 30), "14B": (5120, 13824, 40)}
+MODELS = {"1.3B": (1536, 8960, 30), "5B": (3072, 14336, 30), "14B": (5120, 13824, 40), "S2V 14B": (5120, 13824, 40)}
 TEXT = 512
 
 
@@ -45,8 +45,9 @@ def patcher_of(model: str, device: torch.device, layers: int | None = None, dtyp
     """A MODEL of weights in `dtype` that are shapes alone on `device`, through the host's own loader."""
     width, feed_forward, depth = MODELS[model]
     channels = WAN22.channels if model == "5B" else WAN21.channels
+    network = comfy.ldm.wan.model.WanModel_S2V if model.startswith("S2V") else comfy.ldm.wan.model.WanModel
     with torch.device("meta"):
-        shapes = comfy.ldm.wan.model.WanModel(
+        shapes = network(
             model_type="t2v", dim=width, ffn_dim=feed_forward, num_heads=width // 128, num_layers=layers or depth,
             in_dim=channels, out_dim=channels, operations=comfy.ops.disable_weight_init, device="meta", dtype=torch.bfloat16,
         ).state_dict()  # fmt: skip

@@ -169,7 +169,11 @@ def test_an_interrupt_leaves_what_it_leaves_of_any_run(rollout, stream, folders,
 def test_what_it_cannot_do_is_refused_first(rollout, stream, node, model, folders, cases):
     with pytest.raises(ValueError, match="length is 0, which rolls until it is stopped, and that needs a stream"):
         rollout(length=0)
-    with pytest.raises(ValueError, match="length is -1; it must be between 0 and 16777216"):
+    with pytest.raises(ValueError, match="length is -2; it must be between -1 and 16777216"):
+        rollout(length=-2, stream=stream())
+    with pytest.raises(
+        ValueError, match="length is -1, which stands for as long as the sound, and audio is not connected"
+    ):
         rollout(length=-1, stream=stream())
     assert "length is 0; it must be between 1" in node("AdaStateInspectCheckpoint").validate(length=0)
     text, numbers = node("AdaStatePlan")(model=model, width=32, height=32, length=0).args

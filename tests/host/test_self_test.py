@@ -17,7 +17,6 @@ from adastate_pack.adastate_core.cache import byte_plan, eight_bits
 from adastate_pack.adastate_core.cache import stored as stored_cache
 from adastate_pack.adastate_core.decode import wan_vae
 from adastate_pack.adastate_core.rope import Rope
-from adastate_pack.adastate_core.weights.presets import OWN_PRESETS
 from adastate_pack.nodes import self_test_node
 from adastate_pack.nodes.host import made_models as made
 from adastate_pack.nodes.self_test import all_checks as listed
@@ -54,7 +53,7 @@ def test_everything_is_ok_here_and_nothing_of_the_user_is_told(node, folders, pr
     count = len(rows)
     assert re.fullmatch(rf"AdaState Self Test: {count} of {count} ok, \d+ s", lines[0])
     assert count == len(listed.all_checks(speed=False)) == len({row[0] for row in rows})
-    assert {row[0].removeprefix("preset ") for row in rows if row[0].startswith("preset ")} == set(OWN_PRESETS)
+    assert {row[0].removeprefix("preset ") for row in rows if row[0].startswith("preset ")} == set(listed.TRIED_PRESETS)
     assert f"torch {torch.__version__}" in text and "device: " in text and "pack 0." in text
     for word in (str(Path.home()), str(folders), str(made.PACK)):
         assert word not in text
@@ -76,7 +75,7 @@ def test_the_tiny_model_reads_its_past():
 def test_rollouts_go_two_chunks_past_eviction():
     with torch.inference_mode():
         bench, lengths = Bench(), {}
-        for name in OWN_PRESETS:
+        for name in listed.TRIED_PRESETS:
             request, frames = benches.long_enough(bench.request(name))
             spec = benches.Job(request).spec
             held = spec.anchor.frames - spec.anchor.state_frames + spec.window_frames
