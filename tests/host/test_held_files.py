@@ -189,7 +189,7 @@ def test_no_failure_at_the_end_hides_the_first(rollout, stream, monkeypatch, fir
 
 
 def test_an_interrupt_at_the_end_of_a_run_that_went_well_is_one(rollout, stream, folders, monkeypatch):
-    monkeypatch.setattr(video_sink, "remux", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(video_sink, "remux", lambda *given, **how: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         rollout(stream=stream())
     assert len(frames_of(folders / "output" / "take_00001_.mp4")) == LENGTH
