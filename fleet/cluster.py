@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # an actor without a GPU sees none
+# Ray's clusters ask for a token, and a client shows the one that it has only if told so before Ray is imported
+_TOKEN = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+if "ray" not in sys.modules and (os.environ.get("RAY_AUTH_TOKEN") or _TOKEN.is_file()):
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 import ray  # noqa: E402
 import yaml  # noqa: E402
 

@@ -301,13 +301,10 @@ class Driver:
     def _lost(self, row: Row, member: _Member, reason: str, new_host: bool) -> None:
         """A try that ended without the row's own fault, as far as one knows."""
         story = self._stories.setdefault(row.name, _Story())
-        kept = kept_frames(self._output, story.folder) if story.folder else 0
-        if (
-            max(kept, story.frame) > story.kept
-        ):  # it came further: a worker that is taken away again and again is no fault of a row
-            story.kept, story.bad = max(kept, story.frame), 0
-        else:
-            story.bad += 1
+        kept = max(kept_frames(self._output, story.folder) if story.folder else 0, story.frame)
+        # one that came further begins to count anew: that a worker is taken away again and again is no fault of a row
+        story.bad = 1 if kept > story.kept else story.bad + 1
+        story.kept = max(kept, story.kept)
         story.lost_on.append(member.name)
         if new_host and member.up:
             self.order.leave(member.name)

@@ -12,18 +12,7 @@ import fsspec
 from .errors import FleetError
 
 RECORD = "result.json"
-BUCKETS = {
-    "s3",
-    "s3a",
-    "gs",
-    "gcs",
-    "az",
-    "abfs",
-    "abfss",
-    "adl",
-    "oss",
-    "r2",
-}  # have no folders; making one makes a bucket
+BUCKETS = frozenset("s3 s3a gs gcs az abfs abfss adl oss r2".split())  # have no folders; making one makes a bucket
 
 
 def is_address(into: str) -> bool:
