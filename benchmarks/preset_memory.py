@@ -133,8 +133,9 @@ class Card:
 
 
 def cache_bytes(plan: dict[str, Any]) -> int:
-    """Keys and values on the card, the prompt's too."""
-    return plan["kv_bytes"] + plan["memory"]["device"]["text_kv"]
+    """Keys and values on the card, those of the prompt and of the reference too."""
+    device = plan["memory"]["device"]
+    return plan["kv_bytes"] + device["text_kv"] + device.get("reference", 0)
 
 
 def computing_bytes(plan: dict[str, Any]) -> int:

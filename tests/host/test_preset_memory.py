@@ -17,9 +17,11 @@ MEMORY = (PACK / "docs" / "memory.md").read_text(encoding="utf-8")
 SAME_HOST = f"those of ComfyUI {comfyui_version.__version__}." in README
 # latent frames whose keys and values a layer has: anchor, window, state and chunk, by the systems' own words
 FRAMES = {
-    "self_forcing": 21, "longlive": 3 + 6 + 3, "longlive2_5b": 8 + 16 + 8, "krea_14b": 3 + 3, "adastate": 1 + 3 + 1 + 3,
+    "self_forcing": 21, "longlive": 3 + 6 + 3, "longlive2_5b": 8 + 16 + 8, "krea_14b": 3 + 3,
+    "liveavatar": 4 * (9 + 3) + 2.5,  # of four levels; the reference and the frames before the video
+    "adastate": 1 + 3 + 1 + 3,
 }  # fmt: skip
-SIZES = {"longlive2_5b": ("832x480", "1280x704")}
+SIZES = {"longlive2_5b": ("832x480", "1280x704"), "liveavatar": ("704x384", "832x480")}
 
 
 def rows(text: str, name: str) -> list[list[str]]:
@@ -43,7 +45,23 @@ def parameters(model: str) -> int:
     text, time = 4096 * width + width + width * width + width, 256 * width + width + width * width + width
     channels = 48 if model == "5B" else 16
     ends = channels * 4 * width + width + channels * 4 * width + channels * 4 + 2 * width
-    return layers * block + text + time + width * 6 * width + 6 * width + ends
+    whole = layers * block + text + time + width * 6 * width + 6 * width + ends
+    return whole + hearing(width) if model.startswith("S2V") else whole
+
+
+def hearing(width: int) -> int:
+    """What an S2V model has beyond text to video."""
+    square = width * width + width
+    injectors = 12 * (4 * square + 2 * width + 2 * square)  # q, k, v, o, two norms; shift and scale
+    # windows of 3: four heads and the whole out of 1024 features, both then through the same kind of two more
+    quarter, half = width // 4, width // 2
+    towers = (
+        3 * 1024 * width + width + 3 * 1024 * quarter + quarter + 3 * quarter * half + half + 3 * half * width + width
+    )
+    encoder = 25 + width + towers + square  # the layers' weights, the padding token, the last linear
+    packed = sum(16 * volume * width + width for volume in (4, 2 * 16, 4 * 64))  # 1, 2 and 4 latent frames a token
+    marks, pose = 3 * width, 16 * 4 * width + width
+    return injectors + encoder + packed + marks + pose
 
 
 @pytest.fixture
@@ -62,7 +80,8 @@ def test_the_tables_are_the_plans(command):
     with on_any_card() as device:
         card = command.Card(device)
         for preset, shown, size, *cells in found:
-            (space, model), (width, height) = shown.rsplit(" ", 1), map(int, size.split("x"))
+            model, (width, height) = shown.removeprefix("Wan 2.1 ").removeprefix("Wan 2.2 "), map(int, size.split("x"))
+            space = "Wan 2.2" if model == "5B" else "Wan 2.1"
             vaes, pixels = card.vaes[space], 32 if model == "5B" else 16
             weights, cache, _, vae, whole, small = cells
             given = HostNode("AdaStateModelPreset")(model=card.models[model], preset=preset).args[0]
