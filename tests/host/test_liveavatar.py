@@ -57,9 +57,12 @@ def latent():
 def made(talker, positive, node):
     """The rollout node on the tiny S2V model, with everything at auto; `preset` "" leaves Model Preset out."""
 
+    held = []  # as the host holds what a node has given
+
     def call(length=4 * 3 * CHUNKS - 3, preset="liveavatar", **inputs):
         model = inputs.pop("model", talker)
         model = node("AdaStateModelPreset")(model=model, preset=preset).args[0] if preset else model
+        held.append(model)
         given = {
             "model": model, "positive": positive, "width": SIDE, "height": SIDE, "length": length, "batch_size": 1, "seed": SEED,
             **AUTO, "audio": track(), "reference": latent(),
