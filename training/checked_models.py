@@ -52,20 +52,22 @@ def random_like(model: nn.Module, seed: int) -> nn.Module:
 
 
 @torch.no_grad()
-def sharpened(model: nn.Module, norms: float, output: float) -> nn.Module:
+def sharpened(model: nn.Module, norms: float, output: float, uneven: float = 1.0, seed: int = 0) -> nn.Module:
     """`model` with attention that matters: random layers look everywhere alike and add next to nothing, so that no history moves
-    what they make. The norms of queries and keys are scaled by `norms` each, the output projections by `output`."""
-    for block in model.blocks:
+    what they make. The norms of queries and keys are scaled by `norms` each, the output projections by `output`, and these also
+    by a factor of each layer's own, drawn by `seed` between 1 / `uneven` and `uneven`: trained layers are not alike either."""
+    drawn = torch.rand(len(model.blocks), generator=torch.Generator().manual_seed(seed)).tolist()
+    for block, u in zip(model.blocks, drawn, strict=True):
         block.self_attn.norm_q.weight *= norms
         block.self_attn.norm_k.weight *= norms
-        block.self_attn.o.weight *= output
+        block.self_attn.o.weight *= output * uneven ** (2 * u - 1)
     return model
 
 
 def built(one: CheckedModel, teacher: Path) -> nn.Module:
     """The model, in float32."""
     if one.sharpened:
-        return sharpened(random_like(load_denoiser(str(teacher)), one.seed), **one.sharpened)
+        return sharpened(random_like(load_denoiser(str(teacher)), one.seed), **one.sharpened, seed=one.seed)
     return load_denoiser(one.weights or str(teacher))
 
 

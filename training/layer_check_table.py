@@ -56,10 +56,9 @@ def layer_lines(name: str, streams: list[dict[str, Any]]) -> list[str]:
     head = [f"{name}, {len(streams)} streams: layer", *map(str, layers)]
     rows = {f"sensitivity, tried {how}": [s[entry] for s in streams] for how, (entry, _) in CHOICES.items()}
     for loop, way, entry, spans in ABLATIONS:
-        for span in spans:
-            rows[f"latents' error, {loop}, {way}, {span}"] = [
-                errors_of(s, entry, span) for s in with_entry(streams, entry)
-            ]
+        measured = with_entry(streams, entry)
+        for span in spans if measured else ():
+            rows[f"latents' error, {loop}, {way}, {span}"] = [errors_of(s, entry, span) for s in measured]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     lines += [
         f"| {title} | " + " | ".join(f"{v:.3g}" for v in over_streams(each)) + " |" for title, each in rows.items()
