@@ -24,6 +24,7 @@ from .store import Store
 # what of a rollout's own failures another try can help (docs/api.md, error.type); the others are told once
 AGAIN = ("out_of_memory", "device_error", "unfinished_chunk", "video_error", "internal_error")
 NEW_HOST = ("out_of_memory", "device_error")
+QUICK_LOOK = 0.05  # seconds between two looks at a prompt that has ended
 SLOW_LOOK = 5.0  # seconds between two looks at a prompt of which the websocket says nothing
 
 
@@ -254,10 +255,11 @@ class Worker:
 
     def _wait(self, client: HostClient, prompt_id: str, run: _Run | None) -> dict[str, Any]:
         """A prompt's entry of the history, once it has ended. HostLost if the host is gone or has forgotten it."""
-        looked, missing = time.monotonic(), 0
+        looked, missing, ended = time.monotonic(), 0, False
         while True:
-            messages = client.events(1.0)
-            ended = any(_is_end(message, prompt_id) for message in messages or [])
+            # the host says that a prompt has ended a moment before its history has it
+            messages = client.events(QUICK_LOOK if ended else 1.0)
+            ended = ended or any(_is_end(message, prompt_id) for message in messages or [])
             if run is not None:
                 for message in messages or []:
                     _take_progress(run, message)
