@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tools import make_figures
+from tools import make_figures, sound_pictures
 from tools.help_runs import Graph, Run, Stage, narrowed, node, strip, with_rollout, workflow, written
 from tools.made_chain import CLIP, NAME, write_chain
 from tools.make_workflows import running_browser, running_host
@@ -276,6 +276,8 @@ PICTURES: dict[str, Callable[[Stage], Image.Image]] = {
     "AdaStateRenderVideo.jpg": crop("sampler", 11, 12),
     "AdaStateSaveState.png": save_state,
     "AdaStateSelfTest.png": self_test,
+    "AdaStateDemoSound.png": lambda stage: sound_pictures.voice(),
+    "AdaStateDemoEar.png": lambda stage: sound_pictures.ear(),
 }
 
 

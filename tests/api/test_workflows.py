@@ -130,7 +130,7 @@ def test_save_and_resume_is_the_uninterrupted_video(client):
     ("changes", "words"),
     [
         ({"n5__width": 100}, "width is 100; it must be a multiple of 16"),
-        ({"n5__length": -1}, "length is -1"),
+        ({"n5__length": -2}, "length is -2"),
         ({"n5__positions": "sideways"}, "positions is 'sideways'"),
         ({"n5__window_frames": -5}, "window_frames is -5"),
         ({"n4__filename_prefix": "../../escape"}, "does not name a file inside"),
