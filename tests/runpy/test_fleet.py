@@ -29,6 +29,8 @@ def installed(tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setattr(setup_host, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(setup_fleet, "make_venv", make)
     monkeypatch.setattr(setup_fleet, "run_pip", install)
+    # the interpreter that the link leads to may have none, as on a bare machine; a real environment has
+    monkeypatch.setattr(setup_host, "has_pip", lambda python: python.exists())
     return lists
 
 
