@@ -36,6 +36,15 @@ def fingerprint(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
     return digest.hexdigest()[:16]
 
 
+def write_weights(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not there, that everybody may read."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target) as file:
+        file.write(save(tensors, metadata=metadata))
+    target.chmod(0o644)
+    log.info("%s: %.2f MB", target, target.stat().st_size / 1e6)
+
+
 def main() -> None:
     run = Run.from_arguments("Export the trained pair.")
     for kind in ("vae", "diffusion_models"):
@@ -50,11 +59,7 @@ def main() -> None:
                 entry["rollout"] | {"fingerprints": [fingerprint(halves, dtype) for dtype in LOADED_AS]}
             )
         target = Path(run.config["folder"]) / kind / entry["file"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(target) as file:
-            file.write(save(halves, metadata=metadata))
-        target.chmod(0o644)
-        log.info("%s: %.2f MB", target, target.stat().st_size / 1e6)
+        write_weights(target, halves, metadata)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import nn
 
-from adastate_core.files.whole_file import whole_file
-
-from .export import LOADED_AS, fingerprint
-from .run import Run, log
+from .export import LOADED_AS, fingerprint, write_weights
+from .run import Run
 from .talking_model import build_talking, sizes_of
 
 FP8 = torch.float8_e4m3fn
@@ -101,10 +98,7 @@ def main() -> None:
     prints = [fingerprint(halves, dtype) for dtype in LOADED_AS]
     metadata = {"format": "pt", "adastate": json.dumps(config["rollout"] | {"fingerprints": prints})}
     target = Path(config["folder"]) / config["file"]
-    with whole_file(target) as file:
-        file.write(save(tensors, metadata=metadata))
-    target.chmod(0o644)
-    log.info("%s: %.2f MB", target, target.stat().st_size / 1e6)
+    write_weights(target, tensors, metadata)
 
 
 if __name__ == "__main__":
