@@ -10,6 +10,8 @@
   python3 run.py test quick [...]       style and, in under a minute, some tests of every layer that needs no browser
   python3 run.py faults [--sample N] [--seed S] [--only NAME] [--at "MODE N"]
                                         fail everything that a chunk does, in turn: nothing may be lost; writes a table
+  python3 run.py campaign [NAME ...] [--seed S] [--fresh] [--only "KIND NUMBER"]
+                                        try what breaks things, by the thousand; writes the table of docs/campaign.md
   python3 run.py fleet TABLE --into FOLDER
                                         make a table of videos on all GPUs of this machine or of a Ray cluster; --help has more
   python3 run.py bench [NAME ...]       run all of benchmarks/, or those named
@@ -39,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tools import campaign as campaigns
 from tools import lower_bounds
 from tools.host_client import Server, run_prompt, server_command
 from tools.setup_fleet import DASHBOARD, TESTED, ensure_fleet
@@ -51,7 +54,7 @@ OUTPUT = ROOT / "output"
 SLOWEST = ["web", "training", "api", "core", "host", "bounds host", "bounds core"]
 LAYERS = ["core", "training", "runpy", "host", "api", "web"]  # run in this order, then whatever else is in tests/
 QUICK = ["core", "runpy", "host", "api"]  # those with tests that are marked quick
-TEST_MODULES = {"pytest": "pytest", "ruff": "ruff", "websocket": "websocket-client"}
+TEST_MODULES = {"pytest": "pytest", "ruff": "ruff", "websocket": "websocket-client", "hypothesis": "hypothesis"}
 
 
 # ---- demo
@@ -334,6 +337,27 @@ def faults(arguments: list[str]) -> int:
     return int(any(ended))
 
 
+def campaign(arguments: list[str]) -> int:
+    """All trials of the campaign's parts, each file of tests in a process of its own (tests/core/campaign.py)."""
+    options, known = campaigns.parser().parse_args(arguments), campaigns.parts(ROOT / "tests")
+    if unknown := [name for name in options.names if name not in known]:
+        raise SetupError(f"There is no part {unknown[0]}; there are: {', '.join(known)}.")
+    host = ensure_ready(TEST_MODULES)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ |= {"ADASTATE_CAMPAIGN_SEED": str(options.seed), "ADASTATE_CAMPAIGN_ONLY": options.only}
+    kept = CACHE / "campaign"
+    os.environ |= {} if options.only else {"ADASTATE_CAMPAIGN": str(kept)}
+    good = True
+    for name in options.names or known:
+        if options.fresh:
+            (kept / f"{name}.jsonl").unlink(missing_ok=True)
+        for path in known[name]:
+            layer = Layer(f"campaign {name}, {path.parent.name}", path.parent.name, (path.name,))
+            good &= run_layer(layer, host, ["-s"])[0]
+            campaigns.write_page(name, kept / f"{name}.jsonl", options.seed)
+    return int(not good)
+
+
 def fleet(arguments: list[str]) -> int:
     """Run a table of videos: fleet/, in an environment of its own. It gets Ctrl-C itself: the first one is not an end."""
     far = any(each.partition("=")[0] in ("--address", "--host") for each in arguments)
@@ -389,6 +413,7 @@ COMMANDS = {
     "selftest": selftest,
     "test": test,
     "faults": faults,
+    "campaign": campaign,
     "fleet": fleet,
     "bench": bench,
     "train": train,

@@ -19,6 +19,7 @@ from PIL import Image
 from tools.host_client import Events, Server
 from tools.setup_host import Host
 
+pytest_plugins = ["campaign"]
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows" / "api"
 

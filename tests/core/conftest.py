@@ -1,1 +1,1 @@
-pytest_plugins = ["sampled"]
+pytest_plugins = ["sampled", "campaign"]

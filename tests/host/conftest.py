@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest_plugins = ["sampled"]
+pytest_plugins = ["sampled", "campaign"]
 PACK = Path(__file__).resolve().parents[2]
 
 
