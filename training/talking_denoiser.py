@@ -32,28 +32,31 @@ SUBJECTS = (slice(0, 5), slice(0, 8))
 @dataclass(frozen=True)
 class Given:
     """What a batch of clips is conditioned on: `context` [1, n, 4096] and which of it each chunk sees, `mask` [B, chunks, n];
-    pictures to refer to and to have stood still before, [B, 16, 1, h, w] each, or none."""
+    pictures to refer to and to have stood still before, [B, 16, 1, h, w] each, or none; `window` latent frames of its past."""
 
     context: torch.Tensor
     mask: torch.Tensor
     pictures: tuple[torch.Tensor, torch.Tensor] | None
+    window: int
 
     @staticmethod
     def draw(texts: Texts, clips: Clips, config: dict, generator: torch.Generator) -> Given:
         context, mask = texts.whole(clips["words"], config["drop_words"], generator)
+        long = float(torch.rand((), generator=generator)) < config["long_window"]
+        window = config["long_window_frames"] if long else config["window_frames"]
         if float(torch.rand((), generator=generator)) < config["drop_reference"]:
-            return Given(context, mask, None)
+            return Given(context, mask, None, window)
         stills = clips["references"]
         which = torch.randint(stills.shape[1], (len(stills),), generator=generator)
         stills = stills[torch.arange(len(stills)), which].float()
         # a picture's latent as a video's first frame or as one that stands: a rollout may be given either
         kinds = torch.randint(2, (2, len(stills)), generator=generator)
-        return Given(context, mask, tuple(stills[torch.arange(len(stills)), kind, :, None] for kind in kinds))
+        return Given(context, mask, tuple(stills[torch.arange(len(stills)), kind, :, None] for kind in kinds), window)
 
     def some(self, index: torch.Tensor) -> Given:
         """What the clips of these numbers are given."""
         pictures = None if self.pictures is None else tuple(picture[index] for picture in self.pictures)
-        return Given(self.context, self.mask[index], pictures)
+        return Given(self.context, self.mask[index], pictures, self.window)
 
 
 class TalkingLoss(nn.Module):
@@ -84,7 +87,7 @@ class TalkingLoss(nn.Module):
         condition = condition_tokens(self.model, *given.pictures) if given.pictures else None
         rope, tokens = Rope(self.model.dim // self.model.num_heads, height // 2, width // 2), height * width // 4
         count = condition.shape[1] if condition is not None else 0
-        clip = TalkingClip(rope, tokens, frames, CHUNK_LATENTS, given.mask, self.config["window_frames"], 0, count)
+        clip = TalkingClip(rope, tokens, frames, CHUNK_LATENTS, given.mask, given.window, 0, count)
         sound = sound_of(self.model, codes, frames)
         return clip_velocity(self.model, past, noisy, sigma, given.context, clip, sound, condition)
 
@@ -143,7 +146,7 @@ def main() -> None:
 def evaluate(losses: TalkingLoss, clips: Clips, count: int = 24) -> dict[str, float]:
     """Held-out loss with the clips' own sound and with each other's, on draws that never change."""
     own, other = [], []
-    config = losses.config | {"drop_words": 0.0, "drop_reference": 0.0}
+    config = losses.config | {"drop_words": 0.0, "drop_reference": 0.0, "long_window": 0.0}
     for i in range(0, min(count, len(clips["latents"])), 6):
         batch, generator = some(clips, torch.arange(i, i + 6)), torch.Generator().manual_seed(77 + i)
         drawn = Given.draw(losses.texts, batch, config, generator), *noised(batch, config, generator)
