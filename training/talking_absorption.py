@@ -98,7 +98,16 @@ class Rows:
 def page(rows: Sequence[dict[str, Any]], found: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: a column a row of the config; in pairs, what each differs by from the first."""
     first = found[rows[0]["name"]]
-    lines = ["| | " + " | ".join(row["name"] for row in rows) + " |", "| --- |" + " --- |" * len(rows)]
+    lines = [
+        "# The talking demo without half of its history",
+        "",
+        f"Made by `python3 run.py train talking_absorption`: {len(first)} streams, each with one sound, picture and noise for all",
+        "columns, rolled out by the pack's nodes to 6x the clips' length, and measured over the last clip's length as in",
+        "[the demo's own table](../talking/talking.md). Layers that lose their history keep nothing of it after a warm-up of 24",
+        "latent frames.",
+        "",
+    ]
+    lines += ["| | " + " | ".join(row["name"] for row in rows) + " |", "| --- |" + " --- |" * len(rows)]
     for key in SHOWN:
         lines.append(f"| {key} | " + " | ".join(cell(one[key] for one in found[row["name"]]) for row in rows) + " |")
         differs = [[b[key] - a[key] for a, b in zip(first, found[row["name"]], strict=True)] for row in rows[1:]]

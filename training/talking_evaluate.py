@@ -175,6 +175,21 @@ class Talking:
         return json.loads(file.read_text())
 
 
+def heading(config: dict) -> str:
+    """Markdown: what the tables below are of."""
+    streams, lengths = config["scenes"] * len(config["seeds"]), " and ".join(f"{n}x" for n in config["lengths"])
+    return f"""# The talking demo: do its pictures follow its sound?
+
+Made by `python3 run.py train talking_evaluate`: {config["scenes"]} scenes and voices that were in no clip, seeds
+{", ".join(map(str, config["seeds"]))} ({streams} streams), rolled out in {config["rollout_steps"]} steps a chunk with the file's
+weights. {lengths}: the last {config["horizon_latents"]} latent frames of a rollout that many times as long; the first chunk of all,
+which has no past, is left out. Size is the balloon's radius and follows loudness, height is the lantern's and follows pitch:
+Pearson's correlation over the pictures of a stream, then the mean over streams with its 95 % interval (bootstrap). *another*:
+with the sound of another stream; *later*: with its own sound {SHIFT // FPS} s later. True clips are the world's own pictures
+through the codec: the ceiling.
+"""
+
+
 def cell(values: list[float]) -> str:
     """A mean with its interval."""
     mean, low, high = interval(values)
@@ -240,7 +255,9 @@ def main() -> None:
                     cell([row["size, own"] for row in rows[sound]["1x"]]),
                 )
         pictures = picture_table([talking.pictures_decide(seed) for seed in run.config["seeds"]])
-        (run.folder / "talking.md").write_text("\n".join([bars(true, rows), table(true, rows), pictures]))
+        (run.folder / "talking.md").write_text(
+            "\n".join([heading(run.config), bars(true, rows), table(true, rows), pictures])
+        )
     run.workers.leave()
 
 
