@@ -48,21 +48,25 @@ def _syllables(
 
     loudness, pitch = torch.zeros(2, samples, dtype=torch.float64)
     time = torch.arange(samples, dtype=torch.float64) / rate
-    at, last = draw(0, _PAUSE[1]), 0.5
-    pitch += last
+    # a sample's number from which on pitch stays as it is, and what it is
+    done, last = 0, 0.5
+    at = draw(0, _PAUSE[1])
     while at < seconds:
         length, loud = draw(*_SYLLABLE), draw(0.25, 1.0)
         target, glide = draw(0, 1), draw(-0.15, 0.15)
         end = at + length
-        share = ((time - at) / length).clamp(0, 1)
-        edges = (torch.minimum(time - at, end - time) / _EDGE).clamp(0, 1)
-        sung = (target + glide * share).clamp(0, 1)
-        inside = (time >= at) & (time < end)
-        loudness[inside] = (loud * edges * (1 - 0.3 * share))[inside]
-        pitch[time >= at] = sung[time >= at]
+        first, behind = (int(torch.searchsorted(time, each)) for each in (at, end))
+        pitch[done:first] = last
+        inside = time[first:behind]
+        share = ((inside - at) / length).clamp(0, 1)
+        edges = (torch.minimum(inside - at, end - inside) / _EDGE).clamp(0, 1)
+        loudness[first:behind] = loud * edges * (1 - 0.3 * share)
+        pitch[first:behind] = (target + glide * share).clamp(0, 1)
+        done, last = behind, min(1.0, max(0.0, target + glide))
         chance = draw(0, 1)
         if chance < 1 / _FALLS_SILENT:
             at = end + draw(*_SILENCE)
         else:
             at = end if chance > 1 - 1 / _NO_PAUSE else end + draw(*_PAUSE)
+    pitch[done:] = last
     return loudness, pitch

@@ -69,3 +69,12 @@ def test_too_little_sound_is_refused():
     with pytest.raises(ValueError, match=r"the sound is 0\.02494 s long; the ear needs at least 0\.025 s"):
         heard(torch.zeros(1, 1, 399), 16_000)
     assert heard(torch.zeros(1, 1, 400), 16_000).shape == (1, 1, 1024)
+
+
+def test_a_longer_voice_begins_as_a_shorter_one():
+    """It is drawn syllable by syllable, whatever comes later; two minutes are made at once, not in one."""
+    for seed in (0, 4):
+        long, short = tones(120.0, seed), tones(7.0, seed)
+        for whole, part in zip(long, short, strict=True):
+            assert torch.equal(whole[..., : part.shape[-1]], part)
+        assert float(long[1].max()) <= 1 and float(long[2].max()) <= 1 and float(long[1][-500:].max()) > 0.2
