@@ -44,7 +44,7 @@ class Watcher:
 
 
 def tiny(chunks: int, prefix: str, **changes: object) -> dict:
-    """The shipped long video of so many chunks, as small and fast as it gets, with a state saved as often as 1 % of the time allows."""
+    """The shipped long video of so many chunks, as small and fast as it gets, a state saved as often as 1 % of the time allows."""
     return workflow(
         "long_video",
         n4__filename_prefix=f"soak/{prefix}",
