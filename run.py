@@ -342,19 +342,26 @@ def campaign(arguments: list[str]) -> int:
     options, known = campaigns.parser().parse_args(arguments), campaigns.parts(ROOT / "tests")
     if unknown := [name for name in options.names if name not in known]:
         raise SetupError(f"There is no part {unknown[0]}; there are: {', '.join(known)}.")
-    host = ensure_ready(TEST_MODULES)
+    if options.only:
+        campaigns.check_only(options.only)
+    host, kept, good = ensure_ready(TEST_MODULES), CACHE / "campaign", True
+    kept.mkdir(parents=True, exist_ok=True)
+    kinds = kept / "kinds.txt"
+    kinds.unlink(missing_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ |= {"ADASTATE_CAMPAIGN_SEED": str(options.seed), "ADASTATE_CAMPAIGN_ONLY": options.only}
-    kept = CACHE / "campaign"
-    os.environ |= {} if options.only else {"ADASTATE_CAMPAIGN": str(kept)}
-    good = True
+    os.environ |= {"ADASTATE_CAMPAIGN_SEED": str(options.seed), "ADASTATE_CAMPAIGN_KINDS": str(kinds)}
+    os.environ |= {"ADASTATE_CAMPAIGN_ONLY": options.only} if options.only else {"ADASTATE_CAMPAIGN": str(kept)}
     for name in options.names or known:
-        if options.fresh:
-            (kept / f"{name}.jsonl").unlink(missing_ok=True)
+        books = kept / f"{name}.jsonl"
+        if options.fresh and not options.only:
+            books.unlink(missing_ok=True)
         for path in known[name]:
             layer = Layer(f"campaign {name}, {path.parent.name}", path.parent.name, (path.name,))
             good &= run_layer(layer, host, ["-s"])[0]
-            campaigns.write_page(name, kept / f"{name}.jsonl", options.seed)
+            if not options.only:
+                campaigns.write_page(name, books, options.seed)
+    if options.only and good:
+        campaigns.check_found(options.only, kinds)
     return int(not good)
 
 

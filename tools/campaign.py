@@ -7,12 +7,13 @@ written anew when it has run; those of the others stay. Standard library only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.setup_host import ROOT, duration
+from tools.setup_host import ROOT, SetupError, duration
 
 PREFIX = "test_campaign_"
 PAGE = ROOT / "docs" / "campaign.md"
@@ -39,6 +40,24 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+def check_only(only: str) -> None:
+    """SetupError for what is not `KIND NUMBER`."""
+    kind, _, number = only.rpartition(" ")
+    if not (kind and number.isdecimal()):
+        raise SetupError(f"--only is {only!r}; it takes a trial as a failure names it: its kind, a space, its number.")
+
+
+def check_found(only: str, kinds: Path) -> None:
+    """SetupError if no part that ran has this trial: `kinds` has a line [kind, how many] for each that was asked for."""
+    lines = kinds.read_text(encoding="utf-8").splitlines() if kinds.is_file() else []
+    known, (kind, _, number) = dict(map(json.loads, lines)), only.rpartition(" ")
+    if kind not in known:
+        there = ", ".join(map(repr, known)) or "none, or their tests were skipped"
+        raise SetupError(f"There is no kind of trials {kind!r} in what ran; there are: {there}.")
+    if int(number) >= known[kind]:
+        raise SetupError(f"There is no trial {number} of {kind!r}; there are 0 to {known[kind] - 1}.")
+
+
 @dataclass
 class Kind:
     """What is known of one kind of trials."""
@@ -61,16 +80,18 @@ class Kind:
 
 def ranges(name: str, values: list[float]) -> str:
     """`name 3`, or `name 3 to 5`."""
-    low, high = (f"{value:,.6g}" for value in (min(values), max(values)))
+    low, high = (f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" for value in (min(values), max(values)))
     return f"{name.replace('_', ' ')} {low}" + (f" to {high}" if low != high else "")
 
 
 def rows(part: str, lines: Iterable[str], seed: int) -> list[str]:
     """The table's lines of a part, a kind each, from what its trials left."""
     kinds: dict[str, Kind] = {}
-    for line in map(json.loads, lines):
-        if line["seed"] == seed:
-            kinds.setdefault(line["kind"], Kind()).add(line)
+    for text in lines:
+        with contextlib.suppress(ValueError):  # a line that a kill cut short
+            line = json.loads(text)
+            if line["seed"] == seed:
+                kinds.setdefault(line["kind"], Kind()).add(line)
     return [f"| {' | '.join([part, kind, *found.cells()])} |" for kind, found in kinds.items()]
 
 

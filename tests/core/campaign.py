@@ -12,11 +12,12 @@ A file `test_campaign_NAME.py` of any layer is a part of the campaign. Its tests
 In the suite a trial that fails is the test's failure. With ADASTATE_CAMPAIGN, a folder, every trial runs and leaves a line in
 FOLDER/NAME.jsonl, whether it held or not; those that held before are not run again, so it may be stopped and goes on; the test
 fails at its end if one did not hold. ADASTATE_CAMPAIGN_SEED draws other trials; ADASTATE_CAMPAIGN_ONLY="KIND NUMBER" runs that one
-alone, as a test would.
+alone, as a test would. ADASTATE_CAMPAIGN_KINDS, a file, gets a line for every kind that was asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -41,18 +42,19 @@ class Trial:
         self._started = 0.0
 
     def saw(self, **figures: float) -> None:
-        """Keep figures; the campaign's table shows the least and the largest of each name."""
-        self._seen |= figures
+        """Keep figures, those of numpy and torch as well; the campaign's table shows the least and the largest of each name."""
+        self._seen |= {name: value if isinstance(value, int) else float(value) for name, value in figures.items()}
 
     def __enter__(self) -> Trial:
         self._started = time.monotonic()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if error is not None and not isinstance(error, Exception):  # Ctrl-C, a skip
+        # what `pytest.raises` has when nothing was raised is no Exception; what is neither is Ctrl-C or a skip
+        if error is not None and not isinstance(error, Exception | pytest.fail.Exception):
             return False
         if self._books is None:
-            if error is not None:
+            if error is not None and hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(f"campaign: seed {self.seed}, {self.kind!r}, trial {self.number}")
             return False
         self._books.add(self, time.monotonic() - self._started, self._seen, error)
@@ -64,14 +66,17 @@ class Books:
 
     def __init__(self, path: Path, seed: int) -> None:
         self.path, self.seed, self.broken = path, seed, []
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self._held = {(line["kind"], line["number"]) for line in map(json.loads, lines)
-                      if line["held"] and line["seed"] == seed}  # fmt: skip
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        self._cut = text[-1:] not in ("", "\n")  # by a kill in the middle of a line
+        self._held = {
+            (line["kind"], line["number"]): line["held"] for line in whole_lines(text) if line["seed"] == seed
+        }
 
     def held(self, kind: str, number: int) -> bool:
-        return (kind, number) in self._held
+        """Whether it did when it was tried last."""
+        return self._held.get((kind, number), False)
 
-    def add(self, trial: Trial, seconds: float, seen: dict[str, float], error: Exception | None) -> None:
+    def add(self, trial: Trial, seconds: float, seen: dict[str, float], error: BaseException | None) -> None:
         line = {"kind": trial.kind, "number": trial.number, "seed": self.seed, "held": error is None,
                 "seconds": round(seconds, 3), "seen": seen}  # fmt: skip
         if error is not None:
@@ -79,7 +84,17 @@ class Books:
             self.broken.append(f"{trial.kind} {trial.number}: {line['why'][:300]}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("\n" * self._cut + json.dumps(line) + "\n")
+        self._cut = False
+
+
+def whole_lines(text: str) -> list[dict]:
+    """The lines of a part's books, less one that a kill cut short."""
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 class Campaign:
@@ -89,12 +104,17 @@ class Campaign:
         self.books, self.seed, self.only = books, seed, only
 
     def __call__(self, kind: str, full: int, sample: int) -> Iterator[Trial]:
-        """`full` trials in a campaign, less those that held before; in the suite `sample` of them, spread evenly."""
+        """`full` trials in a campaign, less those that held before; in the suite `sample` of them, spread evenly. ValueError
+        for a kind's name that would break the table."""
+        if "|" in kind or "\n" in kind:
+            raise ValueError(f"{kind!r} has a line's end or a |, which a row of the table cannot hold")
+        self._tell(kind, full)
         if self.only:
             wanted, _, number = self.only.rpartition(" ")
-            yield from [Trial(kind, int(number), self.seed, None)] if wanted == kind else []
+            yield from [Trial(kind, int(number), self.seed, None)] if wanted == kind and int(number) < full else []
             return
         if self.books is None:
+            sample = min(sample, full)
             yield from (Trial(kind, n * full // sample, self.seed, None) for n in range(sample))
             return
         left = [number for number in range(full) if not self.books.held(kind, number)]
@@ -106,6 +126,12 @@ class Campaign:
                 sys.__stderr__.write(f"{kind}: {place}\n")
                 sys.__stderr__.flush()
             yield Trial(kind, number, self.seed, self.books)
+
+    @staticmethod
+    def _tell(kind: str, full: int) -> None:
+        if kinds := os.environ.get("ADASTATE_CAMPAIGN_KINDS"):
+            with Path(kinds).open("a", encoding="utf-8") as file:
+                file.write(json.dumps([kind, full]) + "\n")
 
 
 @pytest.fixture
