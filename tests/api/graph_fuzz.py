@@ -14,6 +14,7 @@ from mutations import VALUES, damage_header
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
 PACK = "AdaState"
+RUN_ONE_OF = 5  # workflows, of which all but a few would run whatever is wrong with them; the others are refused
 MARK = "adzz"  # in every name of a file that a prompt asks for
 OUTSIDE = [
     "../{}", "../../../../../../../../tmp/{}", "/tmp/{}", "/{}", "C:\\{}", "C:/{}", "\\\\host\\{}", "..\\..\\{}", "{}\0x",
@@ -218,7 +219,7 @@ def shipped(chance: random.Random, number: int) -> dict[str, Any]:
         inputs = node["inputs"]
         for name in inputs.keys() & {"width", "height"}:
             inputs[name] = 32
-        for name, small in (("length", chance.choice([5, 9])), ("steps", 1), ("keep_state", False), ("clip_frames", 0)):
+        for name, small in (("length", 5), ("steps", 1), ("keep_state", False), ("clip_frames", 0)):
             if name in inputs:
                 inputs[name] = small
         if "filename_prefix" in inputs:
@@ -297,6 +298,17 @@ def spoil(graph: dict[str, Any], chance: random.Random, number: int) -> str:
     return f"{how} {name[:20]!r}"
 
 
+def lose(graph: dict[str, Any], info: dict[str, Any], chance: random.Random) -> str:
+    """A required input of every output goes, so that nothing of it runs; what went."""
+    lost = []
+    for node in graph.values():
+        known = info.get(node["class_type"]) if isinstance(node["class_type"], str) else None
+        if known is not None and known["output_node"] and (required := list(known["input"].get("required", {}))):
+            lost.append(chance.choice(required))
+            node["inputs"].pop(lost[-1], None)
+    return f"lost {lost}"
+
+
 def around(body: dict[str, Any], chance: random.Random, number: int, owner: str) -> str:
     """What stands beside a prompt: whose it is, what is embedded, which id it has; what it was. A client_id that is a list or an
     object is not among it: the host itself goes down at its first message to one."""
@@ -335,6 +347,8 @@ def a_prompt(
         told.append(spoil(graph, chance, number))
         if not all(isinstance(each["class_type"], str) for each in graph.values()):
             break
+    if of_shipped and number % RUN_ONE_OF:
+        told.append(lose(graph, info, chance))
     if of_shipped and chance.random() < 0.25:
         told.append(damage_header(graph, chance))
     body: dict[str, Any] = {"prompt": graph}

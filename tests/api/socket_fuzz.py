@@ -13,7 +13,7 @@ import urllib.parse
 from typing import Any
 
 from conftest import workflow
-from watched_server import Listener, Watched
+from watched_server import SOONEST, Listener, Watched
 
 FLAGS: list[Any] = [
     {"supports_preview_metadata": True}, {"supports_preview_metadata": "no"}, {"supports_preview_metadata": None}, {}, [], None, 5,
@@ -91,7 +91,7 @@ def done(world: Watched, prompt_id: str) -> None:
     assert world.entry(prompt_id)["status"]["status_str"] == "success", prompt_id
 
 
-def heard_by(listener: Listener, prompt_id: str, seconds: float = 5) -> set[str]:
+def heard_by(listener: Listener, prompt_id: str, seconds: float = SOONEST) -> set[str]:
     """The kinds of messages about a prompt, once its last one has come, or none for so long."""
     kinds: set[str] = set()
     end = time.monotonic() + seconds
@@ -137,7 +137,7 @@ def odd_id(world: Watched, chance: random.Random) -> str:
     name = chance.choice(IDS)
     listener = Listener(world.port, urllib.parse.quote(name, errors="surrogatepass"))
     try:
-        if chance.random() < 0.3:
+        if chance.random() < 0.1:
             done(world, of_owner(world, chance))
             heard = [kind for kind, _ in listener.take() if kind != "status"]
             assert not heard, (name, heard)
@@ -155,7 +155,7 @@ def flags(world: Watched, chance: random.Random) -> str:
         connection.sendall(
             frame(1, json.dumps({"type": "feature_flags", "data": given}).encode()) * chance.choice([1, 2])
         )
-        if chance.random() < 0.3:
+        if chance.random() < 0.2:
             done(world, of_owner(world, chance, client, 1))
     finally:
         quietly(connection, frame(8), chance)
@@ -167,7 +167,7 @@ def twins(world: Watched, chance: random.Random) -> str:
     client = f"twin{chance.randrange(10**6)}"
     first, second = Listener(world.port, client), Listener(world.port, client)
     try:
-        if chance.random() < 0.4:
+        if chance.random() < 0.25:
             prompt_id = of_owner(world, chance, client)
             kinds = heard_by(second, prompt_id)
             assert {"adastate.chunk", "adastate.pictures", "adastate.end", "executing"} <= kinds, kinds
@@ -196,7 +196,7 @@ def leaves(world: Watched, chance: random.Random) -> str:
 
 def strays(world: Watched, chance: random.Random) -> str:
     """Routes with ids that are nobody's, of another node, or no longer under way, while the owner's prompt runs."""
-    prompt_id = of_owner(world, chance) if chance.random() < 0.3 else "none"
+    prompt_id = of_owner(world, chance) if chance.random() < 0.1 else "none"
     for _ in range(4):
         name = urllib.parse.quote(chance.choice([prompt_id, prompt_id[:-1] or "x", prompt_id.upper(), "0", *IDS]) or "x", safe="",
                                   errors="surrogatepass")  # fmt: skip

@@ -54,36 +54,48 @@ def test_workflows(campaign, world):
     world.check_files("the workflows")
 
 
+def try_call(world: Watched, trial, live: tuple[str, str], name: str) -> None:
+    what, sent, whole = a_call(trial.chance, live)
+    status, body = ask(world.port, sent, whole)
+    assert status or not whole, (name, what)
+    if status < 500 or not world.hosts_own():
+        check_answer(f"{name}: {what}", status, body)
+
+
+def test_bodies_under_way(campaign, world):
+    for trial in campaign("calls of the pack's routes while a run is under way", full=1000, sample=10):
+        with trial, world.watching(trial) as name:
+            try_call(world, trial, under_way(world), name)
+    world.end_all()
+    world.check_files("the calls")
+
+
 def test_bodies(campaign, world):
     live = None
-    for trial in campaign("calls of the pack's routes while a run is under way", full=3000, sample=30):
+    for trial in campaign("calls of the pack's routes when the run that they name is over", full=2000, sample=20):
         with trial, world.watching(trial) as name:
-            live = under_way(world)
-            what, sent, whole = a_call(trial.chance, live)
-            status, body = ask(world.port, sent, whole)
-            assert status or not whole, (name, what)
-            if status < 500 or not world.hosts_own():
-                check_answer(f"{name}: {what}", status, body)
+            if live is None:
+                live = under_way(world)
+                world.end_all()
+            try_call(world, trial, live, name)
     world.check_files("the calls")
 
 
 def under_way(world: Watched) -> tuple[str, str]:
     """(prompt_id, node_id) of a run without an end, the one that goes on or a new one."""
-    end = time.monotonic() + SOONEST
-    queued = False
+    queued, end = "", time.monotonic() + SOONEST
     while time.monotonic() < end:
-        runs = json.loads(world.ask("GET", "/adastate/runs?client_id=owner")[1])["runs"]
-        for run in runs:
+        for run in json.loads(world.ask("GET", "/adastate/runs?client_id=owner")[1])["runs"]:
             if run["running"] and not run["stopping"]:
                 return run["prompt_id"], run["node_id"]
         if not queued:
-            prompt = workflow(
-                "prompt_timeline", n5__length=0, n5__width=32, n5__height=32, n5__steps=1, n4__history_chunks=1
-            )
-            prompt["4"]["inputs"] |= {"filename_prefix": "bodies/run", "keep_state": False}
+            changes = {"n5__length": 0, "n5__width": 32, "n5__height": 32, "n5__steps": 1, "n5__seed": time.time_ns()}
+            prompt = workflow("prompt_timeline", **changes, n4__history_chunks=1, n4__filename_prefix="bodies/run")
             status, answer = world.queue({"prompt": prompt, "client_id": "owner"})
             assert status == 200, answer
-            queued = True
+            queued = answer["prompt_id"]
+        ended = json.loads(world.ask("GET", "/history?max_items=1")[1])
+        assert queued not in ended, f"a run without an end ended: {ended}"
         time.sleep(0.05)
     raise AssertionError(f"no run was under way within {SOONEST} s")
 

@@ -309,7 +309,8 @@ def check_log(text: str, what: str) -> None:
                 under_way[-900:],
             )
     for line in text.splitlines():
-        if "could not be" in line and not line.startswith((" ", "*", "Failed", "invalid prompt")):
+        # of a client whose feature flags are none the host cannot say whether it takes pictures
+        if "could not be" in line and not line.startswith((" ", "*", "Failed", "invalid prompt", "a chunk's preview")):
             assert not MACHINE.search(line), (what, line)
 
 
