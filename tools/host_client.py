@@ -181,6 +181,14 @@ class Events:
 
     def read(self, timeout: float) -> list[dict]:
         """What came, after waiting for it no longer than this."""
+        try:
+            return [json.loads(payload) for opcode, payload in self.frames(timeout) if opcode == 1]
+        except ValueError:
+            self.close()
+            return []
+
+    def frames(self, timeout: float) -> list[tuple[int, bytes]]:
+        """The same as (opcode, payload), previews among them (opcode 2); pings are answered."""
         if not self.socket:
             time.sleep(timeout)
             return []
@@ -191,12 +199,12 @@ class Events:
             else:
                 self.close()
             frames, self.data = parse_frames(self.data)
-            for _, payload in (frame for frame in frames if frame[0] == 9):  # ping; a mask of zeros changes nothing
+            for _, payload in (frame for frame in frames if frame[0] == 9):  # a mask of zeros changes nothing
                 self.socket.sendall(bytes([0x8A, 0x80 | len(payload), 0, 0, 0, 0]) + payload)
-            return [json.loads(payload) for opcode, payload in frames if opcode == 1]
+            return frames
         except TimeoutError:
             return []
-        except (OSError, ValueError):
+        except OSError:
             self.close()
             return []
 

@@ -128,10 +128,12 @@ class PictureEncoder:
 
 
 def text_blocks(metadata: Mapping[str, Any]) -> bytes:
-    """Blocks of a PNG with `metadata` as JSON, each value under its name, as the host's Save Image writes them."""
+    """Blocks of a PNG with `metadata` as JSON, each value under its name, as the host's Save Image writes them. A name beyond
+    Latin-1, which a PNG cannot have, is left out with its value."""
     info, out = PngInfo(), io.BytesIO()
     for name, value in metadata.items():
-        info.add_text(name, json.dumps(value))
+        if all(ord(character) < 256 for character in name):
+            info.add_text(name, json.dumps(value))
     for kind, data, *_ in info.chunks:
         putchunk(out, kind, data)
     return out.getvalue()

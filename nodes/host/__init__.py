@@ -10,4 +10,5 @@ text          the host's text encoder
 progress      interrupts, progress bars, previews
 links         what is linked to what in a prompt that runs; queued: in one that is being queued; rerun: which results are replayed
 live_runs     rollouts under way, and who watches them; live_routes, steer_route, timeline_route: the pack's routes
+server        the host's server, and whether anybody is shown the prompt under way
 """

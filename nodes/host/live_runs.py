@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,12 @@ from .live_history import History
 from .live_pictures import Encoder
 from .rerun import Place
 from .safely import attempt
+from .server import prompt_server
 
 log = logging.getLogger("adastate")
 ENDED_RUNS = 8  # how many finished ones a page can still ask for
 _SPEED_CHUNKS = 8
+_LONGEST_ID = 200  # characters of a workflow's, which every event brings
 _DRAINED = 10.0  # seconds that pictures of chunks are waited for before they are forgotten
 # of a run's time that may go into pictures of its hidden state, and the seconds that time unwatched can save up for them
 _STATE_SHARE, _STATE_SAVED = 0.003, 0.1
@@ -43,12 +44,6 @@ MOST_PAGES = 1024
 _WAITING_PAGES = 16  # that may not have opened their socket yet
 # clients that run the pack's page, oldest first: it shows the pictures, so the host's own preview is not wanted there
 _pages: dict[str, None] = {}
-
-
-def prompt_server() -> Any:
-    """The host's server, or None in a process that has none."""
-    module = sys.modules.get("server")
-    return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
 def display_id(node_id: str) -> str:
@@ -228,9 +223,7 @@ class RunEnd:
 @contextmanager
 def live_run(hidden: Any = None) -> Iterator[tuple[LiveRun, RunEnd]]:
     """List a rollout for the time that it runs; `hidden` are the node's hidden values."""
-    info = getattr(hidden, "extra_pnginfo", None) or {}
-    workflow = info.get("workflow") if isinstance(info, dict) else None
-    run = LiveRun(rerun.executing(), str((workflow or {}).get("id") or ""))
+    run = LiveRun(rerun.executing(), _workflow_id(getattr(hidden, "extra_pnginfo", None)))
     end, outcome = RunEnd(), "failed"
     _list(run)
     try:
@@ -244,6 +237,13 @@ def live_run(hidden: Any = None) -> Iterator[tuple[LiveRun, RunEnd]]:
     finally:
         run.end(outcome)
         _tidy(run)
+
+
+def _workflow_id(info: Any) -> str:
+    """Of what was sent beside a prompt, which may be anything: the id of the drawn workflow, or ""."""
+    workflow = info.get("workflow") if isinstance(info, Mapping) else None
+    name = workflow.get("id") if isinstance(workflow, Mapping) else None
+    return str(name)[:_LONGEST_ID] if isinstance(name, (str, int)) else ""
 
 
 def _list(run: LiveRun) -> None:

@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .listing import listed
 from .names import ABSORPTION_SUFFIX, BESIDE_VIDEO, STATE_SUFFIX, VIDEO_SUFFIX, check_name, check_names, inside
 
 PACK = Path(__file__).resolve().parents[2]
+_MOST_NAME = 79  # characters of a text's name in a PNG
 
 
 def add_own_models() -> None:
@@ -299,10 +300,19 @@ def write_new(prefix: str, suffix: str, write: Callable[[Path], object]) -> str:
 
 
 def save_metadata(hidden: Any) -> dict[str, Any]:
-    """What the host's own savers embed: the workflow and the prompt, unless the host runs with --disable-metadata."""
+    """What the host's own savers embed: the workflow and the prompt, unless the host runs with --disable-metadata. A page may send
+    anything beside a prompt; what a file cannot hold of it is left out."""
     if args.disable_metadata:
         return {}
-    metadata = dict(hidden.extra_pnginfo or {})
+    sent = hidden.extra_pnginfo if isinstance(hidden.extra_pnginfo, Mapping) else {}
+    metadata = {
+        name: _whole(value) for name, value in sent.items() if name.isprintable() and 0 < len(name) <= _MOST_NAME
+    }
     if hidden.prompt is not None:
         metadata["prompt"] = hidden.prompt
     return metadata
+
+
+def _whole(value: Any) -> Any:
+    """A text without halves of UTF-16 pairs, which no file's text can hold; anything else, which is embedded as JSON, as it is."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

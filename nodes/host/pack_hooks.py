@@ -16,8 +16,8 @@ from aiohttp import web
 from ...adastate_core import extend
 from ...adastate_core.weights.preset_file import read_preset
 from ...adastate_core.weights.presets import OWN_PRESETS, PRESETS, register_preset
-from .live_runs import prompt_server
 from .safely import attempt
+from .server import prompt_server
 
 log = logging.getLogger("adastate")
 HOOK = "adastate_register"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ...adastate_core.video.picture_forms import to_bytes
+from .server import has_client
 
 PREVIEW_PIXELS = 512
 
@@ -43,12 +44,17 @@ class Progress:
         self._bar.update_absolute(self._done)
 
     def preview(self, picture: torch.Tensor) -> None:
-        """Show [H, W, 3], bytes or in 0..1, on the node and in every client that watches."""
+        """Show [H, W, 3], bytes or in 0..1, on the node, to the client that queued the prompt."""
+        if not has_client():
+            return
         image = Image.fromarray(to_bytes(picture).numpy())
         self._bar.update_absolute(self._done, preview=("JPEG", image, PREVIEW_PIXELS))
 
     def preview_latent(self, patcher: Any, latents: torch.Tensor) -> None:
-        """Show the newest of [B, C, n, h, w] (model space) as the host's samplers would: only if previews are on."""
+        """Show the newest of [B, C, n, h, w] (model space) as the host's samplers would: only if previews are on, and only to the
+        client that queued the prompt."""
+        if not has_client():
+            return
         if not self._previewer_made:
             self._previewer = latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
             self._previewer_made = True

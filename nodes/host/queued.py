@@ -11,8 +11,8 @@ from contextvars import ContextVar
 from typing import Any
 
 from .links import slots_of
-from .live_runs import prompt_server
 from .rerun import executing
+from .server import prompt_server
 
 _prompt: ContextVar[Mapping[str, Any] | None] = ContextVar("adastate_prompt_being_queued", default=None)
 

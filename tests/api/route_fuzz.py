@@ -12,6 +12,11 @@ from typing import Any
 
 PATHS = ["/adastate/timeline", "/adastate/stop", "/adastate/runs", "/adastate/runs/{}/{}", "/api/adastate/timeline"]
 PATHS += ["/api/adastate/stop", "/api/adastate/runs", "/adastate", "/adastate/runs/{}", "/adastate/nothing"]
+PATHS += ["/adastate/steer", "/adastate/steer", "/api/adastate/steer", "/api/adastate/runs/{}/{}"]
+PATHS += [
+    "/extensions/ComfyUI-AdaState/js/{}",
+    "/extensions/ComfyUI-AdaState/{}/{}",
+]  # what the host serves of the pack's page
 METHODS = ["POST"] * 8 + ["GET"] * 5 + ["PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "post"]
 NAMES = [
     "a",
@@ -80,7 +85,17 @@ FIELDS = [
     "seconds",
     "transition",
     "",
+    "prompt",
+    "seed",
+    "strength",
+    "pause",
+    "take_back",
 ]
+STEERS: list[dict[str, Any]] = [
+    {"prompt": "snow, lantern"}, {"prompt": "city", "transition": "soft"}, {"seed": 5}, {"strength": 0.5}, {"take_back": 0.3},
+    {"prompt": "a" * 20_001}, {"prompt": "nothing of the demo's"}, {"transition": "cut"}, {"seed": 2**64 - 1}, {"take_back": 9e5},
+    {"pause": True, "seed": 1}, {"pause": 1}, {"take_back": 1e-9, "prompt": "meadow", "seed": 3}, {"pause": True}, {},
+]  # fmt: skip
 RAW = [
     b"", b"{", b"[" * 50_000, b'{"text":' * 5_000, b"null", b"NaN", b'{"text": "a", "fps": NaN}', b"\xff\xfe{\x00}\x00",
     b"\x00" * 99, b'{"prompt_id":' + b"9" * 5000 + b',"node_id":1}', b'{"text":"a","fps":' + b"1" * 5000 + b"}", b"\xef\xbb\xbf{}",
@@ -96,10 +111,14 @@ PYTHON = re.compile(
 )
 
 
-def a_body(chance: random.Random) -> bytes:
-    """Bytes that may be JSON, and JSON that may be what a route asks for."""
+def a_body(chance: random.Random, live: tuple[str, str] | None = None) -> bytes:
+    """Bytes that may be JSON, and JSON that may be what a route asks for, of the run `live` (prompt_id, node_id) if any."""
     if chance.random() < 0.3:
         return chance.choice(RAW)
+    if live is not None and chance.random() < 0.5:
+        names = dict(zip(("prompt_id", "node_id"), live, strict=True))
+        more = chance.choice(STEERS) | ({chance.choice(FIELDS): chance.choice(VALUES)} if chance.random() < 0.4 else {})
+        return json.dumps(more | names).encode()
     body: Any = {chance.choice(FIELDS): chance.choice(VALUES) for _ in range(chance.randrange(6))}
     if chance.random() < 0.4:
         names = ("seconds", "text", "transition", "line")
@@ -113,11 +132,15 @@ def a_body(chance: random.Random) -> bytes:
     return json.dumps(body).encode()
 
 
-def a_call(chance: random.Random) -> tuple[str, bytes, bool]:
-    """(what it is, the bytes of a request that closes its connection, whether they are all that its headers say)."""
+def a_call(chance: random.Random, live: tuple[str, str] | None = None) -> tuple[str, bytes, bool]:
+    """(what it is, the bytes of a request that closes its connection, whether they are all that its headers say); `live` is the
+    (prompt_id, node_id) of a run under way."""
     path, method = chance.choice(PATHS), chance.choice(METHODS)
-    path = path.format(*(chance.choice(NAMES) for _ in range(path.count("{}")))) + chance.choice(QUERIES)
-    body = a_body(chance) if method not in ("GET", "HEAD") or chance.random() < 0.2 else b""
+    names = [chance.choice(NAMES) for _ in range(path.count("{}"))]
+    if live is not None and "runs" in path and chance.random() < 0.5:
+        names = list(live)[: len(names)]
+    path = path.format(*names) + chance.choice(QUERIES)
+    body = a_body(chance, live) if method not in ("GET", "HEAD") or chance.random() < 0.2 else b""
     whole = True
     packed, kind = chance.choice(PACKED), chance.choice(KINDS)
     if packed == "gzip" and chance.random() < 0.7:
