@@ -1,8 +1,10 @@
-"""Files that mean harm, through the core's doors: states, absorptions, and the manifests of batches and of what lies beside videos."""
+"""Files that mean harm, through the core's doors: states, absorptions, manifests of batches and of what lies beside videos."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,8 @@ from adastate_core.weights.preset_file import read_preset
 from fleet.going_on import begun, kept_frames, report_of, reports
 from fleet.graph import course_of
 from fleet.manifest import read_manifest
-from fleet.results import Books, Lines
+from fleet.reading import read_yaml_table
+from fleet.results import Books, Lines, OneDriver
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 _BOTH = ("static", "adaptive", "deep", "int8", "switched", "watched", "full_vae", "remade", "own_level", "shots")
@@ -100,7 +103,11 @@ def test_hostile_absorptions(campaign, tmp_path):
 
 def _table(folder: Path, chance):
     path, what = manifests.table(folder, chance)
-    return what, lambda: [(row.graph, course_of(row.graph)) for row in read_manifest(path)], ("t.jsonl", "t.csv", "w.json")
+    return (
+        what,
+        lambda: [(row.graph, course_of(row.graph)) for row in read_manifest(path)],
+        ("t.jsonl", "t.csv", "w.json"),
+    )
 
 
 def _preset(folder: Path, chance):
@@ -130,9 +137,43 @@ def _books(folder: Path, chance):
         for row in rows:
             folder_name = read.folder_of(row)
             assert folder_name.startswith(row.name) and "/" not in folder_name
-        assert Lines(own / "results.jsonl").read()
+        Lines(own / "results.jsonl").read()
 
     return what, door, ()
+
+
+def _driver(folder: Path, chance):
+    """The file by which a driver holds a batch's folder. One that says nothing is taken over from once it is old."""
+    what = manifests.lied(
+        {"machine": socket.gethostname(), "pid": 2**22 + 5, "id": "ab"}, folder / "driver.json", chance
+    )
+    os.utime(folder / "driver.json", (1, 1))
+
+    def door() -> None:
+        with OneDriver(folder):
+            pass
+
+    return what, door, ()
+
+
+def _environment(folder: Path, chance):
+    """A runtime environment in YAML, for a fleet's workers."""
+    path = folder / "env.yaml"
+    what = manifests.lied({"env_vars": {"A": "1"}, "working_dir": "a"}, path, chance)
+    if chance.random() < 0.3:
+        path.write_bytes(
+            chance.choice(
+                [b"a: &a [*a]", b"!!python/object/apply:os.system [true]", b"- a\n- b", b"\xff", b"a: [", b"5: 6"]
+            )
+        )
+
+    def door() -> None:
+        try:
+            read_yaml_table(path)
+        except ValueError as error:  # the caller puts the file's name in front
+            raise ValueError(f"env.yaml cannot be read as a runtime environment: {error}") from error
+
+    return what, door, ("env.yaml",)
 
 
 def _report(folder: Path, chance):
@@ -170,8 +211,8 @@ def _sequence(folder: Path, chance):
 
 
 def test_hostile_manifests(campaign, tmp_path):
-    kinds = (_table, _table, _preset, _preset, _books, _report, _sequence)
-    for trial in campaign("hostile manifests: tables, workflows, presets, books, reports, frames", full=200, sample=7):
+    kinds = (_table, _table, _preset, _preset, _books, _driver, _environment, _report, _sequence)
+    for trial in campaign("hostile manifests: tables, workflows, presets, books, reports, frames", full=200, sample=9):
         with trial:
             folder = tmp_path / str(trial.number)
             folder.mkdir()

@@ -26,16 +26,40 @@ _ROOM = 3 * 2**30  # of addresses, beyond what the process has: a machine is not
 PYTHONISMS = re.compile(
     r"\b(Traceback|[A-Z]\w+(Error|Exception)|NoneType|Expecting value|object has no|subscriptable|unhashable|positional|"
     r"NotImplemented|object is|unsupported operand|codec can't|Errno|unpack requires|list index|out of bounds|not enough values|"
-    r"too many values|avcodec_\w+|cannot convert|invalid literal|dtype\('|torch\.Size)\b|0x[0-9a-f]{6,}|<class|[a-z_]+\(\)|/tmp/"
+    r"too many values|avcodec_\w+|cannot convert|invalid literal|dtype\('|torch\.Size)\b|0x[0-9a-f]{6,}|<class|[a-z]{2,}\(\)|/tmp/"
 )
 _NEVER = {
-    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn", "subprocess.Popen", "socket.bind",
-    "socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request", "webbrowser.open", "ftplib.connect",
-}  # fmt: skip
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "pty.spawn",
+    "subprocess.Popen",
+    "socket.bind",
+    "socket.connect",
+    "socket.getaddrinfo",
+    "socket.sendto",
+    "urllib.Request",
+    "webbrowser.open",
+    "ftplib.connect",
+}
 _CHANGES = {
-    "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime",
-    "shutil.rmtree", "shutil.copyfile", "shutil.move",
-}  # fmt: skip
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.chown",
+    "os.utime",
+    "shutil.rmtree",
+    "shutil.copyfile",
+    "shutil.move",
+}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 

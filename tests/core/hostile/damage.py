@@ -83,9 +83,16 @@ def _grown(data: bytearray, chance: random.Random, at: int) -> bytearray:
 
 
 _WAYS = {
-    "flip": _flip, "byte": _byte, "number": _number, "cut": _cut, "zeros": _zeros, "noise": _noise, "splice": _splice,
-    "drop": _drop, "grown": _grown,
-}  # fmt: skip
+    "flip": _flip,
+    "byte": _byte,
+    "number": _number,
+    "cut": _cut,
+    "zeros": _zeros,
+    "noise": _noise,
+    "splice": _splice,
+    "drop": _drop,
+    "grown": _grown,
+}
 
 
 def boxes(data: bytes, begin: int = 0, end: int | None = None, depth: int = 0) -> list[tuple[int, int, bytes]]:
@@ -118,7 +125,9 @@ def damaged_boxes(data: bytes, chance: random.Random) -> tuple[bytes, str]:
         elif how == "size":
             out[begin : begin + 4] = number(4, chance)
         elif how == "kind":
-            out[begin + 4 : begin + 8] = chance.choice([b"free", b"moov", b"trak", b"stsd", b"zzzz", b"\0\0\0\0", b"co64"])
+            out[begin + 4 : begin + 8] = chance.choice(
+                [b"free", b"moov", b"trak", b"stsd", b"zzzz", b"\0\0\0\0", b"co64"]
+            )
         elif how == "drop":
             del out[begin:end]
         elif how == "twice":

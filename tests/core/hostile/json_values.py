@@ -8,10 +8,46 @@ from collections.abc import Iterator
 from typing import Any
 
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 7, 2**31, 2**63, 10**400, -(10**400), 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "abc",
-    "1", "inf", "nan", "\ud800", "a\nb", "x" * 10_000, [], [[]], [1], ["a"], [None, None], {}, {"a": 1}, {"": None}, [1, 2, 3, 4],
-    [[1, "1.0", 0.5, 0.5]], 1e-320, "0x10", "١", " 1 ", "1e400",
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    7,
+    2**31,
+    2**63,
+    10**400,
+    -(10**400),
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "abc",
+    "1",
+    "inf",
+    "nan",
+    "\ud800",
+    "a\nb",
+    "x" * 10_000,
+    [],
+    [[]],
+    [1],
+    ["a"],
+    [None, None],
+    {},
+    {"a": 1},
+    {"": None},
+    [1, 2, 3, 4],
+    [[1, "1.0", 0.5, 0.5]],
+    1e-320,
+    "0x10",
+    "١",
+    " 1 ",
+    "1e400",
+]
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -60,9 +96,28 @@ def damage_header(header: Any, chance: random.Random) -> str:
 
 # what a file may hold instead of JSON
 RAW: list[bytes] = [
-    b"", b"{", b"[" * 100_000, b'{"a":' * 20_000, b"null", b"NaN", b"5", b'"a"', b"[]", b"[[1, 2]]", b"\xff\xfe{\x00}\x00", b"\x00" * 99,
-    b"9" * 5000, b"\xef\xbb\xbf{}", b'{"a": "\\ud800"}', b'{"a":1,"a":2}', b"1e999", b"\xc3\x28", b"{}" * 50_000, b"true", b"-0",
-]  # fmt: skip
+    b"",
+    b"{",
+    b"[" * 100_000,
+    b'{"a":' * 20_000,
+    b"null",
+    b"NaN",
+    b"5",
+    b'"a"',
+    b"[]",
+    b"[[1, 2]]",
+    b"\xff\xfe{\x00}\x00",
+    b"\x00" * 99,
+    b"9" * 5000,
+    b"\xef\xbb\xbf{}",
+    b'{"a": "\\ud800"}',
+    b'{"a":1,"a":2}',
+    b"1e999",
+    b"\xc3\x28",
+    b"{}" * 50_000,
+    b"true",
+    b"-0",
+]
 
 
 def hostile_json(value: Any, chance: random.Random) -> tuple[bytes, str]:

@@ -21,9 +21,17 @@ WORKFLOW = {
 }
 SEQUENCE = {"run_id": "abc", "format": "png", "width": 16, "height": 16, "fps": "16", "first_frame": 0}
 REPORT = {
-    "ended": "whole", "error": None, "videos": ["a_00001_.mp4"], "length": 33, "frames_total": 33, "prompt_id": "x",
-    "warnings": ["one"], "stopped": {"by": "file", "frame": 3}, "state_bytes": 12, "prompts": [{"seconds": 0, "text": "a"}],
-}  # fmt: skip
+    "ended": "whole",
+    "error": None,
+    "videos": ["a_00001_.mp4"],
+    "length": 33,
+    "frames_total": 33,
+    "prompt_id": "x",
+    "warnings": ["one"],
+    "stopped": {"by": "file", "frame": 3},
+    "state_bytes": 12,
+    "prompts": [{"seconds": 0, "text": "a"}],
+}
 PRESET = """name = "my_model"
 title = "Mine"
 space = "Wan 2.1"
@@ -36,16 +44,55 @@ fps = 16.0
 anchor = { kind = "static", sink_frames = 3 }
 """
 _TOML = (
-    "1", "-1", "1e400", "nan", "inf", "9" * 5000, '"a"', '""', "true", "[]", "[1]", "[[1]]", '["a"]', "{}", "{ a = 1 }", "1979-05-27",
-    "07:32:00", "0x10", "'''a\nb'''", '"\\ud800"', '"\\u0000"', "1_000", "-0.0", "[" * 3000, "{ kind = 5 }", '{ kind = "adaptive" }',
-    '{ kind = "nothing" }', '{ kind = "static", sink_frames = 1e9 }', '{ kind = "static", sink_frames = -1 }', '{ kind = "ema", x = 1 }',
-)  # fmt: skip
-_RAW_TABLES = (b"", b"\n" * 5000, b"\xff\xfe", b"\x00" * 300, b"name,workflow\n", b'"', b"a\r\n" * 30_000, b"[" * 100_000, b"{}\n" * 3000)
+    "1",
+    "-1",
+    "1e400",
+    "nan",
+    "inf",
+    "9" * 5000,
+    '"a"',
+    '""',
+    "true",
+    "[]",
+    "[1]",
+    "[[1]]",
+    '["a"]',
+    "{}",
+    "{ a = 1 }",
+    "1979-05-27",
+    "07:32:00",
+    "0x10",
+    "'''a\nb'''",
+    '"\\ud800"',
+    '"\\u0000"',
+    "1_000",
+    "-0.0",
+    "[" * 3000,
+    "{ kind = 5 }",
+    '{ kind = "adaptive" }',
+    '{ kind = "nothing" }',
+    '{ kind = "static", sink_frames = 1e9 }',
+    '{ kind = "static", sink_frames = -1 }',
+    '{ kind = "ema", x = 1 }',
+)
+_RAW_TABLES = (
+    b"",
+    b"\n" * 5000,
+    b"\xff\xfe",
+    b"\x00" * 300,
+    b"name,workflow\n",
+    b'"',
+    b"a\r\n" * 30_000,
+    b"[" * 100_000,
+    b"{}\n" * 3000,
+)
 
 
 def table(folder: Path, chance: random.Random) -> tuple[Path, str]:
     """A batch's table, or a workflow that it names."""
-    rows: list[Any] = [{"name": f"v{i}", "workflow": "w.json", "5.seed": i, "5.length": 33, "4.join": True} for i in range(3)]
+    rows: list[Any] = [
+        {"name": f"v{i}", "workflow": "w.json", "5.seed": i, "5.length": 33, "4.join": True} for i in range(3)
+    ]
     (folder / "w.json").write_text(json.dumps(WORKFLOW))
     what = chance.choice(["row", "row", "bytes", "workflow", "workflow", "csv", "csv"])
     if what == "workflow":
@@ -59,7 +106,9 @@ def table(folder: Path, chance: random.Random) -> tuple[Path, str]:
         lines = [hostile_json(row, chance) if chance.random() < 0.6 else (json.dumps(row).encode(), "") for row in rows]
         data, what = b"\n".join(line for line, _ in lines), f"row {[done for _, done in lines]}"
     elif what == "csv":
-        cells = [chance.choice([str(value)[:9000], "v1", "w.json", "3", '"', "a,b"]) for value in chance.choices(VALUES, k=4)]
+        cells = [
+            chance.choice([str(value)[:9000], "v1", "w.json", "3", '"', "a,b"]) for value in chance.choices(VALUES, k=4)
+        ]
         data = "name,workflow,5.seed,4.join\n" + ",".join(cells) + "\nv2,w.json,1,true\n"
         data = data.encode("utf-8", "surrogatepass")
         what = f"csv {cells!r:.200}"
