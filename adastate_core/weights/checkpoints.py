@@ -119,7 +119,9 @@ def _plain_reason(error: Exception) -> str:
     """Why a file could not be read, without the words and paths of the library that tried."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[:1].lower() + error.strerror[1:]
-    return f"it is damaged ({type(error).__name__}); download it again"
+    if isinstance(error, MemoryError):
+        return "there is no room in memory for what it says it holds; free some, or download it again"
+    return "it is damaged; download it again"
 
 
 def _open_safetensors(path: Path, parts: Sequence[str]) -> Checkpoint:

@@ -10,8 +10,8 @@ import json
 import pytest
 import torch
 from conftest import HostNode, random_vae, random_wan
-from hostile import headers, pickles
-from hostile.cell import canary, tried
+from hostile import headers, media, pickles, timelines
+from hostile.cell import canary, check, tried
 from safetensors.torch import save
 from test_loras import KINDS, NAMES, content
 from test_models import AUTO, loras, models  # noqa: F401  fixtures
@@ -206,4 +206,162 @@ def test_hostile_loras(campaign, put, rollout, model, folders):
                 rollout(model=changed, length=9)
 
             seen = tried(door, folders, what)
+            trial.saw(seconds=round(seen.seconds, 2), MB=round(seen.megabytes))
+
+
+@pytest.fixture(scope="session")
+def whole_videos():
+    """(ending, bytes) of small videos of every container."""
+    made = [(ending, media.video(form, codec, pixels)) for ending, form, codec, pixels in media.VIDEOS]
+    return made + [(kind.lower(), media.animation(kind)) for kind in ("WEBP", "GIF", "PNG")]
+
+
+@pytest.fixture
+def watches(vae):
+    """The doors of a video that somebody brings."""
+    from adastate_pack.nodes.host.api import InputImpl
+
+    def through(path, door: str) -> None:
+        video = InputImpl.VideoFromFile(str(path))
+        if door == "continue":
+            queued("AdaStateContinueVideo", vae=vae, video=video, width=32, height=32, frames=5, crop="center")
+        elif door == "as it is":
+            queued(
+                "AdaStateContinueVideo",
+                vae=vae,
+                video=video,
+                width=0,
+                height=0,
+                frames=1,
+                crop="center",
+                fps=0.0,
+                area="64x64",
+            )
+        elif door == "metrics":
+            queued("AdaStateVideoMetrics", video=video)
+        else:
+            queued("AdaStateCompare", video_a=video, video_b=video, labels="a, b")
+
+    return through
+
+
+@pytest.fixture
+def joins(rollout, stream, node, folders):
+    """A stream's own files: what they hold, and a run that goes on from its state and joins them."""
+    audio = {"waveform": torch.full((1, 1, 48_000), 0.1), "sample_rate": 16_000}
+    made = {}
+    for codec, sound, suffix in (("h264", None, "mp4"), ("h264", audio, "mp4"), ("ffv1", audio, "mkv")):
+        given = {"filename_prefix": f"own{len(made)}", "codec": codec, **({"audio": sound} if sound else {})}
+        state = rollout(length=9, steps=1, keep_latents=False, stream=stream(**given)).args[1]
+        path = folders / "output" / f"own{len(made)}_00001_.{suffix}"
+        made[path] = (path.read_bytes(), state, lambda given=given: stream(join=True, **given))
+    given = {"vae": stream().vae, "filename_prefix": "animated", "format": "webp", "fps": 16.0, "preview": False}
+    frames = lambda **more: node("AdaStateStreamFrames")(**given | more).args[0]  # noqa: E731
+    state = rollout(length=9, steps=1, keep_latents=False, stream=frames()).args[1]
+    (path,) = (folders / "output").glob("animated_*/*.webp")
+    made[path] = (path.read_bytes(), state, lambda: frames(join=True))
+
+    def go_on(path) -> None:
+        _, state, joined = made[path]
+        rollout(length=21, steps=1, keep_latents=False, resume=state, stream=joined())
+
+    return {path: whole for path, (whole, *_) in made.items()}, go_on
+
+
+def test_hostile_videos(campaign, watches, joins, whole_videos, folders):
+    own, go_on = joins
+    for trial in campaign("hostile videos: brought, and a stream's own", full=200, sample=6):
+        with trial:
+            chance = trial.chance
+            if trial.number % 4 == 3:
+                path = chance.choice(sorted(own))
+                data, what = media.hostile_video(path.suffix[1:], own[path], chance)
+                door = lambda path=path: go_on(path)  # noqa: E731
+                what = f"join {path.name} {what}"
+            else:
+                ending, whole = chance.choice(whole_videos)
+                data, what = media.hostile_video(ending, whole, chance)
+                path = folders / f"brought.{ending}"
+                which = chance.choice(["continue", "as it is", "metrics", "metrics", "compare"])
+                door = lambda path=path, which=which: watches(path, which)  # noqa: E731
+                what = f"{which} {ending} {what}"
+            path.write_bytes(data)
+            (folders / "last").write_bytes(data)
+            names = (path.name, path.parent.name) if path in own else (path.name, "the video", "video ")
+            seen = tried(door, folders, what, names)
+            for one, whole in own.items():
+                one.write_bytes(whole)
+            trial.saw(seconds=round(seen.seconds, 2), MB=round(seen.megabytes))
+
+
+@pytest.fixture(scope="session")
+def whole_sounds():
+    return [(ending, media.sound(form, codec)) for ending, form, codec in media.SOUNDS]
+
+
+@pytest.fixture
+def hears(rollout, stream):
+    """The doors of a sound: it is loaded, heard, driven by, and written beside pictures."""
+
+    def through(name: str, streamed: bool) -> None:
+        (audio,) = queued("AdaStateLoadSound", file=name)
+        (encoded,) = queued("AdaStateDemoEar", audio=audio)
+        queued("AdaStateAudio", audio=audio, encoded=encoded, fps=16.0, offset=0.0)
+        if streamed:
+            rollout(length=9, steps=1, keep_latents=False, stream=stream(audio=audio))
+
+    return through
+
+
+def test_hostile_sounds(campaign, hears, whole_sounds, folders):
+    for trial in campaign("hostile sounds", full=200, sample=6):
+        with trial:
+            ending, whole = trial.chance.choice(whole_sounds)
+            data, what = media.hostile_sound(ending, whole, trial.chance)
+            path = folders / "input" / f"heard.{'mp4' if ending == 'mka' else 'ogg' if ending == 'opus' else ending}"
+            path.write_bytes(data)
+            streamed = trial.number % 3 == 0
+            door = lambda path=path, streamed=streamed: hears(path.name, streamed)  # noqa: E731
+            seen = tried(door, folders, f"{ending} {what}", (path.name, "sound", "audio"))
+            path.unlink()
+            trial.saw(seconds=round(seen.seconds, 2), MB=round(seen.megabytes))
+
+
+class Encoder:
+    """The host's two methods of a CLIP, of which every text is the same."""
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return [[torch.zeros(1, 1, 8), {}]]
+
+
+def reads(text: str, shared: str, duration: float) -> None:
+    """The doors of a timeline: both nodes and the route that pages ask."""
+    from adastate_pack.nodes.host import timeline_route
+
+    body = json.dumps({"text": text, "fps": 16, "duration": duration}).encode("utf-8", "surrogatepass")
+    _, answer = timeline_route._answered(body)
+    asked, told = json.loads(answer), ""
+    if "error" in asked:
+        told = asked["error"]["message"]
+    try:
+        queued("AdaStateDemoTimeline", text=text)
+    except ValueError as error:
+        check("ValueError", str(error), (), "demo")
+    queued("AdaStatePromptTimeline", clip=Encoder(), text=text, shared=shared, duration=duration)
+    if told:
+        raise ValueError(told)
+
+
+def test_hostile_timelines(campaign, folders):
+    for trial in campaign("hostile timelines", full=200, sample=6):
+        with trial:
+            text, what = timelines.hostile(trial.chance)
+            shared = trial.chance.choice(["", "", "film {}", "{}{}{}", "[5s]", "\0", "x" * 100_000])
+            duration = trial.chance.choice([0.0, 0.0, 20.0, 0.5, 360_000.0])
+            seen = tried(
+                lambda text=text, shared=shared, duration=duration: reads(text, shared, duration), folders, what
+            )
             trial.saw(seconds=round(seen.seconds, 2), MB=round(seen.megabytes))

@@ -54,7 +54,7 @@ def calls(canary: Path, chance: random.Random) -> Runs:
             kind(subprocess.check_output, ["touch", str(canary)]),
             kind(builtins.__import__, "this"),
             kind(os.mkdir, str(canary)),
-            kind(getattr, os, "environ"),
+            kind(getattr, "a", "join"),
             kind(pickle.loads, pickle.dumps(Runs(os.system, f"touch {canary}"))),
             kind(torch.save, {}, str(canary)),
             kind(torch.load, str(canary)),
