@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import IO, Any
 
 import av
@@ -115,6 +116,12 @@ def opened(source: Source, what: str = "the video") -> Iterator[tuple[av.contain
             yield container, _track(container, source, what)
     except (av.error.FFmpegError, OSError, UnicodeError) as error:
         raise UnreadableVideo(f"{what} cannot be read: {name(source)} {_reason(source)}; {_ADVICE}") from error
+
+
+def opened_alone(path: Path) -> av.container.InputContainer:
+    """A file of a known kind for reading, opened alone, to be closed by who called; FFmpeg's errors where it is none."""
+    options = _OPTIONS | {"protocol_whitelist": "file"}
+    return av.open(str(path), container_options=options, metadata_errors="replace")
 
 
 def name(source: Source) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -235,8 +236,11 @@ def test_the_cell_sees_what_no_file_may_bring_about(tmp_path):
 
     tried(lambda: None, tmp_path, "a door")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hostile.cell.SECONDS", 0.3)
-        assert "SIGALRM" in fails(lambda: [None for _ in iter(int, 1)])
+        patch.setattr("hostile.cell.SECONDS", 0.2)
+        patch.setattr("hostile.cell.PATIENCE", 500)
+        assert "SIGPROF" in fails(lambda: [None for _ in iter(int, 1)])
+        patch.setattr("hostile.cell.PATIENCE", 5)
+        assert "SIGALRM" in fails(lambda: time.sleep(99))
     assert "SIGSEGV" in fails(lambda: os.kill(os.getpid(), 11))
     assert "os.system" in fails(lambda: os.system("true"))
     assert "no file may bring about" in fails(lambda: (tmp_path.parent / "outside").write_text("a"))

@@ -107,7 +107,7 @@ def through_vae(data: bytes) -> None:
         latent, *_ = queued(
             "AdaStateContinueVideo", vae=vae, image=pictures, width=32, height=32, frames=5, crop="center"
         )
-        queued("AdaStateDecode", vae=vae, samples=latent)
+        queued("AdaStateDecode", latent=latent, vae=vae)
 
 
 def test_hostile_torch_files(campaign, put, loads, wan_bytes, folders, model):
@@ -201,9 +201,10 @@ def test_hostile_loras(campaign, put, rollout, model, folders):
             name = put("loras", "l.safetensors", data).name
             strength = trial.chance.choice([1.0, -10.0, 0.0, 0.5])
 
-            def door(name=name, strength=strength) -> None:
+            def door(name=name, strength=strength, rolled=trial.number % 2) -> None:
                 (changed,) = queued("AdaStateLoadLora", model=model, file=name, strength=strength)
-                rollout(model=changed, length=9)
+                if rolled:
+                    rollout(model=changed, length=9, steps=1)
 
             seen = tried(door, folders, what)
             trial.saw(seconds=round(seen.seconds, 2), MB=round(seen.megabytes))
@@ -212,6 +213,9 @@ def test_hostile_loras(campaign, put, rollout, model, folders):
 @pytest.fixture(scope="session")
 def whole_videos():
     """(ending, bytes) of small videos of every container."""
+    import matplotlib.font_manager  # noqa: F401  which looks for fonts, and remembers them, the first time
+    import matplotlib.pyplot  # noqa: F401
+
     made = [(ending, media.video(form, codec, pixels)) for ending, form, codec, pixels in media.VIDEOS]
     return made + [(kind.lower(), media.animation(kind)) for kind in ("WEBP", "GIF", "PNG")]
 
@@ -305,8 +309,9 @@ def hears(rollout, stream):
 
     def through(name: str, streamed: bool) -> None:
         (audio,) = queued("AdaStateLoadSound", file=name)
-        (encoded,) = queued("AdaStateDemoEar", audio=audio)
-        queued("AdaStateAudio", audio=audio, encoded=encoded, fps=16.0, offset=0.0)
+        short = audio["waveform"].shape[-1] < 20 * audio["sample_rate"]  # the demo's ear takes its time
+        heard = {"encoded": queued("AdaStateDemoEar", audio=audio)[0]} if short else {}
+        queued("AdaStateAudio", audio=audio, fps=16.0, offset=0.0, **heard)
         if streamed:
             rollout(length=9, steps=1, keep_latents=False, stream=stream(audio=audio))
 

@@ -168,10 +168,11 @@ def _program(chance: random.Random) -> tuple[bytes, str]:
     )
     programs = {
         "laughs": laughs + b".",
-        "laughing key": b"\x80\x02}" + key[2:] + b"K\x01s.",
+        "laughing key": key + b"}h\x28K\x01s.",
         "laughing name": key + b".",
         "deep": b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".",
         "deep tuple": b"\x80\x02)" + b"\x85" * 50_000 + b".",
+        "deep key": b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.",
         "deep dict": b"\x80\x02" + b"}K\x01" * 20_000 + b"K\x01" + b"s" * 20_000 + b".",
         "itself": b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s.",
         "long": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b".",
