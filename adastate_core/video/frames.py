@@ -42,6 +42,8 @@ _NO_RATE = Fraction(16)
 # Shapes nearer to a square are rounding of whoever wrote the file; beyond the limit, a damaged header.
 _SQUARE, _LONGEST = Fraction(1, 50), 8
 _NAME = 80
+# A picture of 8192 x 8192, twice what 8K has. A few bytes can say that it is larger, and each picture takes 20 bytes a pixel.
+MOST_PIXELS = 2**26
 # Matrices of quarter turns against the clock.
 _QUARTERS = ((1, 0, 0, 0, 1), (0, -1, 0, 1, 0), (-1, 0, 0, 0, -1), (0, 1, 0, -1, 0))
 
@@ -180,7 +182,14 @@ def _track(container: av.container.InputContainer, source: Source, what: str) ->
     decodable = [each for each in tracks if each.codec_context is not None]
     if not decodable:  # PyAV ends the process where such packets are decoded
         raise UnreadableVideo(f"{what} cannot be read: {name(source)} is of a codec that is not known; {_ADVICE}")
-    return decodable[0]
+    track = decodable[0]
+    if track.width * track.height > MOST_PIXELS:
+        raise UnreadableVideo(
+            f"{what} cannot be read: {name(source)} is {track.width}x{track.height}, and a picture may have {MOST_PIXELS} pixels "
+            f"(8192x8192); {_ADVICE}"
+        )
+    track.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # it may say another size further on
+    return track
 
 
 def no_frames(source: Source, what: str = "the video") -> UnreadableVideo:

@@ -101,15 +101,16 @@ class Prefix:
     def copy(self, picture: Callable[[av.Packet], None]) -> None:
         """Hand over the frames' packets, with start codes as an encoder's have."""
         seen, first = 0, None
-        for packet, converted in self._frames():
-            if seen == self.frames:
-                break
-            first = packet.pts if first is None else first
-            if not self._in_time(seen, packet, first):
-                raise self._refused(f"changes its speed at frame {seen}", "keep the video as it was written")
-            for one in converted:
-                picture(one)
-            seen += 1
+        with contextlib.closing(self._frames()) as frames:
+            for packet, converted in frames:
+                if seen == self.frames:
+                    break
+                first = packet.pts if first is None else first
+                if not self._in_time(seen, packet, first):
+                    raise self._refused(f"changes its speed at frame {seen}", "keep the video as it was written")
+                for one in converted:
+                    picture(one)
+                seen += 1
         if seen < self.frames:
             raise ValueError(f"{self.source.name} holds {seen} frames of the {self.frames} that were to be joined")
 
