@@ -18,11 +18,11 @@ _TOKEN = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "a
 if "ray" not in sys.modules and (os.environ.get("RAY_AUTH_TOKEN") or _TOKEN.is_file()):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 import ray  # noqa: E402
-import yaml  # noqa: E402
 
 from tools.setup_host import ROOT  # noqa: E402
 
 from .errors import FleetError  # noqa: E402
+from .reading import read_yaml_table  # noqa: E402
 from .worker import Hosts, Worker  # noqa: E402
 
 STORE_BYTES = 100 * 2**20  # of Ray's object store: nothing large goes through it
@@ -46,8 +46,8 @@ class Cluster:
         self._env: dict[str, Any] = {}
         if runtime_env is not None:
             try:
-                self._env = yaml.safe_load(runtime_env.read_text(encoding="utf-8")) or {}
-            except (OSError, yaml.YAMLError) as error:
+                self._env = read_yaml_table(runtime_env)
+            except ValueError as error:
                 raise FleetError(f"{runtime_env} cannot be read as a runtime environment: {error}") from error
         if "working_dir" not in self._env:  # the checkout is in a shared folder, or this is the machine
             named = self._env.setdefault("env_vars", {})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .graph import Course, Graph, behind, resumed
+from .reading import parsed
 
 STATE, REPORT = ".state.safetensors", ".report.json"
 MOST_HEADER = 100_000_000
@@ -55,8 +56,8 @@ def reports(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The reports in a folder, newest first; a file that is none is passed over."""
     for path in _newest(folder, REPORT):
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            report = parsed(path.read_bytes())
+        except (OSError, ValueError):
             continue
         if isinstance(report, dict) and isinstance(report.get("ended"), str):
             yield path, report
@@ -87,7 +88,7 @@ def frames_in(path: Path) -> int:
                 return 0
             state = json.loads(json.loads(file.read(size))["__metadata__"]["state"])
         emitted, frames = int(state["emitted"]), state.get("stream", {}).get("file_frames")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, AttributeError, OverflowError):
         return 0
     if isinstance(frames, list) and frames and all(type(count) is int for count in frames):
         return max(0, min(frames))

@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import FleetError
 from .graph import ROLLOUT, Graph, frames_of, is_link, model_of, nodes_of, with_values, work_of
+from .reading import parsed, read_text
 
 NAME = re.compile(r"\w[\w .()+=@-]{0,99}")
 PLACE = re.compile(r"[^.\s]+\.[^.\s]+")
@@ -60,9 +61,9 @@ def read_manifest(path: Path) -> list[Row]:
     if read is None:
         raise FleetError(f"{path.name} must end in .jsonl or .csv, one row a video")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FleetError(f"{path} cannot be read as a table: {error}") from error
+        text = read_text(path)
+    except ValueError as error:
+        raise FleetError(f"{path.name} cannot be read as a table: {error}; save it as text in UTF-8") from error
     rows: list[Row] = []
     faults: list[str] = []
     workflows: dict[str, Workflow] = {}
@@ -93,8 +94,8 @@ def _json_lines(text: str) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
         if not each.strip():
             continue
         try:
-            cells = json.loads(each)
-        except (ValueError, RecursionError) as error:
+            cells = parsed(each)
+        except ValueError as error:
             yield line, Fault(f"it is not JSON ({error})")
             continue
         yield line, cells if isinstance(cells, dict) else Fault("it must be a JSON object, {...}")
@@ -144,8 +145,10 @@ def _workflow(file: str, folder: Path) -> Workflow:
         if path.stat().st_size > MOST_WORKFLOW:
             raise Fault(f"{file} is larger than any workflow")
         data = path.read_bytes()
-        graph = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
+        graph = parsed(data)
+    except OSError as error:
+        raise Fault(f"{file} cannot be read as a workflow ({error.strerror})") from error
+    except ValueError as error:
         raise Fault(f"{file} cannot be read as a workflow ({error})") from error
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         raise Fault(f"{file} is a workflow of the front end; save it with Export (API)")
@@ -186,7 +189,7 @@ def _parsed(place: str, cell: str, held: Any) -> Any:
     if isinstance(held, str):
         return cell
     try:
-        return json.loads(cell.strip().lower() if isinstance(held, bool) else cell)
+        return parsed(cell.strip().lower() if isinstance(held, bool) else cell)
     except ValueError:
         if held is None:
             return cell

@@ -18,6 +18,7 @@ from typing import Any
 
 from .errors import FleetError
 from .manifest import Row
+from .reading import parsed
 
 RESULTS, TRIES, DRIVER = "results.jsonl", "tries.jsonl", "driver.json"
 FINISHED = "finished"
@@ -40,7 +41,7 @@ class Lines:
             return found
         for line in text.split(b"\n"):
             with contextlib.suppress(ValueError):
-                told = json.loads(line)
+                told = parsed(line)
                 if isinstance(told, dict):
                     found.append(told)
         return found
@@ -147,7 +148,7 @@ class OneDriver:
 
     def _read(self) -> dict[str, Any]:
         try:
-            told = json.loads(self.path.read_text())
+            told = parsed(self.path.read_bytes())
         except (OSError, ValueError):
             return {}
         return told if isinstance(told, dict) else {}
@@ -178,7 +179,9 @@ class OneDriver:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process of this machine is there."""
+    """Whether a process of this machine is there; no number that none can have."""
+    if not 0 < pid < 2**31:
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 
 from .errors import FleetError
+from .reading import parsed
 
 RECORD = "result.json"
 BUCKETS = frozenset("s3 s3a gs gcs az abfs abfss adl oss r2".split())  # have no folders; making one makes a bucket
@@ -53,7 +54,7 @@ class Store:
         self._files.invalidate_cache()
         for path in self._files.glob(f"{self._root}/*/{RECORD}"):
             try:
-                record = json.loads(self._files.cat_file(path))
+                record = parsed(self._files.cat_file(path))
             except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("name"), str):

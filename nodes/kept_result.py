@@ -57,7 +57,13 @@ def _going_on(job: Job, state: RolloutState) -> Job:
 
 def _report_at(path: Path) -> dict[str, Any]:
     """OSError or ValueError where none can be read."""
-    return dict(json.loads(path.read_bytes()))
+    try:
+        told = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(told, dict):
+        raise ValueError("no table")
+    return told
 
 
 def _frames_of(files: Sequence[Path]) -> int:
@@ -121,6 +127,7 @@ def _taken(job: Job, state: RolloutState, files: list[Target], view: LiveRun) ->
     took = (
         "more outputs are linked than before: they were taken from the state kept with {}, and nothing was made again"
     )
-    report["warnings"] = [*report.get("warnings", []), took.format(files[0].name)]
+    before = report.get("warnings")
+    report["warnings"] = [*(before if isinstance(before, list) else []), took.format(files[0].name)]
     latents = None if "LATENT" in why_not else host_model.to_vae_space(request.model, state.latents)
     return Result(latents, state if "STATE" in request.linked else None, report, videos, why_not, reports, folders)

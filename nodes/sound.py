@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from ..adastate_core.audio.track import Sound
+from ..adastate_core.video.sound_file import RATES
 from .host.api import io
+from .host.node import shown
 
 log = logging.getLogger("adastate")
 
@@ -57,8 +59,10 @@ def sound_of(audio: Any, what: str = "audio") -> Sound:
         raise ValueError(f"{what} has a waveform {shape}; it must be [1, channels, samples]: connect Load Audio")
     if waveform.shape[0] != 1:
         raise ValueError(f"{what} holds {waveform.shape[0]} sounds at once; connect one of them")
-    if not isinstance(rate, int) or rate < 1:
-        raise ValueError(f"{what} has a sample_rate of {rate!r}; it must be a whole number above 0: connect Load Audio")
+    if not isinstance(rate, int) or not RATES[0] <= rate <= RATES[1]:
+        raise ValueError(
+            f"{what} has a sample_rate of {shown(rate)}; it must be a whole number, {RATES[0]} to {RATES[1]}: connect Load Audio"
+        )
     if not waveform.shape[2]:
         raise ValueError(f"{what} has no sample in it; connect a sound that lasts")
     return Sound(_floats(waveform[0].detach().cpu()), rate)

@@ -14,6 +14,7 @@ from ..adastate_core.states.disk_room import Growing, size_of
 from ..adastate_core.video.encoder import CODECS
 from ..adastate_core.video.frame_folder import FrameFolder, FrameSequence, missing_frame, read_sequence
 from ..adastate_core.video.frame_formats import FRAME_FORMATS
+from ..adastate_core.video.frames import opened_alone
 from ..adastate_core.video.sink import VideoSink
 from ..adastate_core.video.sound_track import EarlierSound
 from .builder import Request
@@ -243,8 +244,8 @@ def sound_from(settings: StreamSettings, frame: int, form: FileForm) -> PlacedSo
 def run_id_of(path: Path) -> str | None:
     """The id that a stream gave its file, or None for a file that is not one of ours or cannot be read."""
     try:
-        with av.open(str(path)) as container:
+        with opened_alone(path) as container:
             # Matroska writes names in capitals
             return next((value for name, value in container.metadata.items() if name.lower() == RUN_ID), None)
-    except (av.error.FFmpegError, OSError):
+    except (av.error.FFmpegError, OSError, UnicodeError):
         return None

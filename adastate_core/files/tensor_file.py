@@ -23,6 +23,7 @@ from typing import IO, Any
 import torch
 
 from .header_check import Damage, Unreadable, shown
+from .text_fault import text_fault
 from .whole_file import whole_file
 
 DTYPES = {
@@ -199,16 +200,7 @@ def parsed(text: str | bytes) -> Any:
     except Unreadable:
         raise
     except (ValueError, RecursionError) as error:
-        raise Unreadable(f"its header is not JSON ({_json_fault(error)})") from error
-
-
-def _json_fault(error: Exception) -> str:
-    """Why a text is no JSON, in a few words; what Python says of long numbers and of other bytes helps nobody."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.lower()} at character {error.pos}"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return "not UTF-8" if isinstance(error, UnicodeError) else "a number has too many digits"
+        raise Unreadable(f"its header is not JSON ({text_fault(error)})") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def _three(number: int) -> bytes:
 
 
 def _blocks(file: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """(kind, data) of the blocks of a WebP, one at a time; ValueError if it is none."""
+    """(kind, data) of the blocks of a WebP, one at a time, none of them longer than the file; ValueError if it is none."""
+    there = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(12)
     if head[:4] != b"RIFF" or head[8:] != b"WEBP":
@@ -36,9 +37,9 @@ def _blocks(file: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
     end = int.from_bytes(head[4:8], "little") + 8
     while file.tell() + 8 <= end:
         kind, size = file.read(4), int.from_bytes(file.read(4), "little")
-        data = file.read(size + size % 2)
-        if len(data) < size:
+        if file.tell() + size > there:
             return
+        data = file.read(size + size % 2)
         yield kind, data[:size]
 
 
@@ -68,8 +69,15 @@ class GrowingAnimation:
         """Copy the first pictures of another animation of the same size and pace; how many there are, after each. ValueError if it
         holds fewer."""
         with open(source, "rb") as file:
-            for kind, data in _blocks(file):
-                if self.frames == frames:
+            blocks = _blocks(file)
+            while self.frames < frames:
+                try:
+                    kind, data = next(blocks, (b"", b""))
+                except ValueError as error:
+                    raise ValueError(
+                        f"{source.name} cannot be joined to: {error}; put it back, or turn join off"
+                    ) from error
+                if not kind:
                     break
                 if kind == b"ANMF":
                     self._add(data)

@@ -52,7 +52,7 @@ class FrameSequence:
 
 def read_sequence(folder: Path) -> FrameSequence | None:
     """What a folder says of its frames; None where it says nothing, or what is no such thing."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError, ZeroDivisionError):
         values = json.loads((folder / ABOUT).read_bytes())
         found = FrameSequence(**{name: kind(values[name]) for name, kind in _KINDS.items()})
         if found.format in FRAME_FORMATS and Fraction(found.fps) > 0:

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import IO, Any
 
 import av
@@ -41,6 +42,8 @@ _NO_RATE = Fraction(16)
 # Shapes nearer to a square are rounding of whoever wrote the file; beyond the limit, a damaged header.
 _SQUARE, _LONGEST = Fraction(1, 50), 8
 _NAME = 80
+# A picture of 8192 x 8192, twice what 8K has. A few bytes can say that it is larger, and each picture takes 20 bytes a pixel.
+MOST_PIXELS = 2**26
 # Matrices of quarter turns against the clock.
 _QUARTERS = ((1, 0, 0, 0, 1), (0, -1, 0, 1, 0), (-1, 0, 0, 0, -1), (0, 1, 0, -1, 0))
 
@@ -117,6 +120,12 @@ def opened(source: Source, what: str = "the video") -> Iterator[tuple[av.contain
         raise UnreadableVideo(f"{what} cannot be read: {name(source)} {_reason(source)}; {_ADVICE}") from error
 
 
+def opened_alone(path: Path) -> av.container.InputContainer:
+    """A file of a known kind for reading, opened alone, to be closed by who called; FFmpeg's errors where it is none."""
+    options = _OPTIONS | {"protocol_whitelist": "file"}
+    return av.open(str(path), container_options=options, metadata_errors="replace")
+
+
 def name(source: Source) -> str:
     """A source's name in a sentence, without its folder."""
     path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
@@ -173,7 +182,14 @@ def _track(container: av.container.InputContainer, source: Source, what: str) ->
     decodable = [each for each in tracks if each.codec_context is not None]
     if not decodable:  # PyAV ends the process where such packets are decoded
         raise UnreadableVideo(f"{what} cannot be read: {name(source)} is of a codec that is not known; {_ADVICE}")
-    return decodable[0]
+    track = decodable[0]
+    if track.width * track.height > MOST_PIXELS:
+        raise UnreadableVideo(
+            f"{what} cannot be read: {name(source)} is {track.width}x{track.height}, and a picture may have {MOST_PIXELS} pixels "
+            f"(8192x8192); {_ADVICE}"
+        )
+    track.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # it may say another size further on
+    return track
 
 
 def no_frames(source: Source, what: str = "the video") -> UnreadableVideo:

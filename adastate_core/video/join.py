@@ -12,6 +12,7 @@ from av.bitstream import BitStreamFilterContext
 
 from .colour import BT709, UNSPECIFIED
 from .encoder import CODECS, Encoding, quality_of, signature
+from .frames import opened_alone
 
 # Enough frames to tell 23.976 from 24 on a clock of a thousand ticks a second.
 _LOOKED_AT = 32
@@ -28,7 +29,7 @@ class Prefix:
 
     def __init__(self, source: Path, frames: int, wanted: Encoding, with_sound: bool = False) -> None:
         self.source, self.frames, self.rate, self._with_sound = source, frames, wanted.rate, with_sound
-        with av.open(str(source)) as container:
+        with self._readable(), opened_alone(source) as container:
             self.encoding = self._checked(container, wanted)
             others = self._others(container)
             self.has_others = bool(others)
@@ -38,6 +39,8 @@ class Prefix:
         if not container.streams.video:
             raise self._refused("has no picture track", "join to the video that the state belongs to")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise self._refused("is of a codec that is not known", "put the whole video back")
         named, pixels = _decoders_name(stream.codec_context.name), stream.codec_context.pix_fmt
         ours = {(codec.named, codec.pixels): name for name, codec in CODECS.items()}
         other = ours.get((named, pixels), wanted.codec)
@@ -83,37 +86,56 @@ class Prefix:
         """
         if all(self._in_time(i, packet, looked_at[0].pts) for i, packet in enumerate(looked_at)):
             return 0.0
-        span = (looked_at[-1].pts - looked_at[0].pts) * looked_at[0].time_base
+        first, last = looked_at[0].pts, looked_at[-1].pts
+        if first is None or last is None:
+            raise self._refused("is damaged: its frames have no times", "put the whole video back")
+        span = (last - first) * looked_at[0].time_base
         return float((len(looked_at) - 1) / span) if span > 0 else 0.0
 
     def _in_time(self, number: int, packet: av.Packet, first: int) -> bool:
         """Whether a frame stands where the rate puts it, to a tick of the file's clock; `first` is the first one's time."""
+        if packet.pts is None or first is None:
+            return False
         return abs((packet.pts - first) * packet.time_base - number / self.rate) <= packet.time_base
 
     def copy(self, picture: Callable[[av.Packet], None]) -> None:
         """Hand over the frames' packets, with start codes as an encoder's have."""
         seen, first = 0, None
-        with av.open(str(self.source)) as container:
-            stream = container.streams.video[0]
-            # An mp4 holds NAL units by length; an encoder's packets, which the target expects, by start code.
-            name = self.encoding.kind.to_start_codes
-            to_start_codes = BitStreamFilterContext(name, stream) if name else None
-            for packet in packets(container, stream):
+        with contextlib.closing(self._frames()) as frames:
+            for packet, converted in frames:
                 if seen == self.frames:
                     break
                 first = packet.pts if first is None else first
                 if not self._in_time(seen, packet, first):
                     raise self._refused(f"changes its speed at frame {seen}", "keep the video as it was written")
-                for converted in to_start_codes.filter(packet) if to_start_codes else [packet]:
-                    picture(converted)
+                for one in converted:
+                    picture(one)
                 seen += 1
         if seen < self.frames:
             raise ValueError(f"{self.source.name} holds {seen} frames of the {self.frames} that were to be joined")
 
+    def _frames(self) -> Iterator[tuple[av.Packet, list[av.Packet]]]:
+        """Each frame's packet as the file has it, and as an encoder would have given it. ValueError where the file is damaged."""
+        with self._readable(), opened_alone(self.source) as container:
+            stream = container.streams.video[0]
+            # An mp4 holds NAL units by length; an encoder's packets, which the target expects, by start code.
+            name = self.encoding.kind.to_start_codes
+            to_start_codes = BitStreamFilterContext(name, stream) if name else None
+            for packet in packets(container, stream):
+                yield packet, list(to_start_codes.filter(packet)) if to_start_codes else [packet]
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """What FFmpeg says of a file that it cannot read, in words."""
+        try:
+            yield
+        except (av.error.FFmpegError, UnicodeError) as error:
+            raise self._refused("is damaged", "put the whole video back") from error
+
     @contextlib.contextmanager
     def other_tracks(self) -> Iterator[tuple[list[av.stream.Stream], Iterator[av.Packet]]]:
         """The tracks beside the pictures, sound above all, and their packets that begin before the last joined frame ends."""
-        with av.open(str(self.source)) as container:
+        with opened_alone(self.source) as container:
             others, end = [t for t in self._others(container) if can_be_copied(t)], self.frames / self.rate
             yield others, (p for p in packets(container, *others) if p.dts * p.time_base < end)
 

@@ -17,6 +17,10 @@ from .frames import CONTAINERS, name
 
 # 6 hours of two channels at 48 kHz, 8 GiB
 MOST_SAMPLES = 2**31
+# a file that holds more than 46 minutes of one channel holds no more than this in a byte; silence can be packed without end
+_MUCH, _MOST_IN_A_BYTE = 2**27, 256
+# what is between is sound; outside a header that lies, which would make it last for days or for no time
+RATES = (1_000, 1_000_000)
 _OPTIONS = {
     "format_whitelist": ",".join((*CONTAINERS, "aiff", "caf", "w64", "ac3", "eac3", "amr", "wv", "tta", "ape")),
     "protocol_whitelist": "none",
@@ -25,7 +29,8 @@ _ADVICE = "give a file that plays, such as WAV, FLAC, MP3, M4A, Ogg or MP4"
 
 
 def read_sound(path: Path) -> Sound:
-    """The first track of sound of a file, as it is heard from the file's beginning. ValueError, in a sentence, if it has none."""
+    """The first track of sound of a file, as it is heard from the file's beginning. ValueError, in a sentence, if it has none, or
+    says to hold far more than its bytes can."""
     try:
         with (
             open(path, "rb") as file,
@@ -34,30 +39,47 @@ def read_sound(path: Path) -> Sound:
             streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
             if not streams:
                 raise ValueError(f"{name(path)} has no sound in it; {_ADVICE}")
-            return _decoded(container, streams[0], name(path))
+            most = min(MOST_SAMPLES, max(_MUCH, _MOST_IN_A_BYTE * path.stat().st_size))
+            return _decoded(container, streams[0], name(path), most)
     except (av.error.FFmpegError, OSError, UnicodeError) as error:
         raise ValueError(
             f"{name(path)} cannot be read: it is damaged or of a kind that is not known; {_ADVICE}"
         ) from error
 
 
-def _decoded(container: av.container.InputContainer, stream: av.AudioStream, file: str) -> Sound:
+def _decoded(container: av.container.InputContainer, stream: av.AudioStream, file: str, most: int) -> Sound:
+    """All of a track, of `most` samples at most, those of all channels counted."""
     pieces, held, rate, late = [], 0, 0, 0.0
     for frame in _frames(container, stream):
         if not pieces:
             begin = (container.start_time or 0) / av.time_base
-            rate, late = frame.sample_rate, 0.0 if frame.time is None else frame.time - begin
+            rate, late = frame.sample_rate, 0.0 if frame.time is None else float(frame.time) - begin
+            _check_rate(rate, file)
         piece = frame.to_ndarray()
         held += piece.size
-        if held > MOST_SAMPLES:
-            raise ValueError(f"{file} holds more than {MOST_SAMPLES} samples of sound; cut it into shorter files")
+        _check_size(held, most, file)
         pieces.append(piece)
     if not pieces:
         raise ValueError(f"{file} has no sound in it that decodes; {_ADVICE}")
     before = round(late * rate)  # a video's sound may begin later than its pictures
-    if 0 < before <= MOST_SAMPLES - held:
-        pieces.insert(0, numpy.zeros((pieces[0].shape[0], before), numpy.float32))
+    if before > 0:
+        channels = pieces[0].shape[0]
+        _check_size(held + before * channels, most, file)
+        pieces.insert(0, numpy.zeros((channels, before), numpy.float32))
     return Sound(torch.from_numpy(numpy.concatenate(pieces, 1)), rate)
+
+
+def _check_size(samples: int, most: int, file: str) -> None:
+    if samples > most:
+        why = "cut it into shorter files" if most == MOST_SAMPLES else f"which so few bytes cannot; {_ADVICE}"
+        raise ValueError(f"{file} holds more than {most} samples of sound; {why}")
+
+
+def _check_rate(rate: int, file: str) -> None:
+    if not RATES[0] <= rate <= RATES[1]:
+        raise ValueError(
+            f"{file} says to have {rate} samples a second; it must have {RATES[0]} to {RATES[1]}: {_ADVICE}"
+        )
 
 
 def _frames(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:

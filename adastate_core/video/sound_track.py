@@ -19,6 +19,7 @@ import numpy
 import torch
 
 from ..audio.placed import PlacedSound
+from .frames import opened_alone
 
 _AAC_PACKET = 1024
 _WARM_UP = 16  # packets
@@ -85,7 +86,13 @@ class EarlierSound:
 
     def __init__(self, source: Path) -> None:
         self.source, self.form, self.told = source, None, ""
-        with av.open(str(source)) as container:
+        try:
+            self._look()
+        except (av.error.FFmpegError, UnicodeError):
+            self.form, self.told = None, self.told or "damaged"
+
+    def _look(self) -> None:
+        with opened_alone(self.source) as container:
             if not container.streams.audio:
                 return
             stream = container.streams.audio[0]
@@ -104,9 +111,9 @@ class EarlierSound:
 
     def packets(self, end: Fraction) -> Iterator[bytes]:
         """Those on the grid, from the first one on and without a gap, that are heard to their ends before `end` seconds."""
-        with av.open(str(self.source)) as container:
+        with opened_alone(self.source) as container:
             stream = container.streams.audio[0]
-            found = (packet for packet in container.demux(stream) if packet.pts is not None and packet.size)
+            found = _readable(packet for packet in container.demux(stream) if packet.pts is not None and packet.size)
             made = self._cut(found) if self.form.encoder != "aac" else self._in_place(found)
             for number, data in enumerate(made):
                 if self.form.end(number) > end:
@@ -127,6 +134,14 @@ class EarlierSound:
             while len(held) >= size:
                 yield held[:size]
                 held = held[size:]
+
+
+def _readable(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
+    """Those up to where a file is damaged."""
+    try:
+        yield from packets
+    except av.error.FFmpegError:
+        return
 
 
 def _is_plain_aac(form: SoundForm, stream: av.AudioStream) -> bool:

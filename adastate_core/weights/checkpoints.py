@@ -12,6 +12,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ _WANTED = f"a checkpoint has {', '.join(PARTS[:3])} or plain weights"
 _OF_BLOCKS = ("blocks.", "lora_unet_")
 _MOST_AXES = 64  # as torch itself has it
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
+MOST_WEIGHTS = 50_000  # names; the largest models have some 1,500, and with a LoRA of many parts twice as many
 
 
 def plain_name(name: str) -> str:
@@ -63,7 +65,7 @@ class Checkpoint:
     beside: tuple[str, ...] = ()
     twice: str = ""
 
-    @property
+    @cached_property
     def geometry(self) -> WanGeometry:
         """Its sizes; ValueError, naming the file, if it is not a whole Wan text-to-video transformer."""
         geometry = geometry_of(self.shapes, self.path.name)
@@ -119,7 +121,9 @@ def _plain_reason(error: Exception) -> str:
     """Why a file could not be read, without the words and paths of the library that tried."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[:1].lower() + error.strerror[1:]
-    return f"it is damaged ({type(error).__name__}); download it again"
+    if isinstance(error, MemoryError):
+        return "there is no room in memory for what it says it holds; free some, or download it again"
+    return "it is damaged; download it again"
 
 
 def _open_safetensors(path: Path, parts: Sequence[str]) -> Checkpoint:
@@ -153,6 +157,7 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, tu
             raise unreadable(path, "its header is not JSON; download it again") from error
     if not isinstance(header, dict):
         raise unreadable(path, "its header names no weights; download it again")
+    _check_count(path, len(header))
     metadata = header.pop("__metadata__", None)
     metadata = {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
     entries, end = {}, 0
@@ -162,6 +167,14 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, tu
     if end != size - 8 - length:
         raise unreadable(path, f"it has {size - 8 - length} bytes of weights and should have {end}; download it again")
     return metadata, entries
+
+
+def _check_count(path: Path, names: int) -> None:
+    """CheckpointError for more names than a model has, each of which would cost its time."""
+    if names > MOST_WEIGHTS:
+        raise unreadable(
+            path, f"it names {names} weights, and no model has more than {MOST_WEIGHTS}; download it again"
+        )
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
@@ -188,6 +201,7 @@ def _open_torch(path: Path, parts: Sequence[str]) -> Checkpoint:
     written_as = content.get(FORMAT_KEY) if isinstance(content, Mapping) else None
     metadata = {FORMAT_KEY: written_as} if isinstance(written_as, str) else {}
     part, content, beside = _inside(content, parts, path.name)
+    _check_count(path, len(content))
     flat = {name: _as_tensor(name, value) for name, value in content.items() if isinstance(name, str)}
     beside += [shown_name(name) for name, value in content.items() if _is_container(value)]
     flat = {name: value.detach() for name, value in flat.items() if value is not None}

@@ -6,6 +6,8 @@ import stat
 import zipfile
 from pathlib import Path
 
+from .pickle_size import TooMuch, check_pickle
+
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _LOOKED_AT = 512  # bytes
 _AGAIN = "download it again"
@@ -15,6 +17,7 @@ _PACKED = {
     b"BZh": "bzip2",
 }  # fmt: skip
 _NAME_LETTERS = 120
+_MOST_PICKLE = 2**28  # bytes; that of a model of 14B has some 100,000
 
 
 class CheckpointError(ValueError):
@@ -102,6 +105,12 @@ def _check_zip(path: Path) -> None:
             parts = archive.infolist()
     except Exception as error:  # a damaged table of contents raises whatever its numbers lead to
         raise unreadable(path, f"its end is missing or damaged, so the download was cut short; {_AGAIN}") from error
+    _check_parts(path, parts)
+    _check_pickles(path, [part for part in parts if part.filename.endswith("data.pkl")])
+
+
+def _check_parts(path: Path, parts: list[zipfile.ZipInfo]) -> None:
+    """CheckpointError for an archive that is none of torch's, by its table of contents."""
     names = [part.filename for part in parts]
     if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
         raise unreadable(path, "it is a TorchScript program and no plain weights; take a safetensors file")
@@ -111,3 +120,17 @@ def _check_zip(path: Path) -> None:
         )
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise unreadable(path, "a zip program has packed it again; unpack the original, or download the file again")
+
+
+def _check_pickles(path: Path, parts: list[zipfile.ZipInfo]) -> None:
+    """CheckpointError for a pickle that cannot be read to its end, or would take far more than its size to read."""
+    for part in parts:
+        if part.file_size > _MOST_PICKLE:
+            raise unreadable(path, f"its table of weights has {part.file_size} bytes, which is more than any; {_AGAIN}")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                check_pickle(archive.read(part))
+        except TooMuch as error:
+            raise unreadable(path, f"{error}, as one made to harm; take a safetensors file") from error
+        except Exception as error:  # as above
+            raise unreadable(path, f"its table of weights is damaged; {_AGAIN}") from error

@@ -9,6 +9,7 @@ from typing import Any
 from ..anchors import Anchor, anchor_from
 from ..audio.driving import ALIGNMENTS
 from ..bounds import BOUNDS
+from ..files.text_fault import text_fault
 from ..geometry import SPACES
 from ..given import BEFORE, STARTS
 from ..history import HISTORIES
@@ -32,7 +33,7 @@ def read_preset(path: Path) -> Preset:
     try:
         table = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not TOML ({error})") from error
+        raise ValueError(f"{path.name} is not TOML ({text_fault(error)})") from error
     try:
         return preset_from({"name": path.stem, **table})
     except ValueError as error:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import av
 import comfy.utils
 import numpy
 import torch
 from comfy_api.latest import Input
 
-from ...adastate_core.video.frames import FileClip, MemoryClip
+from ...adastate_core.video.frames import FileClip, MemoryClip, UnreadableVideo
 from ...adastate_core.video.tail import tail, tail_indices
 from .progress import check_interrupt
 
@@ -31,8 +32,12 @@ def clip(video: Any, what: str = "the video") -> FileClip | MemoryClip:
     since, until = _trim(video)
     if since or until is not None:
         found = FileClip(found.source, what, since, until)
-    # A host that crops what it shows says another size than the file's, and how it does it is its own.
-    seen = tuple(video.get_dimensions())
+    # A host that crops what it shows says another size than the file's, and how it does it is its own. Of a file that the host
+    # cannot read it shows nothing else.
+    try:
+        seen = tuple(video.get_dimensions())
+    except (av.error.FFmpegError, ValueError):
+        return found
     return found if seen in found.sizes or seen == found.first().size else _components(video, what)
 
 
@@ -55,7 +60,10 @@ def video_tail(video: Any, frames: int, fps: float = 0.0, scale: Scale = lambda 
 
 
 def _components(video: Any, what: str) -> MemoryClip:
-    parts = video.get_components()
+    try:
+        parts = video.get_components()
+    except (av.error.FFmpegError, UnicodeError) as error:
+        raise UnreadableVideo(f"{what} cannot be read: it is damaged; connect a VIDEO of a file that plays") from error
     return MemoryClip(parts.images, parts.frame_rate, what)
 
 

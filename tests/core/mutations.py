@@ -4,66 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from hostile.json_values import damage_header
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from adastate_core.files.tensor_file import write_tensors
 
 DEEP = 3_000
-VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 7, 2**31, 2**63, 10**400, -(10**400), 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "abc",
-    "1", "inf", "nan", "\ud800", "a\nb", "x" * 10_000, [], [[]], [1], ["a"], [None, None], {}, {"a": 1}, {"": None}, [1, 2, 3, 4],
-    [[1, "1.0", 0.5, 0.5]], 1e-320, "0x10", "١", " 1 ", "1e400",
-]  # fmt: skip
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value of a header but the whole."""
-    if path:
-        yield path
-    if isinstance(value, dict | list):
-        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from places(one, (*path, key))
-
-
-def at(header: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        header = header[key]
-    return header
-
-
-def damage_header(header: dict[str, Any], chance: random.Random) -> str:
-    """Change one thing of a header in place; what it was, for a message."""
-    every = list(places(header))
-    path = chance.choice(every)
-    owner, key = at(header, path[:-1]), path[-1]
-    how = chance.choice(["value", "value", "value", "drop", "rename", "wrap", "swap", "twice", "deep", "sign"])
-    if how == "value":
-        owner[key] = chance.choice(VALUES)
-    elif how == "drop":
-        del owner[key]
-    elif how == "rename" and isinstance(owner, dict):
-        owner[chance.choice([key + "x", "", "kind", "__class__", "\ud800"])] = owner.pop(key)
-    elif how == "wrap":
-        owner[key] = chance.choice([[owner[key]], {"a": owner[key]}, [owner[key]] * 3])
-    elif how == "swap":
-        other = chance.choice(every)
-        if other[: len(path)] != path and path[: len(other)] != other:
-            there = at(header, other[:-1])
-            owner[key], there[other[-1]] = there[other[-1]], owner[key]
-    elif how == "twice" and isinstance(owner, list):
-        owner.insert(key, owner[key])
-    elif how == "deep":
-        for _ in range(chance.choice([5, 200])):
-            owner[key] = [owner[key]]
-    elif isinstance(owner[key], int | float):
-        owner[key] = chance.choice([-owner[key], owner[key] * 2, owner[key] + 1, float(owner[key]), str(owner[key])])
-    return f"{how} {path}"
 
 
 def damage_tensors(tensors: dict[str, torch.Tensor], chance: random.Random) -> str:
