@@ -257,8 +257,8 @@ def _place(sink: Any) -> int:
 
 @dataclass(frozen=True)
 class Whole:
-    """A run that nobody ended. `seconds`: what it took. `points` are its operations on files, `timeline` how it was steered in the end, and `back` the chunk
-    that it went back to."""
+    """A run that nobody ended, and the seconds that it took. `points` are its operations on files, `timeline` how it was steered in
+    the end, and `back` the chunk that it went back to."""
 
     drawn: Drawn
     seconds: float
@@ -287,7 +287,15 @@ def whole_run(runs: Runs, drawn: Drawn, counting: Faults) -> Whole:
     latents = outputs[0]["samples"] if drawn.keep_latents else None
     points = tuple(place for place, _ in counting.points)
     made = Whole(
-        drawn, latents, outputs[1], dict(runs.written), shown, points, steering["timeline"], min(back, default=0)
+        drawn,
+        seconds,
+        latents,
+        outputs[1],
+        dict(runs.written),
+        shown,
+        points,
+        steering["timeline"],
+        min(back, default=0),
     )
     runs.clear()
     return made
