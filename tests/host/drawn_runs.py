@@ -111,7 +111,7 @@ def drawn(feature: str, luck: random.Random) -> Drawn:
     anchor = luck.choice(("none", "static", "adaptive"))
     if "steering" in has and "absorption" not in has:
         history = history or luck.choice((0, 1))
-        more["wishes"] = _wishes(luck, history > 0 and frames != "webp", anchor == "adaptive")
+more["wishes"] = _wishes(luck, history if frames != "webp" else 0, anchor == "adaptive")
         more.setdefault("timeline", "0s a meadow")
     if "absorption" in has:
         more["absorption"] = tuple(_absorption(luck).items())
@@ -128,14 +128,14 @@ def _timeline(luck: random.Random) -> str:
     return f"0s a meadow\n{now:g}s {{{first}}}{seed} snow\n{then:g}s {{{second}}} a lake"
 
 
-def _wishes(luck: random.Random, goes_back: bool, adaptive: bool) -> tuple[tuple[int, Wish], ...]:
-    """What is asked after how many chunks."""
+def _wishes(luck: random.Random, history: int, adaptive: bool) -> tuple[tuple[int, Wish], ...]:
+    """What is asked after how many chunks. The way back leads to the first or the second."""
     asked = [(1, Wish(prompt="a desert", transition=luck.choice(("cut", "recache", "soft", "flush"))))]
     asked.append((2, luck.choice((Wish(seed=7), Wish(prompt="a city", seed=2**64 - 1)))))
     if adaptive:
         asked.append((2, Wish(strength=0.25)))
-    if goes_back and luck.random() < 0.7:
-        asked.append((luck.choice((3, 4)), Wish(take_back=luck.choice((0.4, 0.8)), prompt=AFTER_BACK)))
+    if history and luck.random() < 0.7:
+        asked.append((3, Wish(take_back=luck.choice((0.4, 0.8)) if history == 1 else 0.4, prompt=AFTER_BACK)))
     return tuple(asked)
 
 
@@ -302,7 +302,8 @@ def whole_run(runs: Runs, drawn: Drawn, counting: Faults) -> Whole:
 
 
 def go_on(runs: Runs, whole: Whole, name: str, listed: str | None) -> tuple[Any, RolloutState | None]:
-    """The node's outputs for a run that goes on from a state as it is `listed`, or begins anew, and the state. Of a steered run it
+    """The node's outputs for a run that goes on from a state as it is `listed`, or begins anew, and the state; none if it is that of
+    the whole video. Of a steered run it
     takes the timeline that the state tells; of a state from before the last change, that of the whole. Where that one went back,
     such a state may be behind what stayed: then the run goes on from its history."""
     drawn, timeline = whole.drawn, ""
@@ -314,7 +315,7 @@ def go_on(runs: Runs, whole: Whole, name: str, listed: str | None) -> tuple[Any,
             timeline = whole.timeline
             if state.next_chunk > whole.back:
                 state = runs.loaded(listed, whole.back)
-    return runs(drawn, name, state, timeline).args, state
+    return None if is_whole(whole, state) else runs(drawn, name, state, timeline).args, state
 
 
 def shown_of(path: Path, drawn: Drawn) -> Iterator[numpy.ndarray]:
@@ -377,9 +378,28 @@ def _animated(path: Path) -> bool:
     return path.suffix == ".webp" and b"ANMF" in path.read_bytes()
 
 
+def is_whole(whole: Whole, state: RolloutState | None) -> bool:
+    """Whether nothing is left to be made: the run ended just before its state was cleared away."""
+    return state is not None and state.emitted == whole.state.emitted
+
+
+def require_all_there(runs: Runs, whole: Whole, state: RolloutState) -> None:
+    """A state behind the last frame is that of the whole, and its files show all."""
+    bad = [name for name in differences(state, whole.state) if name != "steered" or not whole.drawn.wishes]
+    assert not bad, f"of the last state differ: {', '.join(bad)}"
+    names = (*state.stream.get("files", []), *state.stream.get("frame_folders", []))
+    for name, wanted in zip(names, whole.shown, strict=True):
+        shown = list(shown_of(runs.out / name, whole.drawn))
+        assert len(shown) == whole.drawn.length, f"{name} shows {len(shown)} frames of {whole.drawn.length}"
+        require_as_wanted(runs.out / name, shown, wanted, 0)
+
+
 def require_gone_on(runs: Runs, whole: Whole, outputs: Any, state: RolloutState | None, again: bool = False) -> None:
     """A run that went on from `state`, or from nothing, is the whole one: latents, state, pictures, files. `again`: what is joined
     to was joined itself."""
+    if outputs is None:
+        require_all_there(runs, whole, state)
+        return
     drawn, before, report = whole.drawn, 0 if state is None else state.emitted * 4 - 3, json.loads(outputs[2])
     if whole.latents is not None:
         assert torch.equal(outputs[0]["samples"], whole.latents), "the latents are others"
@@ -435,7 +455,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def require_no_litter(runs: Runs, drawn: Drawn, name: str) -> None:
-    """After runs that were ended and one that went on to its end: their files and states, the last one's reports, and nothing else
+    """After runs that were ended and one that went on to its end: their files, states and reports, and nothing else
     in any of the host's folders."""
     folder, item = runs.out / name, "b0" if drawn.batch > 1 else ""
     reports = (each.partition(".")[0] + ".report.json" for each in drawn.suffixes)
@@ -444,7 +464,6 @@ def require_no_litter(runs: Runs, drawn: Drawn, name: str) -> None:
     found = [each for each in folder.rglob("*") if not _inside(each, (".history", ".frames"))]
     left = [each.name for each in found if not known.fullmatch(each.name) and each != folder / "stills"]
     assert not left, f"left are {left}"
-    assert sum(each.name.endswith(".report.json") for each in found) == drawn.batch
     hidden = [each.name for each in runs.folders.rglob("*") if each.name.startswith(".") or each.name.endswith(".tmp")]
     assert not hidden, f"left are {hidden}"
     assert not any((runs.folders / "temp").iterdir()) and {each.name for each in runs.out.iterdir()} == {name}

@@ -183,6 +183,8 @@ def kill_and_go_on(runs: Runs, whole: Whole, luck: random.Random) -> dict[str, f
             shown += [len(list(shown_of(path, drawn))) for path in runs.files(drawn, NAME, 2) if has_pictures(path)]
         outputs, state = go_on(runs, whole, NAME, runs.newest_state())
         require_gone_on(runs, whole, outputs, state, again=kills > 1)
+        if outputs is None:  # somebody has to come by who clears up
+            runs(drawn, NAME)
         require_no_litter(runs, drawn, NAME)
     except BaseException as error:
         error.add_note(f"{drawn}, killed {killing.at}; {told}")
