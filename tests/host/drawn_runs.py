@@ -111,7 +111,7 @@ def drawn(feature: str, luck: random.Random) -> Drawn:
     anchor = luck.choice(("none", "static", "adaptive"))
     if "steering" in has and "absorption" not in has:
         history = history or luck.choice((0, 1))
-more["wishes"] = _wishes(luck, history if frames != "webp" else 0, anchor == "adaptive")
+        more["wishes"] = _wishes(luck, history if frames != "webp" else 0, anchor == "adaptive")
         more.setdefault("timeline", "0s a meadow")
     if "absorption" in has:
         more["absorption"] = tuple(_absorption(luck).items())
@@ -302,10 +302,10 @@ def whole_run(runs: Runs, drawn: Drawn, counting: Faults) -> Whole:
 
 
 def go_on(runs: Runs, whole: Whole, name: str, listed: str | None) -> tuple[Any, RolloutState | None]:
-    """The node's outputs for a run that goes on from a state as it is `listed`, or begins anew, and the state; none if it is that of
-    the whole video. Of a steered run it
-    takes the timeline that the state tells; of a state from before the last change, that of the whole. Where that one went back,
-    such a state may be behind what stayed: then the run goes on from its history."""
+    """The node's outputs for a run that goes on from a state as it is `listed`, or begins anew, and the state; None for outputs if
+    it is that of the whole video. Of a steered run it takes the timeline that the state tells; of a state from before the last
+    change, that of the whole. Where that one went back, such a state may be behind what stayed: then the run goes on from its
+    history."""
     drawn, timeline = whole.drawn, ""
     state = runs.loaded(listed) if listed else None
     if state is not None and drawn.wishes:
