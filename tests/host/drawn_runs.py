@@ -4,18 +4,16 @@ goes on to the bits of the run that nobody ended, and nothing is left lying abou
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy
 import pytest
 import torch
@@ -27,6 +25,7 @@ from adastate_pack.adastate_core.video.frame_writer import FrameWriter
 from adastate_pack.nodes.host import listing
 from adastate_pack.nodes.host.output_files import STATE_SUFFIX, saved_files
 from adastate_pack.nodes.host.steer_wishes import Wish
+from bit_equal import decoded, differences, distance
 from file_faults import Faults
 from PIL import Image
 from test_absorption import DEFAULTS as ABSORPTION
@@ -42,8 +41,6 @@ SIDES = {"hevc": 96, "hevc_10bit": 96, "av1": 96, "av1_10bit": 96}
 LOSSLESS = ("ffv1",)
 NEAR = 0.1  # mean difference, as a share of white
 AFTER_BACK = "a river"  # words that are asked for with a way back
-# of a state: what names the run and its files, and how long something took
-_OWN = ("run_id", "files", "frame_folders", "seconds")
 
 
 @dataclass(frozen=True)
@@ -334,17 +331,6 @@ def shown_of(path: Path, drawn: Drawn) -> Iterator[numpy.ndarray]:
             yield picture
 
 
-def decoded(path: Path) -> Iterator[numpy.ndarray]:
-    """[H, W, 3] uint16 of every frame; strict."""
-    with av.open(str(path)) as container:
-        # FFmpeg's reader refuses the TIFFs of its own writer, which other programs read, where it is to be strict
-        if path.suffix != ".tiff":
-            container.streams.video[0].codec_context.options = {"err_detect": "explode"}
-        form = "gbrpf32le" if path.suffix == ".exr" else "rgb48le"
-        for frame in container.decode(video=0):
-            yield frame.to_ndarray(format=form)
-
-
 def require_begun(whole: Whole, paths: list[Path], least: int) -> list[int]:
     """How many frames each file of an ended run shows: at least `least`, less the newest of a video, and each as in the whole, but
     where the run goes back."""
@@ -418,40 +404,12 @@ def require_gone_on(runs: Runs, whole: Whole, outputs: Any, state: RolloutState 
             require_sound(path, drawn)
 
 
-def distance(one: numpy.ndarray, two: numpy.ndarray) -> float:
-    """Mean difference of two pictures, as a share of white; above 0 where a single value differs."""
-    if (one == two).all():
-        return 0.0
-    most = {"uint8": 255, "uint16": 65535}.get(str(one.dtype), 1)
-    return max(float(numpy.abs(one.astype(float) - two).mean()) / most, 1e-9)
-
-
 def require_sound(path: Path, drawn: Drawn) -> None:
     """A whole video carries its sound, in step."""
     found, rate = played(path)
     wanted = around(siren(RATE, drawn.length / FPS, drawn.sound).astype(float), rate, 0, found.shape[1])
     assert rate == RATE and 0 <= found.shape[1] / rate - drawn.length / FPS < 1024 / rate + 0.001
     assert lag(found[0], wanted[0]) == 0, "the sound is late"
-
-
-def differences(one: RolloutState, other: RolloutState) -> list[str]:
-    """Names of all that differs between two states."""
-    return [
-        field.name for field in fields(RolloutState) if not _same(getattr(one, field.name), getattr(other, field.name))
-    ]
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return type(one) is type(other) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        names = (one.keys() | other.keys()) - set(_OWN)
-        return all(name in one and name in other and _same(one[name], other[name]) for name in names)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if hasattr(one, "tensors"):
-        return all(_same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
-    return one == other or isinstance(one, float) and math.isnan(one) and math.isnan(other)
 
 
 def require_no_litter(runs: Runs, drawn: Drawn, name: str) -> None:

@@ -16,11 +16,10 @@ from adastate_pack.adastate_core.video.animation import _blocks
 from adastate_pack.adastate_core.video.frame_formats import FRAME_FORMATS
 from adastate_pack.nodes import saved_states
 from adastate_pack.nodes.host.output_files import STATE_SUFFIX, saved_files
+from bit_equal import decoded, distance
 from drawn_runs import (
     FEATURES,
     Runs,
-    decoded,
-    distance,
     drawn,
     go_on,
     require_gone_on,
