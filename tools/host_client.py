@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -54,8 +55,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@functools.cache
 def has_cuda(python: Path) -> bool:
-    """Whether this interpreter's torch sees a GPU."""
+    """Whether this interpreter's torch sees a GPU; asked once, since it takes seconds."""
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     return subprocess.run([python, "-c", code], env=child_env(), stderr=subprocess.DEVNULL).returncode == 0
 

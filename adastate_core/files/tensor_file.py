@@ -41,12 +41,17 @@ _MOST_HEADER = 100_000_000
 
 
 def write_tensors(
-    path: Path | str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str], new: bool = False
+    path: Path | str,
+    tensors: Mapping[str, torch.Tensor],
+    texts: Mapping[str, str],
+    new: bool = False,
+    beside: Path | None = None,
 ) -> Path:
-    """Write `path` in one piece, as `whole_file` does. Of tensors that lie elsewhere one at a time is copied."""
+    """Write `path` in one piece, as `whole_file` does, which says what `new` and `beside` are. Of tensors that lie elsewhere one
+    at a time is copied."""
     path = Path(path)
     order, header, _ = _laid_out(tensors, texts)
-    with whole_file(path, new) as file:
+    with whole_file(path, new, beside) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         sums = [_write(file, tensors[name]) for name in order]
         place = len(_START) + _DIGITS

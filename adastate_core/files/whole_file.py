@@ -48,17 +48,20 @@ _count = {"changes": 0}
 
 
 @contextlib.contextmanager
-def whole_file(path: Path | str, new: bool = False) -> Iterator[IO[bytes]]:
+def whole_file(path: Path | str, new: bool = False, beside: Path | None = None) -> Iterator[IO[bytes]]:
     """A binary file to write (and read) that becomes `path` when the block ends, and never was when it raises.
 
     Others may open it by its `name` meanwhile and write to it. `new`: FileExistsError if there is a `path` by then, however
-    many servers share the folder; otherwise it is replaced. OSError if the disk does not take it; what was at `path` stays.
+    many servers share the folder; otherwise it is replaced. `beside`: a folder of the same disk in which it grows, where that of
+    `path` is one run's own, to which nobody comes again who would clear up after a dead writer. OSError if the disk does not take
+    it; what was at `path` stays.
     """
     path = Path(path)
-    temporary, file, locked = _create(path.parent)
+    growing = path.parent if beside is None else beside
+    temporary, file, locked = _create(growing)
     try:
         try:
-            _sweep(path.parent, os.fstat(file.fileno()).st_mtime)
+            _sweep(growing, os.fstat(file.fileno()).st_mtime)
             yield file
             file.flush()
             _sync(file.fileno())

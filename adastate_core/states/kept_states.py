@@ -99,7 +99,7 @@ class StateHistory:
             self.folder.mkdir(exist_ok=True)
             sync_folder(self.folder.parent)
         name = f"chunk_{state.next_chunk:06}{SUFFIX}"
-        self._kept[state.next_chunk] = save_state(state, self.folder / name)
+        self._kept[state.next_chunk] = save_state(state, self.folder / name, beside=self.folder.parent)
         if last:
             self._remove(going)
 

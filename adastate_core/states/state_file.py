@@ -27,12 +27,13 @@ LAYER = ("anchor_slots", "ring_slots", "frames", "positions", "pinned")
 _UNREADABLE = (OSError, MemoryError)
 
 
-def save_state(state: RolloutState, path: Path | str, new: bool = False) -> Path:
+def save_state(state: RolloutState, path: Path | str, new: bool = False, beside: Path | None = None) -> Path:
     """Write `state` to `path` (.safetensors). A crash leaves either the old file or the new one.
 
-    `new`: FileExistsError if there is a file already. ValueError for a state that holds numbers that are none.
+    `new`: FileExistsError if there is a file already. `beside`: where it grows (`whole_file`). ValueError for a state that holds
+    numbers that are none.
     """
-    return write_tensors(path, *_contents(state), new)
+    return write_tensors(path, *_contents(state), new, beside)
 
 
 def state_bytes(state: RolloutState) -> int:

@@ -102,7 +102,7 @@ class FrameFolder:
         self.path, self.sequence, self.frames, self.warning = path, sequence, 0, ""
         self.form = FRAME_FORMATS[sequence.format]
         self._told, self.nbytes, self._synced = on_copied, 0, 0
-        with whole_file(path / ABOUT) as file:
+        with whole_file(path / ABOUT, beside=path.parent) as file:
             file.write(json.dumps(asdict(sequence), indent=1).encode())
         self._files = WholeFiles(path.parent)
         self._text = text_blocks(metadata or {}) if self.form.encoder == "png" else b""

@@ -134,6 +134,9 @@ class Faults:
             return _Container(opened(path, *rest, **more), self)
 
         class Frames:
+            def __new__(cls, *values: Any) -> Any:  # what is filled afterwards
+                return frames(*values)
+
             @staticmethod
             def from_ndarray(*values: Any, **more: Any) -> Any:
                 self.point("encode")

@@ -129,7 +129,7 @@ def test_a_kept_state_is_never_left_out_for_a_slow_disk(rollout, stream, out, mo
     from adastate_pack.adastate_core.states import kept_states
 
     save = kept_states.save_state
-    monkeypatch.setattr(kept_states, "save_state", lambda state, path: (time.sleep(0.1), save(state, path))[1])
+    monkeypatch.setattr(kept_states, "save_state", lambda *given, **more: (time.sleep(0.1), save(*given, **more))[1])
     result = rollout(length=LENGTH, stream=stream(history_chunks=1))
     assert report(result)["history"] == [1, 2, 3, 4, 5]
 

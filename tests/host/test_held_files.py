@@ -283,7 +283,7 @@ def test_an_absorption_that_cannot_be_written_is_named(node, folders, monkeypatc
 
 
 def test_the_only_state_of_a_history_stays_until_the_next_is_written(tmp_path, monkeypatch):
-    def save(state, path):
+    def save(state, path, **more):
         if state.next_chunk == 2:
             raise OSError(28, "no room")
         path.write_bytes(b"state")

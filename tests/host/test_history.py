@@ -81,7 +81,7 @@ def test_a_history_of_any_length_is_bounded_and_covers_all_of_it(tmp_path, monke
         def __init__(self, chunk):
             self.next_chunk = chunk
 
-    monkeypatch.setattr(state_history, "save_state", lambda state, path: (path.touch(), path)[1])
+    monkeypatch.setattr(state_history, "save_state", lambda state, path, **more: (path.touch(), path)[1])
     history = state_history.StateHistory(tmp_path / "a.history", every, most)
     for chunk in range(1, 400):
         if history.wants(chunk):
