@@ -30,9 +30,10 @@ def told_at_once(sentences: list[str]) -> list[str]:
     return sentences
 
 
-def sound_notes(sound: Sound, offset: float, seconds: float | None, frame: float) -> list[str]:
+def sound_notes(sound: Sound, offset: float, seconds: float | None, least: float) -> list[str]:
     """What may surprise about a sound, `offset` seconds of it before the first picture, beside a video of so many seconds (None:
-    without an end) whose frames last `frame` seconds: a sentence, or none. ValueError where nothing of the sound is left."""
+    without an end): a sentence, or none where they differ by less than `least` seconds. ValueError where nothing of the sound is
+    left."""
     left = sound.seconds - offset
     if left <= 0:
         raise ValueError(
@@ -42,7 +43,7 @@ def sound_notes(sound: Sound, offset: float, seconds: float | None, frame: float
     told = f"the sound lasts {sound.seconds:.6g} s{begins}"
     if seconds is None:
         return [f"{told}, and the video has no end: it is silent from {left:.6g} s on"]
-    if abs(left - seconds) < frame:
+    if abs(left - seconds) < least:
         return []
     if left > seconds:
         return [f"{told}, and the video {seconds:.6g} s: the last {left - seconds:.3g} s of the sound are cut off"]

@@ -167,6 +167,9 @@ def test_a_video_without_an_end_is_silent_behind_the_sound(rollout, stream, fold
         (10.0, "the sound lasts 10 s, and the video 2.0625 s: the last 7.94 s of the sound are cut off"),
         (1.0, "the sound lasts 1 s, and the video 2.0625 s: its last 1.06 s are silent"),
         (2.05, ""),
+        (1.82, ""),
+        (2.3, ""),
+        (1.8, "the sound lasts 1.8 s, and the video 2.0625 s: its last 0.262 s are silent"),
     ],
 )
 def test_another_length_is_told_before_anything_is_made(model, rollout, stream, node, caplog, seconds, words, folders):
