@@ -1,14 +1,18 @@
-"""AUDIO as the host's nodes give it, as the pack takes it; what is told of a sound beside a video."""
+"""AUDIO and the sound of a VIDEO as the host's nodes give them, as the pack takes them; what is told of a sound beside a video."""
 
 from __future__ import annotations
 
 import logging
+from fractions import Fraction
 from typing import Any
 
 import torch
 
+from ..adastate_core.audio.placed import PlacedSound
 from ..adastate_core.audio.track import Sound
+from ..adastate_core.video.sound_file import NoSound, read_sound
 from .host.api import io
+from .host.pictures import sound_source
 
 log = logging.getLogger("adastate")
 
@@ -63,6 +67,21 @@ def sound_of(audio: Any, what: str = "audio") -> Sound:
     if not waveform.shape[2]:
         raise ValueError(f"{what} has no sample in it; connect a sound that lasts")
     return Sound(_floats(waveform[0].detach().cpu()), rate)
+
+
+def video_sound(video: Any) -> PlacedSound | None:
+    """The sound of a VIDEO as another one's of the same pictures has it; None, and a line in the log, where it cannot be read."""
+    source, since, until = sound_source(video)
+    if source is None:
+        return None
+    try:
+        sound = sound_of(source) if isinstance(source, dict) else read_sound(source)
+    except ValueError as error:
+        if not isinstance(error, NoSound):
+            log.warning("A video's sound is left out: %s", error)
+        return None
+    heard = sound.waveform if until is None else sound.waveform[:, : round(until * sound.rate)]
+    return PlacedSound(Sound(heard, sound.rate), Fraction(since).limit_denominator(10**6))
 
 
 def _floats(waveform: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,8 @@ class System:
 
     `url` is a public safetensors file of the system; where there is none, the front end can offer no download. `words` are the
     four of Demo Prompt, or one timeline for Demo Prompt Timeline; `picture`: the video starts from a picture.
-    `by` is its preset where that has another name than the workflow. `size` is that of its own command where it is not its space's.
-    `beside`: what its files are put in beside the model, a line each.
+    `by` is its preset where that has another name than the workflow. `size` is that of its own command where it is not its
+    space's. `beside`: what else is loaded, a line each.
     """
 
     weights: tuple[tuple[str, str], ...]
@@ -40,6 +40,7 @@ class System:
 
 _SELF = (("gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt"),)
 _LONGLIVE = ("Efficient-Large-Model/LongLive-1.3B", "models/longlive_base.pt")
+_LIVE = "Quark-Vision/Live-Avatar"
 _S2V = ("Comfy-Org/Wan_2.2_ComfyUI_Repackaged", "split_files/diffusion_models/wan2.2_s2v_14B_fp8_scaled.safetensors")
 
 SYSTEMS = {
@@ -90,15 +91,14 @@ SYSTEMS = {
         url=S2V_URL,
         size=(704, 384),
         beside=(
-            f"**Load Causal LoRA** behind it: `liveavatar.safetensors` of [Quark-Vision/Live-Avatar]({HUB}Quark-Vision/Live-Avatar), in "
-            "`models/loras`",
-            f"**Audio Encoder Encode** in place of *Demo Ear*, behind *Load Audio Encoder* with [{EAR_URL.rpartition('/')[2]}]({EAR_URL}) "
-            "(0.6 GB), in `models/audio_encoders`",
+            f"**Load Causal LoRA** behind it: `liveavatar.safetensors` of [{_LIVE}]({HUB}{_LIVE}), in `models/loras`",
+            "**Audio Encoder Encode** in place of *Demo Ear*, behind *Load Audio Encoder* with "
+            f"[{EAR_URL.rpartition('/')[2]}]({EAR_URL}) (0.6 GB), in `models/audio_encoders`",
             "**Load Sound** in place of *Demo Sound*: a voice. **Load Image**: who is seen, in the shape of the video",
         ),
-        remark="The model takes 16.4 GB in fp8, and 32.6 GB as `wan2.2_s2v_14B_bf16.safetensors` of the same repository. Its four "
-        "windows take 41 GiB more at 704x384; with the preset *liveavatar_one_window* 12 GiB. Nobody has run the real weights here. "
-        "Show and voice only people who agreed, and say that the video is made.",
+        remark="The model takes 16.4 GB in fp8, and 32.6 GB as `wan2.2_s2v_14B_bf16.safetensors` of that repository. Its four "
+        "windows take 41 GiB more at 704x384; with the preset *liveavatar_one_window* 12 GiB. The real weights were never run "
+        "here. Show and voice only people who agreed, and say that the video is made.",
     ),
     "adastate": System(
         (),

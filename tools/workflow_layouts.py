@@ -276,14 +276,14 @@ No resume, no stream: the whole latent is held. For long videos take *AdaState R
     "talking_balloon": Layout(
         note="""\
 ### A voice moves the picture
-*Demo Sound* speaks, *Demo Ear* hears it, and the balloon swells with every syllable while the lantern climbs with the pitch. The mp4 \
-carries the sound. **length** is -1: as long as the sound.
+*Demo Sound* speaks, *Demo Ear* hears it, and the balloon swells with every syllable while the lantern climbs with the pitch. The \
+mp4 carries the sound. **length** is -1: as long as the sound.
 
-The lantern's colour is in no word. It comes from the picture in **reference**, which the small text model makes here: with another \
-**seed** in the first group there is another lantern.
+The lantern's colour is in no word. It comes from the picture in **reference**, which the small text model makes here: with \
+another **seed** in the first group there is another lantern.
 
-Take *Load Sound* in *Demo Sound*'s place for a voice of your own: a tune that is whistled between 200 and 800 Hz shows best. For real \
-faces see *System LiveAvatar*. Use faces and voices of people who agreed, and say that the video is made.""",
+Take *Load Sound* in *Demo Sound*'s place for a voice of your own: a tune that is hummed between 200 and 800 Hz shows best. For \
+real faces see *System LiveAvatar*. Use faces and voices of people who agreed, and say that the video is made.""",
         groups={
             "A picture": [[4, 2], [3], [5], [6, 7]],
             "A sound": [[8], [9, 10]],
