@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..adastate_core.anchors import Anchor
+from ..adastate_core.audio.placed import PlacedSound
 from ..adastate_core.measure.attention_share import measure_shares, share_table
 from ..adastate_core.measure.compare import Comparison
 from ..adastate_core.video.sink import VideoSink
@@ -24,6 +25,7 @@ from .host.refusals import check_model
 from .inputs import check_size, number
 from .job import Job
 from .plots import share_plot
+from .sound import video_sound
 
 CATEGORY = "AdaState/analysis"
 MAX_WINDOWS = 8
@@ -160,7 +162,7 @@ class CompareNode(Node):
             description="Puts two to four videos side by side into one, with running meters under each. Save Video keeps it.",
             has_intermediate_output=True,
             inputs=[
-                io.Video.Input("video_a", tooltip="The first video; its frame rate is the result's."),
+                io.Video.Input("video_a", tooltip="The first video; its frame rate and its sound are the result's."),
                 io.Video.Input("video_b", tooltip="The second video."),
                 io.Video.Input("video_c", optional=True, tooltip="A third video."),
                 io.Video.Input("video_d", optional=True, tooltip="A fourth video."),
@@ -188,7 +190,7 @@ class CompareNode(Node):
         names += [""] * (len(clips) - len(names))
         comparison = Comparison(clips, names)
         try:
-            target = cls._written(comparison)
+            target = cls._written(comparison, video_sound(video_a))
         finally:
             comparison.close()
         shown = ui.PreviewVideo([target.result()]).as_dict()
@@ -196,13 +198,14 @@ class CompareNode(Node):
         return io.NodeOutput(api.InputImpl.VideoFromFile(str(target.path)), numbers, ui=shown)
 
     @classmethod
-    def _written(cls, comparison: Comparison) -> Target:
-        """The comparison's file; nothing is left of it after an error or an interrupt."""
+    def _written(cls, comparison: Comparison, sound: PlacedSound | None) -> Target:
+        """The comparison's file, with a sound if there is one; nothing is left of it after an error or an interrupt."""
         width, height = comparison.size
         target = new_file("AdaState_comparison", ".mp4", width, height, kind="temp")
         try:
             progress = Progress(comparison.count)
-            with VideoSink(target.path, width, height, comparison.rate, metadata=save_metadata(cls.hidden)) as sink:
+            metadata = save_metadata(cls.hidden)
+            with VideoSink(target.path, width, height, comparison.rate, metadata=metadata, sound=sound) as sink:
                 for frame in comparison:
                     sink.write(torch.from_numpy(frame)[None])
                     progress.step()

@@ -20,6 +20,8 @@ CATEGORY = "AdaState/audio"
 LAYERS = 25  # of wav2vec2 large: what its convolutions give, and 24 more
 MOST_SECONDS = 86_400.0
 _FILE = "sound file"
+# with it Nodes 2.0 lets a file be added in the list; the button of the classic node is web/js/upload.js
+UPLOAD = getattr(getattr(io, "UploadType", None), "audio", None)
 
 
 class AudioNode(Node):
@@ -107,6 +109,7 @@ class LoadSoundNode(Node):
                     io.Combo,
                     "file",
                     options=sound_files() or [""],
+                    upload=UPLOAD,
                     tooltip="A file in ComfyUI's input folder; press r when you have put one there.",
                 )
             ],

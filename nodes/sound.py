@@ -1,16 +1,19 @@
-"""AUDIO as the host's nodes give it, as the pack takes it; what is told of a sound beside a video."""
+"""AUDIO and the sound of a VIDEO as the host's nodes give them, as the pack takes them; what is told of a sound beside a video."""
 
 from __future__ import annotations
 
 import logging
+from fractions import Fraction
 from typing import Any
 
 import torch
 
+from ..adastate_core.audio.placed import PlacedSound
 from ..adastate_core.audio.track import Sound
-from ..adastate_core.video.sound_file import RATES
+from ..adastate_core.video.sound_file import RATES, NoSound, read_sound
 from .host.api import io
 from .host.node import shown
+from .host.pictures import sound_source
 
 log = logging.getLogger("adastate")
 
@@ -32,9 +35,10 @@ def told_at_once(sentences: list[str]) -> list[str]:
     return sentences
 
 
-def sound_notes(sound: Sound, offset: float, seconds: float | None, frame: float) -> list[str]:
+def sound_notes(sound: Sound, offset: float, seconds: float | None, least: float) -> list[str]:
     """What may surprise about a sound, `offset` seconds of it before the first picture, beside a video of so many seconds (None:
-    without an end) whose frames last `frame` seconds: a sentence, or none. ValueError where nothing of the sound is left."""
+    without an end): a sentence, or none where they differ by less than `least` seconds. ValueError where nothing of the sound is
+    left."""
     left = sound.seconds - offset
     if left <= 0:
         raise ValueError(
@@ -44,7 +48,7 @@ def sound_notes(sound: Sound, offset: float, seconds: float | None, frame: float
     told = f"the sound lasts {sound.seconds:.6g} s{begins}"
     if seconds is None:
         return [f"{told}, and the video has no end: it is silent from {left:.6g} s on"]
-    if abs(left - seconds) < frame:
+    if abs(left - seconds) < least:
         return []
     if left > seconds:
         return [f"{told}, and the video {seconds:.6g} s: the last {left - seconds:.3g} s of the sound are cut off"]
@@ -66,6 +70,21 @@ def sound_of(audio: Any, what: str = "audio") -> Sound:
     if not waveform.shape[2]:
         raise ValueError(f"{what} has no sample in it; connect a sound that lasts")
     return Sound(_floats(waveform[0].detach().cpu()), rate)
+
+
+def video_sound(video: Any) -> PlacedSound | None:
+    """The sound of a VIDEO as another one's of the same pictures has it; None, and a line in the log, where it cannot be read."""
+    source, since, until = sound_source(video)
+    if source is None:
+        return None
+    try:
+        sound = sound_of(source) if isinstance(source, dict) else read_sound(source)
+    except ValueError as error:
+        if not isinstance(error, NoSound):
+            log.warning("A video's sound is left out: %s", error)
+        return None
+    heard = sound.waveform if until is None else sound.waveform[:, : round(until * sound.rate)]
+    return PlacedSound(Sound(heard, sound.rate), Fraction(since).limit_denominator(10**6))
 
 
 def _floats(waveform: torch.Tensor) -> torch.Tensor:

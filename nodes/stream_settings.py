@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adastate_core.audio.track import Sound
+from ..adastate_core.geometry import WAN21
 from ..adastate_core.rollout import RolloutState
 from ..adastate_core.video.encoder import CODECS, check_encoder
 from ..adastate_core.video.frame_folder import FrameFolder
@@ -91,7 +92,8 @@ class StreamSettings:
         if self.sound is None:
             return []
         seconds = None if pictures is None else pictures / self.fps
-        return sound_notes(self.sound, self.sound_offset, seconds, 1 / self.fps)
+        # no length fits better than to a latent frame
+        return sound_notes(self.sound, self.sound_offset, seconds, WAN21.temporal_stride / self.fps)
 
     @property
     def keeps_state(self) -> bool:

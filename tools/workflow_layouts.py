@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 HUB = "https://huggingface.co/"
 _REPACKAGED = f"{HUB}Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"
 VAE_URL = f"{_REPACKAGED}vae/wan_2.1_vae.safetensors"
-VAE22_URL = f"{HUB}Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/vae/wan2.2_vae.safetensors"
 TEXT_URL = f"{_REPACKAGED}text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+_REPACKAGED22 = f"{HUB}Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/"
+VAE22_URL = f"{_REPACKAGED22}vae/wan2.2_vae.safetensors"
+S2V_URL = f"{_REPACKAGED22}diffusion_models/wan2.2_s2v_14B_fp8_scaled.safetensors"
+EAR_URL = f"{_REPACKAGED22}audio_encoders/wav2vec2_large_english_fp16.safetensors"
 FRAMEWISE_URL = (
     f"{HUB}TalmajM/causal_forcing_framewise_ComfyUI_repackaged/resolve/main/split_files/diffusion_models/"
     "causal_forcing-framewise.safetensors"
@@ -268,6 +271,25 @@ No resume, no stream: the whole latent is held. For long videos take *AdaState R
             "Sample and write": [[10, 11], [12]],
         },
         room={11: 330, 12: 370},
+        note_height=320,
+    ),
+    "talking_balloon": Layout(
+        note="""\
+### A voice moves the picture
+*Demo Sound* speaks, *Demo Ear* hears it, and the balloon swells with every syllable while the lantern climbs with the pitch. The \
+mp4 carries the sound. **length** is -1: as long as the sound.
+
+The lantern's colour is in no word. It comes from the picture in **reference**, which the small text model makes here: with \
+another **seed** in the first group there is another lantern.
+
+Take *Load Sound* in *Demo Sound*'s place for a voice of your own: a tune that is hummed between 200 and 800 Hz shows best. For \
+real faces see *System LiveAvatar*. Use faces and voices of people who agreed, and say that the video is made.""",
+        groups={
+            "A picture": [[4, 2], [3], [5], [6, 7]],
+            "A sound": [[8], [9, 10]],
+            "Both together": [[1, 11], [12]],
+        },
+        room={5: 90, 7: 260, 12: 340},
         note_height=320,
     ),
     "small_cache": Layout(

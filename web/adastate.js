@@ -9,6 +9,7 @@ import { Runs } from "./js/runs.js";
 import { steer } from "./js/steering.js";
 import { listByName } from "./js/templates.js";
 import { TEXTS } from "./js/texts.js";
+import { addUpload } from "./js/upload.js";
 import { View } from "./js/view.js";
 
 const WIDGET = "adastate_live";
@@ -240,6 +241,7 @@ app.registerExtension({
   nodeCreated(node) {
     // now, because Nodes 2.0 draws the widgets that a node has when it is made
     if (OPEN_LENGTH.has(node.comfyClass)) stepLength(node);
+    if (node.comfyClass === "AdaStateLoadSound") addUpload(node, "file", complain);
     if (node.comfyClass !== ROLLOUT) return;
     keepPlayersOut(node);
     prepare(node);

@@ -5,15 +5,16 @@ For hosts whose own loader is missing.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import av
 import numpy
 import torch
 
 from ..audio.track import Sound
-from .frames import CONTAINERS, name
+from .frames import CONTAINERS, Source, name
 
 # 6 hours of two channels at 48 kHz, 8 GiB
 MOST_SAMPLES = 2**31
@@ -28,22 +29,29 @@ _OPTIONS = {
 _ADVICE = "give a file that plays, such as WAV, FLAC, MP3, M4A, Ogg or MP4"
 
 
-def read_sound(path: Path) -> Sound:
-    """The first track of sound of a file, as it is heard from the file's beginning. ValueError, in a sentence, if it has none, or
-    says to hold far more than its bytes can."""
+class NoSound(ValueError):
+    """A file that can be read, and has no sound in it."""
+
+
+def read_sound(source: Source) -> Sound:
+    """The first track of sound of a file, or of a binary file that is open, as it is heard from the file's beginning. NoSound if it
+    has none, else ValueError, in a sentence, also for one that says to hold far more than its bytes can."""
     try:
-        with (
-            open(path, "rb") as file,
-            av.open(file, container_options=dict(_OPTIONS), metadata_errors="replace") as container,
-        ):
+        with contextlib.ExitStack() as stack:
+            file = source
+            if isinstance(source, (str, os.PathLike)):
+                file = stack.enter_context(open(source, "rb"))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            container = stack.enter_context(av.open(file, container_options=dict(_OPTIONS), metadata_errors="replace"))
             streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
             if not streams:
-                raise ValueError(f"{name(path)} has no sound in it; {_ADVICE}")
-            most = min(MOST_SAMPLES, max(_MUCH, _MOST_IN_A_BYTE * path.stat().st_size))
-            return _decoded(container, streams[0], name(path), most)
+                raise NoSound(f"{name(source)} has no sound in it; {_ADVICE}")
+            most = min(MOST_SAMPLES, max(_MUCH, _MOST_IN_A_BYTE * size))
+            return _decoded(container, streams[0], name(source), most)
     except (av.error.FFmpegError, OSError, UnicodeError) as error:
         raise ValueError(
-            f"{name(path)} cannot be read: it is damaged or of a kind that is not known; {_ADVICE}"
+            f"{name(source)} cannot be read: it is damaged or of a kind that is not known; {_ADVICE}"
         ) from error
 
 
@@ -60,7 +68,7 @@ def _decoded(container: av.container.InputContainer, stream: av.AudioStream, fil
         _check_size(held, most, file)
         pieces.append(piece)
     if not pieces:
-        raise ValueError(f"{file} has no sound in it that decodes; {_ADVICE}")
+        raise NoSound(f"{file} has no sound in it that decodes; {_ADVICE}")
     before = round(late * rate)  # a video's sound may begin later than its pictures
     if before > 0:
         channels = pieces[0].shape[0]

@@ -2,6 +2,7 @@
 
 api           the V3 node API, its differences between hosts, wire types; node, sockets: what every node of the pack checks
 model         the host's loaded Wan model as a rollout's CausalModel; fusing, feed_forward, pass_memory: its passes made faster
+speech_model  the same of a model that hears; made_models, made_speech: random ones, and their plain twins on the CPU
 guider        the host's guiders, samplers and noises
 codec         the host's loaded VAE as a streaming decoder; fast_vae: its fast way
 enlarger      the host's upscale and frame interpolation models, a picture at a time

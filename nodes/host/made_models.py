@@ -62,6 +62,8 @@ def random_weights(shape: Shape, dtype: torch.dtype = torch.float32, seed: int =
         if "norm" in name and name.endswith("weight"):
             sharp = SHARPNESS if name.endswith(("norm_q.weight", "norm_k.weight")) else 1.0
             weights[name] = (sharp * (1 + 0.1 * drawn)).to(dtype)
+        elif name == "casual_audio_encoder.weights":  # an S2V model's, which it divides by the sum of
+            weights[name] = (1 + 0.5 * drawn).to(dtype)
         else:
             fan = value[0].numel() if value.ndim > 1 else 100
             loud = LOUDNESS if ".self_attn.o." in name else 1.0

@@ -41,6 +41,14 @@ def clip(video: Any, what: str = "the video") -> FileClip | MemoryClip:
     return found if seen in found.sizes or seen == found.first().size else _components(video, what)
 
 
+def sound_source(video: Any) -> tuple[Any, float, float | None]:
+    """(where a VIDEO's sound is, from when and until when it counts in seconds): a file, or of what lies in memory an AUDIO, None
+    where it has none."""
+    if _in_memory(video):
+        return video.get_components().audio, 0.0, None
+    return video.get_stream_source(), *_trim(video)
+
+
 def video_tail(video: Any, frames: int, fps: float = 0.0, scale: Scale = lambda pictures: pictures) -> torch.Tensor:
     """The last `frames` frames of a VIDEO, [n, H, W, 3] float32 in 0..1, fewer where it is shorter.
 

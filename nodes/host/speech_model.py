@@ -47,7 +47,6 @@ class SpeechModel(HostModel):
         self._encoded: Pair | None = None
         self._encoded_of: Hashable = None
         super().__init__(patcher, context, batch)
-        self._channels = sound_shape(patcher)[1]
 
     def _prepared(self, patcher: Any) -> Any:
         clone = super()._prepared(patcher)
@@ -72,37 +71,19 @@ class SpeechModel(HostModel):
         if self._encoded_of == (wanted := (id(sound), first, frames, states)):
             return
         self._encoded = self._encoded_of = None
-        encoder = getattr(self.patcher.model.diffusion_model, _ENCODER)
-        weights = F.silu(encoder.weights.detach().float().flatten().cpu())
-        heard = sound.of(weights / weights.sum(), first, frames, self._channels)
-        made = encoder.encoder(heard.features[None].to(self.device, self.dtype))
-        self._encoded = tuple(self._of_frames(one[:, heard.dropped :], states) for one in made)
+        made = encoded_sound(self.patcher.model.diffusion_model, sound, first, frames, states, self.device, self.dtype)
+        self._encoded = tuple(one.expand(self._batch, -1, -1, -1) for one in made)
         self._encoded_of = wanted
-
-    def _of_frames(self, made: torch.Tensor, states: int) -> torch.Tensor:
-        """Tokens [1, frames, n, D] for every item and for `states` frames before the first."""
-        if states:
-            made = torch.cat([made[:, :1].expand(-1, states, -1, -1), made], 1)
-        return made.expand(self._batch, -1, -1, -1)
 
     def refer(self, picture: torch.Tensor, motion: torch.Tensor, making: MakingReference) -> None:
         """One pass over the tokens of a picture [B, C, 1, h, w] and of the frames before the video [B, C, 19, h, w], at timestep 0;
         the layers keep what `making` wants of it."""
-        wan, kind = self.patcher.model.diffusion_model, comfy.ldm.wan.model
+        wan = self.patcher.model.diffusion_model
         mask = comfy.model_management.cast_to(wan.trainable_cond_mask.weight, dtype=self.dtype, device=self.device)
-        shown = wan.patch_embedding(picture.float()).to(self.dtype).flatten(2).transpose(1, 2) + mask[1]
-        # its second result are the host's own places, which are others (reference.token_places)
-        before = wan.frame_packer(motion.to(self.dtype), wan)[0] + mask[2]
         self._seen = self._options | self._own(making, 0.0)
         try:
             with self.memory.during("reference", self._text_key):
-                times = kind.sinusoidal_embedding_1d(wan.freq_dim, torch.zeros(len(shown), device=self.device))
-                e = wan.time_embedding(times.to(self.dtype)).unsqueeze(1)
-                e = wan.time_projection(e).unflatten(2, (6, wan.dim))
-                context = wan.text_embedding(self._context)
-                x = torch.cat([shown, before], 1)
-                for block in wan.blocks:
-                    x = block(x, e=e, freqs=None, context=context, transformer_options=self._seen)
+                pass_over_reference(wan, picture, motion, mask, self._context, self._seen)
         finally:
             self._seen = self._options
 
@@ -114,25 +95,65 @@ class SpeechModel(HostModel):
         return tuple(dict.fromkeys(each))
 
     def _forward(self, wan: Any, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        """The host's forward. Its blocks are reached through a replacement of each, since older hosts do not show them the options;
-        a control video of nothing stands for the part that both published pipelines add without one."""
-        replaced = {("double_block", i): self._block(block) for i, block in enumerate(wan.blocks)}
-        options = self._seen | {"patches_replace": {"dit": replaced}}
-        return wan.forward_orig(
-            x,
-            times,
-            self._context,
-            audio_embed=None if self._encoded is None else x.new_zeros(1, 1, 1, 1),
-            control_video=torch.zeros_like(x),
-            freqs=None,
-            transformer_options=options,
-        )
+        return speech_forward(wan, x, times, self._context, self._encoded is not None, self._seen)
 
-    def _block(self, block: torch.nn.Module) -> Callable[[dict[str, Any], dict[str, Any]], dict[str, torch.Tensor]]:
-        def replacement(args: dict[str, Any], _: dict[str, Any]) -> dict[str, torch.Tensor]:
-            out = block(
-                args["img"], e=args["vec"], freqs=args["pe"], context=args["txt"], transformer_options=self._seen
-            )
-            return {"img": out}
 
-        return replacement
+def encoded_sound(
+    wan: Any, sound: DrivingSound, first: int, frames: int, states: int, device: torch.device, dtype: torch.dtype
+) -> Pair:
+    """What a S2V module's injectors take of the sound of latent frames `first` .. `first + frames`: global tokens
+    [1, states + frames, 1, D] and local ones [1, states + frames, 5, D]; `states` frames before the first hear what that does."""
+    encoder = getattr(wan, _ENCODER)
+    weights = F.silu(encoder.weights.detach().float().flatten().cpu())
+    heard = sound.of(weights / weights.sum(), first, frames, encoder.encoder.conv1_local.conv.in_channels)
+    made = (one[:, heard.dropped :] for one in encoder.encoder(heard.features[None].to(device, dtype)))
+    return tuple(torch.cat([one[:, :1].expand(-1, states, -1, -1), one], 1) if states else one for one in made)
+
+
+def pass_over_reference(
+    wan: Any,
+    picture: torch.Tensor,
+    motion: torch.Tensor,
+    mask: torch.Tensor,
+    context: torch.Tensor,
+    options: dict[str, Any],
+) -> None:
+    """The blocks of a S2V module over the tokens of a picture [B, C, 1, h, w] and of the frames before it [B, C, 19, h, w], at
+    timestep 0. `mask` [3, D] is what marks tokens, in the dtype that the module computes in."""
+    shown = wan.patch_embedding(picture.float()).to(mask.dtype).flatten(2).transpose(1, 2) + mask[1]
+    # its second result are the host's own places, which are others (reference.token_places)
+    before = wan.frame_packer(motion.to(mask.dtype), wan)[0] + mask[2]
+    times = comfy.ldm.wan.model.sinusoidal_embedding_1d(wan.freq_dim, torch.zeros(len(shown), device=mask.device))
+    e = wan.time_embedding(times.to(mask.dtype)).unsqueeze(1)
+    e = wan.time_projection(e).unflatten(2, (6, wan.dim))
+    context = wan.text_embedding(context)
+    x = torch.cat([shown, before], 1)
+    for block in wan.blocks:
+        x = block(x, e=e, freqs=None, context=context, transformer_options=options)
+
+
+def speech_forward(
+    wan: Any, x: torch.Tensor, times: torch.Tensor, context: torch.Tensor, hears: bool, options: dict[str, Any]
+) -> torch.Tensor:
+    """The host's forward of a S2V module. Its blocks are reached through a replacement of each, since older hosts do not show them
+    the options; a control video of nothing stands for the part that both published pipelines add without one."""
+    replaced = {("double_block", i): _with_options(block, options) for i, block in enumerate(wan.blocks)}
+    return wan.forward_orig(
+        x,
+        times,
+        context,
+        audio_embed=x.new_zeros(1, 1, 1, 1) if hears else None,
+        control_video=torch.zeros_like(x),
+        freqs=None,
+        transformer_options=options | {"patches_replace": {"dit": replaced}},
+    )
+
+
+def _with_options(
+    block: torch.nn.Module, options: dict[str, Any]
+) -> Callable[[dict[str, Any], dict[str, Any]], dict[str, torch.Tensor]]:
+    def replacement(args: dict[str, Any], _: dict[str, Any]) -> dict[str, torch.Tensor]:
+        out = block(args["img"], e=args["vec"], freqs=args["pe"], context=args["txt"], transformer_options=options)
+        return {"img": out}
+
+    return replacement

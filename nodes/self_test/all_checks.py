@@ -6,13 +6,10 @@ from functools import partial
 
 import torch
 
-from ...adastate_core.weights.presets import OWN_PRESETS, PRESETS
+from ...adastate_core.weights.presets import OWN_PRESETS
 from ..host import made_models as made
 from . import kernel_checks, other_checks, rollout_checks
 from .outcome import Check
-
-# those of the tiny models that are made here; none of these hears
-TRIED_PRESETS = tuple(name for name in OWN_PRESETS if not PRESETS[name].driven_by_sound)
 
 
 def all_checks(speed: bool = True) -> list[Check]:
@@ -26,7 +23,7 @@ def all_checks(speed: bool = True) -> list[Check]:
         Check(f"numbers in {kind}", partial(kernel_checks.eight_bits, cache_dtype=kind)) for kind in ("int8", "fp8")
     ]
     found.append(Check("demo model", rollout_checks.demo))
-    found += [Check(f"preset {name}", partial(rollout_checks.preset, name=name)) for name in TRIED_PRESETS]
+    found += [Check(f"preset {name}", partial(rollout_checks.preset, name=name)) for name in OWN_PRESETS]
     found += [
         Check(f"interrupt, {name}", partial(rollout_checks.interrupt, name=name)) for name in ("longlive", "adastate")
     ]

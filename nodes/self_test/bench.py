@@ -10,8 +10,10 @@ import torch
 
 from ...adastate_core.prompts.demo_words import DEFAULTS, prompt
 from ...adastate_core.rollout import Rollout, RolloutSpec, RolloutState, Settings
+from ...adastate_core.weights.presets import PRESETS
 from ..builder import Request
 from ..host import made_models as made
+from ..host import made_speech as speech
 from ..host.checkpoint_wishes import with_preset
 from ..host.progress import Progress, check_interrupt
 from ..job import Job
@@ -20,6 +22,8 @@ SEED = 11
 # of tiny pictures whose sides differ; 12 tokens a latent frame
 WIDTH, HEIGHT = 64, 48
 TEXT_TOKENS = 7
+# a video that is driven by sound, and a sound of which its last pictures hear nothing
+HEARD_LENGTH, SOUND_SECONDS = 69, 2.5
 AS_PUBLISHED = "as published"
 
 
@@ -52,7 +56,7 @@ class Rolled:
     def bytes_are_planned(self) -> tuple[bool, str]:
         """Keys and values, planned against allocated."""
         planned = self.job.plan.kv_bytes, self.job.plan.host_bytes
-        used = self.rollout.cache.peak_nbytes, self.rollout.cache.peak_host_nbytes
+        used = self.rollout.past.peak_nbytes
         beside = f" and {used[1]:,} in host memory" if used[1] else ""
         if planned == used:
             return True, f"{used[0]:,} bytes{beside} as planned"
@@ -95,10 +99,32 @@ class Bench:
         """The host's device."""
         return self.model.load_device
 
+    @cached_property
+    def talker_weights(self) -> dict[str, torch.Tensor]:
+        return made.random_weights(speech.TALKING)
+
+    @cached_property
+    def talker(self) -> Any:
+        """A MODEL of two layers in float32 that hears."""
+        return made.loaded(self.talker_weights, torch.float32)
+
+    @cached_property
+    def plain_talker(self) -> speech.PlainTalker:
+        """Its twin on the CPU."""
+        return speech.PlainTalker(speech.TALKING, self.talker_weights, self.context)
+
+    def twin_for(self, preset: str) -> made.PlainWan:
+        """The twin of the model that follows a preset's rules."""
+        return self.plain_talker if PRESETS[preset].driven_by_sound else self.plain
+
     def request(self, preset: str, **more: Any) -> Request:
-        """A rollout of the tiny model by a preset's rules."""
-        model = with_preset(self.model, preset, AS_PUBLISHED)
+        """A rollout of the tiny model by a preset's rules; of one that hears by a sound, and with a picture."""
         asked = dict(width=WIDTH, height=HEIGHT, length=81, seed=SEED, keep_latents=False)
+        hears = PRESETS[preset].driven_by_sound
+        if hears:
+            track, picture = speech.made_track(SOUND_SECONDS), speech.made_reference()
+            asked |= dict(width=speech.SIDE, height=speech.SIDE, length=HEARD_LENGTH, audio=track, reference=picture)
+        model = with_preset(self.talker if hears else self.model, preset, AS_PUBLISHED)
         return Request(model=model, positive=[[self.context, {}]], **(asked | more))
 
     @staticmethod
@@ -146,8 +172,9 @@ def way_of_blocks(job: Job) -> str:
 def by_the_twin(job: Job, plain: made.PlainWan) -> torch.Tensor:
     """The latents of the same rollout by the plain twin, in float32 on the CPU."""
     spec = replace(job.spec, dtype=torch.float32)
-    settings = Settings(job.request.seed, job.schedule)
-    rollout = Rollout(plain, spec, settings, text_tokens=job.text_tokens, length=job.latent_length)
+    settings = Settings(job.request.seed, job.schedule, sound=job.sound)
+    shown = job.picture
+    rollout = Rollout(plain, spec, settings, text_tokens=job.text_tokens, length=job.latent_length, reference=shown)
     rollout.on_step = lambda chunk, step, steps, x0: check_interrupt()
     return torch.cat([chunk.latents for chunk in rollout.chunks(job.latent_length)], 2)
 

@@ -37,7 +37,7 @@ def preset(bench: Bench, name: str) -> Outcome:
     whole = rolled(bench, request, state_at=frames - (1 + spec.blocks) * spec.chunk_frames)
     return judged(
         [
-            near(whole.latents, by_the_twin(whole.job, bench.plain), FLOAT_APART, "the CPU"),
+            near(whole.latents, by_the_twin(whole.job, bench.twin_for(name)), FLOAT_APART, "the CPU"),
             whole.bytes_are_planned(),
             _resumed(bench, request, whole),
         ]

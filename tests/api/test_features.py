@@ -11,7 +11,7 @@ from conftest import ROOT, WORKFLOWS, frames_of, report_of, workflow
 from PIL import Image, ImageOps
 
 from tools.made_chain import CLIP, CLIPS, write_chain
-from tools.system_workflows import PREFIX, made_for, preset_of
+from tools.system_workflows import PREFIX, heard, made_for, preset_of
 
 SYSTEMS = sorted(path.stem for path in WORKFLOWS.glob("system_*.json"))
 
@@ -41,7 +41,8 @@ def distance(a: list[np.ndarray], b: list[np.ndarray]) -> float:
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_system_is_rolled_out_as_its_preset_says(client, name):
-    prompt = workflow(name, n6__length=49)
+    driven = heard(name.removeprefix(PREFIX))  # as long as its sound
+    prompt = workflow(name, n8__seconds=2.0) if driven else workflow(name, n6__length=49)
     preset = prompt["4"]["inputs"]["preset"]
     assert preset == preset_of(name.removeprefix(PREFIX)).name and prompt["6"]["inputs"]["model"] == ["4", 0]
     report = report_of(client.run(prompt), "6")
@@ -54,11 +55,15 @@ def test_a_system_is_rolled_out_as_its_preset_says(client, name):
 
 
 def test_no_system_is_shipped_at_a_length_that_it_warns_of():
-    """Those made for so many pictures ship with at most as many, the others run thirty seconds."""
+    """Those made for so many pictures ship with at most as many, the others run thirty seconds, or as long as a sound."""
     page = (ROOT / "web" / "docs" / "AdaStateModelPreset.md").read_text(encoding="utf-8")
     for name in SYSTEMS:
         row = re.search(rf"^\| {preset_of(name.removeprefix(PREFIX)).name} \|.*$", page, re.M)[0]
-        length, most = workflow(name)["6"]["inputs"]["length"], made_for(name.removeprefix(PREFIX))
+        prompt, most = workflow(name), made_for(name.removeprefix(PREFIX))
+        length = prompt["6"]["inputs"]["length"]
+        if heard(name.removeprefix(PREFIX)):
+            assert length == -1 and prompt["8"]["inputs"]["seconds"] == 20 and f"{most} pictures" not in row
+            continue
         assert length <= min(481, most) if f"{most} pictures" in row else length == 481
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import av
 import numpy
-from conftest import report_of, workflow
+from conftest import frames_of, report_of, workflow
+
+from adastate_core.audio.demo_tones import tones
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "core"))
 from sounds import click_time, lag, played, siren
@@ -53,3 +55,21 @@ def test_kill_9_leaves_frames_with_their_sound_and_a_join_goes_on_in_step(client
     beside, rate = played(client.output / report["frame_folders"][0] / "sound.wav")
     assert beside.shape == (2, round(length / FPS * rate))
     assert numpy.abs(beside - heard[:, : beside.shape[1]]).max() < 1e-4
+
+
+def test_a_balloon_that_talks(client):
+    """As shipped, but of three seconds: as long as the sound, which the file carries and which moves the picture."""
+    videos = []
+    for seed, reference in ((3, 7), (4, 7), (3, 8)):
+        outputs = client.run(workflow("talking_balloon", n8__seconds=3.0, n8__seed=seed, n5__seed=reference))
+        report = report_of(outputs, "12")
+        assert (report["frames"], report["video_fps"], report["warnings"]) == (49, 16.0, [])
+        found, rate = played(client.output / report["videos"][0])
+        wanted = tones(3.0, seed)[0][0, 0].numpy()
+        assert rate == 16_000 and 0 <= found.shape[1] / rate - 49 / 16 < 1024 / rate
+        assert lag(found[0], wanted) == 0 and numpy.abs(found[0, 48_000:]).max() < 0.01
+        if not videos:  # a picture that was shown is not shown again
+            assert client.image_of(outputs["7"]["images"][0]).shape == (64, 64, 3)
+        videos.append(numpy.stack(frames_of(client.output / report["videos"][0])).astype(int))
+    for other in videos[1:]:  # another voice, another picture that is shown
+        assert numpy.abs(other - videos[0]).mean() > 1

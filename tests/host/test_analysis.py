@@ -62,13 +62,13 @@ def test_attention_share_says_what_is_wrong(node, inputs, reason):
     assert node("AdaStateAttentionShare").validate(**inputs).startswith(reason)
 
 
-def video(path, frames: int, level: int, fps: int = 16, size: int = 32):
+def video(path, frames: int, level: int, fps: int = 16, size: int = 32, sound=None):
     from adastate_pack.nodes.host.api import InputImpl
 
     generator = torch.Generator().manual_seed(level)
     noise = torch.randint(0, 60, (1, size, size, 3), generator=generator)
     pictures = torch.cat([(noise + level + i).clamp(0, 255) for i in range(frames)]).to(torch.uint8)
-    with VideoSink(path, size, size, fps) as sink:
+    with VideoSink(path, size, size, fps, sound=sound) as sink:
         sink.write(pictures)
     return InputImpl.VideoFromFile(str(path))
 
@@ -269,14 +269,14 @@ def test_a_comparison_that_ends_early_leaves_no_file(node, folders, monkeypatch,
     assert (left_in(temp) if temp.exists() else []) == before
 
 
-def memory(frames: int, level: float = 0.25):
+def memory(frames: int, level: float = 0.25, audio: dict | None = None):
     from fractions import Fraction
 
     from adastate_pack.nodes.host.api import InputImpl
     from comfy_api.latest import Types
 
     images = torch.full((frames, 33, 35, 3), level)
-    return InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=None, frame_rate=Fraction(16)))
+    return InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=audio, frame_rate=Fraction(16)))
 
 
 def test_videos_in_memory_are_measured_as_they_are(node, folders, monkeypatch):

@@ -17,8 +17,11 @@ from adastate_pack.adastate_core.cache import byte_plan, eight_bits
 from adastate_pack.adastate_core.cache import stored as stored_cache
 from adastate_pack.adastate_core.decode import wan_vae
 from adastate_pack.adastate_core.rope import Rope
+from adastate_pack.adastate_core.weights.presets import OWN_PRESETS
 from adastate_pack.nodes import self_test_node
 from adastate_pack.nodes.host import made_models as made
+from adastate_pack.nodes.host import made_speech as speech
+from adastate_pack.nodes.host.speech_model import SpeechModel
 from adastate_pack.nodes.self_test import all_checks as listed
 from adastate_pack.nodes.self_test import bench as benches
 from adastate_pack.nodes.self_test import other_checks, outcome, rollout_checks
@@ -26,8 +29,8 @@ from adastate_pack.nodes.self_test.bench import Bench, distance
 
 # a line of each kind; what they are of is on the help page
 FEW = (
-    "attention in float32", "rotation", "numbers in int8", "preset longlive", "preset adastate", "interrupt, adastate",
-    "past in int8", "past in host memory", "decode, full VAE",
+    "attention in float32", "rotation", "numbers in int8", "preset longlive", "preset liveavatar", "preset adastate",
+    "interrupt, adastate", "past in int8", "past in host memory", "decode, full VAE",
 )  # fmt: skip
 
 
@@ -53,7 +56,7 @@ def test_everything_is_ok_here_and_nothing_of_the_user_is_told(node, folders, pr
     count = len(rows)
     assert re.fullmatch(rf"AdaState Self Test: {count} of {count} ok, \d+ s", lines[0])
     assert count == len(listed.all_checks(speed=False)) == len({row[0] for row in rows})
-    assert {row[0].removeprefix("preset ") for row in rows if row[0].startswith("preset ")} == set(listed.TRIED_PRESETS)
+    assert {row[0].removeprefix("preset ") for row in rows if row[0].startswith("preset ")} == set(OWN_PRESETS)
     assert f"torch {torch.__version__}" in text and "device: " in text and "pack 0." in text
     for word in (str(Path.home()), str(folders), str(made.PACK)):
         assert word not in text
@@ -72,10 +75,24 @@ def test_the_tiny_model_reads_its_past():
     assert distance(own.latents, plain.latents) > 50 * rollout_checks.FLOAT_APART
 
 
+def test_the_tiny_model_that_hears_does_so_and_shows_its_picture(caplog):
+    with torch.inference_mode():
+        bench = Bench()
+        request, frames = benches.long_enough(bench.request("liveavatar"))
+        own = benches.rolled(bench, request)
+        for changed in (
+            {"audio": speech.made_track(benches.SOUND_SECONDS, 1)},
+            {"reference": speech.made_reference(1)},
+        ):
+            other = benches.rolled(bench, benches.replace(request, **changed))
+            assert distance(own.latents, other.latents) > 20 * rollout_checks.FLOAT_APART, changed
+    assert frames > own.rollout.spec.reference.rolls_at and caplog.messages == []
+
+
 def test_rollouts_go_two_chunks_past_eviction():
     with torch.inference_mode():
         bench, lengths = Bench(), {}
-        for name in listed.TRIED_PRESETS:
+        for name in OWN_PRESETS:
             request, frames = benches.long_enough(bench.request(name))
             spec = benches.Job(request).spec
             held = spec.anchor.frames - spec.anchor.state_frames + spec.window_frames
@@ -83,6 +100,16 @@ def test_rollouts_go_two_chunks_past_eviction():
             assert held < made_before <= max(held, spec.restart_frames) + spec.chunk_frames
             lengths[name] = frames
     assert lengths["self_forcing"] == 27 and lengths["causal_forcing_frame"] == 23 and lengths["causvid"] == 30
+
+
+def goes_deaf(monkeypatch):
+    original = SpeechModel.hear
+
+    def broken(model, *given):
+        original(model, *given)
+        model._encoded = tuple(0 * one for one in model._encoded)
+
+    monkeypatch.setattr(SpeechModel, "hear", broken)
 
 
 def drops_a_key(monkeypatch):
@@ -141,12 +168,19 @@ def breaks_down(monkeypatch):
 
 
 FAULTS = {
-    drops_a_key: {"attention in float32", "preset longlive", "preset adastate"},
+    goes_deaf: {"preset liveavatar"},
+    drops_a_key: {"attention in float32", "preset longlive", "preset liveavatar", "preset adastate"},
     turns_too_far: {"rotation"},
     forgets_scales: {"numbers in int8", "past in int8"},
     forgets_frames: {"decode, full VAE"},
-    plans_too_little: {"preset longlive", "preset adastate", "past in int8", "past in host memory"},
-    loses_a_saved_frame: {"preset longlive", "preset adastate", "past in host memory"},
+    plans_too_little: {
+        "preset longlive",
+        "preset liveavatar",
+        "preset adastate",
+        "past in int8",
+        "past in host memory",
+    },
+    loses_a_saved_frame: {"preset longlive", "preset liveavatar", "preset adastate", "past in host memory"},
 }
 
 

@@ -10,9 +10,11 @@ import av
 import numpy
 import pytest
 import torch
+from adastate_pack.adastate_core.audio.placed import PlacedSound
 from adastate_pack.adastate_core.audio.track import AudioTrack, Sound
 from adastate_pack.nodes.host.steer_wishes import Wish
 from conftest import NODES
+from test_analysis import memory, video
 from test_links import ran  # noqa: F401  a fixture
 from test_reports import stop_after
 from test_steering import script  # noqa: F401  a fixture
@@ -167,6 +169,9 @@ def test_a_video_without_an_end_is_silent_behind_the_sound(rollout, stream, fold
         (10.0, "the sound lasts 10 s, and the video 2.0625 s: the last 7.94 s of the sound are cut off"),
         (1.0, "the sound lasts 1 s, and the video 2.0625 s: its last 1.06 s are silent"),
         (2.05, ""),
+        (1.82, ""),
+        (2.3, ""),
+        (1.8, "the sound lasts 1.8 s, and the video 2.0625 s: its last 0.262 s are silent"),
     ],
 )
 def test_another_length_is_told_before_anything_is_made(model, rollout, stream, node, caplog, seconds, words, folders):
@@ -266,3 +271,24 @@ def test_a_sound_is_loaded_from_the_input_folder_and_from_nowhere_else(node, fol
     assert NODES["AdaStateLoadSound"].fingerprint_inputs(file="a.wav") != before
     with pytest.raises(ValueError, match="a.wav cannot be read"):
         load(file="a.wav")
+
+
+def test_a_comparison_has_the_sound_of_its_first_video(node, folders):
+    """Of a file, of the part of one that counts, and of what lies in memory; the others are not heard."""
+    compare, heard = node("AdaStateCompare"), audio(3.0)
+    sounding = video(folders / "a.mp4", 40, 20, sound=PlacedSound(Sound(heard["waveform"][0], RATE)))
+    silent = video(folders / "b.mp4", 40, 150)
+
+    class Cut(type(sounding)):
+        def get_active_trim_window(self) -> tuple[float, float]:
+            return 1.0, 0.75
+
+    cut = Cut(str(folders / "a.mp4"))
+    for first, frames, start in ((sounding, 40, 0.0), (memory(40, audio=heard), 40, 0.0), (cut, 40, 1.0)):
+        made = Path(compare(video_a=first, video_b=silent, labels="").args[0].get_stream_source())
+        wanted = heard if first is not cut else {**heard, "waveform": heard["waveform"][..., : round(1.75 * RATE)]}
+        require_in_step(made, wanted, frames, start)
+    for first in (silent, memory(40), memory(40, audio=audio() | {"waveform": torch.zeros(2, 1, 9)})):
+        made = compare(video_a=first, video_b=sounding, labels="").args[0].get_stream_source()
+        with av.open(made) as container:
+            assert not container.streams.audio

@@ -311,7 +311,7 @@ def test_a_run_without_an_end_says_what_is_made_and_is_redone_without_one(open_f
     page = open_front_end("vue")
     page.open_template("long_video")
     tab = Tab(page)
-    for typed, taken in ((480, 481), (82, 81), (-3, 0), (4, 5), (0, 0)):
+    for typed, taken in ((480, 481), (82, 81), (-1, -1), (-3, -1), (4, 5), (0, 0)):
         page.tab.evaluate(SET, ["AdaStateRollout", "length", typed])
         assert page.prompt()["5"]["inputs"]["length"] == taken
     start(page, 0)

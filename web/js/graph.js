@@ -43,10 +43,13 @@ export const isDemo = (timeline) => typeOf(timeline) === "AdaStateDemoTimeline";
 
 export const valueOf = (node, name) => node?.widgets?.find((widget) => widget.name === name)?.value;
 
-/** Frames as a rollout counts them: 0, which has no end, or the nearest 4n + 1. */
-const nearestLength = (frames) => (frames < 1 ? 0 : 4 * Math.round((frames - 1) / 4) + 1);
+/** Frames as a rollout counts them: -1, which is as long as the sound, 0, which has no end, or the nearest 4n + 1. */
+function nearestLength(frames) {
+  if (frames < 0) return -1;
+  return frames < 1 ? 0 : 4 * Math.round((frames - 1) / 4) + 1;
+}
 
-/** Let a node's length go from 0 to 1, 5, 9 and so on: the front end's own steps would all count from 0. */
+/** Let a node's length be -1, 0, 1, 5, 9 and so on: the front end's own steps would all count from the least. */
 export function stepLength(node) {
   const widget = node.widgets?.find((each) => each.name === "length");
   if (!widget) return;

@@ -223,7 +223,8 @@ export class Panel {
   /** Seconds along the axis: the video as it was asked for, or as it was kept, with room for prompts that lie behind its end. */
   total(run, node, entries) {
     const about = run?.about;
-    let seconds = (about?.length || Number(valueOf(node, "length")) || 81) / (about?.fps ?? this.fps);
+    const asked = Math.max(0, Number(valueOf(node, "length")) || 0); // -1 is as long as the sound, which is not known yet
+    let seconds = (about?.length || asked || 81) / (about?.fps ?? this.fps);
     if (run?.newest) {
       const { seconds: made, seconds_total: all } = run.newest;
       seconds = ["stopped", "paused"].includes(run.outcome) ? made : all ?? (run.running ? room(made) : made);

@@ -38,6 +38,8 @@ export const TEXTS = {
   unplayable: (codec) => `This browser does not play ${codec}: these are pictures of the preview. Open the file in a player or an editor`,
   noPictures: "No pictures: connect Stream To Video, and turn its preview on",
   stopFailed: "The rollout could not be stopped",
+  upload: "Choose a file to upload",
+  uploadFailed: (file, status) => `${file} could not be uploaded: the server answered ${status}`,
 
   tab: "AdaState",
   panel: "Timeline of a rollout",

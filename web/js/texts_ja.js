@@ -38,6 +38,8 @@ export const JA = {
   unplayable: (codec) => `このブラウザーは ${codec} を再生できません。これはプレビューの画像です。ファイルはプレーヤーか編集ソフトで開いてください`,
   noPictures: "画像がありません。「動画へストリーム」をつなぎ、プレビューをオンにしてください",
   stopFailed: "ロールアウトを停止できませんでした",
+  upload: "アップロードするファイルを選択",
+  uploadFailed: (file, status) => `${file} をアップロードできませんでした。サーバーの応答は ${status} です`,
 
   tab: "AdaState",
   panel: "ロールアウトのタイムライン",

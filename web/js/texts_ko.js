@@ -38,6 +38,8 @@ export const KO = {
   unplayable: (codec) => `이 브라우저는 ${codec}을(를) 재생하지 못합니다. 보이는 것은 미리보기 이미지입니다. 파일은 재생기나 편집기에서 여세요`,
   noPictures: "이미지가 없습니다. \"비디오로 스트림\"을 연결하고 미리보기를 켜세요",
   stopFailed: "롤아웃을 멈출 수 없었습니다",
+  upload: "업로드할 파일 선택",
+  uploadFailed: (file, status) => `${file} 파일을 업로드하지 못했습니다. 서버 응답: ${status}`,
 
   tab: "AdaState",
   panel: "롤아웃의 타임라인",

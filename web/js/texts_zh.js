@@ -38,6 +38,8 @@ export const ZH = {
   unplayable: (codec) => `此浏览器无法播放 ${codec}：这里显示的是预览图片。请用播放器或剪辑软件打开文件`,
   noPictures: "没有图片：请连接“流式输出到视频”，并开启它的预览",
   stopFailed: "无法停止滚动生成",
+  upload: "选择要上传的文件",
+  uploadFailed: (file, status) => `无法上传 ${file}：服务器返回 ${status}`,
 
   tab: "AdaState",
   panel: "滚动生成的时间线",
