@@ -29,6 +29,10 @@ Clips = dict[str, torch.Tensor]
 SUBJECTS = (slice(0, 5), slice(0, 8))
 
 
+def drawn_below(share: float, generator: torch.Generator) -> bool:
+    return float(torch.rand((), generator=generator)) < share
+
+
 @dataclass(frozen=True)
 class Given:
     """What a batch of clips is conditioned on: `context` [1, n, 4096] and which of it each chunk sees, `mask` [B, chunks, n];
@@ -42,9 +46,9 @@ class Given:
     @staticmethod
     def draw(texts: Texts, clips: Clips, config: dict, generator: torch.Generator) -> Given:
         context, mask = texts.whole(clips["words"], config["drop_words"], generator)
-        long = float(torch.rand((), generator=generator)) < config["long_window"]
+        long = drawn_below(config["long_window"], generator)
         window = config["long_window_frames"] if long else config["window_frames"]
-        if float(torch.rand((), generator=generator)) < config["drop_reference"]:
+        if drawn_below(config["drop_reference"], generator):
             return Given(context, mask, None, window)
         stills = clips["references"]
         which = torch.randint(stills.shape[1], (len(stills),), generator=generator)
@@ -92,6 +96,11 @@ class TalkingLoss(nn.Module):
         return clip_velocity(self.model, past, noisy, sigma, given.context, clip, sound, condition)
 
 
+def past_of(clips: Clips) -> torch.Tensor:
+    """What clips have behind them [N, 16, T, h, w]: themselves, or the past that they come with."""
+    return clips.get("past", clips["latents"]).float()
+
+
 def noised(clips: Clips, config: dict, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
     """(noisy clips, sigma [B, T], the velocity there, the past with a little noise on it)."""
     latents = clips["latents"].float()
@@ -100,7 +109,7 @@ def noised(clips: Clips, config: dict, generator: torch.Generator) -> tuple[torc
     )
     sigma = sigma.repeat_interleave(CHUNK_LATENTS, 1)
     level, noise = sigma[:, None, :, None, None], torch.randn(latents.shape, generator=generator)
-    past = blurred_past(latents, config["blur_share"], config["blur_most"], generator)
+    past = blurred_past(past_of(clips), config["blur_share"], config["blur_most"], generator)
     return (1 - level) * latents + level * noise, sigma, noise - latents, past
 
 
@@ -132,10 +141,12 @@ def main() -> None:
     config = run.config
     losses = TalkingLoss(load_talking(config["start_from"]), config)
     clips, held_out = (load(config["data"], name) for name in ("train", "held_out"))
+    wrong = load(config["data"], "wrong") if config["wrong_share"] else {}
 
     def step(seed: int) -> tuple[torch.Tensor, dict[str, float]]:
         generator = torch.Generator().manual_seed(seed)
-        batch = some(clips, drawn_clips(len(clips["latents"]), config["batch"], generator))
+        source = wrong if config["wrong_share"] and drawn_below(config["wrong_share"], generator) else clips
+        batch = some(source, drawn_clips(len(source["latents"]), config["batch"], generator))
         given = Given.draw(losses.texts, batch, config, generator)
         errors = losses(batch, given, *noised(batch, config, generator))
         return weighted(errors, config), figures(errors.detach())

@@ -16,7 +16,7 @@ from .denoiser import blurred_past
 from .few_step import on_path
 from .loop import train
 from .run import Run
-from .talking_denoiser import TalkingLoss, evaluate, figures, some, weighted
+from .talking_denoiser import TalkingLoss, drawn_below, evaluate, figures, past_of, some, weighted
 from .talking_export import round_as_exported
 from .talking_latents import load
 from .talking_model import load_talking
@@ -31,18 +31,23 @@ def main() -> None:
     if config["rounded"]:
         round_as_exported(losses.model)
     clips, held_out = (load(config["data"], name) for name in ("train", "held_out"))
-    solved = parts(config["trajectories"])
+    solved, wrong, wrongly_solved = parts(config["trajectories"]), {}, []
+    if config["wrong_share"]:
+        wrong, wrongly_solved = load(config["data"], "wrong"), parts(config["wrong_trajectories"])
     sigmas = torch.tensor(Schedule.shifted(config["rollout_steps"], config["shift"]).sigmas)
 
     def step(seed: int) -> tuple[torch.Tensor, dict[str, float]]:
         generator = torch.Generator().manual_seed(seed)
-        number, part = solved[int(torch.randint(len(solved), (1,), generator=generator))]
-        whole = some(clips, part["clips"])
+        source, those = clips, solved
+        if config["wrong_share"] and drawn_below(config["wrong_share"], generator):
+            source, those = wrong, wrongly_solved
+        number, part = those[int(torch.randint(len(those), (1,), generator=generator))]
+        whole = some(source, part["clips"])
         given, _ = given_of(number, losses, whole, config)
         index = torch.randperm(len(part["clips"]), generator=generator)[: config["batch"]]
         noisy, wanted, sigma = on_path(part["trajectories"][index].float(), sigmas, generator)
         batch = some(whole, index)
-        past = blurred_past(batch["latents"].float(), config["blur_share"], config["blur_most"], generator)
+        past = blurred_past(past_of(batch), config["blur_share"], config["blur_most"], generator)
         errors = losses(batch, given.some(index), noisy, sigma.repeat_interleave(CHUNK_LATENTS, 1), wanted, past)
         return weighted(errors, config), figures(errors.detach())
 

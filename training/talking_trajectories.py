@@ -17,7 +17,7 @@ from adastate_core.files.tensor_file import write_tensors
 from adastate_core.schedules.schedule import Schedule
 
 from .run import Run
-from .talking_denoiser import Given, TalkingLoss, some
+from .talking_denoiser import Given, TalkingLoss, past_of, some
 from .talking_latents import load
 from .talking_model import load_talking
 
@@ -32,7 +32,7 @@ def solve(
     generator: torch.Generator,
 ) -> torch.Tensor:
     """[B, keep + 1, 16, T, h, w]: the clips at every (steps / keep)-th noise level, the first being noise, then their end."""
-    past = clips["latents"].float()
+    past = past_of(clips)
     every, sigmas = len(schedule.sigmas) // keep, (*schedule.sigmas, 0.0)
     x, kept = torch.randn(past.shape, generator=generator), []
     for step, (sigma, following) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
@@ -63,7 +63,7 @@ def main() -> None:
     run = Run.from_arguments("Solve the trained teacher's ODE for the few-step student.")
     config = run.config
     losses = TalkingLoss(load_talking(config["teacher"]), config)
-    clips = load(config["data"], "train")
+    clips = load(config["data"], config["clips"])
     schedule = Schedule.shifted(config["teacher_steps"], config["shift"])
     while run.step < run.steps:
         target = run.folder / f"part_{run.step:05d}.safetensors"

@@ -5,7 +5,7 @@ Terrain, pace, colours and the lantern's coming and going are in the words (worl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -53,6 +53,28 @@ class TalkingScene(Scene):
             "balloon_radius": SOFTEST + (LOUDEST - SOFTEST) * loudness,
             "lantern_y": self._lantern_y(frames, LOWEST + (HIGHEST - LOWEST) * pitch),
         }
+
+    def hushed(self) -> TalkingScene:
+        """The same in silence."""
+        return replace(self, waveform=torch.zeros_like(self.waveform), loudness=torch.zeros_like(self.loudness))
+
+
+@dataclass(frozen=True)
+class WrongSize(TalkingScene):
+    """A scene whose balloon is of a size that its sound does not give: `factor` times what it should be, and `more` pixels."""
+
+    factor: float
+    more: float
+
+    @staticmethod
+    def drawn_of(scene: TalkingScene, generator: torch.Generator) -> WrongSize:
+        factor, more = (float(torch.rand((), generator=generator)) for _ in range(2))
+        given = {field.name: getattr(scene, field.name) for field in fields(TalkingScene)}
+        return WrongSize(**given, factor=0.2 + 1.2 * factor, more=4 * more - 2)
+
+    def truth(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+        told = super().truth(frames)
+        return told | {"balloon_radius": (self.factor * told["balloon_radius"] + self.more).clamp(min=0.5)}
 
 
 def followed(pitch: torch.Tensor) -> torch.Tensor:
