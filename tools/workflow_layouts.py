@@ -290,7 +290,7 @@ real faces see *System LiveAvatar*. Use faces and voices of people who agreed, a
             "Both together": [[1, 11], [12]],
         },
         room={5: 90, 7: 260, 12: 340},
-        note_height=320,
+        note_height=220,
     ),
     "small_cache": Layout(
         note="""\

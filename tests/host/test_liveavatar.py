@@ -1,4 +1,5 @@
 """Wan 2.2 S2V through the nodes, on files of the exact format, against the loops of tests/core/slow_liveavatar.py."""
+# ruff: noqa: F811  fixtures that are imported
 
 from __future__ import annotations
 
@@ -14,38 +15,17 @@ from adastate_pack.adastate_core.anchors import AnchorAdaptive, AnchorStatic
 from adastate_pack.nodes.host import model as adapter
 from adastate_pack.nodes.host.codec import HostDecoder
 from adastate_pack.nodes.host.made_models import random_tiny_vae, random_vae
-from conftest import HostNode
 from rounded import error, held_as
 from slow_liveavatar import LiveAvatar, Plain
 from slow_s2v import SlowS2V
+from talkers import drawn, state, talker, track  # noqa: F401  fixtures
 from test_models import AUTO, latents_of, load, models, report_of  # noqa: F401
 from test_models import written as written_file
 from test_prompt_rollout import context, timeline
-from tiny_s2v import SIZES, features, tiny_s2v
+from tiny_s2v import features
 
 SIDE, H, SEED = 64, 8, 5
 CHUNKS, SECONDS = 6, 2.4  # the sound ends in the last chunk
-
-
-def drawn(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module")
-def state():
-    return tiny_s2v(*SIZES["one block"])
-
-
-@pytest.fixture(scope="module")
-def talker(state):
-    """A MODEL as Load Diffusion Model gives it."""
-    return comfy.sd.load_diffusion_model_state_dict(dict(state))
-
-
-def track(seconds=SECONDS, audio=None, **more):
-    layers = features(seconds)
-    encoded = {"encoded_audio": layers[-1], "encoded_audio_all_layers": layers, "audio_samples": int(16000 * seconds)}
-    return HostNode("AdaStateAudio")(encoded=encoded, audio=audio, **more).args[0]
 
 
 def latent():
@@ -65,7 +45,7 @@ def made(talker, positive, node):
         held.append(model)
         given = {
             "model": model, "positive": positive, "width": SIDE, "height": SIDE, "length": length, "batch_size": 1, "seed": SEED,
-            **AUTO, "audio": track(), "reference": latent(),
+            **AUTO, "audio": track(SECONDS), "reference": latent(),
         }  # fmt: skip
         return node("AdaStateRollout")(**(given | inputs))
 
@@ -107,7 +87,7 @@ def test_the_preset_through_the_nodes_is_its_loop(made, state, talker, positive,
     """Until the ring has rolled over and the picture has been replaced; in one go, and stopped and gone on with twice."""
     asked, numbers = MODES[mode]
     asked = dict(asked)
-    asked["audio"] = track(offset=asked.pop("audio_offset", 0.0))
+    asked["audio"] = track(SECONDS, offset=asked.pop("audio_offset", 0.0))
     out = made(**asked)
     ours, report = latents_of(out), report_of(out)
     with torch.inference_mode():
@@ -248,7 +228,7 @@ def test_a_picture_is_encoded_and_the_stream_shows_it_from_a_still_on(
     """The decoder has seen the still picture before the video, whose first latent frame is one picture; the file's sound is as much
     later as its pictures are ahead. In one go, and joined to a first part."""
     picture = torch.rand(1, 40, 40, 3, generator=torch.Generator().manual_seed(4))
-    given = {"reference": picture, "audio": track(audio=click(0.6)), "length": 53}
+    given = {"reference": picture, "audio": track(SECONDS, audio=click(0.6)), "length": 53}
     out = made(stream=stream(fps=0.0), **given)
     with torch.inference_mode():
         large = comfy.utils.common_upscale(picture.movedim(-1, 1), SIDE, SIDE, "lanczos", "center").movedim(1, -1)

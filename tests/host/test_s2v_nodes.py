@@ -1,4 +1,5 @@
 """Wan 2.2 S2V through the nodes: sound and picture in, a video with sound out; what is refused, and what it takes."""
+# ruff: noqa: F811  fixtures that are imported
 
 from __future__ import annotations
 
@@ -17,24 +18,16 @@ from adastate_pack.nodes.host.codec import HostDecoder
 from conftest import HostNode
 from slow_liveavatar import LiveAvatar
 from slow_s2v import SlowS2V
-from tiny_s2v import SIZES, features, tiny_s2v, write_tiny_s2v
+from talkers import drawn, state, track  # noqa: F401  a fixture
+from tiny_s2v import features, write_tiny_s2v
 
 SIDE, SEED = 64, 11
 SMALL = {"width": SIDE, "height": SIDE, "batch_size": 1, "seed": SEED, "steps": 0, "shift": 0.0, "chunk_frames": 0,
          "window_frames": -1, "positions": "auto"}  # fmt: skip
 
 
-def drawn(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 POSITIVE = [[drawn(2, 1, 7, 4096), {}]]
 PICTURE = torch.rand(1, SIDE, SIDE, 3, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(scope="module")
-def state():
-    return tiny_s2v(*SIZES["one block"])
 
 
 @pytest.fixture
@@ -54,10 +47,7 @@ def sound(seconds, rate=16000):
 
 
 def track_of(seconds=1.0, audio=True, **more):
-    heard = features(seconds)
-    encoded = {"encoded_audio": heard[0], "encoded_audio_all_layers": heard, "audio_samples": int(16000 * seconds)}
-    given = {"audio": sound(seconds)} if audio else {}
-    return HostNode("AdaStateAudio")(encoded=encoded, **{"fps": 0.0, "offset": 0.0} | given | more).args[0]
+    return track(seconds, **({"audio": sound(seconds)} if audio else {}), **more)
 
 
 def roll(model, **inputs):
