@@ -14,7 +14,10 @@ from mutations import VALUES, damage_header
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
 PACK = "AdaState"
-RUN_ONE_OF = 5  # workflows, of which all but a few would run whatever is wrong with them; the others are refused
+RUN_ONE_OF = (
+    5  # workflows, which would nearly all run whatever is wrong with them; the others lack an input and are refused
+)
+BUILT_ONE_OF = 4  # graphs, of which a third would run
 MARK = "adzz"  # in every name of a file that a prompt asks for
 OUTSIDE = [
     "../{}", "../../../../../../../../tmp/{}", "/tmp/{}", "/{}", "C:\\{}", "C:/{}", "\\\\host\\{}", "..\\..\\{}", "{}\0x",
@@ -351,6 +354,8 @@ def a_prompt(
         told.append(lose(graph, info, chance))
     if of_shipped and chance.random() < 0.25:
         told.append(damage_header(graph, chance))
+    elif not of_shipped and number % BUILT_ONE_OF:
+        told.append(lose(graph, info, random.Random(number)))
     body: dict[str, Any] = {"prompt": graph}
     told.append(around(body, chance, number, owner))
     return "; ".join(told), body
