@@ -354,6 +354,11 @@ def a_prompt(
         told.append(lose(graph, info, chance))
     if of_shipped and chance.random() < 0.25:
         told.append(damage_header(graph, chance))
+        for (
+            node
+        ) in graph.values():  # a host that has taken a prompt with inputs that are no object runs nothing any more
+            if isinstance(node, dict) and not isinstance(node.get("inputs", {}), dict) and number % 100:
+                node["inputs"] = {}
     elif not of_shipped and number % BUILT_ONE_OF:
         told.append(lose(graph, info, random.Random(number)))
     body: dict[str, Any] = {"prompt": graph}

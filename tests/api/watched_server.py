@@ -39,7 +39,12 @@ MACHINE = re.compile(
     r"recursion depth|required positional|unhashable|cannot be interpreted|mat1|invalid for input of size|Expecting value"
 )
 
+_THREAD_ENDED = "Exception in thread"
 _CHAINED = "above exception"  # between the tracebacks of one failure and of what it led to
+
+
+class HostEndedError(Exception):
+    """The host's own thread that runs prompts is over, by a failure of the host's."""
 
 
 class Listener:
@@ -167,6 +172,8 @@ class Watched:
             if passed > longest and not asked:
                 asked = True
                 self.ask("POST", "/interrupt", b"{}")
+            if passed > 1 and _THREAD_ENDED in self.new_log() and self.hosts_own():
+                raise HostEndedError(self.new_log()[-900:])
             time.sleep(0.01 if passed < 1 else 0.1)
         raise AssertionError(
             f"prompt {prompt_id!r} was not over {SOONEST} s after an interrupt: {self.new_log()[-1500:]}"
