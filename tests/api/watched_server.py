@@ -110,7 +110,7 @@ class Watched:
             "long_video", n5__length=5, n5__width=32, n5__height=32, n5__steps=1, n4__filename_prefix="given"
         )
         _, answer = self.queue({"prompt": prompt})
-        assert self.entry(answer["prompt_id"])["status"]["status_str"] == "success", answer
+        assert self.entry(answer["prompt_id"], 300)["status"]["status_str"] == "success", answer
         self.info = json.loads(self.ask("GET", "/object_info")[1])
 
     def close(self) -> None:
