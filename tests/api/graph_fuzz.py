@@ -312,6 +312,13 @@ def lose(graph: dict[str, Any], info: dict[str, Any], chance: random.Random) -> 
     return f"lost {lost}"
 
 
+def give_inputs(graph: dict[str, Any]) -> None:
+    """To nodes that lost the object of their inputs: a host that has taken a prompt with such a node runs nothing any more."""
+    for node in graph.values():
+        if isinstance(node, dict) and not isinstance(node.get("inputs"), dict):
+            node["inputs"] = {}
+
+
 def around(body: dict[str, Any], chance: random.Random, number: int, owner: str) -> str:
     """What stands beside a prompt: whose it is, what is embedded, which id it has; what it was. A client_id that is a list or an
     object is not among it: the host itself goes down at its first message to one."""
@@ -354,11 +361,8 @@ def a_prompt(
         told.append(lose(graph, info, chance))
     if of_shipped and chance.random() < 0.25:
         told.append(damage_header(graph, chance))
-        for (
-            node
-        ) in graph.values():  # a host that has taken a prompt with inputs that are no object runs nothing any more
-            if isinstance(node, dict) and not isinstance(node.get("inputs", {}), dict) and number % 100:
-                node["inputs"] = {}
+        if number % 100:
+            give_inputs(graph)
     elif not of_shipped and number % BUILT_ONE_OF:
         told.append(lose(graph, info, random.Random(number)))
     body: dict[str, Any] = {"prompt": graph}
