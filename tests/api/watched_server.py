@@ -87,6 +87,8 @@ class Watched:
         self.owned: set[str] = set()  # prompts of the owner's
         self.nobodys: set[str] = set()  # prompts without a client_id
         self.begin()
+        self.idle(SOONEST)  # what other tests queued
+        self._unheard()
         self._prime()
         self._outside = self._files()
 
@@ -210,6 +212,9 @@ class Watched:
         except (AssertionError, OSError, http.client.HTTPException, SetupError):
             self.restart()
         self._read = self.client.server.log.stat().st_size
+        self._unheard()
+
+    def _unheard(self) -> None:
         for listener in (self.owner, self.stranger, self.nameless):
             listener.take()
 
