@@ -14,7 +14,10 @@ from mutations import VALUES, damage_header
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
 PACK = "AdaState"
-RUN_ONE_OF = 5  # workflows, of which all but a few would run whatever is wrong with them; the others are refused
+RUN_ONE_OF = (
+    5  # workflows, which would nearly all run whatever is wrong with them; the others lack an input and are refused
+)
+BUILT_ONE_OF = 4  # graphs, of which a third would run
 MARK = "adzz"  # in every name of a file that a prompt asks for
 OUTSIDE = [
     "../{}", "../../../../../../../../tmp/{}", "/tmp/{}", "/{}", "C:\\{}", "C:/{}", "\\\\host\\{}", "..\\..\\{}", "{}\0x",
@@ -309,6 +312,13 @@ def lose(graph: dict[str, Any], info: dict[str, Any], chance: random.Random) -> 
     return f"lost {lost}"
 
 
+def give_inputs(graph: dict[str, Any]) -> None:
+    """To nodes that lost the object of their inputs: a host that has taken a prompt with such a node runs nothing any more."""
+    for node in graph.values():
+        if isinstance(node, dict) and not isinstance(node.get("inputs"), dict):
+            node["inputs"] = {}
+
+
 def around(body: dict[str, Any], chance: random.Random, number: int, owner: str) -> str:
     """What stands beside a prompt: whose it is, what is embedded, which id it has; what it was. A client_id that is a list or an
     object is not among it: the host itself goes down at its first message to one."""
@@ -351,6 +361,10 @@ def a_prompt(
         told.append(lose(graph, info, chance))
     if of_shipped and chance.random() < 0.25:
         told.append(damage_header(graph, chance))
+        if number % 100:
+            give_inputs(graph)
+    elif not of_shipped and number % BUILT_ONE_OF:
+        told.append(lose(graph, info, random.Random(number)))
     body: dict[str, Any] = {"prompt": graph}
     told.append(around(body, chance, number, owner))
     return "; ".join(told), body

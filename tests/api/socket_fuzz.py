@@ -88,7 +88,8 @@ def of_owner(world: Watched, chance: random.Random, client: str = "owner", chunk
 
 def done(world: Watched, prompt_id: str) -> None:
     """It ran to its end, whoever listened."""
-    assert world.entry(prompt_id)["status"]["status_str"] == "success", prompt_id
+    entry = world.entry(prompt_id, SOONEST)
+    assert entry["status"]["status_str"] == "success", (prompt_id, entry["status"])
 
 
 def heard_by(listener: Listener, prompt_id: str, seconds: float = SOONEST) -> set[str]:

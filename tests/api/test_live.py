@@ -12,9 +12,10 @@ from pathlib import Path
 
 import av
 import pytest
-from conftest import report_of, workflow
+from conftest import ROOT, report_of, workflow
 from PIL import Image
 from safetensors import safe_open
+from watched_server import ALWAYS, OF_NOBODY, Listener
 
 from tools.host_client import Events
 
@@ -97,6 +98,21 @@ def test_a_watched_run_tells_its_client_what_it_makes(client, watcher):
     kinds = {message["type"] for message in stranger.read(timeout=0.5)}
     stranger.close()
     assert not any(kind.startswith("adastate") for kind in kinds)
+
+
+def test_of_a_prompt_without_a_client_nobody_gets_a_picture(client):
+    """The host tells every socket how far it is; what it tells stands in docs/api.md."""
+    stranger = Listener(client.server.port, uuid.uuid4().hex)
+    prompt = streamed("nobodys", 9, n5__seed=31)
+    client.run(prompt)
+    client.server.request("/system_stats")
+    heard = {kind for kind, _ in stranger.take()}
+    stranger.close()
+    assert {"status", "progress"} <= heard <= ALWAYS | OF_NOBODY
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    section = page.partition("## Who sees what")[2].partition("\n## ")[0]
+    told = section.partition("every open socket by itself")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", told)) - {"client_id"} == ALWAYS | OF_NOBODY
 
 
 def test_pictures_are_small_and_few(client, watcher):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy
 import pytest
 import torch
@@ -103,6 +104,38 @@ def test_png_frames_open_the_graph(node, frames, folders, model, positive):
     for name in ("000000.png", "000004.png"):
         texts = png_texts(folders / "output" / "frames" / "take_00001_.frames" / name)
         assert {key: json.loads(text) for key, text in texts.items()} == {"prompt": {"5": {"inputs": {}}}} | graph
+
+
+@pytest.mark.parametrize("stream", ["frames", "video"])
+@pytest.mark.parametrize(
+    "info",
+    [
+        "abc", [1, 2], ["ab", "cd"], 5, {"\ud800": 1}, {"a": "\ud800"}, {"a\0b": "a"}, {"": 1}, {"x" * 300: 1},
+        {"\u96ea": {"a": 1}}, {"workflow": "abc"},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_sent_beside_a_prompt_cannot_fail_a_run(node, frames, vae, folders, model, positive, stream, info):
+    """extra_pnginfo may be anything; what a file can hold of it is embedded, and the prompt always is."""
+    if stream == "frames":
+        given = frames(format="png")
+    else:
+        given = node("AdaStateStreamOutput")(
+            vae=vae, filename_prefix="sent", fps=0.0, codec="h264", quality=18, preview=False
+        ).args[0]
+    clone = node("AdaStateRollout").node.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    clone.hidden = SimpleNamespace(prompt={"5": {"inputs": {}}}, extra_pnginfo=info, unique_id="5", dynprompt=None)
+    with torch.inference_mode():
+        clone.execute(
+            model=model, positive=positive, width=32, height=32, length=1, batch_size=1, seed=5, steps=1, shift=5.0,
+            chunk_frames=1, window_frames=1, positions="packed", stream=given,
+        )  # fmt: skip
+    if stream == "frames":
+        texts = png_texts(folders / "output" / "frames" / "take_00001_.frames" / "000000.png")
+    else:
+        with av.open(str(folders / "output" / "sent_00001_.mp4")) as container:
+            texts = container.metadata
+    assert json.loads(texts["prompt"]) == {"5": {"inputs": {}}}
 
 
 @pytest.mark.parametrize("form", ["png", "webp"])

@@ -9,12 +9,15 @@ import time
 from types import SimpleNamespace
 
 import comfy.ops
+import latent_preview
 import pytest
 import torch
 from adastate_pack.nodes.host import live_runs as live
 from adastate_pack.nodes.host import rerun
+from adastate_pack.nodes.host import server as host_server
 from adastate_pack.nodes.host.live_history import History
 from adastate_pack.nodes.host.live_pictures import Encoder, spread
+from adastate_pack.nodes.host.progress import Progress
 from comfy_execution.utils import CurrentNodeContext
 from PIL import Image
 
@@ -192,3 +195,38 @@ def test_the_list_of_pages_ends_somewhere_and_forgets_those_that_left(monkeypatc
     assert len(live._pages) <= live.MOST_PAGES
     server.client_id = name
     assert live.LiveRun(rerun.Place("p", "1")).has_page
+
+
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        ({"workflow": {"id": "drawn", "nodes": []}}, "drawn"), ({"workflow": {"id": 7}}, "7"), ({"workflow": {"id": [1]}}, ""),
+        ({"workflow": "abc"}, ""), ({"workflow": [1]}, ""), ({"workflow": None}, ""),
+        ("abc", ""), ([1, 2], ""), (5, ""), (None, ""), ({"workflow": {"id": "x" * 9_999}}, "x" * 200),
+    ],
+)  # fmt: skip
+def test_a_run_is_listed_whatever_was_sent_beside_its_prompt(info, name):
+    with live.live_run(SimpleNamespace(extra_pnginfo=info)) as (run, _):
+        assert run.workflow == name
+
+
+@pytest.mark.parametrize(("client", "shown"), [("mine", 1), ("", 1), (None, 0)])
+def test_a_prompt_without_a_client_shows_no_picture(monkeypatch, progress_told, client, shown):
+    """The host sends the picture of such a prompt to every socket that is open."""
+    picture = torch.zeros(8, 8, 3)
+    monkeypatch.setattr(host_server, "prompt_server", lambda: SimpleNamespace(client_id=client))
+    previewer = SimpleNamespace(decode_latent_to_preview_image=lambda form, latents: (form, "latents", 8))
+    monkeypatch.setattr(latent_preview, "get_previewer", lambda *_: previewer)
+    patcher = SimpleNamespace(load_device="cpu", model=SimpleNamespace(latent_format=None))
+    bar = Progress(4)
+    bar.step()
+    bar.preview(picture)
+    bar.preview_latent(patcher, torch.zeros(1, 4, 1, 2, 2))
+    pictures = [preview for _, _, preview in progress_told if preview is not None]
+    assert len(pictures) == 2 * shown and len(progress_told) == 1 + 2 * shown
+
+
+def test_where_no_server_is_pictures_go_to_whoever_asked(monkeypatch, progress_told):
+    monkeypatch.setattr(host_server, "prompt_server", lambda: None)
+    Progress(4).preview(torch.zeros(8, 8, 3))
+    assert progress_told[0][2] is not None
