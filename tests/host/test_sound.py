@@ -61,6 +61,16 @@ def test_a_rollouts_file_carries_the_sound(rollout, stream, folders):
     assert components.images.shape[0] == 45 and components.audio["sample_rate"] == RATE
 
 
+def test_samples_that_are_no_numbers_cost_no_video(rollout, stream, folders):
+    """As a damaged file of floats has them: FFmpeg's encoder of AAC ends at them."""
+    heard = audio(1.0)
+    for place, value in enumerate((float("nan"), float("inf"), -float("inf"), 3e38, -1e30)):
+        heard["waveform"][0, 0, 100 + 900 * place] = value
+    rollout(length=9, stream=stream(audio=heard))
+    found, _ = played(folders / "output" / "take_00001_.mp4")
+    assert numpy.isfinite(found).all() and found.shape[1] > 0.5 * RATE
+
+
 @pytest.mark.parametrize("codec", ["h264", "ffv1"])
 def test_a_resume_writes_its_part_and_a_join_all_of_it(rollout, stream, folders, codec):
     heard, out, suffix = audio(), folders / "output", ".mp4" if codec == "h264" else ".mkv"
