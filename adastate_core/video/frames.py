@@ -115,7 +115,9 @@ def opened(source: Source, what: str = "the video") -> Iterator[tuple[av.contain
             container = stack.enter_context(
                 av.open(source, container_options=dict(_OPTIONS), metadata_errors="replace")
             )
-            yield container, _track(container, source, what)
+            track = _track(container, source, what)
+            _bound(track, source, what)
+            yield container, track
     except (av.error.FFmpegError, OSError, UnicodeError) as error:
         raise UnreadableVideo(f"{what} cannot be read: {name(source)} {_reason(source)}; {_ADVICE}") from error
 
@@ -182,14 +184,17 @@ def _track(container: av.container.InputContainer, source: Source, what: str) ->
     decodable = [each for each in tracks if each.codec_context is not None]
     if not decodable:  # PyAV ends the process where such packets are decoded
         raise UnreadableVideo(f"{what} cannot be read: {name(source)} is of a codec that is not known; {_ADVICE}")
-    track = decodable[0]
+    return decodable[0]
+
+
+def _bound(track: av.VideoStream, source: Source, what: str) -> None:
+    """Hold a track to pictures that memory takes, also where it says another size further on."""
     if track.width * track.height > MOST_PIXELS:
         raise UnreadableVideo(
             f"{what} cannot be read: {name(source)} is {track.width}x{track.height}, and a picture may have {MOST_PIXELS} pixels "
             f"(8192x8192); {_ADVICE}"
         )
-    track.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # it may say another size further on
-    return track
+    track.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
 
 
 def no_frames(source: Source, what: str = "the video") -> UnreadableVideo:

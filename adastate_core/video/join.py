@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -100,29 +101,29 @@ class Prefix:
 
     def copy(self, picture: Callable[[av.Packet], None]) -> None:
         """Hand over the frames' packets, with start codes as an encoder's have."""
-        seen, first = 0, None
+        seen = 0
         with contextlib.closing(self._frames()) as frames:
-            for packet, converted in frames:
-                if seen == self.frames:
-                    break
-                first = packet.pts if first is None else first
-                if not self._in_time(seen, packet, first):
-                    raise self._refused(f"changes its speed at frame {seen}", "keep the video as it was written")
-                for one in converted:
-                    picture(one)
+            for packets_of_it in itertools.islice(frames, self.frames):
+                for packet in packets_of_it:
+                    picture(packet)
                 seen += 1
         if seen < self.frames:
             raise ValueError(f"{self.source.name} holds {seen} frames of the {self.frames} that were to be joined")
 
-    def _frames(self) -> Iterator[tuple[av.Packet, list[av.Packet]]]:
-        """Each frame's packet as the file has it, and as an encoder would have given it. ValueError where the file is damaged."""
+    def _frames(self) -> Iterator[list[av.Packet]]:
+        """Each frame's packets as an encoder would have given them. ValueError where the file is damaged, or out of step."""
         with self._readable(), opened_alone(self.source) as container:
-            stream = container.streams.video[0]
+            stream, first = container.streams.video[0], None
             # An mp4 holds NAL units by length; an encoder's packets, which the target expects, by start code.
             name = self.encoding.kind.to_start_codes
             to_start_codes = BitStreamFilterContext(name, stream) if name else None
-            for packet in packets(container, stream):
-                yield packet, list(to_start_codes.filter(packet)) if to_start_codes else [packet]
+            for number, packet in enumerate(packets(container, stream)):
+                first = packet.pts if first is None else first
+                if not self._in_time(
+                    number, packet, first
+                ):  # before the filter, which takes the packet's times with it
+                    raise self._refused(f"changes its speed at frame {number}", "keep the video as it was written")
+                yield list(to_start_codes.filter(packet)) if to_start_codes else [packet]
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
