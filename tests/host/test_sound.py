@@ -230,10 +230,11 @@ def test_what_is_no_sound_is_refused_in_a_sentence(node, stream, folders):
     with pytest.raises(ValueError, match="offset is 9 and the sound lasts 3 s, so nothing of it is left; give less"):
         ask(audio=audio(), fps=0.0, offset=9.0)
     for bad, words in (
-        ({"waveform": torch.zeros(2, 1, 9), "sample_rate": 9}, "holds 2 sounds at once; connect one of them"),
-        ({"waveform": torch.zeros(1, 9), "sample_rate": 9}, r"has a waveform \[1, 9\]; it must be"),
-        ({"waveform": torch.zeros(1, 1, 0), "sample_rate": 9}, "has no sample in it; connect a sound that lasts"),
+        ({"waveform": torch.zeros(2, 1, 9), "sample_rate": 9000}, "holds 2 sounds at once; connect one of them"),
+        ({"waveform": torch.zeros(1, 9), "sample_rate": 9000}, r"has a waveform \[1, 9\]; it must be"),
+        ({"waveform": torch.zeros(1, 1, 0), "sample_rate": 9000}, "has no sample in it; connect a sound that lasts"),
         ({"waveform": torch.zeros(1, 1, 9), "sample_rate": 0}, "has a sample_rate of 0; it must be"),
+        ({"waveform": torch.zeros(1, 1, 9), "sample_rate": 9}, "has a sample_rate of 9; it must be"),
         (7, "audio is 7; it must be an AUDIO: connect Load Audio"),
     ):
         for take in (lambda audio: ask(audio=audio, fps=0.0, offset=0.0), lambda audio: stream(audio=audio)):
@@ -252,7 +253,7 @@ def test_what_is_no_sound_is_refused_in_a_sentence(node, stream, folders):
 def test_whole_numbers_are_sounds_too(node):
     """As the host's own reader of videos gives them for 16 bits."""
     values = torch.tensor([[[0, 16384, -32768, 32767]]], dtype=torch.int16)
-    track = node("AdaStateAudio")(audio={"waveform": values, "sample_rate": 4}, fps=0.0, offset=0.0).args[0]
+    track = node("AdaStateAudio")(audio={"waveform": values, "sample_rate": 4000}, fps=0.0, offset=0.0).args[0]
     assert track.sound.waveform.tolist() == [[0.0, 0.5, -1.0, 32767 / 32768]]
 
 
