@@ -64,7 +64,8 @@ def a_model(chance, lay, weights):
 
 def a_torch_file(chance, lay, weights):
     canary = lay("models/diffusion_models", "none", b"").with_name("canary")
-    data, what = pickles.hostile(weights, canary, chance)
+    small = {name: weight for name, weight in weights.items() if weight.numel() < 2000}
+    data, what = pickles.hostile(small, canary, chance)
     return looked_into(lay("models/diffusion_models", "h.pt", data).name), what
 
 
