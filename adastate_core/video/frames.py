@@ -38,7 +38,7 @@ _LISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"v=0", b"[playlist]", b"<
 _ADVICE = "connect a VIDEO of a file that plays, such as MP4, MOV, MKV, WebM, AVI or MPEG-TS"
 # The coarsest clock in common use (Matroska, WebM, FLV) counts milliseconds, so frame times are this far from the truth.
 CLOCK = Fraction(1, 1000)
-_NO_RATE = Fraction(16)
+_NO_RATE, _SLOWEST = Fraction(16), Fraction(1, 1000)
 # Shapes nearer to a square are rounding of whoever wrote the file; beyond the limit, a damaged header.
 _SQUARE, _LONGEST = Fraction(1, 50), 8
 _NAME = 80
@@ -203,9 +203,9 @@ def no_frames(source: Source, what: str = "the video") -> UnreadableVideo:
 
 
 def rate_of(stream: av.VideoStream) -> Fraction:
-    """Frames a second, 16 where the file does not say."""
+    """Frames a second, 16 where the file does not say, or says that one lasts longer than a quarter of an hour."""
     rate = stream.average_rate or stream.guessed_rate
-    return Fraction(rate) if rate and rate > 0 else _NO_RATE
+    return Fraction(rate) if rate and rate > _SLOWEST else _NO_RATE
 
 
 def decoded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
 from fractions import Fraction
 
 import av
@@ -15,6 +16,7 @@ from hostile.cell import PYTHONISMS, tried
 from hostile.damage import boxes
 from safetensors.torch import save
 
+from adastate_core.prompts.timeline import parse_timeline
 from adastate_core.video import frames as video_frames
 from adastate_core.video.animation import GrowingAnimation
 from adastate_core.video.frame_folder import read_sequence
@@ -193,7 +195,20 @@ def test_an_animation_that_is_none_or_says_to_be_longer_than_it_is(tmp_path):
         assert said in seen.told and seen.megabytes < 100
 
 
+def test_a_rate_of_nothing_is_none(tmp_path):
+    path = tmp_path / "a.y4m"
+    path.write_bytes(media._FALSE["y4m of a slow rate"]())
+    assert FileClip(path).rate == 16
+
+
 # ---- texts
+
+
+def test_many_blank_lines_take_no_time():
+    """Each looked through all behind it: 200,000 characters took minutes."""
+    text, began = "0:00 a\n" + " \n" * 96_000, time.process_time()
+    assert parse_timeline(text)[0].text == "a"
+    assert time.process_time() - began < 15
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe{\0", b"[" * 30_000, b"9" * 5000, b"{", b"\xc3\x28"])
