@@ -16,6 +16,7 @@ from .host.node import shown
 from .host.pictures import sound_source
 
 log = logging.getLogger("adastate")
+_LOUDEST = 1024.0  # 60 dB above full scale; what is far beyond no encoder takes for a sample
 
 
 def audio_input(what: str) -> io.Input:
@@ -88,7 +89,7 @@ def video_sound(video: Any) -> PlacedSound | None:
 
 
 def _floats(waveform: torch.Tensor) -> torch.Tensor:
-    """Samples of any type as float32; whole numbers are of their type's full scale."""
+    """Samples of any type as float32, all of them numbers that an encoder takes; whole ones are of their type's full scale."""
     if not waveform.is_floating_point():
         return (waveform.double() / -torch.iinfo(waveform.dtype).min).float()
-    return waveform.float().nan_to_num().contiguous()
+    return waveform.float().nan_to_num().clamp_(-_LOUDEST, _LOUDEST).contiguous()

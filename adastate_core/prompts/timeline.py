@@ -269,7 +269,10 @@ def _refuse_unknown(source: _Source) -> None:
     known = set(lines)
 
     def reads(at: int) -> bool:
-        return at in known or bool(_BRACKET.match(source.text, source.skip(at)))
+        if at in known:
+            return True
+        end = source.text.find("\n", at)  # no further: of many blank lines each would look through all behind it
+        return bool(_BRACKET.match(source.text, source.skip(at, end if end >= 0 else None)))
 
     if found := unknown_time(source.text, reads, lines):
         written = " ".join(source.text[found[0] : found[1]].split())

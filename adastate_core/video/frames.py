@@ -38,7 +38,7 @@ _LISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"v=0", b"[playlist]", b"<
 _ADVICE = "connect a VIDEO of a file that plays, such as MP4, MOV, MKV, WebM, AVI or MPEG-TS"
 # The coarsest clock in common use (Matroska, WebM, FLV) counts milliseconds, so frame times are this far from the truth.
 CLOCK = Fraction(1, 1000)
-_NO_RATE = Fraction(16)
+_NO_RATE, _SLOWEST = Fraction(16), Fraction(1, 1000)
 # Shapes nearer to a square are rounding of whoever wrote the file; beyond the limit, a damaged header.
 _SQUARE, _LONGEST = Fraction(1, 50), 8
 _NAME = 80
@@ -115,7 +115,9 @@ def opened(source: Source, what: str = "the video") -> Iterator[tuple[av.contain
             container = stack.enter_context(
                 av.open(source, container_options=dict(_OPTIONS), metadata_errors="replace")
             )
-            yield container, _track(container, source, what)
+            track = _track(container, source, what)
+            _bound(track, source, what)
+            yield container, track
     except (av.error.FFmpegError, OSError, UnicodeError) as error:
         raise UnreadableVideo(f"{what} cannot be read: {name(source)} {_reason(source)}; {_ADVICE}") from error
 
@@ -182,14 +184,17 @@ def _track(container: av.container.InputContainer, source: Source, what: str) ->
     decodable = [each for each in tracks if each.codec_context is not None]
     if not decodable:  # PyAV ends the process where such packets are decoded
         raise UnreadableVideo(f"{what} cannot be read: {name(source)} is of a codec that is not known; {_ADVICE}")
-    track = decodable[0]
+    return decodable[0]
+
+
+def _bound(track: av.VideoStream, source: Source, what: str) -> None:
+    """Hold a track to pictures that memory takes, also where it says another size further on."""
     if track.width * track.height > MOST_PIXELS:
         raise UnreadableVideo(
             f"{what} cannot be read: {name(source)} is {track.width}x{track.height}, and a picture may have {MOST_PIXELS} pixels "
             f"(8192x8192); {_ADVICE}"
         )
-    track.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # it may say another size further on
-    return track
+    track.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
 
 
 def no_frames(source: Source, what: str = "the video") -> UnreadableVideo:
@@ -198,9 +203,9 @@ def no_frames(source: Source, what: str = "the video") -> UnreadableVideo:
 
 
 def rate_of(stream: av.VideoStream) -> Fraction:
-    """Frames a second, 16 where the file does not say."""
+    """Frames a second, 16 where the file does not say, or says that one lasts longer than a quarter of an hour."""
     rate = stream.average_rate or stream.guessed_rate
-    return Fraction(rate) if rate and rate > 0 else _NO_RATE
+    return Fraction(rate) if rate and rate > _SLOWEST else _NO_RATE
 
 
 def decoded(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -17,10 +17,6 @@ from .frames import opened_alone
 
 # Enough frames to tell 23.976 from 24 on a clock of a thousand ticks a second.
 _LOOKED_AT = 32
-
-
-# a frame's tick, if it has one, and how long a tick is, in seconds
-Time = tuple[int | None, Fraction]
 
 
 class Prefix:
@@ -89,7 +85,7 @@ class Prefix:
 
         By the frames' own times, since a reader's estimate of the rate differs between PyAV's versions.
         """
-        if all(self._in_time(i, _time_of(packet), looked_at[0].pts) for i, packet in enumerate(looked_at)):
+        if all(self._in_time(i, packet, looked_at[0].pts) for i, packet in enumerate(looked_at)):
             return 0.0
         first, last = looked_at[0].pts, looked_at[-1].pts
         if first is None or last is None:
@@ -97,37 +93,37 @@ class Prefix:
         span = (last - first) * looked_at[0].time_base
         return float((len(looked_at) - 1) / span) if span > 0 else 0.0
 
-    def _in_time(self, number: int, time: Time, first: int | None) -> bool:
-        """Whether a frame stands where the rate puts it, to a tick of the file's clock; `first` is the first one's tick."""
-        at, tick = time
-        return at is not None and first is not None and abs((at - first) * tick - number / self.rate) <= tick
+    def _in_time(self, number: int, packet: av.Packet, first: int) -> bool:
+        """Whether a frame stands where the rate puts it, to a tick of the file's clock; `first` is the first one's time."""
+        if packet.pts is None or first is None:
+            return False
+        return abs((packet.pts - first) * packet.time_base - number / self.rate) <= packet.time_base
 
     def copy(self, picture: Callable[[av.Packet], None]) -> None:
         """Hand over the frames' packets, with start codes as an encoder's have."""
-        seen, first = 0, None
+        seen = 0
         with contextlib.closing(self._frames()) as frames:
-            for time, converted in frames:
-                if seen == self.frames:
-                    break
-                first = time[0] if first is None else first
-                if not self._in_time(seen, time, first):
-                    raise self._refused(f"changes its speed at frame {seen}", "keep the video as it was written")
-                for one in converted:
-                    picture(one)
+            for packets_of_it in itertools.islice(frames, self.frames):
+                for packet in packets_of_it:
+                    picture(packet)
                 seen += 1
         if seen < self.frames:
             raise ValueError(f"{self.source.name} holds {seen} frames of the {self.frames} that were to be joined")
 
-    def _frames(self) -> Iterator[tuple[Time, list[av.Packet]]]:
-        """When each frame is, and its packets as an encoder would have given them. ValueError where the file is damaged."""
+    def _frames(self) -> Iterator[list[av.Packet]]:
+        """Each frame's packets as an encoder would have given them. ValueError where the file is damaged, or out of step."""
         with self._readable(), opened_alone(self.source) as container:
-            stream = container.streams.video[0]
+            stream, first = container.streams.video[0], None
             # An mp4 holds NAL units by length; an encoder's packets, which the target expects, by start code.
             name = self.encoding.kind.to_start_codes
             to_start_codes = BitStreamFilterContext(name, stream) if name else None
-            for packet in packets(container, stream):
-                time = _time_of(packet)  # a filter takes it away
-                yield time, list(to_start_codes.filter(packet)) if to_start_codes else [packet]
+            for number, packet in enumerate(packets(container, stream)):
+                first = packet.pts if first is None else first
+                if not self._in_time(
+                    number, packet, first
+                ):  # before the filter, which takes the packet's times with it
+                    raise self._refused(f"changes its speed at frame {number}", "keep the video as it was written")
+                yield list(to_start_codes.filter(packet)) if to_start_codes else [packet]
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
@@ -143,10 +139,6 @@ class Prefix:
         with opened_alone(self.source) as container:
             others, end = [t for t in self._others(container) if can_be_copied(t)], self.frames / self.rate
             yield others, (p for p in packets(container, *others) if p.dts * p.time_base < end)
-
-
-def _time_of(packet: av.Packet) -> Time:
-    return packet.pts, packet.time_base
 
 
 def _decoders_name(name: str) -> str:

@@ -245,7 +245,7 @@ def _inside(content: Any, parts: Sequence[str], file: str) -> tuple[str, Mapping
     part, beside = "", []
     for _ in range(MOST_NESTED):
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{file} holds a {type(content).__name__} and not named weights; {_WANTED}")
+            raise CheckpointError(f"{file} holds {_in_words(content)} and not named weights; {_WANTED}")
         inner = [name for name in parts if isinstance(content.get(name), Mapping) and content[name]]
         here = _best(content, (), 1)
         ranks = {name: _best(content[name], parts, MOST_NESTED) for name in inner}
@@ -259,6 +259,20 @@ def _inside(content: Any, parts: Sequence[str], file: str) -> tuple[str, Mapping
         beside += [_beside(n, v) for n, v in content.items() if n != part and (_is_told(v) or "alpha" in str(n))]
         content = content[part]
     raise CheckpointError(f"{file} holds no weights, only models inside models; {_WANTED}")
+
+
+def _in_words(content: Any) -> str:
+    """What a torch file holds that are no named weights."""
+    known = {
+        torch.Tensor: "one tensor",
+        str: "a text",
+        list: "a list",
+        tuple: "a list",
+        bool: "a switch",
+        int: "a number",
+        float: "a number",
+    }
+    return next((words for kind, words in known.items() if isinstance(content, kind)), "nothing that is read")
 
 
 def _best(content: Mapping[Any, Any], parts: Sequence[str], depth: int, seen: frozenset[int] = frozenset()) -> int:

@@ -88,6 +88,9 @@ def hosts_vae(data: bytes):
 
 
 def test_hostile_safetensors(campaign, put, loads, wan_bytes, vae_bytes, folders):
+    put("diffusion_models", "w.safetensors", wan_bytes[0])
+    assert tried(lambda: loads("w.safetensors", True), folders, "a whole model").held
+    assert tried(lambda: through_vae(vae_bytes), folders, "a whole VAE").held
     for trial in campaign("hostile safetensors: models and VAEs", full=200, sample=6):
         with trial:
             if trial.number % 8 == 7:
@@ -111,6 +114,8 @@ def through_vae(data: bytes) -> None:
 
 
 def test_hostile_torch_files(campaign, put, loads, wan_bytes, folders, model):
+    put("diffusion_models", "w.pt", pickles.saved(wan_bytes[1]))
+    assert tried(lambda: loads("w.pt", True), folders, "a whole model").held
     for trial in campaign("hostile torch files (.pt): models and LoRAs", full=200, sample=6):
         with trial:
             is_lora = trial.number % 4 == 3
@@ -274,6 +279,8 @@ def joins(rollout, stream, node, folders):
 
 def test_hostile_videos(campaign, watches, joins, whole_videos, folders):
     own, go_on = joins
+    for path in own:
+        assert tried(lambda path=path: go_on(path), folders, f"{path.name}, whole").held
     for trial in campaign("hostile videos: brought, and a stream's own", full=200, sample=6):
         with trial:
             chance = trial.chance
@@ -319,6 +326,8 @@ def hears(rollout, stream):
 
 
 def test_hostile_sounds(campaign, hears, whole_sounds, folders):
+    (folders / "input" / "heard.wav").write_bytes(whole_sounds[0][1])
+    assert tried(lambda: hears("heard.wav", True), folders, "a whole sound").held
     for trial in campaign("hostile sounds", full=200, sample=6):
         with trial:
             ending, whole = trial.chance.choice(whole_sounds)

@@ -63,6 +63,16 @@ def test_a_rollouts_file_carries_the_sound(rollout, stream, folders):
     assert components.images.shape[0] == 45 and components.audio["sample_rate"] == RATE
 
 
+def test_samples_that_are_no_numbers_cost_no_video(rollout, stream, folders):
+    """As a damaged file of floats has them: FFmpeg's encoder of AAC ends at them."""
+    heard = audio(1.0)
+    for place, value in enumerate((float("nan"), float("inf"), -float("inf"), 3e38, -1e30)):
+        heard["waveform"][0, 0, 100 + 900 * place] = value
+    rollout(length=9, stream=stream(audio=heard))
+    found, _ = played(folders / "output" / "take_00001_.mp4")
+    assert numpy.isfinite(found).all() and found.shape[1] > 0.5 * RATE
+
+
 @pytest.mark.parametrize("codec", ["h264", "ffv1"])
 def test_a_resume_writes_its_part_and_a_join_all_of_it(rollout, stream, folders, codec):
     heard, out, suffix = audio(), folders / "output", ".mp4" if codec == "h264" else ".mkv"
@@ -225,10 +235,11 @@ def test_what_is_no_sound_is_refused_in_a_sentence(node, stream, folders):
     with pytest.raises(ValueError, match="offset is 9 and the sound lasts 3 s, so nothing of it is left; give less"):
         ask(audio=audio(), fps=0.0, offset=9.0)
     for bad, words in (
-        ({"waveform": torch.zeros(2, 1, 9), "sample_rate": 9}, "holds 2 sounds at once; connect one of them"),
-        ({"waveform": torch.zeros(1, 9), "sample_rate": 9}, r"has a waveform \[1, 9\]; it must be"),
-        ({"waveform": torch.zeros(1, 1, 0), "sample_rate": 9}, "has no sample in it; connect a sound that lasts"),
+        ({"waveform": torch.zeros(2, 1, 9), "sample_rate": 9000}, "holds 2 sounds at once; connect one of them"),
+        ({"waveform": torch.zeros(1, 9), "sample_rate": 9000}, r"has a waveform \[1, 9\]; it must be"),
+        ({"waveform": torch.zeros(1, 1, 0), "sample_rate": 9000}, "has no sample in it; connect a sound that lasts"),
         ({"waveform": torch.zeros(1, 1, 9), "sample_rate": 0}, "has a sample_rate of 0; it must be"),
+        ({"waveform": torch.zeros(1, 1, 9), "sample_rate": 9}, "has a sample_rate of 9; it must be"),
         (7, "audio is 7; it must be an AUDIO: connect Load Audio"),
     ):
         for take in (lambda audio: ask(audio=audio, fps=0.0, offset=0.0), lambda audio: stream(audio=audio)):
@@ -247,7 +258,7 @@ def test_what_is_no_sound_is_refused_in_a_sentence(node, stream, folders):
 def test_whole_numbers_are_sounds_too(node):
     """As the host's own reader of videos gives them for 16 bits."""
     values = torch.tensor([[[0, 16384, -32768, 32767]]], dtype=torch.int16)
-    track = node("AdaStateAudio")(audio={"waveform": values, "sample_rate": 4}, fps=0.0, offset=0.0).args[0]
+    track = node("AdaStateAudio")(audio={"waveform": values, "sample_rate": 4000}, fps=0.0, offset=0.0).args[0]
     assert track.sound.waveform.tolist() == [[0.0, 0.5, -1.0, 32767 / 32768]]
 
 

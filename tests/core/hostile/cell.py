@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 # seconds of the processor: others may be at work beside it. One that waits has so many times as long
-SECONDS, MEGABYTES, PATIENCE = 30, 2048, 5
+SECONDS, MEGABYTES, PATIENCE = 30, 2048, 20
 _ROOM = 3 * 2**30  # of addresses, beyond what the process has: a machine is not to suffer
 # what only Python and its libraries say
 PYTHONISMS = re.compile(

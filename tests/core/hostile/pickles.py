@@ -221,7 +221,11 @@ def _archive(weights: Weights, canary: Path, chance: random.Random) -> tuple[byt
     if how == "bytes":
         return damaged(whole, chance, head=0.6)[0], how
     if how in ("packed", "bomb"):
-        return rewritten(whole, lambda _, data: bytes(2**27) if how == "bomb" else data, zipfile.ZIP_DEFLATED), how
+        return rewritten(
+            whole,
+            lambda name, data: bytes(2**27) if how == "bomb" and name.endswith("data.pkl") else data,
+            zipfile.ZIP_DEFLATED,
+        ), how
     if how == "end":  # a table of contents of numbers
         at = whole.rindex(b"PK\x05\x06")
         out = bytearray(whole)
