@@ -238,7 +238,11 @@ class Runs:
         return next(iter(saved_files(STATE_SUFFIX)), None)
 
     def loaded(self, name: str, chunk: int = -1) -> RolloutState:
-        return self.node("AdaStateLoadState")(file=name, chunk=chunk).args[0]
+        """As a user loads it, who is told how it was steered."""
+        loaded = self.node("AdaStateLoadState")(file=name, chunk=chunk)
+        state = loaded.args[0]
+        assert loaded.ui.value.endswith(state.steered.get("timeline") or loaded.ui.value)
+        return state
 
     def clear(self) -> None:
         """An output folder as at first."""
