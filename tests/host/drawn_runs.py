@@ -19,6 +19,7 @@ import pytest
 import torch
 from adastate_pack.adastate_core.rollout import RolloutState
 from adastate_pack.adastate_core.states import spacing
+from adastate_pack.adastate_core.states.state_thread import StateThread
 from adastate_pack.adastate_core.video.encoder import CODECS
 from adastate_pack.adastate_core.video.frame_formats import FRAME_FORMATS
 from adastate_pack.adastate_core.video.frame_writer import FrameWriter
@@ -164,12 +165,21 @@ class Runs:
             self.written |= {first + i: pictures[:, i] for i in range(pictures.shape[1])}
 
         patch.setattr(FrameWriter, "_write", keep)
+        self.waits, run = False, StateThread.run
+
+        def run_work(thread: StateThread, work: Any) -> None:
+            run(thread, work)
+            if self.waits and thread._thread is not None:
+                thread._thread.join()
+
+        patch.setattr(StateThread, "run", run_work)
 
     def __call__(self, drawn: Drawn, name: str, resume: RolloutState | None = None, timeline: str = "") -> Any:
         """The node's outputs for a run into the folder `name`, which is steered where it begins anew. `timeline`: one to take
         instead of its own."""
         self.written.clear()
         self.script.acts.clear()
+        self.waits = drawn.goes_back  # how far depends on what is kept by then
         for chunk, wish in drawn.wishes if resume is None else ():
             self.script.at(chunk, wish)
         positive = self._words(timeline or drawn.timeline)
