@@ -116,6 +116,7 @@ def drawn(feature: str, luck: random.Random) -> Drawn:
     if "sound" in has:
         more["sound"] = luck.choice((1, 2))
     chunks = luck.randint(6, 7) if "absorption" in has else luck.randint(4, 6)
+    chunks = max(chunks, *(after + 1 for after, _ in more.get("wishes", ((0, None),))))
     return Drawn(codec, frames, chunks, luck.choice((1, 1, 1, 1, 2)), history, luck.choice((1e-9, 0.02, 0.1)), anchor,
                  luck.random() < 0.5, **more)  # fmt: skip
 
@@ -133,7 +134,8 @@ def _wishes(luck: random.Random, history: int, adaptive: bool) -> tuple[tuple[in
     if adaptive:
         asked.append((2, Wish(strength=0.25)))
     if history and luck.random() < 0.7:
-        asked.append((3, Wish(take_back=luck.choice((0.4, 0.8)) if history == 1 else 0.4, prompt=AFTER_BACK)))
+        back = luck.choice((0.4, 0.8)) if history == 1 else 0.4
+        asked.append((2 + history, Wish(take_back=back, prompt=AFTER_BACK)))  # when it is known that a state is kept
     return tuple(asked)
 
 
@@ -294,7 +296,7 @@ def whole_run(runs: Runs, drawn: Drawn, counting: Faults) -> Whole:
     steering = json.loads(outputs[2]).get("steering", {"done": [], "timeline": ""})
     assert not [one for one in steering["done"] if "error" in one], steering
     back = [one["taken_back"]["chunk"] for one in steering["done"] if "taken_back" in one]
-    assert bool(back) == drawn.goes_back
+    assert bool(back) == drawn.goes_back, f"it went back to {back}: {steering}"
     latents = outputs[0]["samples"] if drawn.keep_latents else None
     points = tuple(place for place, _ in counting.points)
     made = Whole(
