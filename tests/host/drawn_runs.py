@@ -323,7 +323,7 @@ def go_on(runs: Runs, whole: Whole, name: str, listed: str | None) -> tuple[Any,
     state = runs.loaded(listed) if listed else None
     if state is not None and drawn.wishes:
         changed = state.next_chunk > drawn.wishes[-1][0] or drawn.goes_back and AFTER_BACK in str(state.steered)
-        timeline = state.steered["timeline"] if changed else whole.timeline
+        timeline = changed and state.steered.get("timeline") or whole.timeline  # where it was joined, it told all
         if drawn.goes_back and AFTER_BACK not in str(state.steered):
             timeline = whole.timeline
             if state.next_chunk > whole.back:
