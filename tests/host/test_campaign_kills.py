@@ -24,18 +24,20 @@ from drawn_runs import (
     FEATURES,
     Drawn,
     Runs,
-    Whole,
     drawn,
+    streamed,  # noqa: F401  a fixture
+)
+from file_faults import Faults
+from run_checks import (
+    Whole,
     go_on,
     has_pictures,
     require_begun,
     require_gone_on,
     require_no_litter,
     shown_of,
-    streamed,  # noqa: F401  a fixture
     whole_run,
 )
-from file_faults import Faults
 from test_steering import script  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked, which this system cannot")

@@ -24,13 +24,15 @@ from drawn_runs import (
     FEATURES,
     Runs,
     drawn,
-    go_on,
-    require_gone_on,
     streamed,  # noqa: F401  a fixture
-    whole_run,
 )
 from file_faults import Faults
 from power_cuts import WAYS, Cut, Record, cuts
+from run_checks import (
+    go_on,
+    require_gone_on,
+    whole_run,
+)
 from test_steering import script  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="what a power cut leaves is modelled as POSIX has it")
