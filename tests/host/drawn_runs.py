@@ -1,4 +1,4 @@
-"""Streamed runs whose settings are drawn, of every feature that one may be ended in. run_checks.py has what must be true of them."""
+"""Streamed runs whose settings are drawn, of every feature that one may be ended in; run_checks.py has what must be true then."""
 
 from __future__ import annotations
 
