@@ -65,7 +65,7 @@ def unsaid(steered: dict[str, Any], positive: Any, latent_frame: Callable[[float
     where = ", ".join(f"{seconds:g}" for seconds in sorted(set(missing))[:8])
     return [
         f"the state's video was steered while it was made (at {where} s), and the prompts here do not say so: it goes on without. "
-        "The timeline that has it all is in the report of that run, under steering"
+        "The timeline that has it all is shown by Load Rollout State, and in the report of that run, under steering"
     ]
 
 

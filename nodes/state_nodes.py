@@ -101,12 +101,24 @@ class LoadStateNode(Node):
     def execute(cls, file: str, chunk: int = -1) -> io.NodeOutput:
         path = cls._path(file, chunk)
         state = load_state(path)
-        return io.NodeOutput(state, ui=ui.PreviewText(f"{path.name}: after {state.next_chunk} chunks\n{state!r}"))
+        told = f"{path.name}: after {state.next_chunk} chunks\n{state!r}{_steered(state)}"
+        return io.NodeOutput(state, ui=ui.PreviewText(told))
 
     @staticmethod
     def _path(file: str, chunk: int) -> Path:
         path = saved_path(file, "state file")
         return path if chunk < 0 else state_at(path, chunk)
+
+
+def _steered(state: RolloutState) -> str:
+    """What the video was steered by, to be given to the run that goes on: a killed run leaves no report that says it."""
+    changes = state.steered.get("changes", [])
+    if not changes:
+        return ""
+    if timeline := state.steered["timeline"]:
+        return f"\nsteered while it was made; the timeline that has it all:\n{timeline}"
+    said = (", ".join(f"{name} {value}" for name, value in one.items() if name != "frame") for one in changes)
+    return "\nsteered while it was made:\n" + "\n".join(said)
 
 
 class DecodeStateNode(Node):

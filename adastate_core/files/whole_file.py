@@ -195,6 +195,14 @@ def sync_folder(path: Path | str) -> None:
             os.close(descriptor)
 
 
+def sync_way(folder: Path, root: Path) -> None:
+    """Have the disk keep the names of the folders that lead from `root` to `folder`, which may have been made just now."""
+    at = root
+    for part in Path(os.path.relpath(folder, root)).parts:
+        sync_folder(at)
+        at = at / part
+
+
 def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)

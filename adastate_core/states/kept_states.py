@@ -108,8 +108,10 @@ class StateHistory:
         return self._kept[chunk]
 
     def go_back(self, chunk: int) -> None:
-        """The rollout goes on from the state after `chunk` chunks: those behind go."""
+        """The rollout goes on from the state after `chunk` chunks: those behind go. No power cut brings them back, since the video
+        is theirs no more."""
         self._remove({number: path for number, path in self._kept.items() if number > chunk})
+        sync_folder(self.folder)
 
     def _remove(self, going: dict[int, Path]) -> None:
         for chunk, path in going.items():

@@ -134,16 +134,18 @@ class FrameFolder:
                 self.frames = frames
                 self._told()
             return
+        copied = False
         for number in range(self.sequence.first_frame, until):
             name = frame_name(number, self.sequence.format)
             try:
                 os.link(source / name, self.path / name)
+                self._synced += not copied  # the same file as the old one's, which is on the disk
             except FileNotFoundError as error:
                 raise ValueError(f"{name} of {source.name} is missing; put it back, or turn join off") from error
             except (OSError, NotImplementedError, AttributeError):
                 shutil.copyfile(source / name, self.path / name)
+                copied = True
             self.frames += 1
-            self._synced = self.frames
             self._told()
 
     @property

@@ -23,7 +23,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 from ..audio.placed import PlacedSound
-from ..files.whole_file import HIDDEN, not_written, sync_file, whole_file
+from ..files.whole_file import HIDDEN, not_written, sync_file, sync_folder, whole_file
 from .encoder import CODECS, Encoding
 from .join import Prefix, copied_track, packets
 from .sound_track import EarlierSound, SoundTrack, ends_by
@@ -159,8 +159,9 @@ class VideoSink:
                 self._mux(packet)
 
     def sync(self) -> None:
-        """Have the system put on the disk what has been written, as far as it can."""
+        """Have the system put on the disk what has been written, as far as it can, and the file's name with it."""
         sync_file(self.path)
+        sync_folder(self.path.parent)
 
     def stop(self) -> None:
         """End the file as it is, fragmented: it plays, and nothing is rewritten."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import folder_paths
 
+from ...adastate_core.files.whole_file import sync_folder
 from ...adastate_core.states.disk_room import free_bytes
 from ...adastate_core.video.frame_folder import read_sequence
 from ...adastate_core.video.frame_formats import FRAME_FORMATS
@@ -45,6 +46,7 @@ class NewFolders:
             with telling(target.path):
                 os.mkdir(target.path)
             self.targets.append(target)
+            sync_folder(target.path.parent)
         require_alone(targets)
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 import folder_paths
 from comfy.cli_args import args
 
-from ...adastate_core.files.whole_file import Unnamed, not_written, reserve
+from ...adastate_core.files.whole_file import Unnamed, not_written, reserve, sync_way
 from .api import io, ui
 from .listing import listed
 from .names import ABSORPTION_SUFFIX, BESIDE_VIDEO, STATE_SUFFIX, VIDEO_SUFFIX, check_name, check_names, inside
@@ -170,6 +170,7 @@ def numbered(prefix: str, suffixes: list[str], width: int, height: int, kind: st
     with telling(Path(root) / prefix):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
         Path(folder).mkdir(parents=True, exist_ok=True)
+        sync_way(Path(folder), Path(root))
     for number in itertools.count(counter):
         start = f"{name}_{number:05}_"
         paths = [Path(folder) / f"{start}{suffix}" for suffix in suffixes]

@@ -28,6 +28,7 @@ WAYS = {
     "all is lost": ("none", "lost"),
     "names are kept and contents lost": ("all", "lost"),
     "lengths are kept and hold zeros": ("all", "zeros"),
+    "the last name is kept alone": ("the last", "lost"),
     "names come in order, contents in pieces": ("in order", "pieces"),
     "names and contents come by chance": ("by chance", "pieces"),
 }
@@ -205,8 +206,11 @@ class _Disk:
     def files(self, names: str, contents: str, luck: random.Random) -> dict[str, tuple[bytes, int]]:
         folders: dict[int, dict[str, int]] = {self.root: {}}
         until = luck.randint(self._last_sync, len(self._names)) if names == "in order" else 0
+        last = max((i for i in range(len(self._names)) if i not in self._sure), default=-1)
         for i, (_, changed) in enumerate(self._names):
-            kept = {"none": False, "all": True, "in order": i < until, "by chance": luck.random() < 0.5}[names]
+            kept = {"none": False, "all": True, "in order": i < until, "the last": i == last}.get(
+                names, luck.random() < 0.5
+            )
             if i in self._sure or kept:
                 folder = folders.setdefault(changed.folder, {})
                 for name, file in changed.named.items():

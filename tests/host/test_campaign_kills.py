@@ -4,6 +4,7 @@ run that nobody killed, and nothing is left lying about. Children are forked, si
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import select
@@ -23,18 +24,20 @@ from drawn_runs import (
     FEATURES,
     Drawn,
     Runs,
-    Whole,
     drawn,
+    streamed,  # noqa: F401  a fixture
+)
+from file_faults import Faults
+from run_checks import (
+    Whole,
     go_on,
     has_pictures,
     require_begun,
     require_gone_on,
     require_no_litter,
     shown_of,
-    streamed,  # noqa: F401  a fixture
     whole_run,
 )
-from file_faults import Faults
 from test_steering import script  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked, which this system cannot")
@@ -85,10 +88,13 @@ def killed(make: Callable[[], Any], waits_for: str, seconds: float) -> Told:
     """Fork a child that makes a run, and kill it so many seconds after it said a word, or when it has ended."""
     read, write = os.pipe()
     sys.stdout.flush()
+    gc.collect()
+    gc.freeze()  # a child that clears away a decoder of ours waits for threads that it has not
     pid = os.fork()
     if not pid:
         os.close(read)
         child(write, make)
+    gc.unfreeze()
     os.close(write)
     said, kill_at = b"", None
     end = time.monotonic() + LONGEST
@@ -107,7 +113,9 @@ def killed(make: Callable[[], Any], waits_for: str, seconds: float) -> Told:
     while more := os.read(read, 1 << 16):
         said += more
     os.close(read)
-    return told_of(said.decode(), os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL)
+    died_of = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    assert died_of in (0, signal.SIGKILL), f"the child died of signal {died_of}"
+    return told_of(said.decode(), bool(died_of))
 
 
 def told_of(said: str, was_killed: bool) -> Told:

@@ -4,6 +4,7 @@ loads, its frames are in its files, and it goes on to the bits of the run that n
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -18,16 +19,20 @@ from adastate_pack.nodes import saved_states
 from adastate_pack.nodes.host.output_files import STATE_SUFFIX, saved_files
 from bit_equal import decoded, distance
 from drawn_runs import (
+    AFTER_BACK,
+    CHUNK,
     FEATURES,
     Runs,
     drawn,
-    go_on,
-    require_gone_on,
     streamed,  # noqa: F401  a fixture
-    whole_run,
 )
 from file_faults import Faults
 from power_cuts import WAYS, Cut, Record, cuts
+from run_checks import (
+    go_on,
+    require_gone_on,
+    whole_run,
+)
 from test_steering import script  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="what a power cut leaves is modelled as POSIX has it")
@@ -62,16 +67,16 @@ class Cutting:
 
         patch.setattr(saved_states, "save_state", saved)
 
-    def check(self, cut: Cut) -> int:
+    def check(self, cut: Cut, way: str) -> int:
         """How many states the disk holds; all of them load, and their frames are there. The newest goes on."""
         self.runs.clear()
         cut.write(self.runs.out)
         newest, drawn = self.runs.newest_state(), self.whole.drawn
         promised = [what for steps, what in self.record.promised if steps <= cut.steps]
-        removed = cut.steps == len(self.record.steps) or not promised
-        assert newest or removed or self._whole_there(), (
-            f"a state of {promised[-1]} latents was saved, and none is there"
-        )
+        if not newest and promised:  # a whole video leaves none
+            assert self._whole_there(), (
+                f"a state of {promised[-1]} latents was saved, and neither it nor the whole is there"
+            )
         listed = saved_files(STATE_SUFFIX)
         for name in listed:
             state = self.runs.loaded(name)
@@ -80,14 +85,13 @@ class Cutting:
                     f"a state of {promised[-1]} latents was saved, not {state.emitted}"
                 )
             self.require_frames(state, name)
-        if newest and self._is_new(newest):
-            state = self.runs.loaded(newest)
+        if newest and self._is_new(newest, way):
             outputs, state = go_on(self.runs, self.whole, NAME, newest)
             require_gone_on(self.runs, self.whole, outputs, state)
         return len(listed)
 
     def _whole_there(self) -> bool:
-        """A whole video leaves no state: then all its frames are in it."""
+        """Whether the whole video is."""
         report = json.loads(self.last[2])
         paths = [self.runs.out / name for name in (*report.get("videos", []), *report.get("frame_folders", []))]
         return all(
@@ -96,51 +100,52 @@ class Cutting:
         )
 
     def require_frames(self, state: RolloutState, name: str) -> None:
-        """What a state counts is in its files, to the bit."""
-        stream = state.stream
+        """What a state counts is in its files, to the bit. A state from before the run went back counts frames that went."""
+        stream, drawn = state.stream, self.whole.drawn
         counts = list(stream.get("file_frames", [])) + [state.emitted * 4 - 3] * len(stream.get("frame_folders", []))
         named = (*stream.get("files", []), *stream.get("frame_folders", []))
+        went = drawn.goes_back and AFTER_BACK not in str(state.steered) and state.next_chunk > self.whole.back
+        other = self.whole.back * CHUNK * 4 - 3 if went else None
         assert len(named) == len(self.whole.shown)
         for file, count, shown in zip(named, counts, self.whole.shown, strict=True):
-            path = self.runs.out / file
-            assert self._shows(path, count, shown), f"{name} counts {count} frames of {file}, which is not so"
+            there = self._shows(self.runs.out / file, count, shown, other)
+            assert there, f"{name} counts {count} frames of {file}, and they are not there"
 
-    def _shows(self, path: Path, count: int, shown: tuple[Any, ...]) -> bool:
-        drawn = self.whole.drawn
+    def _shows(self, path: Path, count: int, shown: tuple[Any, ...], other: int | None = None) -> bool:
+        """Whether a file has the first `count` frames, those from `other` on not those of the whole."""
         if not path.exists():
             return False
         if path.suffix != ".frames":
             found = (picture for picture, _ in zip(decoded(path), range(count), strict=False))
-        elif FRAME_FORMATS[drawn.frames].animated:
+        elif FRAME_FORMATS[self.whole.drawn.frames].animated:
             return self._animated(path / "000000.webp", count)
         else:
-            suffix = FRAME_FORMATS[drawn.frames].suffix
+            suffix = FRAME_FORMATS[self.whole.drawn.frames].suffix
             files = [path / f"{number:06}{suffix}" for number in range(count)]
             if not all(each.is_file() for each in files):
                 return False
             found = (next(decoded(each)) for each in files)
-        made = [distance(one, two) == 0 for one, two in zip(found, shown, strict=False)]
-        return len(made) == count and (all(made) or drawn.goes_back)
+        same = [distance(one, two) == 0 for one, two in zip(found, shown, strict=False)]
+        return len(same) == count and all(same[:other]) and (other is None or not same[other])
 
     def _animated(self, path: Path, count: int) -> bool:
-        def first(data: bytes) -> list[bytes]:
-            import io
+        if not path.is_file():
+            return False
+        made, wanted = (_pictures(data, count) for data in (path.read_bytes(), self.whole_bytes[path.name]))
+        return len(made) == count and made == wanted
 
-            return [block for kind, block in _blocks(io.BytesIO(data)) if kind == b"ANMF"][:count]
-
-        return (
-            path.is_file()
-            and len(made := first(path.read_bytes())) == count
-            and made == first(self.whole_bytes[path.name])
-        )
-
-    def _is_new(self, newest: str) -> bool:
-        """Whether no disk that looked alike to whoever goes on was tried before: the state, and how long its files are."""
+    def _is_new(self, newest: str, way: str) -> bool:
+        """Whether nobody went on from this state yet after such a cut; its header has the checksums of what is in it."""
         path = self.runs.out / newest.removesuffix(" [output]")
-        key = (path.read_bytes()[:4096], path.stat().st_size)
-        known = hash(key) in self.gone_on
-        self.gone_on.add(hash(key))
+        key = way, path.stat().st_size, path.read_bytes()[:65536]
+        known = key in self.gone_on
+        self.gone_on.add(key)
         return not known
+
+
+def _pictures(data: bytes, count: int) -> list[bytes]:
+    """The first pictures of an animated WebP."""
+    return [block for kind, block in _blocks(io.BytesIO(data)) if kind == b"ANMF"][:count]
 
 
 def test_a_power_cut_leaves_a_state_that_goes_on(streamed, campaign):  # noqa: F811
@@ -157,7 +162,7 @@ def test_a_power_cut_leaves_a_state_that_goes_on(streamed, campaign):  # noqa: F
                         continue
                     tried.add(cut.key)
                     try:
-                        states = max(states, cutting.check(cut))
+                        states = max(states, cutting.check(cut, way))
                     except BaseException as error:
                         error.add_note(
                             f"{cutting.whole.drawn}, cut after {cut.steps} of {len(cutting.record.steps)} steps"

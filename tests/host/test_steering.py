@@ -183,6 +183,8 @@ def test_a_streamed_run_is_paused_and_goes_on_with_what_it_was_told(
     with pytest.raises(Refused, match="the run is ending"):
         script.steering.ask(Wish(seed=1))
 
+    shown = node("AdaStateLoadState")(file=report["state"]).ui.value  # whoever is killed leaves no report
+    assert shown.endswith(f"steered while it was made; the timeline that has it all:\n{report['steering']['timeline']}")
     again = node("AdaStateDemoTimeline")(text=report["steering"]["timeline"]).args[0]
     assert [entry.text for entry in again.entries][-1] == "meadow terrain, steady pace, white balloon, lantern"
     rollout(positive=again, stream=stream(join=True), resume=paused[1], **inputs)
