@@ -27,10 +27,11 @@ WORKFLOWS = ROOT / "workflows" / "api"
 class Client:
     """One server and what tests ask of it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, output: Path | None = None) -> None:
+        """`output`: a folder that it shares with another one."""
         if "COMFYUI_PATH" not in os.environ:
             pytest.exit("COMFYUI_PATH is not set: run `python3 run.py test api`", returncode=2)
-        self.folder, self.output = folder, folder / "output"
+        self.folder, self.output = folder, output or folder / "output"
         self.host = Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable))
         self.start()
 
