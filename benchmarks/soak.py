@@ -93,7 +93,7 @@ def measure(server: Server, page: Any, output: Path, arguments: argparse.Namespa
             f"{saved['count']} states were saved on the way, the last {saved['seconds_apart']} s apart, which took "
             f"{100 * saved['share']:.2f} % of the time. A sample may fall into one, which has a thread and a file open.",
             f"From {first.chunks} chunks to the end: resident memory {(last.resident - first.resident) / 1024:+.0f} MiB, handles "
-            f"{last.handles - first.handles:+d}, threads {last.threads - first.threads:+d}. The last row was taken 2 s after the end.",
+            f"{last.handles - first.handles:+d}, threads {last.threads - first.threads:+d}. The last row is 2 s after it.",
             f"{arguments.size}x{arguments.size} pixels, {arguments.steps} step(s); the node and the tab of the page are open.",
         ],
     )

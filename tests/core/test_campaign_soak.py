@@ -60,4 +60,8 @@ def test_a_growing_video_keeps_nothing_of_its_frames(campaign, tmp_path):
                 chunks, grown, blocks = zip(*samples, strict=True)
                 most = sum(slope(chunks, grown))
                 trial.saw(bytes_a_chunk=most, objects_a_chunk=sum(slope(chunks, blocks)))
-                assert most < MOST, f"{codec}: {most:.1f} bytes a chunk: {list(zip(chunks, grown, strict=True))[::4]}"
+                # the index of a Matroska file is written at its end: 40 bytes of each keyframe, and it is never rewritten
+                index = 40 * FRAMES if CODECS[codec].container == "matroska" else 0
+                assert most < MOST + index, (
+                    f"{codec}: {most:.1f} bytes a chunk: {list(zip(chunks, grown, strict=True))[::4]}"
+                )
