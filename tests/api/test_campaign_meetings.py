@@ -135,7 +135,7 @@ def ended(client: Client, jobs: dict[str, Work], seconds: float = 600) -> dict[s
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         client.server.check_alive()
-        if not set(jobs) & {*running(client), *waiting(client)}:
+        if not set(jobs) & left(client):
             history = client.server.request("/history")
             return {job: history[job] for job in jobs if job in history}
         time.sleep(0.1)
@@ -148,6 +148,12 @@ def running(client: Client) -> list[str]:
 
 def waiting(client: Client) -> list[str]:
     return [item[1] for item in client.server.request("/queue")["queue_pending"]]
+
+
+def left(client: Client) -> set[str]:
+    """Those that run and those that wait, at one moment: between two questions one could slip through."""
+    queue = client.server.request("/queue")
+    return {item[1] for key in ("queue_running", "queue_pending") for item in queue[key]}
 
 
 def reports_in(folder: Path) -> dict[str, list[dict]]:
@@ -270,13 +276,15 @@ class Queue:
         """Whatever runs, or a prompt by its name if it still does; one that waits is not touched by its name."""
         there = running(self.client)
         if self.chance.random() < 0.5:
+            before = self.client.server.request("/history")
             post(self.client, "/interrupt", {})
-            there += running(self.client)  # the next one may have begun
+            # the next one may have begun by then, and have ended by now
+            self.stopped |= {*running(self.client), *self.client.server.request("/history").keys() - before.keys()}
         elif there:
             post(self.client, "/interrupt", {"prompt_id": there[0]})
         if names := waiting(self.client):
-            post(self.client, "/interrupt", {"prompt_id": self.chance.choice(names)})
-            there += running(self.client)
+            there.append(self.chance.choice(names))  # which is not touched, unless it has begun by now
+            post(self.client, "/interrupt", {"prompt_id": there[-1]})
         self.stopped |= set(there)
 
 
@@ -286,10 +294,10 @@ def queued(client: Client, lone: Lone, trial, count: int, pool: int) -> None:
     queue, works = Queue(client, prefix, chance), of_seed(chance, count, pool)
     for work in works[: count * 3 // 4]:
         queue.add(work)
-    later, acts = works[count * 3 // 4 :], [queue.delete] * (count // 8) + [queue.interrupt] * (count // 6)
-    acts += [lambda work=work: queue.add(work) for work in later]
+    acts = [queue.delete] * (count // 8) + [queue.interrupt] * (count // 6)
+    acts += [lambda work=work: queue.add(work) for work in works[count * 3 // 4 :]]
     chance.shuffle(acts)
-    for act in acts:
+    for act in [queue.delete, *acts]:  # the first one while all wait
         act()
         time.sleep(chance.uniform(0, 0.8))
     history = ended(client, queue.jobs)
@@ -321,7 +329,7 @@ def test_free(campaign, client, lone):
         with trial:
             prefix, frees = f"free/{trial.seed}_{trial.number}", 0
             jobs = {client.queue(work.prompt(f"{prefix}/take")): work for work in of_seed(trial.chance, 3, 8)}
-            while set(jobs) & {*running(client), *waiting(client)}:
+            while set(jobs) & left(client):
                 post(client, "/free", {name: trial.chance.random() < 0.7 for name in ("unload_models", "free_memory")})
                 frees += 1
                 time.sleep(trial.chance.uniform(0, 0.5))
