@@ -302,15 +302,11 @@ def queued(client: Client, lone: Lone, trial, count: int, pool: int) -> None:
         time.sleep(chance.uniform(0, 0.8))
     history = ended(client, queue.jobs)
     never = set(queue.jobs) - set(history)
-    assert never <= queue.deleted, "what nobody deleted has run"
+    assert never <= queue.deleted, "a prompt that nobody deleted never ran"
     stopped = {job for job, entry in history.items() if interrupted(entry)}
-    assert stopped <= queue.stopped, "what nobody interrupted has run to its end"
+    assert stopped <= queue.stopped, "a prompt that nobody interrupted was interrupted"
     whole, cut = check_folder(client.output, prefix, queue.jobs, history, lone)
-    assert (
-        (whole, cut, len(never)) == (len(history) - len(stopped), len(stopped), count - len(history))
-        and len(never)
-        and whole
-    )
+    assert never and whole, f"{len(never)} deleted, {whole} whole, {cut} interrupted"
     trial.saw(whole=whole, interrupted=cut, deleted=len(never))
 
 
