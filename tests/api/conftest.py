@@ -19,7 +19,7 @@ from PIL import Image
 from tools.host_client import Events, Server
 from tools.setup_host import Host
 
-pytest_plugins = ["campaign"]
+pytest_plugins = ["campaign", "ended"]
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows" / "api"
 
@@ -37,7 +37,11 @@ class Client:
 
     def start(self) -> None:
         self.server = Server(self.host, self.folder / "base", self.output, self.folder / "server.log")
-        self.server.wait_ready()
+        try:
+            self.server.wait_ready()
+        except BaseException:  # then there is no test that would stop it
+            self.stop()
+            raise
 
     def stop(self) -> None:
         self.server.__exit__()
