@@ -22,6 +22,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from host import write_table
 
 from tools.host_client import Server
+from tools.host_memory import held, newest_run
 from tools.make_workflows import open_page, running_browser, running_host
 from tools.setup_host import SetupError
 from tools.workflow_titles import TITLES
@@ -69,7 +70,7 @@ def measure(server: Server, page: Any, arguments: argparse.Namespace) -> None:
     while True:
         run = newest_run(server)
         if run and run["newest"] and run["newest"]["chunk"] + 1 >= wanted:
-            samples.append([run["newest"]["chunk"] + 1, *page_figures(session), resident(server)])
+            samples.append([run["newest"]["chunk"] + 1, *page_figures(session), held(server, 0).resident / 1024])
             wanted += arguments.every
         if run and not run["running"]:
             if run["outcome"] != "done":
@@ -92,23 +93,11 @@ def measure(server: Server, page: Any, arguments: argparse.Namespace) -> None:
     )
 
 
-def newest_run(server: Server) -> dict[str, Any] | None:
-    """The summary of the newest rollout, or None before there is one."""
-    runs = server.request("/adastate/runs")["runs"]
-    return runs[-1] if runs else None
-
-
 def page_figures(session: Any) -> tuple[float, int]:
     """(heap in MiB after a collection, nodes of the page's document)."""
     session.send("HeapProfiler.collectGarbage")
     metrics = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
     return metrics["JSHeapUsedSize"] / MIB, int(metrics["Nodes"])
-
-
-def resident(server: Server) -> float:
-    """The server's resident memory in MiB."""
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":

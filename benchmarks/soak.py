@@ -21,9 +21,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from host import write_table
-from page_memory import newest_run, resident
 
 from tools.host_client import Server
+from tools.host_memory import Held, held, newest_run
 from tools.make_workflows import open_page, running_browser, running_host
 from tools.setup_host import SetupError
 from tools.workflow_titles import TITLES
@@ -67,12 +67,12 @@ def measure(server: Server, page: Any, output: Path, arguments: argparse.Namespa
     inputs = {"width": arguments.size, "height": arguments.size, "length": 12 * arguments.chunks - 3}
     page.evaluate(_OPEN, [TITLES["long_video"], inputs | {"steps": arguments.steps}, arguments.seconds])
     wanted = sorted({max(1, arguments.chunks * share // 10) for share in (1, 2, 5)})
-    samples: list[tuple[int, float, int, int]] = []
+    samples: list[Held] = []
     while True:
         run = newest_run(server)
         done = run["newest"]["chunk"] + 1 if run and run["newest"] else 0
         if wanted and done >= wanted[0]:
-            samples.append((done, resident(server), *handles_and_threads(server)))
+            samples.append(held(server, done))
             wanted = [each for each in wanted if each > done]
         if run and not run["running"]:
             break
@@ -82,28 +82,21 @@ def measure(server: Server, page: Any, output: Path, arguments: argparse.Namespa
         raise SystemExit(f"the run ended as {run['outcome']}")
     saved = json.loads(next(output.rglob("*.report.json")).read_text())["autosave"]
     time.sleep(2)
-    samples.append((arguments.chunks, resident(server), *handles_and_threads(server)))
+    samples.append(held(server, arguments.chunks))
     first, last = samples[0], samples[-1]
     write_table(
         "soak",
         f"A run of {arguments.chunks} chunks with autosaves and a page that watches",
         ["chunks", "resident memory, MiB", "open handles", "threads"],
-        [[f"{done}", f"{memory:.0f}", f"{handles}", f"{threads}"] for done, memory, handles, threads in samples],
+        [[f"{each.chunks}", f"{each.resident / 1024:.0f}", f"{each.handles}", f"{each.threads}"] for each in samples],
         [
             f"{saved['count']} states were saved on the way, the last {saved['seconds_apart']} s apart, which took "
             f"{100 * saved['share']:.2f} % of the time. A sample may fall into one, which has a thread and a file open.",
-            f"From {first[0]} chunks to the end: resident memory {last[1] - first[1]:+.0f} MiB, handles {last[2] - first[2]:+d}, "
-            f"threads {last[3] - first[3]:+d}. The last row was taken 2 s after the end.",
+            f"From {first.chunks} chunks to the end: resident memory {(last.resident - first.resident) / 1024:+.0f} MiB, handles "
+            f"{last.handles - first.handles:+d}, threads {last.threads - first.threads:+d}. The last row is 2 s after it.",
             f"{arguments.size}x{arguments.size} pixels, {arguments.steps} step(s); the node and the tab of the page are open.",
         ],
     )
-
-
-def handles_and_threads(server: Server) -> tuple[int, int]:
-    """How many files, sockets and the like the server has open, and how many threads."""
-    process = Path(f"/proc/{server.process.pid}")
-    threads = int((process / "status").read_text().split("Threads:")[1].split()[0])
-    return len(list((process / "fd").iterdir())), threads
 
 
 if __name__ == "__main__":

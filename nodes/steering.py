@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,7 +104,7 @@ class Steering:
         self._changes: list[tuple[int, Course, int]] = []
         self._changed = False  # whether there were any, once the run is over
         # how many latents had left after each chunk, and the kept states: (after how many chunks, seconds of video)
-        self._ends: list[int] = []
+        self._ends = array("q")  # 8 bytes a chunk
         self._kept: list[tuple[int, float]] = []
         self._last: dict[str, Any] | None = None  # what `describe` says from the end on
         self._told = self.describe()  # that the run has begun is told with it
@@ -304,7 +305,7 @@ class Steering:
             earliest = f"the earliest is at {self._kept[0][1]:g} s" if self._kept else "there is none"
             raise ValueError(f"no state is kept at or before {asked_for:g} s to go back to: {earliest}")
         state = run.output.go_back(rollout, chunk, check_interrupt)
-        self._ends = [end for end in self._ends if end <= state.emitted]
+        self._ends = array("q", (end for end in self._ends if end <= state.emitted))
         run.made.go_back(len(self._ends), state.emitted - self._first_frame)
         self.view.went_back(run.made.count)
         frame = rollout.next_frame

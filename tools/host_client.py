@@ -116,7 +116,7 @@ class Server:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach this address
         try:
             with direct.open(request, timeout=30) as answer:
-                return json.loads(answer.read())
+                return json.loads(answer.read() or b"{}")  # some routes answer with nothing
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
             with contextlib.suppress(ValueError):

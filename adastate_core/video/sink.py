@@ -31,14 +31,16 @@ from .sound_track import EarlierSound, SoundTrack, ends_by
 __all__ = ["CODECS", "VideoSink", "remux"]
 
 log = logging.getLogger("adastate")
+# Nothing is kept of a frame that is written: for a table of them at the end (skip_trailer: none) the muxer would hold 40 bytes
+# of each, half a kilobyte a chunk. The file that takes this one's place has an index of its own.
 _GROWING = {
-    "movflags": "frag_every_frame+empty_moov+default_base_moof+use_metadata_tags",
+    "movflags": "frag_every_frame+empty_moov+default_base_moof+use_metadata_tags+skip_trailer",
     "flush_packets": "1",
 }
 # A fragment ends where a second packet of a track comes: ended with every packet, it is told a wrong time of the sound behind the
 # last frame. The index in front waits for a packet of each track, since it says how late the sound's encoder is.
 _GROWING_WITH_SOUND = {
-    "movflags": "empty_moov+default_base_moof+use_metadata_tags+delay_moov",
+    "movflags": "empty_moov+default_base_moof+use_metadata_tags+delay_moov+skip_trailer",
     "frag_duration": "1",
     "flush_packets": "1",
 }

@@ -19,7 +19,7 @@ from PIL import Image
 from tools.host_client import Events, Server
 from tools.setup_host import Host
 
-pytest_plugins = ["campaign"]
+pytest_plugins = ["campaign", "ended"]
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows" / "api"
 
@@ -27,16 +27,21 @@ WORKFLOWS = ROOT / "workflows" / "api"
 class Client:
     """One server and what tests ask of it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, output: Path | None = None) -> None:
+        """`output`: a folder that it shares with another one."""
         if "COMFYUI_PATH" not in os.environ:
             pytest.exit("COMFYUI_PATH is not set: run `python3 run.py test api`", returncode=2)
-        self.folder, self.output = folder, folder / "output"
+        self.folder, self.output = folder, output or folder / "output"
         self.host = Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable))
         self.start()
 
     def start(self) -> None:
         self.server = Server(self.host, self.folder / "base", self.output, self.folder / "server.log")
-        self.server.wait_ready()
+        try:
+            self.server.wait_ready()
+        except BaseException:  # then there is no test that would stop it
+            self.stop()
+            raise
 
     def stop(self) -> None:
         self.server.__exit__()

@@ -49,7 +49,7 @@ def tiny(chunks: int, prefix: str, **changes: object) -> dict:
         "long_video",
         n4__filename_prefix=f"soak/{prefix}",
         n4__autosave_seconds=0.01,
-        **{"n5__length": 12 * chunks - 3, "n5__width": 32, "n5__height": 32, "n5__steps": 1} | changes,
+        **{"n5__length": 12 * chunks - 3, "n5__width": 16, "n5__height": 16, "n5__steps": 1} | changes,
     )
 
 
@@ -64,7 +64,7 @@ def sampled(client: Client, prompt: dict, since: int) -> tuple[list[Held], dict,
             if done >= max(since, samples[-1].chunks + EVERY if samples else 0):
                 samples.append(held(client.server, done))
             client.server.check_alive()
-            time.sleep(0.02)
+            time.sleep(0.25)
         assert entry["status"]["status_str"] == "success", entry["status"]
         return samples, entry, page.counts
 
@@ -107,7 +107,3 @@ def test_soak(campaign, client):
     for trial in campaign("10,000 chunks to a video file, watched, with autosaves", full=1, sample=0):
         with trial:
             soak(client, trial, 10_000, 500)
-
-    for trial in campaign("400 chunks to a video file, watched, with autosaves", full=1, sample=1):
-        with trial:
-            soak(client, trial, 400, 100)

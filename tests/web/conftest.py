@@ -14,7 +14,7 @@ import pytest
 from tools.make_workflows import find_browser, open_page, running_browser, running_host
 from tools.workflow_titles import TITLES
 
-pytest_plugins = ["sampled"]
+pytest_plugins = ["sampled", "ended"]
 ROOT = Path(__file__).resolve().parents[2]
 OURS = re.compile("adastate", re.I)
 # The front end asks the public registry about nodes it does not know; a host without API nodes forbids that.
