@@ -275,6 +275,12 @@ class Rollout:
         """Whether the window shrinks or has shrunk: the state stays as it was before."""
         return self._end is not None
 
+    def close(self) -> None:
+        """Give the memory of the past back now, whoever still holds the rollout: the traceback of what ended it may. It cannot go
+        on, and there is no state of it any more; what it counted stays. Called again, it does nothing."""
+        self.past.close()
+        self.streamed = self.renewed = self._before_end = self._passes = self._noise = None
+
     def put_back(self, latents: torch.Tensor) -> None:
         """Take latents that have just left, but could not be used, back as the first pending ones."""
         self.past.put_back(latents)
