@@ -514,7 +514,8 @@ class Rollout:
         wanted = min(self.spec.chunk_frames, now.pending.shape[2], length - now.emitted)
         given = now.emitted < self.past.given_frames
         latents = self.past.emit(wanted)
-        return Chunk(max(now.next_chunk - 1, 0), now.emitted, latents, now.hidden, time.perf_counter() - start, given)
+        seconds = max(0.0, time.perf_counter() - start)  # a clock may go back
+        return Chunk(max(now.next_chunk - 1, 0), now.emitted, latents, now.hidden, seconds, given)
 
     def passes(self, length: int, given: int = 0) -> int:
         """How many forwards of the model are left until `length` latent frames, of which the first `given` are given before the

@@ -166,7 +166,7 @@ class Job(Prepared):
                 whole = ended and rollout.emitted >= self.latent_length and not self.request.endless
                 output.finish(rollout, whole)
                 view.saved = attempt("what a rollout saved could not be listed", output.saved)[0] or {}
-        run.seconds = time.perf_counter() - run.start
+        run.seconds = run.rolled_for
         return self._result(run, view)
 
     def _passes_left(self, rollout: Rollout) -> int:

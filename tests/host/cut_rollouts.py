@@ -18,7 +18,15 @@ ROLLED = {
     "width": SIDE, "height": SIDE, "length": 33, "batch_size": 1, "seed": 5, "steps": 2, "shift": 5.0, "chunk_frames": 3,
     "window_frames": 3, "positions": "packed", "keep_latents": True,
 }  # fmt: skip
-STREAMED = {"filename_prefix": "take", "fps": 16.0, "codec": "h264", "quality": 18, "preview": False, "autosave_seconds": 1e-6}
+STREAMED = {
+    "filename_prefix": "take",
+    "fps": 16.0,
+    "codec": "h264",
+    "quality": 18,
+    "preview": False,
+    "autosave_seconds": 1e-6,
+}
+LINKED = {"model": ["1", 0], "positive": ["2", 0], "stream": ["4", 0]}
 AUTO = {"steps": 0, "shift": 0.0, "chunk_frames": 0, "window_frames": -1, "positions": "auto"}
 ABSORBED = {
     "ratio": 0.5, "warmup_frames": 6, "local_window_frames": 1, "sink_frames": 1, "ridge": "auto", "scope": "head", "rank": 8,
@@ -52,7 +60,7 @@ class Settings:
             "2": node("GivenPositive"),
             "3": node(f"GivenVae{self.family}"),
             "4": node("AdaStateStreamOutput", vae=["3", 0], **STREAMED | self.streamed | {"filename_prefix": prefix} | streamed),
-            ROLLOUT: node("AdaStateRollout", **{"model": ["1", 0], "positive": ["2", 0], "stream": ["4", 0]} | ROLLED | self.rolled),
+            ROLLOUT: node("AdaStateRollout", **LINKED | ROLLED | self.rolled),
         }  # fmt: skip
         for slot in (LATENT, STATE):
             graph[f"take {slot}"] = node("Take", value=[ROLLOUT, slot], slot=slot)
@@ -74,7 +82,12 @@ def _prompts() -> dict[str, dict]:
         "second": node("AdaStateDemoPrompt", **WORDS | {"terrain": "city"}),
         "at0": node("AdaStatePromptAt", positive=["first", 0], seconds=0.0, transition="cut"),
         "at1": node(
-            "AdaStatePromptAt", positive=["second", 0], seconds=1.0, transition="recache", prompts=["at0", 0], blend_chunks=2
+            "AdaStatePromptAt",
+            positive=["second", 0],
+            seconds=1.0,
+            transition="recache",
+            prompts=["at0", 0],
+            blend_chunks=2,
         ),
     }
 

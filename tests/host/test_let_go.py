@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "core"))
-from cut_prompts import Looks, NewerInterrupt, Prompts, interrupt, newer_interrupt, patched, stop
+from cut_prompts import Looks, Prompts, interrupt, newer_interrupt, patched, stop
 from cut_rollouts import SETTINGS, models
 from test_links import node
 
