@@ -128,9 +128,10 @@ class FrameWriter:
 
     def release(self) -> None:
         """After `end`: let go of its buffers and of the sinks, whoever still holds it. Nothing more may be asked of it but how many
-        frames there are."""
-        self._thread = self._landing = None
-        self.sinks = []
+        frames there are. If waiting for the end was interrupted, the thread goes on, with all that it needs."""
+        if not self._thread.runs:
+            self._thread = self._landing = None
+            self.sinks = []
 
     def _write(self, given: Given) -> None:
         pictures = given.pictures.wait()
