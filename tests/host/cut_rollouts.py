@@ -21,7 +21,7 @@ ROLLED = {
 STREAMED = {
     "filename_prefix": "take",
     "fps": 16.0,
-    "codec": "h264",
+    "codec": "ffv1",
     "quality": 18,
     "preview": False,
     "autosave_seconds": 1e-6,
@@ -48,6 +48,11 @@ class Settings:
     @property
     def batch(self) -> int:
         return self.rolled.get("batch_size", 1)
+
+    @property
+    def exact(self) -> bool:
+        """Whether its files hold the pictures to the bit, so that joined frames are those of the whole."""
+        return self.streamed.get("codec", STREAMED["codec"]) == "ffv1"
 
     @property
     def length(self) -> int:
@@ -110,7 +115,7 @@ SETTINGS = {
     ),
     "transitions": Settings({"positive": ["at1", 0]}, more=_prompts()),
     "sound, decode beside": Settings({}, {"audio": ["sound", 0], "autosave_seconds": 0.0}, {"sound": node("GivenSound")}),
-    "decode beside": Settings({}, {"autosave_seconds": 0.0, "codec": "ffv1"}),
+    "decode beside": Settings({}, {"autosave_seconds": 0.0, "codec": "h264"}),
     "host memory, moving average": Settings(
         {"cache_device": "host memory", "anchor": ["anchor", 0]},
         {},

@@ -80,7 +80,7 @@ class Nodes:
             graph["say"] = node("Take", value=[ROLLOUT, 2], slot=2)
             assert bench.prompts(graph).how == "success"
         self.report = bench.prompts.taken[2]
-        state, video = "made/{}_00001_.state.safetensors [output]", "made/take_00001_.mp4 [output]"
+        state, video = "made/{}_00001_.state.safetensors [output]", "made/take_00001_.mkv [output]"
         self.state = {"s": node("AdaStateLoadState", file=state.format("take"))}
         self.absorbed = {"s": node("AdaStateLoadState", file=state.format("absorbed"))}
         self.video = {"v": node("LoadVideo", file=video)}
