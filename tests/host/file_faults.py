@@ -142,6 +142,10 @@ class Faults:
             return _Container(opened(path, *rest, **more), self)
 
         class Frames:
+            def __new__(cls, *values: Any) -> Any:  # of more than eight bits
+                self.point("encode")
+                return frames(*values)
+
             @staticmethod
             def from_ndarray(*values: Any, **more: Any) -> Any:
                 self.point("encode")

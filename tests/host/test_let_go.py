@@ -55,7 +55,7 @@ def heavy(found: list[object], aside: set[int]) -> dict[str, int]:
     return dict(Counter(names))
 
 
-@pytest.mark.parametrize("name", ["adaptive anchor, with a history", "absorption", "sound, decode beside", "5B"])
+@pytest.mark.parametrize("name", ["absorption", "sound, decode beside"])
 def test_nothing_heavy_is_left_to_the_collector(monkeypatch, tmp_path, name):
     prompts, settings = Prompts(monkeypatch, **models(tmp_path)), SETTINGS[name]
     prompts(settings.graph("first/take"))
