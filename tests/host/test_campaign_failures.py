@@ -125,6 +125,8 @@ class Nodes:
         kept, before = self.kept(), Held.now()
         with patched(*installed), mode or patched():
             ended = self.bench.prompts(self.graphs()[name])
+        if mode is not None:
+            mode.held = None
         bad = untold(ended.message) if ended.how == "error" else []
         bad += [] if may_pass or ended.how == "error" else ["it returned"]
         self.bench.prompts.nothing()
@@ -223,9 +225,8 @@ class Clock:
         return self.now
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        stand_in = SimpleNamespace(
-            time=self.read, monotonic=self.read, perf_counter=self.read, sleep=time.sleep, strftime=time.strftime
-        )
+        clocks = dict.fromkeys(("time", "monotonic", "perf_counter"), self.read)
+        stand_in = SimpleNamespace(**vars(time) | clocks)
         for name, module in list(sys.modules.items()):
             if name.startswith("adastate_pack") and getattr(module, "time", None) is time:
                 patch.setattr(module, "time", stand_in)

@@ -95,6 +95,8 @@ class Bench:
         graph = SETTINGS[name].graph(f"{folder}/take")
         with patched(*installed), mode or patched():
             ended = self.prompts(graph)
+        if mode is not None:
+            mode.held = None  # what the operation that failed was to write to
         latents = self.prompts.taken.get(LATENT)
         bad = [] if ended.how != "error" or fails else [f"it ended with {ended.kind}: {ended.message}"]
         bad += untold(ended.message) if ended.how == "error" else []
