@@ -441,6 +441,13 @@ class Past:
 
     # ---- states
 
+    def close(self) -> None:
+        """Let go of everything but what is counted."""
+        for cache in self.caches:
+            cache.close()
+        self.reference = self.absorber = self.observer = self._work = self._undo = self.kept = None
+        self.anchor_at = lambda first_frame: Anchor()
+
     def snapshot(self, stream: dict[str, Any] | None = None) -> RolloutState:
         """The state after the last whole chunk. UnfinishedError where there is none to be had."""
         self.finish()

@@ -275,6 +275,12 @@ class Rollout:
         """Whether the window shrinks or has shrunk: the state stays as it was before."""
         return self._end is not None
 
+    def close(self) -> None:
+        """Give the memory of the past back now, whoever still holds the rollout: the traceback of what ended it may. It cannot go
+        on, and there is no state of it any more; what it counted stays. Called again, it does nothing."""
+        self.past.close()
+        self.streamed = self.renewed = self._before_end = self._passes = self._noise = None
+
     def put_back(self, latents: torch.Tensor) -> None:
         """Take latents that have just left, but could not be used, back as the first pending ones."""
         self.past.put_back(latents)
@@ -508,7 +514,8 @@ class Rollout:
         wanted = min(self.spec.chunk_frames, now.pending.shape[2], length - now.emitted)
         given = now.emitted < self.past.given_frames
         latents = self.past.emit(wanted)
-        return Chunk(max(now.next_chunk - 1, 0), now.emitted, latents, now.hidden, time.perf_counter() - start, given)
+        seconds = max(0.0, time.perf_counter() - start)  # a clock may go back
+        return Chunk(max(now.next_chunk - 1, 0), now.emitted, latents, now.hidden, seconds, given)
 
     def passes(self, length: int, given: int = 0) -> int:
         """How many forwards of the model are left until `length` latent frames, of which the first `given` are given before the

@@ -142,7 +142,13 @@ class AttentionShareNode(Node):
             until_full = -(-(window + kept) // job.spec.chunk_frames) + 1
             jobs.append((window, job, chunks or until_full, 0 if chunks else until_full - 1))
         progress = Progress(sum(count * (len(job.schedule.sigmas) + 1) for _, job, count, _ in jobs))
-        found = [(window, measure_shares(job.rollout(progress), count, first)) for window, job, count, first in jobs]
+        found = []
+        for window, job, count, first in jobs:
+            rollout = job.rollout(progress)
+            try:
+                found.append((window, measure_shares(rollout, count, first)))
+            finally:
+                rollout.close()
         if share_of == "past":
             found = [(window, [one.past for one in shares]) for window, shares in found]
         last, curves = [(window, shares[-1]) for window, shares in found], [shares for _, shares in found]

@@ -112,7 +112,20 @@ class Job(Prepared):
         except BaseException as error:
             write_short(self, run, error)
             raise
+        finally:
+            self._let_go(run)
         return result
+
+    def _let_go(self, run: UnderWay) -> None:
+        """Caches and the decoder's memory go with the run, and not when Python's collector comes by: what else the prompt does may
+        need the room, and the host keeps the traceback of a failure for a while."""
+        if run.rollout is not None:
+            run.rollout.close()
+        if run.output is not None:
+            run.output.let_go()
+        run.rollout = run.output = run.reports = run.steering = None
+        self.model = self.decoder = self.enlarger = self.picture = self.solution = self.prior = self.prompts = None
+        self.renewal = None
 
     def _roll(self, run: UnderWay, view: LiveRun) -> Result:
         """The rollout itself; `run` is told how far it is."""
@@ -153,7 +166,7 @@ class Job(Prepared):
                 whole = ended and rollout.emitted >= self.latent_length and not self.request.endless
                 output.finish(rollout, whole)
                 view.saved = attempt("what a rollout saved could not be listed", output.saved)[0] or {}
-        run.seconds = time.perf_counter() - run.start
+        run.seconds = run.rolled_for
         return self._result(run, view)
 
     def _passes_left(self, rollout: Rollout) -> int:

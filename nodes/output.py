@@ -333,6 +333,16 @@ class StreamOutput:
             part.files.forget()
         self.states.save_last(whole, finished, lambda: rollout.snapshot(self.snapshot()))
 
+    def let_go(self) -> None:
+        """After everything else: nothing that takes memory stays alive for what is still asked of the files' names. A state that is
+        still being written, since waiting for it was interrupted, is written to its end."""
+        if self.states is not None and self.states.busy:
+            return
+        if self.stream is not None:
+            self.stream.release()
+        self.stream = self.states = self._enlarged = self.job = None
+        self._under_way.clear()
+
     @property
     def warnings(self) -> list[str]:
         """Sentences about what of the files and states could not be done, without the run having ended for it."""

@@ -442,7 +442,7 @@ class Prepared:
 
     def seconds_since_begin(self) -> float:
         """Seconds since the node began to execute."""
-        return time.monotonic() - self._begun
+        return max(0.0, time.monotonic() - self._begun)
 
     @property
     def no_latent(self) -> str:

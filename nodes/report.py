@@ -93,7 +93,7 @@ class UnderWay:
         """Seconds since the models were loaded, or until the run was over."""
         if self.start is None:
             return 0.0
-        return time.perf_counter() - self.start if self.seconds is None else self.seconds
+        return max(0.0, time.perf_counter() - self.start) if self.seconds is None else self.seconds
 
 
 def identity(job: Prepared, run: UnderWay) -> dict[str, Any]:

@@ -97,9 +97,12 @@ class RolloutSampler(host_sampler.Sampler):
             model.fuse(spec, plan, told=lambda done, total: check_interrupt())
             rollout = Rollout(model, spec, settings, text_tokens=text_tokens, on_step=watch, length=noise.shape[2])
             watch.total = rollout.passes(noise.shape[2])
-            for chunk in rollout.chunks(noise.shape[2]):
-                first, made = chunk.first_frame, chunk.latents
-                latents[:, :, first : first + made.shape[2]] = made.to(latents)
+            try:
+                for chunk in rollout.chunks(noise.shape[2]):
+                    first, made = chunk.first_frame, chunk.latents
+                    latents[:, :, first : first + made.shape[2]] = made.to(latents)
+            finally:
+                rollout.close()
         watch.done(watch.total)
         return latents
 

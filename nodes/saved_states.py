@@ -76,6 +76,11 @@ class SavedStates:
         return self.video.path.with_suffix(STATE_SUFFIX)
 
     @property
+    def busy(self) -> bool:
+        """Whether a state is being written."""
+        return self._thread.busy
+
+    @property
     def waits(self) -> bool:
         """Whether a state is there that `write_due` will write."""
         return self._due is not None

@@ -348,7 +348,7 @@ class Steering:
         now = time.perf_counter()
         with self._lock:
             for asked in seen:
-                asked.shown = round(now - asked.arrived, 3)
+                asked.shown = round(max(0.0, now - asked.arrived), 3)
                 self._unseen.remove(asked)
 
     def over(self, whole: bool) -> None:

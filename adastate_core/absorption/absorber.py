@@ -202,7 +202,7 @@ class Absorber:
         self.how = how_chosen(self.settings, 0 if self._given else self.collector.chunks)
         self.collector, self.solved_for = collector, dict(self.origin)
         self._take(solution, switch)
-        self.seconds = time.perf_counter() - start
+        self.seconds = max(0.0, time.perf_counter() - start)
         self.cache.fit()
 
     def _solved(self) -> Solution:

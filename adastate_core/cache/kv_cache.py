@@ -70,6 +70,11 @@ class KVCache:
         """The same in host memory (compare with `plan.host_bytes`)."""
         return sum(size for name, size in self.bytes().items() if name.startswith(HOST))
 
+    def close(self) -> None:
+        """Let go of all buffers; the most bytes that there were stay known."""
+        self.layers, self.workspace = [], None
+        self._text.clear()
+
     def start_chunk(self) -> None:
         """Before the passes of a chunk; what an interrupted one chose is forgotten."""
         for layer in self.layers:

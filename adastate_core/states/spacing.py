@@ -35,16 +35,19 @@ class Spacing:
 
     @property
     def due(self) -> bool:
-        return self.least > 0 and time.monotonic() - self._last >= self.apart
+        now = time.monotonic()
+        self._last = min(self._last, now)  # after a clock that went ahead and came back they are as far apart as before
+        return self.least > 0 and now - self._last >= self.apart
 
     def taken(self, seconds: float) -> None:
         """One was taken, or could not be: copying took so long."""
-        self._copying = seconds
+        seconds = self._copying = max(0.0, seconds)
         self._spent += seconds
         self._last = time.monotonic()
 
     def written(self, seconds: float, whole: bool) -> None:
         """The one that was taken last is written, or (not `whole`) could not be: that took so long."""
+        seconds = max(0.0, seconds)
         self._spent += seconds
         self._newest = self._copying + seconds
         self.count += whole
@@ -65,5 +68,5 @@ class Spacing:
         return {
             "seconds_apart": round(self._told, 3) if self.least else None,
             "count": self.count,
-            "share": round(self._spent / passed, 5) if passed > 0 else 0.0,
+            "share": round(min(1.0, self._spent / passed), 5) if passed > 0 else 0.0,
         }

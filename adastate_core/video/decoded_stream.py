@@ -160,6 +160,10 @@ class VideoStream:
         """Others take its sinks' place: end its thread, and leave the sinks to whoever takes over."""
         self._writer.end()
 
+    def release(self) -> None:
+        """After `close` or `leave`: let go of the buffers of what was written."""
+        self._writer.release()
+
     def close(self) -> list[str]:
         """Write what is under way and finish every file; sentences about those that could not be finished and stay as they grew.
         What writing failed with is for `drain` to tell."""

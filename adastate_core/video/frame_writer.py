@@ -81,6 +81,7 @@ class FrameWriter:
                 self.wait()
         finally:
             self.end()
+            self.release()
 
     @property
     def frames(self) -> int:
@@ -124,6 +125,13 @@ class FrameWriter:
     def end(self) -> None:
         """Wait until all is written, or has failed, and end the thread. The sinks are left open."""
         self._thread.end()
+
+    def release(self) -> None:
+        """After `end`: let go of its buffers and of the sinks, whoever still holds it. Nothing more may be asked of it but how many
+        frames there are. If waiting for the end was interrupted, the thread goes on, with all that it needs."""
+        if not self._thread.runs:
+            self._thread = self._landing = None
+            self.sinks = []
 
     def _write(self, given: Given) -> None:
         pictures = given.pictures.wait()

@@ -36,6 +36,11 @@ class WritingThread(Generic[Item]):
         with self._changed:
             return list(self._left)
 
+    @property
+    def runs(self) -> bool:
+        """Whether there is a thread that has not ended."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self, most: int) -> None:
         """Until at most `most` items are left. Raises what an item's work has raised."""
         with self._changed:

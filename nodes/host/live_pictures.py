@@ -98,7 +98,7 @@ class Encoder:
     def _allowance(self) -> int:
         """How many pictures may be made now."""
         now = time.monotonic()
-        self._allowed = min(A_CHUNK, self._allowed + A_SECOND * (now - self._asked))
+        self._allowed = min(A_CHUNK, self._allowed + A_SECOND * max(0.0, now - self._asked))
         self._asked = now
         taken = int(self._allowed)
         self._allowed -= taken

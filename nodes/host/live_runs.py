@@ -130,14 +130,14 @@ class LiveRun:
         """The picture [h, w, 3] that `draw` makes, or None if that fails and while such pictures have had their share of the
         run's time. An interrupt, which any layer of a decoder may bring, is raised."""
         now = time.perf_counter()
-        self._allowed = min(_STATE_SAVED, self._allowed + _STATE_SHARE * (now - self._asked))
+        self._allowed = min(_STATE_SAVED, self._allowed + _STATE_SHARE * max(0.0, now - self._asked))
         self._asked = now
         if self._allowed < 0:
             return None
         try:
             return attempt("a hidden state's preview could not be made", draw)[0]
         finally:
-            self._allowed -= time.perf_counter() - now
+            self._allowed -= max(0.0, time.perf_counter() - now)
 
     def chunk(self, facts: dict[str, Any], pictures: torch.Tensor | None, hidden: torch.Tensor | None = None) -> None:
         """Show a finished chunk: its numbers (`seconds` and `seconds_total` of video among them), and its decoded frames
@@ -155,7 +155,7 @@ class LiveRun:
         now, made = time.perf_counter(), facts["seconds_made"]
         self._times = [*self._times[-_SPEED_CHUNKS:], (now, made)]
         (then, before), total = self._times[0], facts["seconds_total"]
-        speed = (made - before) / (now - then) if now > then else 0.0
+        speed = max(0.0, made - before) / (now - then) if now > then else 0.0
         left = None if total is None or speed <= 0 else round((total - facts["seconds"]) / speed, 2)
         return facts | {"speed": round(speed, 4), "seconds_left": left}
 

@@ -13,6 +13,7 @@ import inspect
 import math
 import operator
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -103,10 +104,27 @@ def _held(execute: Callable[..., Any], inputs: Callable[[], _Inputs]) -> Callabl
         reason = _fault(cls, widgets, given) or _socket_fault(sockets, given) or _unconnected(sockets, given)
         if reason:
             raise ValueError(reason)
-        return execute(cls, **{name: _plain(widgets.get(name), value) for name, value in given.items()})
+        try:
+            return execute(cls, **{name: _plain(widgets.get(name), value) for name, value in given.items()})
+        except BaseException as error:
+            _give_back(error)
+            raise
 
     held.holds = True
     return held
+
+
+def _give_back(error: BaseException) -> None:
+    """Clear what the frames of a failure held: the host keeps its traceback until Python's collector comes by, and after a failure
+    for want of memory that is what the next node lacks."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            left += [one.__cause__, one.__context__]
 
 
 def _socket_fault(sockets: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:

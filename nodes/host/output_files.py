@@ -205,6 +205,18 @@ def _check(root: str, prefix: str, endings: list[str], width: int = 0, height: i
             f"{prefix!r} leads out of the host's folder through a link, and this ComfyUI writes nothing there; give a name in the "
             "folder itself (what lies behind the link is listed and loads)"
         )
+    _check_writable(path.parent, prefix)
+
+
+def _check_writable(folder: Path, prefix: str) -> None:
+    """ValueError if the system says that nothing can be written to a folder, or to where it would be made: a disk that is mounted
+    read-only, a folder of another user's. It is asked before models are loaded; whoever writes is told all the same."""
+    there = next((each for each in (folder, *folder.parents) if each.is_dir()), None)
+    if there is not None and not os.access(there, os.W_OK):
+        raise ValueError(
+            f"{prefix!r} cannot be written: the folder {there.name!r} is read-only, or its disk is, or it is another user's; "
+            "make it writable, or start ComfyUI with another folder"
+        )
 
 
 @functools.cache

@@ -60,7 +60,8 @@ def run_checks(checks: Iterable[Check], bench: Any) -> Iterator[Row]:
             log.exception("AdaState Self Test: %s failed", check.name)
             outcome = Outcome(FAILED, f"{type(error).__name__}: {reason(error, _LONGEST)}")
         free_memory()
-        yield Row(check.name, Outcome(outcome.verdict, without_user(outcome.seen)), time.perf_counter() - start)
+        seconds = max(0.0, time.perf_counter() - start)
+        yield Row(check.name, Outcome(outcome.verdict, without_user(outcome.seen)), seconds)
 
 
 def without_user(text: str) -> str:

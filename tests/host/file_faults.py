@@ -35,8 +35,15 @@ class Faults:
     `failed` is the one that did not go through.
     """
 
-    def __init__(self, folder: Path, place: tuple[str, int] | None = None, seed: int = 0) -> None:
-        self.folder, self.place, self.seed = str(folder), place, seed
+    def __init__(
+        self,
+        folder: Path,
+        place: tuple[str, int] | None = None,
+        seed: int = 0,
+        kinds: tuple[Callable[[str], BaseException | None], ...] = KINDS,
+    ) -> None:
+        """`kinds`: what is raised, one of them; one that gives None only does something at that moment."""
+        self.folder, self.place, self.seed, self.kinds = str(folder), place, seed, kinds
         self._came: dict[str, list[str]] = {}
         self.failed: str | None = None
         self.when: Callable[[], None] = lambda: None
@@ -50,8 +57,9 @@ class Faults:
         if (thread, len(came) - 1) == self.place:
             self.failed = name
             self.when()
-            kind = random.Random(f"{self.seed}/{thread}/{len(came)}").choice(KINDS)
-            raise kind(f"injected at {len(came) - 1} of {thread}, {name}")
+            kind = random.Random(f"{self.seed}/{thread}/{len(came)}").choice(self.kinds)
+            if (error := kind(f"injected at {len(came) - 1} of {thread}, {name}")) is not None:
+                raise error
 
     @property
     def points(self) -> list[tuple[tuple[str, int], str]]:
@@ -134,7 +142,8 @@ class Faults:
             return _Container(opened(path, *rest, **more), self)
 
         class Frames:
-            def __new__(cls, *values: Any) -> Any:  # what is filled afterwards
+            def __new__(cls, *values: Any) -> Any:  # of more than eight bits, or filled afterwards
+                self.point("encode")
                 return frames(*values)
 
             @staticmethod
