@@ -21,6 +21,7 @@ from adastate_pack.adastate_core.rollout import RolloutState
 from adastate_pack.adastate_core.video.frame_writer import FrameWriter
 from adastate_pack.nodes import saved_states
 from drawn_runs import (
+    CHUNK,
     FEATURES,
     Drawn,
     Runs,
@@ -183,7 +184,10 @@ def kill_and_go_on(runs: Runs, whole: Whole, luck: random.Random) -> dict[str, f
     drawn, killing, kills = whole.drawn, Killing(runs, whole, luck), 1
     told = killing.first()
     try:
-        shown = require_begun(whole, runs.files(drawn, NAME, 1), told.frames)
+        stays = (
+            whole.back * CHUNK * 4 - 3 if drawn.goes_back else told.frames
+        )  # what was shown beyond may be taken back
+        shown = require_begun(whole, runs.files(drawn, NAME, 1), min(stays, told.frames))
         require_state(runs, told, drawn)
         if runs.newest_state() and luck.random() < 0.3:
             again = killing.once(runs.newest_state())
