@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mutations import VALUES, damage_header
+from hostile.json_values import VALUES, damage_header
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
 PACK = "AdaState"

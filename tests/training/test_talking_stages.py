@@ -16,15 +16,16 @@ from training.host_models import build_codec
 from training.latents import unit_latents
 from training.talking_denoiser import Given, noised, some, weighted
 from training.talking_evaluate import Segment, bars, picture_table, seen, table
-from training.talking_latents import clip, load
+from training.talking_latents import clip, load, wrong_clip
 from training.talking_trajectories import given_of, solve
-from training.talking_world import TalkingScene
+from training.talking_world import TalkingScene, WrongSize
 from training.texts import Texts
 from training.world import render
 
 CONFIG = {
     "drop_words": 0.5, "drop_reference": 0.5, "shift": 5.0, "full_noise": 0.2, "blur_share": 0.5, "blur_most": 0.2,
-    "subject_weight": 2.0, "first_chunk_weight": 3.0, "trajectories_seed": 3,
+    "subject_weight": 2.0, "first_chunk_weight": 3.0, "trajectories_seed": 3, "window_frames": 3, "long_window": 0.5,
+    "long_window_frames": 12,
 }  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def test_no_clips_are_said_in_a_sentence(tmp_path):
 def test_words_and_pictures_are_left_out_at_times_and_always_alike(clips):
     drawn = [Given.draw(Texts(), clips, CONFIG, torch.Generator().manual_seed(seed)) for seed in range(24)]
     assert 4 < sum(given.pictures is None for given in drawn) < 20
+    assert {given.window for given in drawn} == {3, 12}
     # of the words only the lantern's is always there: 4 slots of a chunk at most
     told = torch.stack([given.mask.sum(-1) for given in drawn]).float()
     assert told.min() >= 1 and told.max() <= 4 and 2.0 < told.mean() < 3.0
@@ -80,6 +82,27 @@ def test_words_and_pictures_are_left_out_at_times_and_always_alike(clips):
     level = sigma[:, None, :, None, None]
     torch.testing.assert_close(noisy - level * wanted, clips["latents"].float(), atol=1e-5, rtol=1e-4)
     assert past.shape == noisy.shape and not torch.equal(past, clips["latents"].float())
+
+
+def test_a_wrong_past_is_the_same_scene_with_a_balloon_of_another_size(encoder):
+    spoken, silent = (wrong_clip(encoder, seed, 2) for seed in (4, 6))
+    for made, seed in ((spoken, 4), (silent, 6)):
+        scene = TalkingScene.drawn(seed, 2)
+        wrong = WrongSize.drawn_of(scene.hushed() if seed == 6 else scene, torch.Generator().manual_seed(seed))
+        frames = torch.arange(21)
+        right, shown = (render(one, frames) for one in (scene.hushed() if seed == 6 else scene, wrong))
+        differs = (right - shown).abs().amax((0, 3))
+        assert (
+            differs.max() > 0.1 and differs[:, 36:].max() == 0 and differs[40:].max() == 0
+        )  # but for the balloon's place
+        assert not torch.equal(made["past"], made["latents"])
+        batch = {name: value[None] for name, value in made.items()}
+        plain = CONFIG | {"blur_most": 0.0}
+        _, _, _, past = noised(batch, plain, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(past, batch["past"].float())
+    assert torch.equal(silent["codes"][0], silent["codes"][-1]) and not torch.equal(
+        spoken["codes"][0], spoken["codes"][20]
+    )
 
 
 def test_the_first_chunk_and_the_subjects_count_more():
