@@ -1,4 +1,4 @@
-"""The talking demo, 6: does it still follow its sound where half the layers forget their history (as ISPA's figure 6 asks)?
+"""The talking demo, 8: does it still follow its sound where half the layers forget their history (as ISPA's figure 6 asks)?
 
     python3 run.py train talking_absorption --config training/configs/talking_absorption.toml
 

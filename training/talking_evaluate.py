@@ -1,4 +1,4 @@
-"""The talking demo, 5: do its pictures follow sound that they never heard, and the picture that they are given?
+"""The talking demo, 7: do its pictures follow sound that they never heard, and the picture that they are given?
 
     python3 run.py train talking_evaluate --config training/configs/talking_evaluate.toml
 

@@ -2,9 +2,9 @@
 
     python3 run.py train talking_latents --config training/configs/talking_latents.toml
 
-Clips go to files of a few dozen; a run that was stopped goes on with the next file. Of the `wrong` clips every third is silent, and
-each has a past beside it in which the balloon is of a size that it should not be: what a rollout may come to, and has to find
-back from.
+Clips go to files of a few dozen; a run that was stopped goes on with the next file. Of the `wrong` clips every other one is silent,
+and each has a past beside it in which the balloon has a size, and in half of them a colour, that it should not have: what a rollout
+may come to, and has to find back from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .bare_model import load_codec
 from .codec import encode_clip
 from .latents import encode, unit_latents, word_numbers
 from .run import Run, log
-from .talking_world import TalkingScene, WrongSize
+from .talking_world import TalkingScene, WrongBalloon
 from .world import CHUNK_LATENTS, render
 
 # pictures of a clip that may be its reference: the first one, and others from anywhere in it
@@ -62,10 +62,10 @@ def clip_of(
 
 
 def wrong_clip(encoder: Callable[[torch.Tensor], tuple], seed: int, chunks: int) -> dict[str, torch.Tensor]:
-    """As `clip`, with a `past` [16, T, h, w] of the same scene whose balloon has another size; every third is silent."""
+    """As `clip`, with a `past` [16, T, h, w] of the same scene whose balloon is another; every other one is silent."""
     scene, generator = TalkingScene.drawn(seed, chunks), torch.Generator().manual_seed(seed)
-    scene = scene.hushed() if seed % 3 == 0 else scene
-    past = encode(encoder, WrongSize.drawn_of(scene, generator), chunks)
+    scene = scene.hushed() if seed % 2 == 0 else scene
+    past = encode(encoder, WrongBalloon.drawn_of(scene, generator), chunks)
     return clip_of(encoder, scene, seed, chunks) | {"past": past.half()}
 
 

@@ -60,17 +60,30 @@ class TalkingScene(Scene):
 
 
 @dataclass(frozen=True)
-class WrongSize(TalkingScene):
-    """A scene whose balloon is of a size that its sound does not give: `factor` times what it should be, and `more` pixels."""
+class WrongBalloon(TalkingScene):
+    """A scene whose balloon is not as sound and words have it: `factor` times as large as it should be and `more` pixels, and
+    of a colour that lies between its own and one that is drawn (`towards` [3], by the share `off`)."""
 
     factor: float
     more: float
+    towards: torch.Tensor
+    off: float
 
     @staticmethod
-    def drawn_of(scene: TalkingScene, generator: torch.Generator) -> WrongSize:
-        factor, more = (float(torch.rand((), generator=generator)) for _ in range(2))
+    def drawn_of(scene: TalkingScene, generator: torch.Generator) -> WrongBalloon:
+        """In half of the scenes the colour is wrong: any, so that what lies between two words' colours is among them."""
+        factor, more, off, half = torch.rand(4, generator=generator).tolist()
         given = {field.name: getattr(scene, field.name) for field in fields(TalkingScene)}
-        return WrongSize(**given, factor=0.2 + 1.2 * factor, more=4 * more - 2)
+        return WrongBalloon(
+            **given,
+            factor=0.2 + 1.2 * factor,
+            more=4 * more - 2,
+            towards=torch.rand(3, generator=generator),
+            off=off if half < 0.5 else 0.0,
+        )
+
+    def balloon_rgb(self) -> torch.Tensor:
+        return torch.lerp(super().balloon_rgb(), self.towards, self.off)
 
     def truth(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
         told = super().truth(frames)

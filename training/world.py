@@ -116,6 +116,10 @@ class Scene:
         lantern = self.lantern[min(chunk, len(self.lantern) - 1)]
         return {"terrain": self.terrain, "pace": self.pace, "balloon": self.balloon, "lantern": lantern}
 
+    def balloon_rgb(self) -> torch.Tensor:
+        """[3] in 0..1: the colour that its word names."""
+        return torch.tensor(BALLOON_COLOURS[self.balloon])
+
     def truth(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
         """What a perfect observer would measure: [T] float32 each (pixels at 64x64; `clock` in days)."""
         frame = frames.float()
@@ -246,5 +250,4 @@ def _paint_flyers(
     cx, cy, radius = truth["balloon_x"], truth["balloon_y"], truth["balloon_radius"]
     basket = _box(x - cx, y, 2.5, cy + radius + 1, cy + radius + 5)
     picture = _over(picture, torch.tensor((0.35, 0.22, 0.12)), basket)
-    balloon = torch.tensor(BALLOON_COLOURS[scene.balloon])
-    return _over(picture, balloon, _disc(x, y, cx, cy, radius))
+    return _over(picture, scene.balloon_rgb(), _disc(x, y, cx, cy, radius))

@@ -16,9 +16,10 @@ from training.host_models import build_codec
 from training.latents import unit_latents
 from training.talking_denoiser import Given, noised, some, weighted
 from training.talking_evaluate import Segment, bars, picture_table, seen, table
+from training.talking_find_back import shown
 from training.talking_latents import clip, load, wrong_clip
 from training.talking_trajectories import given_of, solve
-from training.talking_world import TalkingScene, WrongSize
+from training.talking_world import TalkingScene, WrongBalloon
 from training.texts import Texts
 from training.world import render
 
@@ -84,11 +85,11 @@ def test_words_and_pictures_are_left_out_at_times_and_always_alike(clips):
     assert past.shape == noisy.shape and not torch.equal(past, clips["latents"].float())
 
 
-def test_a_wrong_past_is_the_same_scene_with_a_balloon_of_another_size(encoder):
-    spoken, silent = (wrong_clip(encoder, seed, 2) for seed in (4, 6))
-    for made, seed in ((spoken, 4), (silent, 6)):
+def test_a_wrong_past_is_the_same_scene_with_another_balloon(encoder):
+    spoken, silent = (wrong_clip(encoder, seed, 2) for seed in (5, 6))
+    for made, seed in ((spoken, 5), (silent, 6)):
         scene = TalkingScene.drawn(seed, 2)
-        wrong = WrongSize.drawn_of(scene.hushed() if seed == 6 else scene, torch.Generator().manual_seed(seed))
+        wrong = WrongBalloon.drawn_of(scene.hushed() if seed == 6 else scene, torch.Generator().manual_seed(seed))
         frames = torch.arange(21)
         right, shown = (render(one, frames) for one in (scene.hushed() if seed == 6 else scene, wrong))
         differs = (right - shown).abs().amax((0, 3))
@@ -100,9 +101,17 @@ def test_a_wrong_past_is_the_same_scene_with_a_balloon_of_another_size(encoder):
         plain = CONFIG | {"blur_most": 0.0}
         _, _, _, past = noised(batch, plain, torch.Generator().manual_seed(0))
         torch.testing.assert_close(past, batch["past"].float())
-    assert torch.equal(silent["codes"][0], silent["codes"][-1]) and not torch.equal(
-        spoken["codes"][0], spoken["codes"][20]
-    )
+    assert (silent["codes"] == silent["codes"][:1]).all() and not (spoken["codes"] == spoken["codes"][:1]).all()
+
+
+def test_a_wrong_balloon_has_its_own_size_and_in_half_of_them_its_own_colour():
+    scene, generator = TalkingScene.drawn(5, 2).hushed(), torch.Generator().manual_seed(0)
+    drawn = [WrongBalloon.drawn_of(scene, generator) for _ in range(200)]
+    sizes = torch.tensor([one.truth(torch.arange(1))["balloon_radius"].item() for one in drawn])
+    assert sizes.min() < 1 and sizes.max() > 7 and len(sizes.unique()) > 150
+    off = torch.stack([one.balloon_rgb() - scene.balloon_rgb() for one in drawn]).norm(dim=1)
+    assert 70 < int((off > 0).sum()) < 130 and off.max() > 0.8
+    assert len(off[(off > 0) & (off < 0.25)]) > 20  # what a rollout comes to first: a shade beside its own
 
 
 def test_the_first_chunk_and_the_subjects_count_more():
@@ -134,6 +143,27 @@ def test_the_ode_ends_where_its_velocity_points(clips):
     noisy, wanted, sigma = on_path(solved, levels, torch.Generator().manual_seed(6))
     level = sigma.repeat_interleave(3, 1)[:, None, :, None, None]
     torch.testing.assert_close(noisy - level * wanted, end, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_student_finds_back_from_where_its_rollout_stands(clips, step):
+    """A guide that points at the true past, which is told from the wrong one: what it shows lies between that and noise."""
+    schedule, wrong = Schedule.shifted(4, 5.0), clips | {"past": clips["latents"] + 1}
+    asked = []
+
+    class Guide:
+        def velocity(self, codes, given, x, sigma, past):
+            asked.append(sigma[0, 0].item())
+            return (x - past) / sigma[:, None, :, None, None]
+
+    x, level, v = shown(Guide(), wrong, None, schedule, step, torch.Generator().manual_seed(5))
+    assert asked == pytest.approx(schedule.sigmas[: step + 1]) and (level == asked[-1]).all()
+    torch.testing.assert_close(x - asked[-1] * v, clips["latents"].float(), atol=1e-4, rtol=1e-4)
+    noise = (x - (1 - asked[-1]) * clips["latents"].float()) / asked[-1]
+    assert noise.std().item() == pytest.approx(1, abs=0.05) and abs(noise.mean().item()) < 0.05
+    again, _, _ = shown(Guide(), wrong, None, schedule, step, torch.Generator().manual_seed(5))
+    other, _, _ = shown(Guide(), wrong, None, schedule, step, torch.Generator().manual_seed(6))
+    assert torch.equal(x, again) and not torch.equal(x, other)
 
 
 def test_some_clips_are_these(clips):
