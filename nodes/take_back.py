@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 
-from ..adastate_core.files.whole_file import Unnamed
+from ..adastate_core.files.whole_file import Unnamed, sync_file
 from ..adastate_core.rollout import RolloutState
 from ..adastate_core.video.sink import VideoSink
 from .stream_parts import FramesPart, VideoPart
@@ -57,13 +57,16 @@ class Fresh:
         the disk, or because another program holds a file. `last`: end them first, and OSError if a place cannot be taken."""
         if not last and any(sink.frames <= count for sink, count in zip(self._sinks, self._counts, strict=True)):
             return False
+        if last:
+            for sink in self._sinks[: len(self._files)]:
+                with contextlib.suppress(Exception):  # as far as it goes, it plays
+                    sink.stop()
         while self._files:
             number = len(self._files) - 1
             file, sink, target = self._files[number], self._sinks[number], self._part.targets[number].path
-            if last:
-                with contextlib.suppress(Exception):  # as far as it goes, it plays
-                    sink.stop()
             try:
+                # a name that is on the disk before what the file holds would leave less there than the state counts
+                sync_file(file.path)
                 os.replace(file.path, target)
             except OSError:
                 if last:

@@ -12,6 +12,7 @@ from cut_prompts import ROLLOUT
 from small_enlargers import load_upscaler
 from sounds import siren
 from test_links import LATENT, STATE, node
+from tiny_s2v import SIZES, features, tiny_s2v
 
 SIDE = 32
 ROLLED = {
@@ -124,6 +125,17 @@ SETTINGS = {
     "frames beside the video": Settings(frames=True),
     "5B": Settings({"anchor": ["anchor", 0]}, {}, {"anchor": node("AdaStateAnchorStatic", sink_frames=1)}, "5B"),
     "enlarged": Settings({}, {"upscale_model": ["upscaler", 0]}, {"upscaler": node("GivenUpscaler")}),
+    "a picture that speaks": Settings(
+        {"audio": ["track", 0], "reference": ["picture", 0]},
+        {},
+        {
+            "picture": node("GivenPicture"),
+            "sound": node("GivenSound"),
+            "heard": node("GivenHeard"),
+            "track": node("AdaStateAudio", audio=["sound", 0], encoded=["heard", 0]),
+        },
+        "S2V",
+    ),
 }  # fmt: skip
 
 
@@ -132,13 +144,20 @@ def models(folder: Any) -> dict[str, tuple[str, Any]]:
     import comfy.sd
 
     sound = {"waveform": torch.from_numpy(siren(16_000, 3.0))[None], "sample_rate": 16_000}
+    layers = features(3.0)
+    heard = {"encoded_audio": layers[-1], "encoded_audio_all_layers": layers, "audio_samples": 16_000 * 3}
+    vae = ("VAE", comfy.sd.VAE(sd=random_vae()))
     positive = [[torch.randn(1, 5, 4096, generator=torch.Generator().manual_seed(1)), {}]]
     return {
         "GivenModel": ("MODEL", comfy.sd.load_diffusion_model_state_dict(random_wan())),
-        "GivenVae": ("VAE", comfy.sd.VAE(sd=random_vae())),
+        "GivenVae": vae,
         "GivenPositive": ("CONDITIONING", positive),
         "GivenModel5B": ("MODEL", tiny_5b.loaded_model()),
         "GivenVae5B": ("VAE", tiny_5b.loaded_vae()),
+        "GivenModelS2V": ("MODEL", comfy.sd.load_diffusion_model_state_dict(tiny_s2v(*SIZES["one block"]))),
+        "GivenVaeS2V": vae,
+        "GivenHeard": ("AUDIO_ENCODER_OUTPUT", heard),
+        "GivenPicture": ("IMAGE", torch.rand(1, SIDE, SIDE, 3, generator=torch.Generator().manual_seed(3))),
         "GivenSound": ("AUDIO", sound),
         "GivenUpscaler": ("UPSCALE_MODEL", load_upscaler(folder)),
         "GivenNothing": ("INT", 0),

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+import wave
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,15 @@ from typing import Any
 import pytest
 import torch
 from adastate_pack.adastate_core.rollout import Rollout
-from test_campaign_interrupts import Bench, bench, in_its_folders, require, settings_of, untold  # noqa: F401
+from conftest import random_wan
+from safetensors.torch import save_file
+from sounds import siren
+from test_campaign_interrupts import Bench, bench, in_its_folders, of_a_disk, require, settings_of, untold  # noqa: F401
 from test_links import LATENT, node
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "core"))
 from cut_prompts import Held, patched
-from cut_rollouts import ROLLOUT, SETTINGS
+from cut_rollouts import ROLLOUT, SETTINGS, SIDE, Settings
 from faults.injector import Injector
 from file_faults import Faults
 
@@ -64,13 +68,19 @@ def test_a_disk_that_takes_nothing_at_a_file_operation_of_a_streamed_run(bench, 
     for trial in campaign("disk full, over quota or broken at a file operation of a streamed run", full=120, sample=1):
         with trial:
             name = settings_of(trial)
-            place = trial.chance.choice(bench.whole(name).places)
+            place = trial.chance.choice(bench.whole(name).disk)
             faults = Faults(bench.out, place, kinds=(trial.chance.choice(NO_DISK),))
             require(bench.cut(name, faults, fails=True), name, f"{place}, {faults.failed}")
 
 
+BEGINNING = {"width": SIDE, "height": SIDE, "frames": 9, "crop": "center", "fps": 0.0}
+LOADED = {"file": "tiny.safetensors", "weight_dtype": "default", "preset": "auto"}
+# the graph whose failure leaves a file, as every rollout's does: what was made
+JOINED = "Load Rollout State, and a run that is joined"
+
+
 class Nodes:
-    """Graphs of the nodes that roll nothing out, on what a rollout has left in the folders."""
+    """Graphs of the other nodes, on what a rollout has left in the folders."""
 
     def __init__(self, bench: Bench) -> None:  # noqa: F811
         self.bench = bench
@@ -84,6 +94,9 @@ class Nodes:
         self.state = {"s": node("AdaStateLoadState", file=state.format("take"))}
         self.absorbed = {"s": node("AdaStateLoadState", file=state.format("absorbed"))}
         self.video = {"v": node("LoadVideo", file=video)}
+        with wave.open(str(bench.out.parent / "input" / "voice.wav"), "wb") as file:
+            file.setparams((1, 2, 16_000, 0, "NONE", ""))
+            file.writeframes((siren(16_000, 2.0).T * 32767).round().astype("<i2").tobytes())
         self.counts: dict[str, tuple[int, list[tuple[str, int]]]] = {}
 
     def graphs(self) -> dict[str, dict[str, dict]]:
@@ -105,6 +118,16 @@ class Nodes:
             "Compare Videos": taken(
                 self.video | {"d": node("AdaStateCompare", video_a=["v", 0], video_b=["v", 0], labels="A, B")}, "d"
             ),
+            "Continue Video": taken(
+                vae | self.video | {"d": node("AdaStateContinueVideo", vae=["3", 0], video=["v", 0], **BEGINNING)}, "d"
+            ),
+            "Load Sound": taken({"d": node("AdaStateLoadSound", file="voice.wav")}, "d"),
+            "Demo Sound and Demo Ear": taken(
+                {"s": node("AdaStateDemoSound", seconds=2.0, seed=1), "d": node("AdaStateDemoEar", audio=["s", 0])}, "d"
+            ),
+            "Load Causal Video Model": taken({"d": node("AdaStateLoadModel", **LOADED)}, "d"),
+            "Inspect Checkpoint": taken({"d": node("AdaStateInspectCheckpoint", file=LOADED["file"])}, "d"),
+            JOINED: Settings({"length": 45}).graph("other/file", self.state["s"]["inputs"]["file"], join=True),
             "Absorption Report": taken({"r": node("GivenReport"), "d": node("AdaStateAbsorptionReport", report=["r", 0])}, "d"),
         }  # fmt: skip
 
@@ -116,7 +139,7 @@ class Nodes:
             with patched(faults), mode:
                 ended = self.bench.prompts(self.graphs()[name])
             assert ended.how == "success", (name, ended.message)
-            self.counts[name] = len(mode.operations), [place for place, _ in faults.points]
+            self.counts[name] = len(mode.operations), of_a_disk(faults)
         return self.counts[name]
 
     def fail(self, name: str, *installed: Any, mode: Any = None, may_pass: bool = True) -> list[str]:
@@ -133,7 +156,7 @@ class Nodes:
         bad += Held.now().more_than(before)
         made = self.kept()
         bad += [f"{path.name} was changed" for path in kept if made.get(path) != kept[path]]
-        if ended.how == "error":
+        if ended.how == "error" and name != JOINED:
             bad += [f"{path.name} was left" for path in made.keys() - kept.keys()]
         again = self.bench.prompts(self.graphs()[name])
         return bad if again.how == "success" else [*bad, f"the next prompt ended with {again.message}"]
@@ -158,6 +181,12 @@ def others(bench):  # noqa: F811
         for kind in ("output", "temp", "input"):
             getattr(folder_paths, f"set_{kind}_directory")(str(bench.out.parent / kind))
         patch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "LoadVideo", video.LoadVideo)
+        models = bench.out.parent / "models"
+        models.mkdir()
+        save_file(random_wan(), models / LOADED["file"])
+        _, endings = folder_paths.folder_names_and_paths["diffusion_models"]
+        patch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(models)], endings))
+        folder_paths.filename_list_cache.clear()
         made = Nodes(bench)
         latents = {"samples": bench.whole("plain").latents.clone()}
         patch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "GivenLatent", given("LATENT", latents))
@@ -166,7 +195,7 @@ def others(bench):  # noqa: F811
 
 
 def test_no_memory_in_the_other_nodes(others, campaign):
-    for trial in campaign("out of memory at a torch operation of the other nodes", full=90, sample=1):
+    for trial in campaign("out of memory at a torch operation of the other nodes", full=130, sample=1):
         with trial:
             name = list(others.graphs())[trial.number % len(others.graphs())]
             operations, _ = others.count(name)
@@ -176,7 +205,7 @@ def test_no_memory_in_the_other_nodes(others, campaign):
 
 
 def test_a_disk_that_takes_nothing_in_the_other_nodes(others, campaign):
-    for trial in campaign("disk full, over quota or broken at a file operation of the other nodes", full=90, sample=1):
+    for trial in campaign("disk full, over quota or broken at a file operation of the other nodes", full=130, sample=1):
         with trial:
             name = list(others.graphs())[trial.number % len(others.graphs())]
             if places := others.count(name)[1]:
