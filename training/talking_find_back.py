@@ -3,8 +3,9 @@
     python3 run.py train talking_find_back --config training/configs/talking_find_back.toml
 
 The student itself shows the way, with its weights held fixed: whatever past it is given, it has to make what it makes of the true
-one. So a colour or a size that strays in a long rollout is gone with the next chunk, instead of being carried on; nothing else
-changes, since nothing else is taught.
+one. So a colour or a size that strays in a long rollout is gone with the next chunk, instead of being carried on. Where the balloon
+flies the clip itself shows the way: with a past, nothing about it is left to chance. Nothing else changes, since nothing else is
+taught.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from .talking_denoiser import Clips, Given, TalkingLoss, drawn_below, evaluate, 
 from .talking_export import round_as_exported
 from .talking_latents import load
 from .talking_model import load_talking
+from .world import CHUNK_LATENTS
+
+# latent rows and columns (8 pixels each) in which the balloon flies
+BALLOON = (slice(0, 5), slice(0, 5))
 
 
 @torch.no_grad()
@@ -39,6 +44,15 @@ def shown(
     return x, level, v
 
 
+def with_true_balloon(wanted: torch.Tensor, noisy: torch.Tensor, level: torch.Tensor, clips: Clips) -> torch.Tensor:
+    """The velocity `wanted` [B, 16, T, h, w] with that to the clips' own latents where the balloon flies, from the second chunk on."""
+    to_clip = (noisy - clips["latents"].float()) / level[:, None, :, None, None]
+    place = (slice(None), slice(None), slice(CHUNK_LATENTS, None), *BALLOON)
+    wanted = wanted.clone()
+    wanted[place] = to_clip[place]
+    return wanted
+
+
 def main() -> None:
     run = Run.from_arguments("Train the talking demo's student to find back from a wrong past.")
     config = run.config
@@ -55,6 +69,7 @@ def main() -> None:
         given = Given.draw(losses.texts, batch, config, generator)
         at = int(torch.randint(len(schedule.sigmas), (1,), generator=generator))
         noisy, level, wanted = shown(guide, batch, given, schedule, at, generator)
+        wanted = with_true_balloon(wanted, noisy, level, batch)
         past = blurred_past(past_of(batch), config["blur_share"], config["blur_most"], generator)
         errors = losses(batch, given, noisy, level, wanted, past)
         return weighted(errors, config), figures(errors.detach())

@@ -28,13 +28,13 @@ def _three(number: int) -> bytes:
 
 
 def _blocks(file: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """(kind, data) of the blocks of a WebP, one at a time, none of them longer than the file; ValueError if it is none."""
+    """(kind, data) of the blocks of a WebP, one at a time, as far as the file goes; ValueError if it is none."""
     there = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(12)
     if head[:4] != b"RIFF" or head[8:] != b"WEBP":
         raise ValueError("it is no WebP")
-    end = int.from_bytes(head[4:8], "little") + 8
+    end = min(int.from_bytes(head[4:8], "little") + 8, there)
     while file.tell() + 8 <= end:
         kind, size = file.read(4), int.from_bytes(file.read(4), "little")
         if file.tell() + size > there:

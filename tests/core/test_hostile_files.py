@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import struct
 import time
@@ -18,7 +19,7 @@ from safetensors.torch import save
 
 from adastate_core.prompts.timeline import parse_timeline
 from adastate_core.video import frames as video_frames
-from adastate_core.video.animation import GrowingAnimation
+from adastate_core.video.animation import GrowingAnimation, _blocks
 from adastate_core.video.frame_folder import read_sequence
 from adastate_core.video.frames import FileClip, UnreadableVideo, opened_alone
 from adastate_core.video.join import Prefix
@@ -193,6 +194,12 @@ def test_an_animation_that_is_none_or_says_to_be_longer_than_it_is(tmp_path):
         seen = tried(lambda growing=growing, old=old: list(growing.copy(old, 3)), tmp_path, said, ("old.webp",))
         growing.close()
         assert said in seen.told and seen.megabytes < 100
+
+
+def test_the_blocks_of_a_webp_that_says_more_than_it_holds_end_where_it_does():
+    """At the end of the file an endless row of empty blocks began: power cuts found it."""
+    file = io.BytesIO(b"RIFF" + (2**31).to_bytes(4, "little") + b"WEBP" + b"ANMF\4\0\0\0abcd")
+    assert list(itertools.islice(_blocks(file), 5)) == [(b"ANMF", b"abcd")]
 
 
 def test_a_rate_of_nothing_is_none(tmp_path):

@@ -16,7 +16,7 @@ from training.host_models import build_codec
 from training.latents import unit_latents
 from training.talking_denoiser import Given, noised, some, weighted
 from training.talking_evaluate import Segment, bars, picture_table, seen, table
-from training.talking_find_back import shown
+from training.talking_find_back import BALLOON, shown, with_true_balloon
 from training.talking_latents import clip, load, wrong_clip
 from training.talking_trajectories import given_of, solve
 from training.talking_world import TalkingScene, WrongBalloon
@@ -164,6 +164,17 @@ def test_a_student_finds_back_from_where_its_rollout_stands(clips, step):
     again, _, _ = shown(Guide(), wrong, None, schedule, step, torch.Generator().manual_seed(5))
     other, _, _ = shown(Guide(), wrong, None, schedule, step, torch.Generator().manual_seed(6))
     assert torch.equal(x, again) and not torch.equal(x, other)
+
+
+def test_where_the_balloon_flies_the_clip_shows_the_way(clips):
+    noisy, wanted = (torch.randn(2, 16, 6, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    taught = with_true_balloon(wanted, noisy, torch.full((2, 6), 0.625), clips)
+    end = noisy - 0.625 * taught
+    torch.testing.assert_close(
+        end[:, :, 3:, *BALLOON], clips["latents"].float()[:, :, 3:, *BALLOON], atol=1e-4, rtol=1e-4
+    )
+    taught[:, :, 3:, *BALLOON] = wanted[:, :, 3:, *BALLOON]
+    assert torch.equal(taught, wanted)
 
 
 def test_some_clips_are_these(clips):
