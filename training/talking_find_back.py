@@ -23,8 +23,8 @@ from .talking_latents import load
 from .talking_model import load_talking
 from .world import CHUNK_LATENTS
 
-# latent rows and columns (8 pixels each) in which the balloon flies
-BALLOON = (slice(0, 5), slice(0, 5))
+# of latents [B, 16, T, h, w], 8 pixels a row and column: where the balloon flies, from the second chunk on
+BALLOON = (slice(None), slice(None), slice(CHUNK_LATENTS, None), slice(0, 5), slice(0, 5))
 
 
 @torch.no_grad()
@@ -45,11 +45,10 @@ def shown(
 
 
 def with_true_balloon(wanted: torch.Tensor, noisy: torch.Tensor, level: torch.Tensor, clips: Clips) -> torch.Tensor:
-    """The velocity `wanted` [B, 16, T, h, w] with that to the clips' own latents where the balloon flies, from the second chunk on."""
+    """The velocity `wanted` [B, 16, T, h, w], with that to the clips' own latents where the balloon flies and there is a past."""
     to_clip = (noisy - clips["latents"].float()) / level[:, None, :, None, None]
-    place = (slice(None), slice(None), slice(CHUNK_LATENTS, None), *BALLOON)
     wanted = wanted.clone()
-    wanted[place] = to_clip[place]
+    wanted[BALLOON] = to_clip[BALLOON]
     return wanted
 
 
