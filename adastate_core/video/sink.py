@@ -83,7 +83,10 @@ class VideoSink:
         self._beside = before if before and before.has_others else None
         growing = _GROWING if sound is None else _GROWING_WITH_SOUND
         growing = _GROWING_MATROSKA if container == "matroska" else growing
-        self._container = av.open(str(self.path), "w", format=container, options=dict(growing))
+        try:
+            self._container = av.open(str(self.path), "w", format=container, options=dict(growing))
+        except OSError as error:
+            raise not_written(self._shown_name, error) from error
         for name, value in (metadata or {}).items():
             self._container.metadata[name] = value if isinstance(value, str) else json.dumps(value)
         self._stream = self._encoding.add_to(self._container)
@@ -146,9 +149,13 @@ class VideoSink:
             if self._sound is not None:
                 self._sound.after(self.frames / self._encoding.rate)
         except OSError as error:
-            name = "the video" if self.path.name.startswith(HIDDEN) else self.path.name
-            raise not_written(f"frame {self.frames + 1} of {name}", error) from error
+            raise not_written(f"frame {self.frames + 1} of {self._shown_name}", error) from error
         self.frames += 1
+
+    @property
+    def _shown_name(self) -> str:
+        """What an error calls it: a file that is still hidden has no name that anybody knows."""
+        return "the video" if self.path.name.startswith(HIDDEN) else self.path.name
 
     def write(self, pictures: torch.Tensor) -> None:
         """Append [t, height, width, 3] in the form that it takes; the first of them becomes a keyframe."""
@@ -157,7 +164,11 @@ class VideoSink:
             frame.pts, frame.time_base = self._sent, self._stream.codec_context.time_base
             self._sent += 1
             frame.pict_type = av.video.frame.PictureType.I if i == 0 else av.video.frame.PictureType.NONE
-            for packet in self._stream.encode(frame):
+            try:
+                packets = self._stream.encode(frame)
+            except (OSError, av.FFmpegError) as error:
+                raise not_written(f"frame {self._sent} of {self._shown_name}", error) from error
+            for packet in packets:
                 self._mux(packet)
 
     def sync(self) -> None:

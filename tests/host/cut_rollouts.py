@@ -126,13 +126,13 @@ SETTINGS = {
     "5B": Settings({"anchor": ["anchor", 0]}, {}, {"anchor": node("AdaStateAnchorStatic", sink_frames=1)}, "5B"),
     "enlarged": Settings({}, {"upscale_model": ["upscaler", 0]}, {"upscaler": node("GivenUpscaler")}),
     "a picture that speaks": Settings(
-        {"audio": ["track", 0], "reference": ["picture", 0]},
+        {"audio": ["track", 0], "reference": ["picture", 0], "width": 64, "height": 64},
         {},
         {
             "picture": node("GivenPicture"),
             "sound": node("GivenSound"),
             "heard": node("GivenHeard"),
-            "track": node("AdaStateAudio", audio=["sound", 0], encoded=["heard", 0]),
+            "track": node("AdaStateAudio", audio=["sound", 0], encoded=["heard", 0], fps=0.0, offset=0.0),
         },
         "S2V",
     ),

@@ -42,8 +42,8 @@ class Whole:
 
 
 def of_a_disk(faults: Faults) -> list[tuple[str, int]]:
-    """The places that are operations on files or videos: a decode and a thread's start ask no disk."""
-    return [place for place, name in faults.points if not name.startswith(("decode", "thread"))]
+    """The places that are operations on files or videos: a decode, a frame for the encoder and a thread ask no disk."""
+    return [place for place, name in faults.points if not name.startswith(("decode", "encode", "thread"))]
 
 
 @dataclass
