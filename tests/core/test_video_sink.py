@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -323,3 +324,36 @@ def test_refusals(numbers, message, tmp_path):
 
 def test_bytes_are_cut_off_as_the_host_does():
     assert to_bytes(torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0])).tolist() == [0, 0, 127, 255, 255]
+
+
+def test_what_cannot_be_opened_or_encoded_is_told_by_its_name(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(av, "open", full)
+        with pytest.raises(OSError, match=r"^a.mp4 could not be written \(No space left on device\); free some room"):
+            VideoSink(tmp_path / "a.mp4", 64, 64, 16)
+
+    class Failing:
+        """A stream whose encoder gives up, as FFmpeg says it."""
+
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+        def encode(self, frame):
+            raise av.error.ExternalError(542398533, "Generic error in an external library", "avcodec_send_frame()")
+
+    sink = VideoSink(tmp_path / "b.mp4", 64, 64, 16)
+    sink.write(moving(2))
+    whole, sink._stream = sink._stream, Failing(sink._stream)
+    with pytest.raises(
+        OSError, match=r"^frame 3 of b.mp4 could not be written \(Generic error in an external library\)$"
+    ):
+        sink.write(moving(1))
+    sink._stream = whole
+    sink.close()
+    assert len(decoded(tmp_path / "b.mp4")) == 2
