@@ -138,17 +138,22 @@ class Bench:
         if ended.how == "success" and len(videos) != len(whole.frames):
             bad.append(f"it returned, and there are {len(videos)} videos")
         bad += [f"{path.name} was left" for path in (self.out / folder).rglob("*.tmp*")]
-        return bad + self.reported(folder, ended)
+        return bad + self.reported(name, folder, ended)
 
-    def reported(self, folder: str, ended: Ended) -> list[str]:
-        bad = []
+    def reported(self, name: str, folder: str, ended: Ended) -> list[str]:
+        """What is wrong with what the report says of the end. An interrupt that came while a whole video was being finished ends
+        the prompt with the next node, or after the last: the run was whole."""
         for path in sorted((self.out / folder).glob("take_00001_*.report.json"))[:1]:
             told = json.loads(path.read_text())["ended"]
-            if told not in {"interrupted": ("interrupted",), "success": ("whole", "stopped")}.get(
+            right = {"interrupted": ("interrupted", "whole"), "success": ("whole", "stopped")}.get(
                 ended.how, ("failed",)
-            ):
-                bad.append(f"the report says {told}, and it ended as {ended.how}")
-        return bad
+            )
+            if told not in right:
+                return [f"the report says {told}, and it ended as {ended.how}"]
+            made = [len(frames_of(video)) for video in self.videos(folder)]
+            if told == "whole" and made != [len(frames) for frames in self.whole(name).frames]:
+                return [f"the report says whole, and its videos have {made} frames"]
+        return []
 
     def goes_on(self, name: str, folder: str, state: Path) -> list[str]:
         """Go on from a state that was left, as a user does, and compare with the whole."""
