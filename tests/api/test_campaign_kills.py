@@ -61,7 +61,7 @@ class Wanted:
             made["4"]["inputs"]["audio"] = ["21", 0]
         if self.frames:
             frames = json.loads((WORKFLOWS / "stream_to_frames.json").read_text())["6"]
-            frames["inputs"] |= {"filename_prefix": f"{self.name}/{place}", "format": self.frames, "join": True}
+            frames["inputs"] |= {"filename_prefix": f"{self.name}/{place}-frames", "format": self.frames, "join": True}
             made |= {"22": frames}
             made["5"]["inputs"]["stream"] = ["22", 0]
         if state:
@@ -115,7 +115,10 @@ def kill_and_go_on(client, wanted: Wanted, wait: float) -> dict[str, float]:
     """One trial; what was seen of it."""
     killed(client, wanted, wait)
     folder = client.output / wanted.name
-    ended = [folder / f"run_00001_{CODECS[wanted.codec]}", *([folder / "run_00001_.frames"] if wanted.frames else [])]
+    ended = [
+        folder / f"run_00001_{CODECS[wanted.codec]}",
+        *([folder / "run-frames_00001_.frames"] if wanted.frames else []),
+    ]
     before = [wanted.shown(path) for path in ended]
     client.start()
     name = newest(client, wanted)
@@ -157,7 +160,7 @@ def require_same_states(one: RolloutState, other: RolloutState, wanted: Wanted) 
 def require_no_litter(client, wanted: Wanted) -> None:
     """Files, states and reports of the two runs, and nothing hidden anywhere."""
     folder, ends = client.output / wanted.name, (CODECS[wanted.codec], ".frames", STATE, ".history", ".report.json")
-    known = re.compile(rf"run_0000[12]_({'|'.join(map(re.escape, ends))})")
+    known = re.compile(rf"run(-frames)?_0000[12]_({'|'.join(map(re.escape, ends))})")
     left = [each.name for each in folder.iterdir() if not known.fullmatch(each.name)]
     hidden = [each.name for each in client.output.rglob(".*")] + [each.name for each in client.output.rglob("*.tmp")]
     assert not left and not hidden, f"left are {left + hidden}"
