@@ -42,6 +42,8 @@ SHIFT = 3 * FPS
 FIRST = 13
 Row = dict[str, float]
 SOUNDS = ("own", "another", "silence")
+# of true clips: what the size of a balloon that keeps still seems to vary, by sky and codec
+STILL = "size varies in silence, px"
 # what may be left open by the words, for the picture to decide
 OPEN = {"terrain": 0, "balloon": 2}
 
@@ -141,13 +143,13 @@ class Talking:
         """As `rows`, of the world's own pictures through the codec."""
         file = self.run.folder / "true.json"
         if not file.exists():
-            rows = {
-                segment.name: [
-                    self.row(i, true_segment(self.codec, scene, segment.latents), segment)
-                    for i, scene in enumerate(self.scenes)
-                ]
-                for segment in self.segments
-            }
+            rows: dict[str, list[Row]] = {}
+            for segment in self.segments:
+                videos = (true_segment(self.codec, scene, segment.latents) for scene in self.scenes)
+                rows[segment.name] = [self.row(i, video, segment) for i, video in enumerate(videos)]
+                for scene, row in zip(self.scenes, rows[segment.name], strict=True):
+                    still = true_segment(self.codec, scene.hushed(), segment.latents)[segment.measured]
+                    row[STILL] = balloon_radius(still, scene).std().item()
             file.write_text(json.dumps(rows))
         return json.loads(file.read_text())
 
@@ -206,7 +208,7 @@ def table(true: dict[str, list[Row]], rows: dict[str, dict[str, list[Row]]]) -> 
             "| | true clips | own sound | another's sound | silence |",
             "| --- | --- | --- | --- | --- |",
         ]
-        for key in of_true[0]:
+        for key in (key for key in of_true[0] if key != STILL):
             columns = [of_true, *(rows[sound][segment] for sound in SOUNDS)]
             lines.append(f"| {key} | " + " | ".join(cell([row[key] for row in column]) for column in columns) + " |")
         lines.append("")
@@ -233,6 +235,8 @@ def bars(true: dict[str, list[Row]], rows: dict[str, dict[str, list[Row]]]) -> s
         key = f"{what} varies, px"
         found = (f"{mean(rows['silence'][name], key) / mean(rows['own'][name], key):.2f}" for name in true)
         lines.append(f"| {what} varies in silence, of that with sound | <= .33 | " + " | ".join(found) + " |")
+    stills = (f"{mean(true[name], STILL) / mean(true[name], 'size varies, px'):.2f}" for name in true)
+    lines.append("| the same of the true clips, whose balloons keep still | | " + " | ".join(stills) + " |")
     return "\n".join([*lines, "", ""])
 
 

@@ -85,8 +85,17 @@ def go_on(runs: Runs, whole: Whole, name: str, listed: str | None) -> tuple[Any,
         if drawn.goes_back and AFTER_BACK not in str(state.steered):
             timeline = whole.timeline
             if state.next_chunk > whole.back:
-                state = runs.loaded(listed, whole.back)
+                state = kept_at(runs, listed, whole.back)
     return None if is_whole(whole, state) else runs(drawn, name, state, timeline).args, state
+
+
+def kept_at(runs: Runs, listed: str, chunk: int) -> RolloutState:
+    """The kept state after so many chunks or fewer: of the run that it is listed for, or, where that one itself had gone on from a
+    later chunk, of the first."""
+    try:
+        return runs.loaded(listed, chunk)
+    except ValueError:
+        return runs.loaded(listed.replace("_00002_", "_00001_"), chunk)
 
 
 def shown_of(path: Path, drawn: Drawn) -> Iterator[numpy.ndarray]:

@@ -173,6 +173,8 @@ class Killing:
 def require_state(runs: Runs, told: Told, drawn: Drawn) -> None:
     """The state that a user would go on from counts no less than what the child said was written, but where a run went back."""
     name = runs.newest_state()
+    if not name and told.frames == drawn.length:  # the video was whole, and its state had gone with that
+        return
     assert name or not told.states, f"states of {told.states} latents were written, and none is listed"
     if told.states and not drawn.goes_back:
         found = runs.loaded(name).emitted
@@ -187,7 +189,10 @@ def kill_and_go_on(runs: Runs, whole: Whole, luck: random.Random) -> dict[str, f
         stays = (
             whole.back * CHUNK * 4 - 3 if drawn.goes_back else told.frames
         )  # what was shown beyond may be taken back
-        shown = require_begun(whole, runs.files(drawn, NAME, 1), min(stays, told.frames))
+        files = runs.files(drawn, NAME, 1)
+        # a file gets its name once its first chunk is in it, and may be killed in between
+        unnamed = told.frames <= CHUNK * 4 - 3 and not told.states and not any(map(has_pictures, files))
+        shown = require_begun(whole, files, 0 if unnamed else min(stays, told.frames))
         require_state(runs, told, drawn)
         if runs.newest_state() and luck.random() < 0.3:
             again = killing.once(runs.newest_state())

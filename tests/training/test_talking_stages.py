@@ -15,7 +15,7 @@ from training.few_step import on_path
 from training.host_models import build_codec
 from training.latents import unit_latents
 from training.talking_denoiser import Given, noised, some, weighted
-from training.talking_evaluate import Segment, bars, picture_table, seen, table
+from training.talking_evaluate import STILL, Segment, bars, picture_table, seen, table
 from training.talking_find_back import BALLOON, shown, with_true_balloon
 from training.talking_latents import clip, load, wrong_clip
 from training.talking_trajectories import given_of, solve
@@ -203,10 +203,15 @@ def test_true_pictures_follow_their_own_sound_alone():
         name: [one | {"size, own": 0.5 * one["size, own"], "size, later": one["size, later"] - 0.3} for one in some]
         for name, some in rows.items()
     }
+    for (one,) in rows.values():
+        one[STILL] = 0.2 * one["size varies, px"]
     asked = bars(rows, {"own": lower, "another": rows, "silence": silent})
     own = [some[0]["size, own"] for some in rows.values()]
     assert f"| {own[0] / 2:.2f}, 0.50 | {own[1] / 2:.2f}, 0.50 |" in asked
     assert "| within .15 | -0.30 | -0.30 |" in asked and "| <= .33 | 0.25 | 0.25 |" in asked
+    assert "whose balloons keep still | | 0.20 | 0.20 |" in asked and STILL not in table(
+        rows, dict.fromkeys(("own", "another", "silence"), rows)
+    )
     shares = {
         "own picture": {"terrain": [1.0], "lantern": [0.5]},
         "another's picture": {"terrain": [0.0], "lantern": [1.0]},
