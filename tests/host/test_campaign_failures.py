@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from adastate_pack.adastate_core.rollout import Rollout
+from bit_equal import decoded
 from conftest import random_wan
 from safetensors.torch import save_file
 from sounds import siren
@@ -75,8 +76,8 @@ def test_a_disk_that_takes_nothing_at_a_file_operation_of_a_streamed_run(bench, 
 
 BEGINNING = {"width": SIDE, "height": SIDE, "frames": 9, "crop": "center", "fps": 0.0}
 LOADED = {"file": "tiny.safetensors", "weight_dtype": "default", "preset": "auto"}
-# the graph whose failure leaves a file, as every rollout's does: what was made
-JOINED = "Load Rollout State, and a run that is joined"
+# graphs whose failure leaves what was made until then, in a file that plays
+JOINED, RENDERED = "Load Rollout State, and a run that is joined", "Render Video"
 
 
 class Nodes:
@@ -109,7 +110,7 @@ class Nodes:
 
         return {
             "Streaming VAE Decode": taken(vae | latent | {"d": node("AdaStateDecode", latent=["l", 0], vae=["3", 0])}, "d"),
-            "Render Video": taken(
+            RENDERED: taken(
                 vae | latent | {"d": node("AdaStateRenderVideo", latent=["l", 0], vae=["3", 0], **video, **prefix)}, "d"
             ),
             "Save Rollout State": self.state | {"d": node("AdaStateSaveState", state=["s", 0], **prefix)},
@@ -156,8 +157,12 @@ class Nodes:
         bad += Held.now().more_than(before)
         made = self.kept()
         bad += [f"{path.name} was changed" for path in kept if made.get(path) != kept[path]]
-        if ended.how == "error" and name != JOINED:
-            bad += [f"{path.name} was left" for path in made.keys() - kept.keys()]
+        left = made.keys() - kept.keys() if ended.how == "error" else set()
+        if name in (JOINED, RENDERED):
+            videos = [path for path in left if path.suffix in (".mp4", ".mkv")]
+            bad += [f"{path.name} was left and shows nothing" for path in videos if not list(decoded(path))]
+        else:
+            bad += [f"{path.name} was left" for path in left]
         again = self.bench.prompts(self.graphs()[name])
         return bad if again.how == "success" else [*bad, f"the next prompt ended with {again.message}"]
 
