@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import partial
+from statistics import mean, median
 
 import torch
 
@@ -219,25 +220,40 @@ def bars(true: dict[str, list[Row]], rows: dict[str, dict[str, list[Row]]]) -> s
     """Markdown: how rollouts stand to what was asked of the demo, by the means of each segment."""
     lines = ["### What was asked", "", "| | asked | " + " | ".join(true) + " |", "| --- | --- |" + " --- |" * len(true)]
 
-    def mean(some: list[Row], key: str) -> float:
+    def average(some: list[Row], key: str) -> float:
         return interval([row[key] for row in some])[0]
 
     for what in ("size", "height"):
-        own = {name: (mean(rows["own"][name], f"{what}, own"), mean(true[name], f"{what}, own")) for name in true}
+        own = {name: (average(rows["own"][name], f"{what}, own"), average(true[name], f"{what}, own")) for name in true}
         found = (f"{ours:.2f}, {ours / theirs:.2f}" for ours, theirs in own.values())
         lines.append(
             f"| {what} follows its own sound; of the true clips' | >= .78, or >= .90 | " + " | ".join(found) + " |"
         )
         for control in ("another", "later"):
             key = f"{what}, {control}"
-            found = (f"{mean(rows['own'][name], key) - mean(true[name], key):+.2f}" for name in true)
+            found = (f"{average(rows['own'][name], key) - average(true[name], key):+.2f}" for name in true)
             lines.append(f"| {key}: off the true clips' | within .15 | " + " | ".join(found) + " |")
         key = f"{what} varies, px"
-        found = (f"{mean(rows['silence'][name], key) / mean(rows['own'][name], key):.2f}" for name in true)
+        found = (f"{average(rows['silence'][name], key) / average(rows['own'][name], key):.2f}" for name in true)
         lines.append(f"| {what} varies in silence, of that with sound | <= .33 | " + " | ".join(found) + " |")
-    stills = (f"{mean(true[name], STILL) / mean(true[name], 'size varies, px'):.2f}" for name in true)
-    lines.append("| the same of the true clips, whose balloons keep still | | " + " | ".join(stills) + " |")
-    return "\n".join([*lines, "", ""])
+    return "\n".join([*lines, *silences(true, rows), "", ""])
+
+
+def silences(true: dict[str, list[Row]], rows: dict[str, dict[str, list[Row]]]) -> list[str]:
+    """Markdown: the size in silence once more, in the median stream and against balloons that keep perfectly still."""
+    key, told = "size varies, px", []
+    for name in true:
+        silent, own = ([row[key] for row in rows[sound][name]] for sound in ("silence", "own"))
+        still = mean([row[STILL] for row in true[name]])
+        less = [max(0.0, mean(values) ** 2 - still**2) ** 0.5 for values in (silent, own)]
+        told.append((median(silent) / median(own), still / mean([row[key] for row in true[name]]), less[0] / less[1]))
+    words = (
+        "size varies in silence: the median stream",
+        "the same of true clips, whose balloons keep still: what the measure sees in them",
+        "size varies in silence, of that with sound: means, that taken off (in squares)",
+    )
+    cells = (" | ".join(f"{value:.2f}" for value in values) for values in zip(*told, strict=True))
+    return [f"| {what} | | {found} |" for what, found in zip(words, cells, strict=True)]
 
 
 def main() -> None:
