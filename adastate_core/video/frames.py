@@ -23,6 +23,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from .colour import rgb
+from .torn_file import Beginning, whole_fragments
 
 log = logging.getLogger("adastate")
 Source = str | os.PathLike | IO[bytes]
@@ -123,9 +124,15 @@ def opened(source: Source, what: str = "the video") -> Iterator[tuple[av.contain
 
 
 def opened_alone(path: Path) -> av.container.InputContainer:
-    """A file of a known kind for reading, opened alone, to be closed by who called; FFmpeg's errors where it is none."""
+    """A file of a known kind for reading, opened alone, to be closed by who called; FFmpeg's errors where it is none. Of a growing
+    one whose end a power cut tore, what is before that."""
     options = _OPTIONS | {"protocol_whitelist": "file"}
-    return av.open(str(path), container_options=options, metadata_errors="replace")
+    try:
+        return av.open(str(path), container_options=options, metadata_errors="replace")
+    except (av.error.InvalidDataError, av.error.EOFError):
+        if not (size := whole_fragments(path)):
+            raise
+        return av.open(Beginning(path, size), container_options=_OPTIONS, metadata_errors="replace")
 
 
 def name(source: Source) -> str:

@@ -36,7 +36,7 @@ def clip(video: Any, what: str = "the video") -> FileClip | MemoryClip:
     # cannot read it shows nothing else.
     try:
         seen = tuple(video.get_dimensions())
-    except (av.error.FFmpegError, ValueError):
+    except (av.error.FFmpegError, OSError, ValueError):
         return found
     return found if seen in found.sizes or seen == found.first().size else _components(video, what)
 
@@ -70,7 +70,7 @@ def video_tail(video: Any, frames: int, fps: float = 0.0, scale: Scale = lambda 
 def _components(video: Any, what: str) -> MemoryClip:
     try:
         parts = video.get_components()
-    except (av.error.FFmpegError, UnicodeError) as error:
+    except (av.error.FFmpegError, OSError, UnicodeError) as error:
         raise UnreadableVideo(f"{what} cannot be read: it is damaged; connect a VIDEO of a file that plays") from error
     return MemoryClip(parts.images, parts.frame_rate, what)
 

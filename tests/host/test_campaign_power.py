@@ -8,13 +8,16 @@ import io
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from adastate_pack.adastate_core.rollout import RolloutState
 from adastate_pack.adastate_core.video.animation import _blocks
 from adastate_pack.adastate_core.video.frame_formats import FRAME_FORMATS
+from adastate_pack.adastate_core.video.frames import opened_alone
 from adastate_pack.nodes import saved_states
 from adastate_pack.nodes.host.output_files import STATE_SUFFIX, saved_files
 from bit_equal import decoded, distance
@@ -118,7 +121,7 @@ class Cutting:
         if not path.exists():
             return False
         if path.suffix != ".frames":
-            found = (picture for picture, _ in zip(decoded(path), range(count), strict=False))
+            found = (picture for picture, _ in zip(read(path), range(count), strict=False))
         elif FRAME_FORMATS[self.whole.drawn.frames].animated:
             return self._animated(path / "000000.webp", count)
         else:
@@ -143,6 +146,16 @@ class Cutting:
         known = key in self.gone_on
         self.gone_on.add(key)
         return not known
+
+
+def read(path: Path) -> Iterator[Any]:
+    """The pictures of a video; as the pack reads it where its end is torn so that FFmpeg alone refuses it."""
+    try:
+        yield from decoded(path)
+    except (av.error.InvalidDataError, av.error.EOFError):
+        with opened_alone(path) as container:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb48le")
 
 
 def _pictures(data: bytes, count: int) -> list[bytes]:
