@@ -140,7 +140,8 @@ def kill_and_go_on(client, wanted: Wanted, wait: float) -> dict[str, float]:
         exact = length if path.suffix in (".frames", ".mkv") else counted
         far = [i for i in range(length) if distance(joined[i], straight[i]) > (0.0 if i < exact else NEAR)]
         assert not far, f"frames {far} of {path.name} are others than those of {other.name}"
-        shown = min(len(old), counted if text else length)
+        # what is steered after the newest state is not told by it
+        shown = min(len(old), counted if wanted.feature == "steering" else length)
         assert not [i for i in range(shown) if distance(old[i], straight[i])], "what was killed showed others"
     if wanted.feature == "sound":
         found, rate = played(files_of(client, wanted, reports[0])[0])
