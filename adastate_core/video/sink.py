@@ -166,7 +166,7 @@ class VideoSink:
             frame.pict_type = av.video.frame.PictureType.I if i == 0 else av.video.frame.PictureType.NONE
             try:
                 packets = self._stream.encode(frame)
-            except (OSError, av.FFmpegError) as error:
+            except (OSError, av.error.FFmpegError) as error:
                 raise not_written(f"frame {self._sent} of {self._shown_name}", error) from error
             for packet in packets:
                 self._mux(packet)
