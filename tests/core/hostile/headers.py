@@ -131,10 +131,16 @@ def _entry(header: Header, data: bytes, chance: random.Random) -> tuple[bytes, s
         entry = header.get(name)
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
             continue
+        if not _is_span(entry["data_offsets"]):  # an earlier lie
+            continue
         how = chance.choice(list(_LIES))
         _LIES[how](header, name, entry, len(data), chance)
         done.append(f"{how} {name[:40]}")
     return joined(header, data), " ".join(done)
+
+
+def _is_span(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, int) for each in value)
 
 
 def _lie_type(header: Header, name: str, entry: Header, size: int, chance: random.Random) -> None:
