@@ -27,6 +27,8 @@ LATER = {
 }
 SEED = 9  # of sixty, one that gives the fewest rows
 HOSTS = ("this", "newer")
+# ComfyUI 0.33 says av>=16.0.0 and takes names from PyAV that 16.0.1 has not, so it does not start with any but the newest here
+NEWER_AV = LATER["av"][-1]
 
 Pairwise = Callable[[Mapping[str, Sequence[str]], Callable[..., bool], int], list[dict[str, str]]]
 
@@ -38,8 +40,16 @@ def levels(requirements: str) -> dict[str, list[str]]:
 
 
 def rows(pairwise: Pairwise) -> list[dict[str, str]]:
-    """{package: version, "host": which} of each row, always the same."""
-    return pairwise({**levels(BOUNDS.read_text(encoding="utf-8")), "host": HOSTS}, lambda a, b: False, SEED)
+    """{package: version, "host": which} of each row, always the same: those of any two versions, of which this host takes over what
+    the newer one cannot start with, and behind them some of the newer one with every version of the others."""
+    versions = levels(BOUNDS.read_text(encoding="utf-8"))
+    made = pairwise({**versions, "host": HOSTS}, lambda a, b: False, SEED)
+    starts = [row["host"] == "this" or row["av"] == NEWER_AV for row in made]
+    kept = [row for row, good in zip(made, starts, strict=True) if good]
+    moved = [row | {"host": "this"} for row, good in zip(made, starts, strict=True) if not good]
+    most = max(map(len, versions.values()))
+    more = [{name: each[min(i, len(each) - 1)] for name, each in versions.items()} for i in range(most)]
+    return kept + moved + [row | {"av": NEWER_AV, "host": "newer"} for row in more]
 
 
 def ensure_version(python: Path, name: str, version: str) -> Path:

@@ -18,7 +18,7 @@ import pytest
 from faults.pairs import pairwise
 
 from tools import lower_bounds
-from tools.version_rows import HOSTS, LATER, ensure_version, levels, rows
+from tools.version_rows import HOSTS, LATER, NEWER_AV, ensure_version, levels, rows
 
 TESTS = Path(__file__).resolve().parents[1]
 ROWS = rows(pairwise)
@@ -104,7 +104,12 @@ def test_any_two_versions_of_two_packages_and_each_with_each_host_are_in_a_row()
     wanted = promised | {"host": list(HOSTS)}
     for (name, versions), (other, others) in itertools.combinations(wanted.items(), 2):
         there = {(row[name], row[other]) for row in ROWS}
-        assert there == set(itertools.product(versions, others)), f"{name} and {other}"
+        able = {
+            (one, two)
+            for one, two in itertools.product(versions, others)
+            if (name, two) != ("av", "newer") or one == NEWER_AV
+        }
+        assert there == able, f"{name} and {other}"
 
 
 def test_the_versions_of_a_package_rise_and_each_is_its_own():
