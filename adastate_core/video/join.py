@@ -130,7 +130,7 @@ class Prefix:
         """What FFmpeg says of a file that it cannot read, in words."""
         try:
             yield
-        except (av.error.FFmpegError, UnicodeError) as error:
+        except (av.error.FFmpegError, OSError, UnicodeError) as error:
             raise self._refused("is damaged", "put the whole video back") from error
 
     @contextlib.contextmanager

@@ -189,8 +189,12 @@ def test_a_power_cut_leaves_a_state_that_goes_on(streamed, campaign):  # noqa: F
                 trial.saw(**tried(made[trial.number], way, trial.chance))
 
 
-def test_a_file_that_takes_over_is_on_the_disk_before_it_has_the_name(streamed):  # noqa: F811
-    """The run goes back, with two items: what the campaign found (drawing 10)."""
-    cutting = Cutting(streamed, 10, 0)
-    assert cutting.whole.drawn.goes_back and cutting.whole.drawn.batch == 2
-    assert tried(cutting, "all is lost", random.Random(0))["states"]
+@pytest.mark.parametrize(
+    ("drawing", "way"),
+    [
+        pytest.param(10, "all is lost", id="a file that takes over is there before it has the name"),
+        pytest.param(3, "the last name is kept alone", id="a video has its name before a state counts its frames"),
+    ],
+)
+def test_what_power_cuts_found(streamed, drawing, way):  # noqa: F811
+    assert tried(Cutting(streamed, drawing, 0), way, random.Random(0))["states"]
