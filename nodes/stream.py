@@ -285,14 +285,20 @@ class RenderVideoNode(Node):
         progress = Progress(samples.shape[0] * samples.shape[2])
         rate = Fraction(fps or space.fps).limit_denominator(1001)
         metadata = save_metadata(cls.hidden)
-        with (
-            VideoSink(target.path, width, height, rate, codec, quality, metadata, sound=sound) as sink,
-            FrameWriter([sink], space.temporal_stride * height * width * 3 * VALUE_BYTES[sink.takes]) as writer,
-        ):
-            for item in range(samples.shape[0]):
-                latents = samples[item : item + 1]
-                for part in decoded(vae, latents, progress, latent_space=latent_space, takes=writer.takes, fast=True):
-                    writer.give(part)
+        sink = VideoSink(target.path, width, height, rate, codec, quality, metadata, sound=sound)
+        most = space.temporal_stride * height * width * 3 * VALUE_BYTES[sink.takes]
+        try:
+            with sink, FrameWriter([sink], most) as writer:
+                for item in range(samples.shape[0]):
+                    latents = samples[item : item + 1]
+                    for part in decoded(
+                        vae, latents, progress, latent_space=latent_space, takes=writer.takes, fast=True
+                    ):
+                        writer.give(part)
+        except BaseException:
+            if not sink.frames:  # it shows nothing
+                target.path.unlink(missing_ok=True)
+            raise
         return io.NodeOutput(
             api.InputImpl.VideoFromFile(str(target.path)), ui=ui.PreviewVideo([target.result()]).as_dict()
         )
