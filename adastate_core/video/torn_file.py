@@ -91,8 +91,8 @@ def _number(file: IO[bytes], place: int, size: int) -> int | None:
     return int.from_bytes(numbers[0][4:], "big")
 
 
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """All boxes in one that holds them, at any depth; one of no kind where they do not fill it."""
+def _boxes(data: bytes, depth: int = 0) -> Iterator[tuple[bytes, bytes]]:
+    """All boxes in one that holds them, and in those of them that do; one of no kind where they do not fill it."""
     place = 0
     while place < len(data):
         kind, size = data[place + 4 : place + 8], int.from_bytes(data[place : place + 4], "big")
@@ -101,6 +101,6 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             return
         inside = data[place + 8 : place + size]
         yield kind, inside
-        if kind in _HOLDERS:
-            yield from _boxes(inside)
+        if kind in _HOLDERS and depth < 2:  # no deeper: a hostile file may nest without end
+            yield from _boxes(inside, depth + 1)
         place += size

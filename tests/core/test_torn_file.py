@@ -69,7 +69,8 @@ def test_a_file_that_does_not_grow_in_fragments_has_none(grown, tmp_path):
     path.write_bytes(bytes(4000))
     with pytest.raises(av.error.InvalidDataError):
         opened_alone(path)
-    for data in (b"", b"\0" * 100, b"\0\0\0\1moof", grown[0][:200], b"\xff" * 64):
+    nested = b"".join(size.to_bytes(4, "big") + b"moof" for size in range(80_000, 7, -8))
+    for data in (nested, b"", b"\0" * 100, b"\0\0\0\1moof", grown[0][:200], b"\xff" * 64):
         (tmp_path / "b.mp4").write_bytes(data)
         assert whole_fragments(tmp_path / "b.mp4") == 0
 
