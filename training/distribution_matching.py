@@ -71,11 +71,12 @@ class StudentStep(nn.Module):
         noise: Noise,
         exit_step: int,
         offset: int,
+        skipped: int,
         true_clips: tuple[torch.Tensor, torch.Tensor, Draws] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(rollouts [B, 16, T, h, w], the recurrence stage's squared errors on `true_clips`, if given)."""
         kept = None if true_clips is None else self.clips(*true_clips)
-        return self.rollout(words, noise, self.schedule, exit_step, offset), kept
+        return self.rollout(words, noise, self.schedule, exit_step, offset, skipped), kept
 
 
 class Scores(nn.Module):
@@ -118,16 +119,23 @@ class Matching:
         return self.workers.condition(*self.texts.whole(words, drop, generator))
 
     def rollout(self, words: torch.Tensor, generator: torch.Generator, true_clips=None) -> tuple:
-        """(this process's rollouts, the loss on its true clips or None); exit step and noise from `generator`."""
+        """(this process's rollouts, the loss on its true clips or None); exit step and noise from `generator`.
+
+        With `beyond_chunks`, rollouts begin up to that many chunks earlier, by the words of the first chunk.
+        """
         exit_step = int(torch.randint(self.config["rollout_steps"], (1,), generator=generator))
         offset = int(torch.randint(1 << 16, (1,), generator=generator))
+        beyond, skipped = self.config.get("beyond_chunks", 0), 0
+        if beyond:
+            skipped = int(torch.randint(beyond + 1, (1,), generator=generator))
+            words = torch.cat([words[:, :1].expand(-1, skipped, -1), words], 1)
         rows, columns = self.config["latent_size"]
 
         def noise(_chunk: int, _step: int, frames: int, _state: bool) -> torch.Tensor:
             return self._randn(generator, len(words), WAN21.channels, frames, rows, columns)
 
         step = self.student_replica if torch.is_grad_enabled() else self.student
-        return step(self.workers.share(words), noise, exit_step, offset, true_clips)
+        return step(self.workers.share(words), noise, exit_step, offset, skipped, true_clips)
 
     def true_clips(self, latents: torch.Tensor, words: torch.Tensor, seed: int) -> tuple:
         """This process's part of whole batches of clips, with what the recurrence stage draws for them."""

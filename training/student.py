@@ -17,6 +17,7 @@ from adastate_core.schedules.schedule import TIMESTEPS
 
 from .bare_model import patch_attention
 from .graph_attention import Gradients, GraphAttention
+from .teacher_forcing import flat_attention
 from .texts import texts_of
 
 
@@ -51,7 +52,7 @@ class Student(nn.Module):
         gradients = Gradients(self.config["window_gradient"], self.config["state_gradient"], offset)
         return GraphAttention(
             Rope(self.model.dim // self.model.num_heads, rows, columns, latents.device), len(self.model.blocks),
-            self.model.num_heads, self.anchor, self.config["window_frames"], self.config["positions"], gradients,
+            self.model.num_heads, self.anchor, self.config["window_frames"], self.config["positions"], gradients, flat_attention,
         )  # fmt: skip
 
     def context(self, words: torch.Tensor, kept: tuple[int, ...] | None = None) -> torch.Tensor:

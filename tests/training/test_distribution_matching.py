@@ -64,6 +64,32 @@ def test_gradient_of_the_exit_step_only(model):
     assert not any(step > 2 for _, step, _ in drawn), "steps after the exit are skipped"
 
 
+@torch.no_grad()
+def test_what_is_skipped_is_rolled_out_as_the_product_does_it(model):
+    """Chunks after two skipped ones, of which only the last step is left out, are those of a whole rollout up to there."""
+    student = SelfRollout(model, CONFIG | {"anchor": {"kind": "adaptive", "state_frames": 1}})
+    schedule = Schedule.shifted(4, 5.0)
+    whole = student(NUMBERS, draw, schedule, exit_step=3)
+    chunks = whole.shape[2] // 3
+    for skipped in range(chunks):
+        torch.testing.assert_close(student(NUMBERS, draw, schedule, 3, skipped=skipped), whole[:, :, 3 * skipped :])
+    early = student(NUMBERS, draw, schedule, 0, skipped=chunks - 1)
+    assert not torch.allclose(early, whole[:, :, -3:]), "the exit step is that of what is given back"
+
+
+def test_no_gradient_comes_out_of_skipped_chunks(model):
+    student = SelfRollout(model, CONFIG | {"anchor": {"kind": "adaptive", "state_frames": 1}, "state_gradient": 7})
+    drawn = {}
+
+    def remembered(chunk: int, step: int, frames: int, state: bool) -> torch.Tensor:
+        drawn.setdefault((chunk, step, state), draw(chunk, step, frames, state).requires_grad_())
+        return drawn[chunk, step, state]
+
+    student(NUMBERS, remembered, Schedule.shifted(4, 5.0), exit_step=0, skipped=1).square().mean().backward()
+    assert all(noise.grad is None for (chunk, *_), noise in drawn.items() if chunk == 0)
+    assert float(drawn[1, 0, True].grad.abs().sum()) > 0
+
+
 @pytest.mark.parametrize(("writes", "reaches"), [(0, False), (7, True)])
 def test_the_states_write_back_carries_gradient_when_asked(model, writes, reaches):
     student = SelfRollout(model, CONFIG | {"anchor": {"kind": "adaptive", "state_frames": 1}, "state_gradient": writes})
