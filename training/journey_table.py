@@ -44,8 +44,17 @@ TRUE = "true renders"
 CONTEXT, ALL = "of the context", "of all"
 
 
+def rounded(value: Any) -> Any:
+    """Figures to five digits, in whatever they are."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list) else value
+
+
 class Kept:
-    """What was measured of one contender, stream by stream, in one file. ValueError for figures of other rules or weights."""
+    """What was measured of one contender, in one file, a line a stream. ValueError for figures of other rules or weights."""
 
     def __init__(self, path: Path, rules: dict[str, Any], digest: str | None) -> None:
         """`digest`: of the weights; None: they are gone, and those of the file stand."""
@@ -63,7 +72,9 @@ class Kept:
 
     def add(self, stream: int, **measured: Any) -> None:
         self.streams.setdefault(str(stream), {}).update(measured)
-        text = json.dumps({"rules": self.rules, "weights": self.digest, "streams": self.streams}, indent=1)
+        told = {"rules": self.rules, "weights": self.digest}
+        lines = [f"{json.dumps(name)}: {json.dumps(rounded(one))}" for name, one in self.streams.items()]
+        text = json.dumps(told)[:-1] + ', "streams": {\n' + ",\n".join(lines) + "}}\n"
         with whole_file(self.path) as file:
             file.write(text.encode())
 
