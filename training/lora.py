@@ -16,19 +16,21 @@ from torch.nn.utils import parametrize
 
 from adastate_core.files.whole_file import whole_file
 
-from .bare_model import load_denoiser
+from .bare_model import load_denoiser, read_weights
 
 PREFIX = "diffusion_model."
 
 
 class LowRank(nn.Module):
-    """weight + up @ down; `down` starts random, `up` at zero, so that nothing changes at first."""
+    """weight + up @ down; `down` starts random, `up` at zero, so that nothing changes at first, unless both are given."""
 
-    def __init__(self, weight: torch.Tensor, rank: int) -> None:
+    def __init__(
+        self, weight: torch.Tensor, rank: int, given: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
         super().__init__()
         rows, columns = weight.shape[0], weight[0].numel()
-        self.down = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
-        self.up = nn.Parameter(torch.zeros(rows, rank))
+        up, down = given or (torch.zeros(rows, rank), torch.randn(rank, columns) / columns**0.5)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + (self.up @ self.down).view_as(weight)
@@ -42,10 +44,30 @@ def train_low_rank(model: nn.Module, rank: int) -> None:
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
 
 
+def train_towards(model: nn.Module, tuned: dict[str, torch.Tensor], rank: int) -> None:
+    """As `train_low_rank`, from the best updates of `rank` towards whole weights `tuned`; what differs outside the blocks' linear
+    layers is put on the frozen model in the form that a LoRA file has, and kept for that file."""
+    parts = between(model.state_dict(), tuned, rank)
+    factors = {}
+    for name, module in model.blocks.named_modules(prefix="blocks"):
+        up = f"{PREFIX}{name}.lora_up.weight"
+        if isinstance(module, nn.Linear) and up in parts:
+            down, _ = parts.pop(f"{PREFIX}{name}.lora_down.weight"), parts.pop(f"{PREFIX}{name}.alpha")
+            factors[module] = (parts.pop(up), down)
+    model.requires_grad_(False)
+    add_parts(model, parts)
+    for module, given in factors.items():
+        parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, given))
+    model.frozen_parts = parts
+
+
 def student_of(config: dict) -> nn.Module:
-    """The transformer that `start_from` names, to be trained whole, or by updates of `lora_rank` if that is given."""
+    """The transformer that `start_from` names, to be trained whole, or by updates of `lora_rank` if that is given, which begin at
+    nothing or at what leads to the weights that `lora_towards` names."""
     model = load_denoiser(config["start_from"])
-    if config.get("lora_rank"):
+    if config.get("lora_towards"):
+        train_towards(model, read_weights(config["lora_towards"]), config["lora_rank"])
+    elif config.get("lora_rank"):
         train_low_rank(model, config["lora_rank"])
     return model
 
@@ -63,8 +85,8 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def low_rank_parts(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained updates by the host's names."""
-    parts = {}
+    """The trained updates by the host's names, with what `train_towards` has put on the model beside them."""
+    parts = dict(getattr(model, "frozen_parts", {}))
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
             update = module.parametrizations.weight[0]
@@ -110,18 +132,25 @@ def between(base: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], rank:
 @torch.no_grad()
 def apply_lora(model: nn.Module, path: str) -> None:
     """Add a LoRA file to a bare model's weights, as the host does at strength 1; ValueError for keys it has not."""
-    parts = {name.removeprefix(PREFIX): value.float() for name, value in load_file(path).items()}
+    if strange := add_parts(model, load_file(path)):
+        raise ValueError(f"{path} holds {strange}, which fits nothing in this model")
+
+
+def add_parts(model: nn.Module, parts: dict[str, torch.Tensor]) -> str | None:
+    """Add a LoRA's parts to a bare model's weights; the first of them that fits nothing, which is left out."""
+    parts = {name.removeprefix(PREFIX): value.float() for name, value in parts.items()}
     own = dict(model.named_parameters())
     used = set()
     for name in [n for n in parts if n.endswith(".lora_up.weight")]:
         module = name.removesuffix(".lora_up.weight")
         up, down = parts[name], parts[f"{module}.lora_down.weight"]
         scale = float(parts.get(f"{module}.alpha", torch.tensor(float(len(down))))) / len(down)
-        own[f"{module}.weight"] += scale * (up @ down).view_as(own[f"{module}.weight"])
+        own[f"{module}.weight"].data += scale * (up @ down).view_as(own[f"{module}.weight"])
         used |= {name, f"{module}.lora_down.weight", f"{module}.alpha"}
     for name in parts.keys() - used:
         module, _, kind = name.rpartition(".")
         target = f"{module}.bias" if kind == "diff_b" else f"{module}.weight"
         if kind not in ("diff", "diff_b") or target not in own:
-            raise ValueError(f"{path} holds {name}, which fits nothing in this model")
-        own[target] += parts[name]
+            return name
+        own[target].data += parts[name]
+    return None
