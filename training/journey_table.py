@@ -29,6 +29,8 @@ from .journey_streams import (
     ANCHOR_SERIES,
     COLUMNS,
     CONTENT_ERROR,
+    DAYS,
+    DISTANCE,
     LIKE,
     STATE_ERROR,
     Rolled,
@@ -42,6 +44,13 @@ from .world import CHUNK_LATENTS
 
 TRUE = "true renders"
 CONTEXT, ALL = "of the context", "of all"
+# how far a stream is from its own truth, to whichever side
+DISTANCE_OFF, DAY_OFF = "distance, off by", "day, off by"
+SHOWN = (
+    DISTANCE,
+    DISTANCE_OFF,
+    *(each for name in COLUMNS[1:] for each in ((name, DAY_OFF) if name == DAYS else (name,))),
+)
 
 
 def rounded(value: Any) -> Any:
@@ -71,9 +80,9 @@ class Kept:
         self.streams = kept["streams"]
 
     def add(self, stream: int, **measured: Any) -> None:
-        self.streams.setdefault(str(stream), {}).update(measured)
+        self.streams.setdefault(str(stream), {}).update(rounded(measured))
         told = {"rules": self.rules, "weights": self.digest}
-        lines = [f"{json.dumps(name)}: {json.dumps(rounded(one))}" for name, one in self.streams.items()]
+        lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in self.streams.items()]
         text = json.dumps(told)[:-1] + ', "streams": {\n' + ",\n".join(lines) + "}}\n"
         with whole_file(self.path) as file:
             file.write(text.encode())
@@ -158,9 +167,12 @@ class Table:
                 kept.add(stream, shares=shares(contender, scene, self.config["seed"] + stream, chunks))
 
     def results(self) -> dict[str, dict[str, list[dict[str, float]]]]:
-        """Contender -> stretch -> columns of every stream."""
+        """Contender -> stretch -> columns of every stream, and those that follow from them."""
         rows = {name: kept.all(self.count, "stretches") for name, kept in self.kept.items()}
-        return {name: {f"{n}x": [row[f"{n}x"] for row in each] for n in self.lengths} for name, each in rows.items()}
+        return {
+            name: {f"{n}x": [with_errors(row[f"{n}x"]) for row in each] for n in self.lengths}
+            for name, each in rows.items()
+        }
 
     def series(self, name: str, what: str) -> torch.Tensor:
         """[streams, chunks] float64."""
@@ -171,6 +183,11 @@ class Table:
         found = self.kept[name].all(self.config["share_streams"], "shares")
         totals = [[sum(v for k, v in chunk.items() if k.startswith("anchor")) for chunk in one[of]] for one in found]
         return torch.tensor(totals, dtype=torch.float64)
+
+
+def with_errors(row: dict[str, float]) -> dict[str, float]:
+    """A stretch's columns, and by how much distance and day miss the truth."""
+    return row | {DISTANCE_OFF: abs(row[DISTANCE] - 1), DAY_OFF: abs(row[DAYS] - 1)}
 
 
 def cell(values: torch.Tensor | list[float], digits: int = 2) -> str:
@@ -226,7 +243,8 @@ def opening(table: Table) -> list[str]:
     text = (
         f"{table.count} streams of the journey (training/journey.py), each from its own true first chunk ({given} pictures); "
         f"{spans}. *Distance*, *borders* and *day* are counted from there to the end of the stretch, all others in its last one. "
-        "*Of the true*: over what the stream's own scene does. *Still in the first region*: pictures whose middle shows the "
+        "*Of the true*: over what the stream's own scene does; *off by*: how far that is from 1, to either side. *Still in the "
+        "first region*: pictures whose middle shows the "
         "kind of ground that the first picture's does. *Like the first picture*: correlation of the landscape, place by place. "
         "*Anchor's picture*: the first picture, or the state that a chunk has read, decoded; keys and values that are blended have "
         "none. Distances dE are in Lab. Means with 95 % bootstrap intervals over streams; differences stream by stream, with equal "
@@ -239,9 +257,9 @@ def opening(table: Table) -> list[str]:
 def page(table: Table) -> list[str]:
     """The whole page."""
     results = table.results()
-    lines = [f"# {table.config['title']}", "", *opening(table), "", *rolled_table(results, [], COLUMNS)]
+    lines = [f"# {table.config['title']}", "", *opening(table), "", *rolled_table(results, [], SHOWN)]
     for reference, *others in table.config["compared"]:
-        lines += differences(results, reference, others, COLUMNS)
+        lines += differences(results, reference, others, SHOWN)
     if table.config["share_streams"]:
         lines += ["", f"## Attention, {table.config['share_streams']} free streams", "", *share_lines(table)]
     lines += ["", "## Error against the truth, dE, of what was in view at the start", "", *error_lines(table), ""]

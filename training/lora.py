@@ -24,9 +24,7 @@ PREFIX = "diffusion_model."
 class LowRank(nn.Module):
     """weight + up @ down; `down` starts random, `up` at zero, so that nothing changes at first, unless both are given."""
 
-    def __init__(
-        self, weight: torch.Tensor, rank: int, given: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, rank: int, given: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
         super().__init__()
         rows, columns = weight.shape[0], weight[0].numel()
         up, down = given or (torch.zeros(rows, rank), torch.randn(rank, columns) / columns**0.5)

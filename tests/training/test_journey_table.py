@@ -63,7 +63,7 @@ def test_the_page_has_every_part_and_the_same_is_the_same(folder):
     rows = [line for line in text.splitlines() if line.startswith("| the same | ") and "+0.00" in line]
     assert len(rows) == 2 and all("**" not in row for row in rows)
     true = next(line for line in text.splitlines() if line.startswith("| true renders | 3x"))
-    assert all(part.strip().startswith(("1.0", "0.9")) for part in true.split("|")[9:11]), "motion and sharpness"
+    assert all(part.strip().startswith(("1.0", "0.9")) for part in true.split("|")[11:13]), "motion and sharpness"
     assert "| static | of the context |" in text and "| adaptive | state's error, dE |" in text and "nan" not in text
     assert (folder / "out" / "table_teacher.png").stat().st_size > 10_000
     assert len(list((folder / "scratch").glob("adaptive_3x_*.png"))) == 1
@@ -85,7 +85,8 @@ def test_shares_are_of_all_and_of_the_context(folder):
     found = kept(folder, "adaptive")["0"]["shares"]
     assert len(found["of all"]) == 3 and found["of the context"][0] == {}
     last, context = found["of all"][-1], found["of the context"][-1]
-    assert sum(last.values()) == pytest.approx(1) == sum(context.values())
+    assert sum(last.values()) == pytest.approx(1, abs=1e-4)
+    assert sum(context.values()) == pytest.approx(1, abs=1e-4)
     assert set(context) == {name for name in last if name.startswith(("anchor", "past"))}
     assert context["anchor 0"] == pytest.approx(last["anchor 0"] / sum(last[name] for name in context), rel=0.05)
 

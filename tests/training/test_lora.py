@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from tiny_denoiser import tiny_denoiser
 
 from training.host_models import use_host
-from training.lora import apply_lora, between, low_rank_parts, save_lora, train_low_rank, whole_weights
+from training.lora import (
+    apply_lora,
+    between,
+    low_rank_parts,
+    save_lora,
+    train_low_rank,
+    train_towards,
+    whole_weights,
+)
 
 
 @pytest.fixture
@@ -77,6 +85,26 @@ def test_a_trained_low_rank_update_loads_in_the_host(model, tmp_path):
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             assert torch.equal(folded.get_submodule(name).weight, module.weight), name
+
+
+def test_what_is_trained_towards_whole_weights_begins_there_and_is_all_in_the_file(model, tmp_path):
+    """At first it is the host's model with the difference file on it; once trained, with the file that is written then."""
+    base = copy.deepcopy(model)
+    tuned = {n: v + 0.02 * torch.randn_like(v) for n, v in model.state_dict().items()}
+    save_lora(between(model.state_dict(), tuned, 8), tmp_path / "first.safetensors", {})
+    train_towards(model, tuned, 8)
+    first = through_the_host(base, tmp_path / "first.safetensors")
+    for name, value in whole_weights(model).items():
+        torch.testing.assert_close(value, first[name], atol=2e-3, rtol=2e-2, msg=name)
+    trained = [name for name, one in model.named_parameters() if one.requires_grad]
+    assert trained and all(name.startswith("blocks.") and name.endswith((".down", ".up")) for name in trained)
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            one += 0.05 * torch.randn_like(one) * (name in trained)
+    save_lora(low_rank_parts(model), tmp_path / "last.safetensors", {})
+    last = through_the_host(base, tmp_path / "last.safetensors")
+    for name, value in whole_weights(model).items():
+        torch.testing.assert_close(value, last[name], atol=5e-3, rtol=5e-2, msg=name)
 
 
 def test_a_lora_of_something_else_is_refused(model, tmp_path):
