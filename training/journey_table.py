@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from adastate_core.files.whole_file import whole_file
 from adastate_core.geometry import WAN21
@@ -127,6 +128,10 @@ class Table:
         file = f"{name}_{max(self.lengths)}x.json".replace(" ", "_")
         return Kept(self.folder / file, rules, digest_of(contender))
 
+    def sheet(self, name: str, stream: int) -> Path:
+        """Where pictures of a contender's stream are drawn."""
+        return self.scratch / f"{name}_{max(self.lengths)}x_{stream}.png".replace(" ", "_")
+
     def _rolled(self, name: str, contender: Contender) -> Rolled:
         """All streams of a contender; from the scratch folder if the same weights made them."""
         path, kept = self.scratch / f"{name}_{max(self.lengths)}x.pt".replace(" ", "_"), self.kept[name]
@@ -151,7 +156,7 @@ class Table:
             kept.add(stream, **measured)
             self.run.stop_if_asked()
             if stream < self.config["drawn"]:
-                draw_sheet([video], self.scratch / f"{name}_{max(self.lengths)}x_{stream}.png".replace(" ", "_"))
+                draw_sheet([video], self.sheet(name, stream))
             log.info(
                 "%s, stream %d: %s",
                 name,
@@ -298,6 +303,27 @@ def draw(table: Table, path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_streams(table: Table, path: Path) -> None:
+    """The sheets of the contenders that the config's `pictured` names, stream by stream below each other; nothing where what they
+    are made of is gone."""
+    names, streams = table.config["pictured"], range(table.config["pictured_streams"])
+    files = [[table.sheet(name, stream) for name in names] for stream in streams]
+    if not all(file.exists() for each in files for file in each):
+        log.info("%s is left as it is: its sheets were drawn on another machine", path)
+        return
+    groups = [[Image.open(file) for file in each] for each in files]
+    width, gap = groups[0][0].width, 12
+    height = sum(one.height for group in groups for one in group) + gap * (len(groups) - 1)
+    whole, top = Image.new("RGB", (width, height), "white"), 0
+    for group in groups:
+        for one in group:
+            whole.paste(one, (0, top))
+            top += one.height
+        top += gap
+    with whole_file(path) as file:
+        whole.save(file, "png", optimize=True)
+
+
 @torch.no_grad()
 def main() -> None:
     run = Run.from_arguments("How far contenders come in the journey.")
@@ -308,6 +334,8 @@ def main() -> None:
     with whole_file(run.folder / f"{run.config['page']}.md") as file:
         file.write((text + "\n").encode())
     draw(table, run.folder / f"{run.config['page']}.png")
+    if run.config.get("pictured"):
+        draw_streams(table, run.folder / f"{run.config['page']}_streams.png")
     log.info("%s", text)
 
 

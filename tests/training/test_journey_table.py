@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_denoiser import tiny_denoiser
 
 from training import journey_table
 from training.handover import rewritten
-from training.journey_streams import Streams
+from training.journey_streams import DAYS, DISTANCE, Streams
 
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER = ROOT / "training" / "configs" / "journey" / "table_teacher.toml"
@@ -36,6 +37,7 @@ def folder(tmp_path_factory) -> Path:
     values = {
         "like": str(TEACHER), "folder": str(path / "out"), "scratch": str(path / "scratch"), "horizon_latents": 3, "streams": 2,
         "lengths": [2, 3], "share_streams": 1, "drawn": 1, "compared": [["adaptive", "the same", "static", "EMA"]],
+        "pictured": ["true renders", "adaptive"], "pictured_streams": 1,
     }  # fmt: skip
     lines = [f"{name} = {toml(value)}" for name, value in values.items()]
     for name, (anchor, window) in ANCHORS.items():
@@ -67,6 +69,18 @@ def test_the_page_has_every_part_and_the_same_is_the_same(folder):
     assert "| static | of the context |" in text and "| adaptive | state's error, dE |" in text and "nan" not in text
     assert (folder / "out" / "table_teacher.png").stat().st_size > 10_000
     assert len(list((folder / "scratch").glob("adaptive_3x_*.png"))) == 1
+    sheets = [Image.open(folder / "scratch" / f"{name}_3x_0.png") for name in ("true_renders", "adaptive")]
+    streams = Image.open(folder / "out" / "table_teacher_streams.png")
+    rows = [
+        streams.crop((0, top, one.width, top + one.height))
+        for one, top in zip(sheets, (0, sheets[0].height), strict=True)
+    ]
+    assert [row.tobytes() for row in rows] == [one.convert("RGB").tobytes() for one in sheets], "one below the other"
+
+
+def test_distance_and_day_are_off_to_either_side():
+    rows = [journey_table.with_errors({DISTANCE: distance, DAYS: 1.25}) for distance in (0.5, 1.5)]
+    assert [row[journey_table.DISTANCE_OFF] for row in rows] == [0.5, 0.5] and rows[0][journey_table.DAY_OFF] == 0.25
 
 
 def test_anchors_are_what_they_show(folder):
