@@ -28,6 +28,7 @@ from .contenders import Contender
 from .evaluate import differences, interval, rolled_table
 from .journey_streams import (
     ANCHOR_SERIES,
+    BORDERS,
     COLUMNS,
     CONTENT_ERROR,
     DAYS,
@@ -47,11 +48,7 @@ TRUE = "true renders"
 CONTEXT, ALL = "of the context", "of all"
 # how far a stream is from its own truth, to whichever side
 DISTANCE_OFF, DAY_OFF = "distance, off by", "day, off by"
-SHOWN = (
-    DISTANCE,
-    DISTANCE_OFF,
-    *(each for name in COLUMNS[1:] for each in ((name, DAY_OFF) if name == DAYS else (name,))),
-)
+SHOWN = (DISTANCE, DISTANCE_OFF, BORDERS, DAYS, DAY_OFF, *COLUMNS[3:])
 
 
 def rounded(value: Any) -> Any:

@@ -63,7 +63,7 @@ class Run:
         torch.set_num_threads(arguments.threads)
         config = read_config(arguments.config)
         config |= {name: given for name in options or {} if (given := getattr(arguments, name)) is not None}
-        # "medium": factors of float32 products in bfloat16, sums in float32; three times as fast where a CPU has tiles for it
+        # "medium": factors of float32 products in bfloat16, sums in float32, faster where a CPU has tiles for it
         torch.set_float32_matmul_precision(config.get("matmul_precision", "highest"))
         torch.manual_seed(config["seed"])
         run = Run(config, Path(config["folder"]), arguments.fresh)
