@@ -28,7 +28,7 @@ from adastate_core.rollout import Rollout
 from .bare_model import BareModel, load_codec, load_denoiser
 from .checked_models import CheckedModel, check
 from .eight_bits import in_eight_bits
-from .kept_streams import Kept
+from .kept_streams import ENDING, Kept
 from .recall import ColourJudge
 from .recall_over_time import draw_over_time
 from .recall_pictures import picture_figures, videos_of
@@ -59,9 +59,9 @@ class Recall:
             name: returning_scenes(config["streams"], seed, config["chunks"], [*each["before"], *each["asked"]])
             for name, each in shown.items()
         }
-        self.kept = {row.name: Kept(self.folder / f"{file_name(row)}.json", self.rules(row)) for row in self.rows}
+        self.kept = {row.name: Kept(self.folder / f"{file_name(row)}{ENDING}", self.rules(row)) for row in self.rows}
         self.pictures = {
-            row.name: Kept(self.folder / f"pictures_{file_name(row)}.json", self.rules(row)) for row in self.rows
+            row.name: Kept(self.folder / f"pictures_{file_name(row)}{ENDING}", self.rules(row)) for row in self.rows
         }
         self._rollers: dict[bool, Roller] = {}
         self._warm: tuple[int, dict[str, Warm]] = -1, {}

@@ -16,7 +16,7 @@ from adastate_core.absorption.settings import RIDGES, AbsorptionSettings
 
 from .bare_model import load_denoiser
 from .host_models import build_denoiser
-from .kept_streams import Kept
+from .kept_streams import ENDING, Kept
 from .layer_check import LayerCheck
 from .recall import ColourJudge
 from .recall_rows import Row
@@ -96,7 +96,7 @@ def check(
 ) -> list[dict[str, Any]]:
     """What is known of a model's streams, kept in `folder` part by part; what is not there is measured."""
     config = config | one.config
-    kept = Kept(folder / f"check_{one.name.replace(' ', '_')}.json", rules_of(one, config, digest))
+    kept = Kept(folder / f"check_{one.name.replace(' ', '_')}{ENDING}", rules_of(one, config, digest))
     numbers = [str(stream) for stream in range(one.streams)]
     wanted = {part: numbers for part in LayerCheck.PARTS} | {LayerCheck.CLOSED: numbers[: one.closed_streams]}
     missing = [(p, n) for p, each in wanted.items() for n in each if p not in kept.streams.get(n, {})]

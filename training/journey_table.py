@@ -15,7 +15,6 @@ import json
 import math
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -40,6 +39,7 @@ from .journey_streams import (
     scenes_of,
     shares,
 )
+from .kept_streams import ENDING, Kept
 from .run import Run, log
 from .sheets import draw_sheet
 from .world import CHUNK_LATENTS
@@ -51,53 +51,18 @@ DISTANCE_OFF, DAY_OFF = "distance, off by", "day, off by"
 SHOWN = (DISTANCE, DISTANCE_OFF, BORDERS, DAYS, DAY_OFF, *COLUMNS[3:])
 
 
-def rounded(value: Any) -> Any:
-    """Figures to five digits, in whatever they are."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {name: rounded(one) for name, one in value.items()}
-    return [rounded(one) for one in value] if isinstance(value, list) else value
-
-
-class Kept:
-    """What was measured of one contender, in one file, a line a stream. ValueError for figures of other rules or weights."""
-
-    def __init__(self, path: Path, rules: dict[str, Any], digest: str | None) -> None:
-        """`digest`: of the weights; None: they are gone, and those of the file stand."""
-        self.path, self.rules, self.digest = path, json.loads(json.dumps(rules)), digest
-        self.streams: dict[str, dict[str, Any]] = {}
-        if not path.exists():
-            return
-        kept = json.loads(path.read_text())
-        self.digest = digest or kept["weights"]
-        if kept["rules"] != self.rules or kept["weights"] != self.digest:
-            raise ValueError(
-                f"{path} was measured by other rules or weights than are asked for; delete it to measure again"
-            )
-        self.streams = kept["streams"]
-
-    def add(self, stream: int, **measured: Any) -> None:
-        self.streams.setdefault(str(stream), {}).update(rounded(measured))
-        told = {"rules": self.rules, "weights": self.digest}
-        lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in self.streams.items()]
-        text = json.dumps(told)[:-1] + ', "streams": {\n' + ",\n".join(lines) + "}}\n"
-        with whole_file(self.path) as file:
-            file.write(text.encode())
-
-    def all(self, count: int, what: str) -> list[Any]:
-        return [self.streams[str(stream)][what] for stream in range(count)]
-
-
 def digest_of(contender: Contender | None) -> str | None:
-    """Of the weights in bf16, as they are handed on; None if they are gone. The world's own pictures have an empty one."""
+    """Of the weights in bf16, as they are handed on, and the LoRA on them; None if they are gone. The world's own pictures have an
+    empty one."""
     if contender is None:
         return ""
-    if not Path(contender.weights).exists():
+    if not all(Path(file).exists() for file in (contender.weights, contender.lora) if file):
         return None
     digest = hashlib.sha256()
     for name, value in sorted(read_weights(contender.weights).items()):
         digest.update(name.encode() + value.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    if contender.lora:
+        digest.update(Path(contender.lora).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -121,8 +86,8 @@ class Table:
             rules |= {
                 "anchor": contender.anchor, "window_frames": contender.window_frames, "positions": contender.positions,
                 "steps": contender.steps, "shift": contender.shift,
-            }  # fmt: skip
-        file = f"{name}_{max(self.lengths)}x.json".replace(" ", "_")
+            } | ({"lora": contender.lora} if contender.lora else {})  # fmt: skip
+        file = f"{name}_{max(self.lengths)}x{ENDING}".replace(" ", "_")
         return Kept(self.folder / file, rules, digest_of(contender))
 
     def sheet(self, name: str, stream: int) -> Path:
@@ -132,7 +97,7 @@ class Table:
     def _rolled(self, name: str, contender: Contender) -> Rolled:
         """All streams of a contender; from the scratch folder if the same weights made them."""
         path, kept = self.scratch / f"{name}_{max(self.lengths)}x.pt".replace(" ", "_"), self.kept[name]
-        same = [kept.rules, kept.digest, self.count]
+        same = [kept.rules, kept.weights, self.count]
         if path.exists() and (made := torch.load(path, weights_only=True))["of"] == json.dumps(same):
             return Rolled(made["latents"], made["hidden"])
         log.info("%s: %d streams of %d latent frames", name, self.count, self.streams.latents)
@@ -150,7 +115,7 @@ class Table:
             one = None if rolled is None else rolled.of(stream)
             first = contender is not None and contender.anchor["kind"] == "static"
             measured, video = self.streams.measured(one, first, stream)
-            kept.add(stream, **measured)
+            kept.keep(stream, measured)
             self.run.stop_if_asked()
             if stream < self.config["drawn"]:
                 draw_sheet([video], self.sheet(name, stream))
@@ -166,7 +131,7 @@ class Table:
         scenes = scenes_of(self.config["share_streams"], self.config["scenes_seed"])
         for stream, scene in enumerate(scenes):
             if "shares" not in kept.streams[str(stream)]:
-                kept.add(stream, shares=shares(contender, scene, self.config["seed"] + stream, chunks))
+                kept.keep(stream, {"shares": shares(contender, scene, self.config["seed"] + stream, chunks)})
 
     def results(self) -> dict[str, dict[str, list[dict[str, float]]]]:
         """Contender -> stretch -> columns of every stream, and those that follow from them."""

@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 from adastate_core.files.whole_file import whole_file
 
+ENDING = ".json.gz"
+
+
+def rounded(value: Any) -> Any:
+    """Figures to five digits, in whatever they are."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list | tuple) else value
+
 
 class Kept:
-    """What has been measured of one row, by stream: a JSON file, whole after every stream. ValueError for one of other rules."""
+    """What has been measured of one row, by stream, to five digits: JSON in gzip, a line a stream, whole after every stream.
 
-    def __init__(self, file: Path, rules: dict[str, Any]) -> None:
-        self.file, self.rules = file, json.loads(json.dumps(rules))
+    ValueError for a file of other rules or weights.
+    """
+
+    def __init__(self, file: Path, rules: dict[str, Any], weights: str | None = "") -> None:
+        """`weights`: a digest of them where the rules do not hold it; None: they are gone, and those of the file stand."""
+        self.file, self.rules, self.weights = file, json.loads(json.dumps(rules)), weights
         self.streams: dict[str, dict[str, Any]] = {}
-        if file.exists():
-            kept = json.loads(file.read_text())
-            if kept["rules"] != self.rules:
-                raise ValueError(f"{file} was measured by other rules than the config's; delete it to measure again")
-            self.streams = kept["streams"]
+        if not file.exists():
+            return
+        kept = read_kept(file)
+        self.weights = kept["weights"] if weights is None else weights
+        if kept["rules"] != self.rules or kept["weights"] != self.weights:
+            raise ValueError(
+                f"{file} was measured by other rules or weights than are asked for; delete it to measure again"
+            )
+        self.streams = kept["streams"]
 
-    def keep(self, stream: int, found: dict[str, Any]) -> None:
-        self.streams[str(stream)] = self.streams.get(str(stream), {}) | found
+    def keep(self, stream: int | str, found: dict[str, Any]) -> None:
+        """Add to what is known of a stream."""
+        self.streams[str(stream)] = self.streams.get(str(stream), {}) | rounded(found)
+        told = json.dumps({"rules": self.rules, "weights": self.weights})
+        lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in self.streams.items()]
+        text = f'{told[:-1]}, "streams": {{\n' + ",\n".join(lines) + "}}\n"
         with whole_file(self.file) as file:
-            file.write(json.dumps({"rules": self.rules, "streams": self.streams}, indent=1).encode())
+            file.write(gzip.compress(text.encode(), mtime=0))
+
+    def all(self, count: int, what: str) -> list[Any]:
+        """One entry of the first `count` streams."""
+        return [self.streams[str(stream)][what] for stream in range(count)]
+
+
+def read_kept(file: Path) -> dict[str, Any]:
+    """A file of `Kept`: "rules", "weights", "streams"."""
+    return json.loads(gzip.decompress(file.read_bytes()))

@@ -22,7 +22,7 @@ from adastate_core.decode.wan_vae import pictures_of
 
 from .codec import encode_clip
 from .evaluate import LEAD
-from .kept_streams import Kept
+from .kept_streams import ENDING, Kept
 from .latents import word_numbers
 from .pack_nodes import PackNode, nodes
 from .run import Run, log
@@ -127,7 +127,7 @@ def main() -> None:
     rows = Rows(run)
     for row in config["rows"]:
         rules = {name: value for name, value in row.items() if name != "name"} | {"weights": config["weights"]}
-        kept = Kept(run.folder / f"{row['name'].replace(' ', '_').replace(',', '')}.json", rules)
+        kept = Kept(run.folder / f"{row['name'].replace(' ', '_').replace(',', '')}{ENDING}", rules)
         videos = []
         for seed, scene in product(config["seeds"], range(config["scenes"])):
             if f"{seed}/{scene}" not in kept.streams:
@@ -135,7 +135,7 @@ def main() -> None:
                 videos.append(video)
                 kept.keep(f"{seed}/{scene}", measured)
         if videos:
-            draw_sheet(videos[:8], run.folder / f"{kept.file.stem}.png")
+            draw_sheet(videos[:8], run.folder / f"{kept.file.name.removesuffix(ENDING)}.png")
         found[row["name"]] = [kept.streams[f"{s}/{n}"] for s, n in product(config["seeds"], range(config["scenes"]))]
         log.info("%s: size follows %s", row["name"], cell(one["size, own"] for one in found[row["name"]]))
     (run.folder / "absorption.md").write_text(page(config["rows"], found))

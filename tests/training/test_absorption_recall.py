@@ -15,7 +15,7 @@ from training import absorption_recall, layer_check_table, recall_table
 from training.absorption_recall import Recall
 from training.checked_models import CheckedModel, check
 from training.eight_bits import EightBitLinear
-from training.kept_streams import Kept
+from training.kept_streams import Kept, read_kept
 from training.layer_check import rank_correlation, smallest
 from training.returning_lantern import colours_of, teacher_file
 from training.run import Run, read_config
@@ -108,7 +108,7 @@ def recall(measured) -> Recall:
 
 
 def streams(folder: Path, name: str) -> dict:
-    return json.loads((folder / "results" / f"{name}.json").read_text())["streams"]
+    return read_kept(folder / "results" / f"{name}.json.gz")["streams"]
 
 
 def latents(folder: Path, name: str, stream: int) -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_page(measured, weights, tmp_path
         measure(config)
     assert times == [0, 0, 0, 0] and not (tmp_path / "results" / "recall.md").exists()
     measure(config)
-    for name in ("recall.md", "absorbed_every_layer.json", "put_in.json", "check_the_teacher.json"):
+    for name in ("recall.md", "absorbed_every_layer.json.gz", "put_in.json.gz", "check_the_teacher.json.gz"):
         assert (tmp_path / "results" / name).read_bytes() == (measured / "results" / name).read_bytes()
 
 
@@ -181,15 +181,15 @@ def test_pictures_are_those_of_the_latents_that_were_kept(measured, recall):
     own = 0.5 * (video.diff(dim=2).abs().mean((1, 2, 3)) + video.diff(dim=1).abs().mean((1, 2, 3)))
     assert len(series) == 2 and series[-1] == pytest.approx(own[-12:].mean().item(), rel=2e-2)
     assert 0 < kept["0"]["temporal flickering"] < 1
-    before = (measured / "results" / "full_history.json").read_bytes()
+    before = (measured / "results" / "full_history.json.gz").read_bytes()
     (measured / "scratch" / "full_history_0_latents.pt").unlink()
-    (measured / "results" / "pictures_full_history.json").unlink()
+    (measured / "results" / "pictures_full_history.json.gz").unlink()
     with torch.no_grad():
         again = Recall(Run(recall.config, measured / "results", False))
         again.look(again.rows[:1], 0)
     for name in ("sharpness by chunk", "sky by chunk"):
         assert again.pictures["full history"].streams["0"][name] == pytest.approx(kept["0"][name], rel=1e-3)
-    assert (measured / "results" / "full_history.json").read_bytes() == before
+    assert (measured / "results" / "full_history.json.gz").read_bytes() == before
 
 
 def test_quality_over_time_is_drawn(measured):
@@ -199,7 +199,7 @@ def test_quality_over_time_is_drawn(measured):
 
 def test_both_loops_of_a_layer_alone_begin_alike_and_then_part(measured):
     """The first chunk behind the switch has the full history's past in both. One comes from a trial, one from a real switch."""
-    found = json.loads((measured / "results" / "check_the_teacher.json").read_text())["streams"]["0"]
+    found = read_kept(measured / "results" / "check_the_teacher.json.gz")["streams"]["0"]
     for way in ("dropped", "corrected"):
         opened, closed = torch.tensor(found[f"open {way}"]), torch.tensor(found[way])
         assert opened.shape == closed.shape == (2, 2) and (opened[:, 0] > 1e-9).all()
@@ -238,7 +238,7 @@ def test_agreement_is_told_of_both_choices():
 
 def test_measurements_of_other_rules_are_refused(measured):
     config = read_config(measured / "config.toml") | {"shift": 3.0}
-    with pytest.raises(ValueError, match="full_history.json was measured by other rules"):
+    with pytest.raises(ValueError, match="full_history.json.gz was measured by other rules"):
         Recall(Run(config, Path(config["folder"]), False))
 
 

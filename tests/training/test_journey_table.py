@@ -57,7 +57,7 @@ def make(patch: pytest.MonkeyPatch, path: Path) -> str:
 
 
 def kept(folder: Path, name: str) -> dict:
-    return json.loads((folder / "out" / f"{name}_3x.json").read_text())["streams"]
+    return read_kept(folder / "out" / f"{name}_3x.json.gz")["streams"]
 
 
 def test_the_page_has_every_part_and_the_same_is_the_same(folder):
