@@ -27,6 +27,7 @@ from .contenders import Contender, collected
 from .evaluate import LEAD, evaluation_scenes, figures, interval, true_segment
 from .run import Run, log
 from .sheets import decoded, draw_sheet
+from .small_pictures import write_figure
 from .world import CHUNK_LATENTS, Scene
 
 TO_FULL = ("PSNR to full, dB", "SSIM to full")
@@ -193,8 +194,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         later.set_yscale("log")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    write_figure(figure, path, 100)
 
 
 def _name(panel: Any, title: str, unit: str) -> None:

@@ -42,6 +42,7 @@ from .journey_streams import (
 from .kept_streams import ENDING, Kept
 from .run import Run, log
 from .sheets import draw_sheet
+from .small_pictures import write_figure, write_picture
 from .world import CHUNK_LATENTS
 
 TRUE = "true renders"
@@ -260,9 +261,7 @@ def draw(table: Table, path: Path) -> None:
         panel.set_title(title, fontsize=9, loc="left")
         panel.set_xlabel("seconds", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=90, format="png")
-    pyplot.close(figure)
+    write_figure(figure, path)
 
 
 def draw_streams(table: Table, path: Path) -> None:
@@ -282,8 +281,7 @@ def draw_streams(table: Table, path: Path) -> None:
             whole.paste(one, (0, top))
             top += one.height
         top += gap
-    with whole_file(path) as file:
-        whole.save(file, "png", optimize=True)
+    write_picture(whole, path)
 
 
 @torch.no_grad()

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy
 
-from adastate_core.files.whole_file import whole_file
-
 from .recall_pictures import OVER_TIME
 from .recall_rows import Row
 from .recall_table import Measured
+from .small_pictures import write_figure
 from .world import CHUNK_LATENTS, FPS
 
 # chunks that a point of a curve is the mean of, and seconds a chunk
@@ -57,6 +56,4 @@ def draw_over_time(recall: Measured, path: Path) -> None:
         panels[0, column].set_title(group, fontsize=9, loc="left")
         panels[-1, column].set_xlabel("seconds of video", fontsize=8)
         panels[0, column].legend(fontsize=6, frameon=False)
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=90, format="png")
-    pyplot.close(figure)
+    write_figure(figure, path)

@@ -11,11 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from adastate_core.files.whole_file import whole_file
-
 from .evaluate import interval
 from .layer_check_table import EXPLAINED, check_lines
 from .recall_rows import Row
+from .small_pictures import write_figure
 from .table_cells import FEWEST, cell, mean
 
 # "near-lossless" is said only of a row whose loss of recall lies below this, the whole interval of it
@@ -262,6 +261,4 @@ def draw(recall: Measured, path: Path) -> None:
     panels[1].set_title("latents' squared difference to full history, by chunk", fontsize=9, loc="left")
     handles, names = panels[1].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=7, frameon=False)
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=90, format="png")
-    pyplot.close(figure)
+    write_figure(figure, path)

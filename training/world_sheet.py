@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from adastate_core.files.whole_file import whole_file
-
 from .codec import decode_clip, encode_clip, psnr
 from .latents import codec_of
 from .run import Run, log
+from .small_pictures import write_picture
 from .worlds import world_of
 
 STREAMS = 3
@@ -39,10 +38,7 @@ def main() -> None:
     sheet = Image.fromarray((torch.cat(rows) * 255).byte().numpy())
     path = run.config.get("out", run.folder / "world.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(
-            file, format="png", optimize=True
-        )
+    write_picture(sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST), path)
 
 
 if __name__ == "__main__":
