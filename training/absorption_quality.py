@@ -25,6 +25,7 @@ from . import measures
 from .bare_model import load_codec
 from .contenders import Contender, collected
 from .evaluate import LEAD, evaluation_scenes, figures, interval, true_segment
+from .kept_streams import ENDING, read_kept, rounded, write_kept
 from .run import Run, log
 from .sheets import decoded, draw_sheet
 from .small_pictures import write_figure
@@ -82,9 +83,9 @@ class Quality:
 
     def measured(self, contender: Contender) -> dict[str, Any]:
         """{"rows": segment -> one dict a stream, "psnr": segment -> curves, "reports": one a stream}."""
-        file = self.run.folder / f"{_file_name(contender)}.json"
+        file = self.run.folder / f"{_file_name(contender)}{ENDING}"
         if file.exists():
-            return json.loads(file.read_text())
+            return read_kept(file)
         found: dict[str, Any] = {
             "rows": {s: [] for s in self.segments},
             "psnr": {s: [] for s in self.segments},
@@ -110,9 +111,9 @@ class Quality:
             if stream < 2:
                 sheet = Path(self.config["scratch"], f"{_file_name(contender)}_{stream}.png")
                 draw_sheet(list(pictures.values()), sheet)
-        file.write_text(json.dumps(found))
+        write_kept(file, json.dumps(rounded(found)))
         log.info("%s", contender.name)
-        return found
+        return rounded(found)
 
     def _figures(self, video: torch.Tensor, scene: Scene, frames: range) -> dict[str, float]:
         true = true_segment(self.codec, scene, frames)

@@ -32,6 +32,7 @@ from . import measures
 from .bare_model import BareModel, load_codec, load_denoiser
 from .contenders import collected
 from .evaluate import LEAD, differences, evaluation_scenes, figures, rolled_table, true_segment
+from .kept_streams import ENDING, Kept
 from .run import Run, log
 from .sheets import decoded, draw_sheet
 from .world import CHUNK_LATENTS, DAY_FRAMES, SIZE, Scene
@@ -133,24 +134,8 @@ class Comparison:
             "shares_window": one.shares_window,
         }
 
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{name.replace(' ', '_')}.json"
-
-    def _kept(self, name: str) -> dict[str, dict[str, dict[str, float]]]:
-        """Stream's number -> segment -> measures, those there are. ValueError for those of other rules."""
-        if not self._file(name).exists():
-            return {}
-        kept = json.loads(self._file(name).read_text())
-        if kept["rules"] != json.loads(json.dumps(self.rules(name))):
-            raise ValueError(
-                f"{self._file(name)} was measured by other rules or settings than {name}'s are here; delete it to measure again"
-            )
-        return kept["streams"]
-
-    def _keep(self, name: str, stream: int, rows: dict[str, dict[str, float]]) -> None:
-        self.found[name][str(stream)] = rows
-        with whole_file(self._file(name)) as file:
-            file.write(json.dumps({"rules": self.rules(name), "streams": self.found[name]}, indent=1).encode())
+    def _kept(self, name: str) -> Kept:
+        return Kept(self.folder / f"{name.replace(' ', '_')}{ENDING}", self.rules(name))
 
     def latents(self, name: str, stream: int) -> torch.Tensor:
         """[16, T, h, w] of one stream; from the scratch folder if they were made by the same rules."""
@@ -192,14 +177,14 @@ class Comparison:
         for segment, frames in self.segments.items():
             start, scene = WAN21.pictures(frames.start), self.scenes[stream]
             rows[segment] = measured(pictures[segment], pictures[""], scene, true[segment], start, chunk)
-        self._keep(name, stream, rows)
+        self.found[name].keep(stream, rows)
         log.info("%s, stream %d: %s", name, stream, {s: round(row[DRIFT], 1) for s, row in rows.items()})
 
     def results(self) -> dict[str, dict[str, list[dict[str, float]]]]:
         """Title -> segment -> measures of every stream."""
-        streams = [str(stream) for stream in range(len(self.scenes))]
+        count = len(self.scenes)
         return {
-            self.title(name): {segment: [kept[stream][segment] for stream in streams] for segment in self.segments}
+            self.title(name): {segment: kept.all(count, segment) for segment in self.segments}
             for name, kept in self.found.items()
         }
 
@@ -301,7 +286,7 @@ def main() -> None:
     comparison = Comparison(run)
     for stream in range(len(comparison.scenes)):
         for name, kept in comparison.found.items():
-            if str(stream) not in kept:
+            if str(stream) not in kept.streams:
                 comparison.measure(name, stream)
     for stream in range(run.config["drawn"]):
         comparison.draw(stream)

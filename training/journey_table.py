@@ -250,7 +250,8 @@ def draw(table: Table, path: Path) -> None:
     }
     figure, panels = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
     for number, (name, contender) in enumerate(table.contenders.items()):
-        style = {"color": "black" if contender is None else f"C{number - 1}", "linewidth": 1.2, "label": name}
+        style = {"color": "black" if contender is None else f"C{(number - 1) % 10}", "linewidth": 1.2, "label": name}
+        style["linestyle"] = "--" if number > 10 else "-"
         for panel, what in zip(panels, shown.values(), strict=False):
             values = table.series(name, what).nanmean(0)
             seconds = (torch.arange(len(values)) + 1) * WAN21.temporal_stride * CHUNK_LATENTS / WAN21.fps

@@ -46,15 +46,19 @@ class Kept:
         self.streams[str(stream)] = self.streams.get(str(stream), {}) | rounded(found)
         told = json.dumps({"rules": self.rules, "weights": self.weights})
         lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in self.streams.items()]
-        text = f'{told[:-1]}, "streams": {{\n' + ",\n".join(lines) + "}}\n"
-        with whole_file(self.file) as file:
-            file.write(gzip.compress(text.encode(), mtime=0))
+        write_kept(self.file, f'{told[:-1]}, "streams": {{\n' + ",\n".join(lines) + "}}\n")
 
     def all(self, count: int, what: str) -> list[Any]:
         """One entry of the first `count` streams."""
         return [self.streams[str(stream)][what] for stream in range(count)]
 
 
+def write_kept(file: Path, text: str) -> None:
+    """JSON in gzip; the same text gives the same bytes."""
+    with whole_file(file) as whole:
+        whole.write(gzip.compress(text.encode(), mtime=0))
+
+
 def read_kept(file: Path) -> dict[str, Any]:
-    """A file of `Kept`: "rules", "weights", "streams"."""
+    """What is in such a file; one of `Kept` holds "rules", "weights" and "streams"."""
     return json.loads(gzip.decompress(file.read_bytes()))

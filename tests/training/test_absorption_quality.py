@@ -12,6 +12,7 @@ from tiny_denoiser import tiny_denoiser
 
 from training import absorption_quality
 from training.absorption_quality import chunk_flicker, nearness
+from training.kept_streams import read_kept, write_kept
 
 CODEC = str(Path(__file__).resolve().parents[2] / "models" / "vae" / "adastate_demo_vae.safetensors")
 ENTRY = 'weights = "{weights}"\nanchor = {{ kind = "none" }}\nwindow_frames = 9\npositions = "packed"\n'
@@ -49,7 +50,7 @@ def measure(folder: Path, name: str, more: str = "", contenders=None) -> None:
 
 def found(folder: Path, name: str) -> dict[str, dict]:
     """What the stage kept, by contender."""
-    return {n: json.loads((folder / name / f"{n.replace(' ', '_')}.json").read_text()) for n in ABSORPTIONS}
+    return {n: read_kept(folder / name / f"{n.replace(' ', '_')}.json.gz") for n in ABSORPTIONS}
 
 
 def test_what_switches_nothing_equals_full_history_and_what_switches_differs_only_afterwards(folder):
@@ -78,12 +79,12 @@ def test_other_words_from_a_frame_on_change_only_what_follows(folder):
 
 
 def test_measurements_are_not_made_twice(folder):
-    kept = folder / "plain" / "no_absorb.json"
-    before = kept.read_text()
-    kept.write_text(before.replace('"layers": [0, 1]', '"layers": [7]'))
+    kept = folder / "plain" / "no_absorb.json.gz"
+    before = kept.read_bytes()
+    write_kept(kept, json.dumps(read_kept(kept)).replace('"layers": [0, 1]', '"layers": [7]'))
     measure(folder, "plain")
     assert found(folder, "plain")["no absorb"]["reports"][0]["layers"] == [7]
-    kept.write_text(before)
+    kept.write_bytes(before)
 
 
 def test_differences_are_taken_stream_by_stream():

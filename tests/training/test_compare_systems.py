@@ -24,6 +24,7 @@ from training.bare_model import load_codec
 from training.compare_systems import Comparison, table
 from training.contenders import Contender
 from training.evaluate import evaluation_scenes
+from training.kept_streams import read_kept, write_kept
 from training.run import Run, read_config
 from training.sheets import decoded
 
@@ -72,7 +73,7 @@ def compare(config: Path) -> None:
 
 
 def kept(folder: Path, name: str) -> dict:
-    return json.loads((folder / f"{name}.json").read_text())["streams"]
+    return read_kept(folder / f"{name}.json.gz")["streams"]
 
 
 def latents_of(folder: Path, name: str, stream: int) -> torch.Tensor:
@@ -144,13 +145,15 @@ def test_a_killed_run_goes_on_with_the_next_stream_of_the_next_system(measured, 
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "rolling_forcing.json").exists():
+        while not (tmp_path / "rolling_forcing.json.gz").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = {(name, stream) for name in FILES if (tmp_path / f"{name}.json").exists() for stream in kept(tmp_path, name)}
+    done = {
+        (name, stream) for name in FILES if (tmp_path / f"{name}.json.gz").exists() for stream in kept(tmp_path, name)
+    }
     assert ("rolling_forcing", "0") in done and len(done) < len(FILES)
     again, measure = [], Comparison.measure
 
@@ -168,17 +171,17 @@ def test_a_killed_run_goes_on_with_the_next_stream_of_the_next_system(measured, 
 
 def test_figures_of_other_rules_are_refused(measured, weights, tmp_path):
     for name in FILES:
-        (tmp_path / f"{name}.json").write_text((measured / f"{name}.json").read_text())
+        (tmp_path / f"{name}.json.gz").write_bytes((measured / f"{name}.json.gz").read_bytes())
 
     def looked_at(config: Path) -> Comparison:
         return Comparison(Run(read_config(config), tmp_path, False))
 
     assert "\n".join(table(looked_at(configured(tmp_path, weights)))) + "\n" == (measured / "systems.md").read_text()
-    with pytest.raises(ValueError, match=r"true_renders\.json was measured by other rules .* delete it"):
+    with pytest.raises(ValueError, match=r"true_renders\.json\.gz was measured by other rules .* delete it"):
         looked_at(configured(tmp_path, weights, scenes_seed=7))
-    file = tmp_path / "adastate.json"
-    file.write_text(file.read_text().replace('"window_frames": 3', '"window_frames": 4'))
-    with pytest.raises(ValueError, match=r"adastate\.json was measured by other rules"):
+    file = tmp_path / "adastate.json.gz"
+    write_kept(file, json.dumps(read_kept(file)).replace('"window_frames": 3', '"window_frames": 4'))
+    with pytest.raises(ValueError, match=r"adastate\.json\.gz was measured by other rules"):
         looked_at(configured(tmp_path, weights))
     file.unlink()
     with pytest.raises(ValueError, match="causvid does not have the rules of self_forcing"):
@@ -209,7 +212,9 @@ def test_the_committed_page_is_that_of_the_committed_figures(monkeypatch):
     comparison = Comparison(Run(config, Path(config["folder"]), False))
     text = (comparison.folder / "systems.md").read_text()
     assert text == "\n".join(table(comparison)) + "\n"
-    assert len(comparison.systems) == 11 and all(len(kept) == config["streams"] for kept in comparison.found.values())
+    assert len(comparison.systems) == 11 and all(
+        len(kept.streams) == config["streams"] for kept in comparison.found.values()
+    )
 
 
 def test_the_demos_weights_were_trained_by_the_rules_that_the_page_says():
