@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_denoiser import tiny_denoiser
+from tiny_denoiser import tiny_codec_file, tiny_denoiser
 
 from training import absorption_quality
 from training.absorption_quality import chunk_flicker, nearness
 from training.kept_streams import read_kept, write_kept
 
-CODEC = str(Path(__file__).resolve().parents[2] / "models" / "vae" / "adastate_demo_vae.safetensors")
+CODEC = tiny_codec_file()
 ENTRY = 'weights = "{weights}"\nanchor = {{ kind = "none" }}\nwindow_frames = 9\npositions = "packed"\n'
 SWITCH = "warmup_frames = 12, local_window_frames = 1, monitor_layers = -1, monitor_chunks = 1"
 ABSORPTIONS = {
