@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_denoiser import tiny_denoiser
+from tiny_denoiser import tiny_codec_file, tiny_denoiser
 from torch import nn
 
 from training import absorption_recall, layer_check_table, recall_table
@@ -22,7 +22,7 @@ from training.run import Run, read_config
 from training.sheets import decoded
 
 ROOT = Path(__file__).resolve().parents[2]
-CODEC = str(ROOT / "models" / "vae" / "adastate_demo_vae.safetensors")
+CODEC = tiny_codec_file()
 CHECK = """
 [check]
 scenes_seed = 44_000_000

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_denoiser import tiny_denoiser
+from tiny_denoiser import tiny_codec_file, tiny_denoiser
 
 from training import evaluate
 from training.bare_model import load_codec
@@ -19,7 +19,8 @@ from training.evaluate import evaluation_scenes, interval
 from training.recall import COLOURS, ColourJudge, encoded, exchanged, lantern_scenes
 from training.world import CHUNK_LATENTS
 
-CODEC = str(Path(__file__).resolve().parents[2] / "models" / "vae" / "adastate_demo_vae.safetensors")
+CODEC = tiny_codec_file()
+DEMO_CODEC = str(Path(__file__).resolve().parents[2] / "models" / "vae" / "adastate_demo_vae.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_contenders_see_the_same_content_noise(weights):
 
 
 def test_the_judge_knows_true_lanterns_and_neighbours_differ():
-    encoder = partial(encode_clip, load_codec(CODEC))
+    encoder = partial(encode_clip, load_codec(DEMO_CODEC))
     known = encoded(lantern_scenes(8, 7, 2), 2, encoder)
     asked = encoded(lantern_scenes(8, 900, 2), 2, encoder)
     shown = slice(CHUNK_LATENTS, 2 * CHUNK_LATENTS)
