@@ -292,6 +292,25 @@ real faces see *System LiveAvatar*. Use faces and voices of people who agreed, a
         room={5: 90, 7: 260, 12: 340},
         note_height=220,
     ),
+    "journey": Layout(
+        note="""\
+### A journey past the first frame
+A camera travels until nothing of the first frame is left in view. Both videos have the same weights, words and noise, and a window \
+of one frame, so that much is left to what the model looks back to: a hidden state, or the first frame.
+
+**LORA FIGURES**
+
+*Load Causal LoRA* makes the little demo model a traveller. It was trained for both anchors alike and for **window_frames** 1; it \
+does not know terrain, pace and lantern. With a window of three the two differ no more.""",
+        groups={
+            "Model, LoRA, words": [[1, 4], [2, 3]],
+            "A hidden state": [[5, 7], [8]],
+            "The first frame": [[6, 9], [10]],
+            "Side by side": [[11], [12]],
+        },
+        room={7: 90, 8: 340, 9: 90, 10: 340, 12: 370},
+        note_height=320,
+    ),
     "small_cache": Layout(
         note="""\
 ### A long window in less memory

@@ -32,6 +32,7 @@ TITLES = {
     "absorption": "15 Half the layers without their history",
     "sampler": "16 The rollout as a sampler",
     "talking_balloon": "17 A balloon that talks",
+    "journey": "18 A journey past the first frame",
     "system_adastate": "System AdaState",
     "system_causal_forcing_frame": "System Causal-Forcing frame-wise",
     "system_causvid": "System CausVid",

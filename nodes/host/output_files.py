@@ -26,7 +26,7 @@ _MOST_NAME = 79  # characters of a text's name in a PNG
 
 def add_own_models() -> None:
     """Put the pack's models/ on the host's search paths, so that the standard loaders list the demo weights."""
-    for kind in ("diffusion_models", "vae"):
+    for kind in ("diffusion_models", "loras", "vae"):
         folder_paths.add_model_folder_path(kind, str(PACK / "models" / kind))
 
 

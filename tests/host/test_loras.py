@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import random
 import re
+from pathlib import Path
 
 import comfy.lora
 import folder_paths
 import pytest
 import torch
-from conftest import HostNode
-from safetensors.torch import save_file
-from test_models import AUTO, loras, models, report_of  # noqa: F401
+from conftest import NODES, HostNode
+from safetensors.torch import load_file, save_file
+from test_models import AUTO, load, loras, models, report_of  # noqa: F401
 
 WIDTH, HIDDEN, STRENGTH = 128, 64, 0.7
 MODULES = {
@@ -375,3 +376,28 @@ def test_a_scale_where_the_host_does_not_look_is_said(loras, model):  # noqa: F8
         save_file(weights, loras / "odd.safetensors", metadata=metadata)
         folder_paths.filename_list_cache.clear()
         assert told("odd.safetensors") == ""
+
+
+def test_the_shipped_lora_is_listed_and_makes_of_the_demo_what_its_file_says():
+    """Every weight by hand, in float64; the file has no part that is left out."""
+    file, demo = "adastate_journey_lora.safetensors", load("adastate_demo.safetensors")
+    path = folder_paths.get_full_path("loras", file)
+    assert file in NODES["AdaStateLoadLora"].INPUT_TYPES()["required"]["file"][1]["options"]
+    assert Path(path).stat().st_size < 4_000_000
+    parts = {name.removeprefix("diffusion_model."): value.double() for name, value in load_file(path).items()}
+    base = {name: value.double() for name, value in demo.model.diffusion_model.state_dict().items()}
+    expected = {name: value.clone() for name, value in base.items()}
+    for name, value in parts.items():
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        if part == "lora_up":
+            down, alpha = parts[f"{module}.lora_down.weight"], parts[f"{module}.alpha"]
+            expected[f"{module}.weight"] += value @ down * (alpha / len(down))
+        elif part in ("diff", "diff_b"):
+            expected[f"{module}.{'bias' if part == 'diff_b' else 'weight'}"] += value
+    out = ours(demo, file, 1.0)
+    assert out.ui is None
+    changed = {name.removeprefix("diffusion_model."): value for name, value in merged(out.args[0]).items()}
+    for name, value in changed.items():
+        torch.testing.assert_close(value.double(), expected[name], atol=1e-4, rtol=1e-4, msg=name)
+    moved = {name for name, value in expected.items() if not torch.equal(value, base[name])}
+    assert set(changed) >= moved and len(moved) > 100
