@@ -126,8 +126,10 @@ def test_half_absorbed_at_window_120_takes_three_fifths_of_the_plain_cache(place
     assert report["kv_bytes_before"] == peaks["plain"]
 
 
-@pytest.mark.parametrize(("place", "layers"), [(STORES[0], 30), (STORES[1], 10)], ids=["model", "int8"])
-@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("place", "layers"), [(STORES[0], 10), (STORES[0], 30), (STORES[1], 10)], ids=["model", "model, all layers", "int8"]
+)
+@pytest.mark.sampled(3)
 def test_the_1_3b_at_window_120_without_a_gpu(place, layers):
     """Counted on fake CUDA tensors at 832x480 in bfloat16, chunk after chunk and in the switch: plan and peak are equal."""
     with fake_cuda() as (device, _):
