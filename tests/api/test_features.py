@@ -7,11 +7,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, WORKFLOWS, frames_of, report_of, workflow
 from PIL import Image, ImageOps
 
 from tools.made_chain import CLIP, CLIPS, write_chain
 from tools.system_workflows import PREFIX, heard, made_for, preset_of
+from training.journey_measures import travelled
 
 SYSTEMS = sorted(path.stem for path in WORKFLOWS.glob("system_*.json"))
 
@@ -164,3 +166,21 @@ def test_video_metrics(client):
     long, short = video_of(client, outputs, "5"), video_of(client, outputs, "7")
     error = ((np.stack(long) / 255 - np.stack(short) / 255) ** 2).mean((1, 2, 3))
     assert found["chunks"][-1]["psnr"] == pytest.approx(-10 * np.log10(error[45:]).mean(), abs=0.5)
+
+
+def test_journey(client):
+    """The shipped LoRA makes a traveller of the demo, for both anchors: slower than the demo's own camera, which never stands."""
+
+    def speed(strength: float) -> list[float]:
+        outputs = client.run(workflow("journey", n4__strength=strength, n8__length=105, n10__length=105))
+        for node, kind in (("8", "adaptive"), ("10", "static")):
+            report = report_of(outputs, node)
+            assert report["warnings"] == [] and report["settings"]["anchor"]["kind"] == kind
+            assert report["settings"]["window_frames"] == 1
+        beside = client.output / "video"
+        assert frames_of(beside / outputs["12"]["images"][0]["filename"])[0].shape[1] > 2 * 64
+        videos = [torch.from_numpy(np.stack(video_of(client, outputs, node))) / 255 for node in ("8", "10")]
+        return [float(travelled(video)[-1]) / 104 for video in videos]
+
+    assert all(0.1 < one < 0.5 for one in speed(1.0))
+    assert all(one > 0.6 for one in speed(0.0))
