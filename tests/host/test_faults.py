@@ -108,7 +108,7 @@ def check(run: Run, n: int, whole: dict) -> list[str]:
     name = f"{whole['how']}{n}"
     outputs, error, faults, saved_before = run.faulty(name, whole["places"][n])
     if faults.failed is None:
-        return [f"only {len(faults.points)} operations came"]
+        return [f"only {len(faults.points)} operations came, and the run ended with {error!r}"]
     bad, made = [], run.pictures()
     folder = run.out / name
     video, save = folder / "take_00001_.mp4", folder / "take_00001_.state.safetensors"
