@@ -295,12 +295,12 @@ real faces see *System LiveAvatar*. Use faces and voices of people who agreed, a
     "journey": Layout(
         note="""\
 ### A journey past the first frame
-A camera travels until nothing of the first frame is left in view. Both videos have the same weights, words and noise, and a window \
-of one frame, so that much is left to what the model looks back to: a hidden state, or the first frame.
+A camera travels until nothing of the first frame is left in view. Both videos have the same weights, words and noise, and a \
+window of one frame, so that much is left to what the model looks back to: a hidden state, or the first frame.
 
 Here the evening comes; then the state goes on into the night, and with the first frame it is day again. Other seeds differ less: \
-over 16 measured streams of half a minute the day is off by .04 of the true one with the state and by .14 with the first frame (model \
-card).
+over 16 measured streams of half a minute the day is off by .04 of the true one with the state and by .14 with the first frame \
+(model card).
 
 *Load Causal LoRA* makes the little demo model a traveller. It was trained for both anchors alike and for **window_frames** 1, and \
 does not know terrain, pace and lantern.""",
