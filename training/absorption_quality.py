@@ -24,7 +24,7 @@ from adastate_core.prompts.demo_words import prompt
 from . import measures
 from .bare_model import load_codec
 from .contenders import Contender, collected
-from .evaluate import LEAD, evaluation_scenes, figures, interval, true_segment
+from .evaluate import LEAD, TrueSegments, evaluation_scenes, figures, interval
 from .kept_streams import ENDING, read_kept, rounded, write_kept
 from .run import Run, log
 from .sheets import decoded, draw_sheet
@@ -48,6 +48,7 @@ class Quality:
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
         self.codec = load_codec(self.config["codec"])
+        self.true_segment = TrueSegments(self.codec)
         self.scenes = evaluation_scenes(self.config["streams"], self.config["scenes_seed"])
         span = self.config["segment_latents"]
         self.segments = {f"{n / 4:.0f} s": range(n - span, n) for n in self.config["latents"]}
@@ -116,7 +117,7 @@ class Quality:
         return rounded(found)
 
     def _figures(self, video: torch.Tensor, scene: Scene, frames: range) -> dict[str, float]:
-        true = true_segment(self.codec, scene, frames)
+        true = self.true_segment(scene, frames)
         return figures(video, scene, true, WAN21.pictures(frames.start))
 
 

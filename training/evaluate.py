@@ -63,6 +63,18 @@ def true_segment(codec, scene: Scene, segment: range, render: Callable = render)
     return ((pictures[pictures_of(segment.start - start) :] + 1) / 2).clamp(0, 1)
 
 
+class TrueSegments:
+    """The world's own pictures of stretches of scenes, through the codec: made once, and held for all who are measured on them."""
+
+    def __init__(self, codec: torch.nn.Module) -> None:
+        self._codec, self._made = codec, {}
+
+    def __call__(self, scene: Scene, segment: range) -> torch.Tensor:
+        if (scene, segment) not in self._made:
+            self._made[scene, segment] = true_segment(self._codec, scene, segment)
+        return self._made[scene, segment]
+
+
 def figures(video: torch.Tensor, scene: Scene, true: torch.Tensor, first_frame: int) -> dict[str, float]:
     """Every column of the table for one segment of one stream, from `first_frame` on; NaN where it cannot be told."""
     return dict(
@@ -101,6 +113,7 @@ class Evaluation:
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
         self.codec = load_codec(self.config["codec"])
+        self.true_segment = TrueSegments(self.codec)
         self.horizon = self.config["horizon_latents"]
         self.scratch = Path(self.config["scratch"])
         self.scratch.mkdir(parents=True, exist_ok=True)
@@ -124,7 +137,7 @@ class Evaluation:
         rows: dict[str, list[dict]] = {segment: [] for segment in segments}
         for i, scene in enumerate(scenes):
             for number, (segment, frames) in enumerate(segments.items()):
-                true = true_segment(self.codec, scene, frames)
+                true = self.true_segment(scene, frames)
                 video = true
                 if latents is not None:
                     lead = pictures_of(frames.start - keep[number].start)
